@@ -1,0 +1,25 @@
+"""The one family of exceptions. Each says what was found, what was expected and what to do."""
+
+
+class SvdEngineError(Exception):
+    """Base of every error that svdengine raises on purpose; the command line prints it as one line."""
+
+
+class ModelFileError(SvdEngineError):
+    """A model file is damaged, truncated, or not what its header says."""
+
+
+class ConversionError(SvdEngineError):
+    """A checkpoint cannot be converted."""
+
+
+class RequestError(SvdEngineError):
+    """A prompt, a message list or a sampling parameter cannot be used."""
+
+
+class ContextOverflowError(RequestError):
+    """A sequence does not fit the context or the KV pool."""
+
+
+class DeviceError(SvdEngineError):
+    """A device or an instruction set that was asked for is not there."""

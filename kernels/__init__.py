@@ -1,0 +1,5 @@
+"""Executors: one forward step on one device. Everything above this package is device-independent."""
+
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, Executor, Logits
+
+__all__ = ["BLOCK_SIZE", "Batch", "Executor", "Logits"]

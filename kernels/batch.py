@@ -1,0 +1,49 @@
+"""What an executor takes and gives: one step for any mix of prefill chunks and decode rows, as plain arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]  # (rows asked for, vocabulary)
+
+BLOCK_SIZE = 16  # tokens in a KV block, on every device
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step. The rows of a sequence are neighbours, in ascending position, and cover what its cache lacks.
+
+    A row at position p of a sequence sees cache positions 0..p of it; position p of a sequence lies in slot
+    p % BLOCK_SIZE of block `block_tables[sequence, p // BLOCK_SIZE]`. The executor writes the keys and values of all
+    rows before any row attends.
+    """
+
+    tokens: NDArray[np.int32]  # (n,)
+    positions: NDArray[np.int32]  # (n,)
+    sequences: NDArray[np.int32]  # (n,) row of block_tables that the token belongs to
+    block_tables: NDArray[np.int32]  # (sequences, most blocks), unused entries 0
+    context_lengths: NDArray[np.int32]  # (sequences,) tokens in the cache after this step
+    logit_rows: NDArray[np.int32]  # (m,) indices into the n rows
+
+
+class Executor(Protocol):
+    """Owns the device's copy of the weights and of the KV block pool."""
+
+    name: str  # cpu, cuda, ascend, reference
+    block_count: int  # KV blocks in the pool
+    max_batch_rows: int  # most rows that one forward takes
+
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step and return the logits of `batch.logit_rows`, (m, vocabulary) float32.
+
+        The array may be the executor's own buffer: it holds until the next call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back threads and device memory; the executor cannot be used afterwards."""
+        ...

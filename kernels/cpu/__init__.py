@@ -1,0 +1,1 @@
+"""CPU executor: compiled with Numba, SIMD through LLVM."""

@@ -1,0 +1,136 @@
+"""ModelConfig: one frozen description of every supported architecture, by data and not by code."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["relu", "fatrelu", "drelu", "relu2", "silu", "gelu", "gelu_tanh"]
+RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+
+RELU_FAMILY: frozenset[str] = frozenset({"relu", "fatrelu", "drelu", "relu2"})
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding, in the half-split layout of Hugging Face (dimension i pairs with i + head_dim / 2)."""
+
+    theta: float  # base of the frequencies
+    scaling: RopeScaling = "none"
+    factor: float = 1.0  # how many times longer than the original context
+    original_max_position: int = 0  # context of pre-training (llama3, yarn)
+    low_freq_factor: float = 1.0  # llama3
+    high_freq_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    truncate: bool = True  # yarn: round the correction range outwards to whole dimensions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded)."""
+
+    family: str  # llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon
+    vocab_size: int
+    hidden_size: int  # d
+    layer_count: int
+    head_count: int
+    kv_head_count: int
+    head_dim: int
+    ffn_size: int  # f
+    max_position: int  # tokens of context the model was made for
+    norm: Norm
+    norm_eps: float
+    activation: Activation
+    gated: bool  # act(gate x) * (up x), else act(up x)
+    rope: Rope | None  # None: no rotary embedding
+    activation_threshold: float = 0.0  # fatrelu: x if x > threshold else 0
+    learned_positions: bool = False  # a table of max_position rows is added to the embedding
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    ffn_bias: bool = False  # of up (and gate) and down
+    qk_norm: bool = False  # RMSNorm over head_dim on q and k, before rope
+    sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0: everything before it
+    sliding_window_layers: tuple[int, ...] = ()  # layers that have the window
+    parallel: bool = False  # attention and FFN read the same residual stream and are added together
+    shared_norm: bool = False  # parallel, and both read the output of attention_norm
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0  # multiplies what attention and FFN add to the residual stream
+    logit_scale: float = 1.0
+    tied_embeddings: bool = False
+
+    @property
+    def sparse_ffn(self) -> bool:
+        """Whether FFN neurons can be exactly zero, so that down is stored neuron-major and rows can be skipped."""
+        return self.activation in RELU_FAMILY
+
+    def validate(self) -> None:
+        """Raise ValueError with what was found and expected when a field is out of range."""
+        for field in ("vocab_size", "hidden_size", "layer_count", "head_count", "kv_head_count", "ffn_size"):
+            _check_range(field, getattr(self, field), 1, 1 << 24)
+        _check_range("head_dim", self.head_dim, 2, 1024)
+        _check_range("layer_count", self.layer_count, 1, 4096)
+        _check_range("head_count", self.head_count, 1, 4096)
+        _check_range("max_position", self.max_position, 1, 1 << 26)
+        if self.head_count % self.kv_head_count:
+            raise ValueError(f"head_count {self.head_count} is not a multiple of kv_head_count {self.kv_head_count}")
+        if self.rope is not None and self.head_dim % 2:
+            raise ValueError(f"rope needs an even head_dim, found {self.head_dim}")
+        if self.shared_norm and not self.parallel:
+            raise ValueError("shared_norm needs parallel attention and FFN")
+        if self.sliding_window < 0 or any(not 0 <= i < self.layer_count for i in self.sliding_window_layers):
+            raise ValueError("sliding_window must be positive and its layers must exist")
+        for field, allowed in (("norm", Norm), ("activation", Activation)):
+            _check_choice(field, getattr(self, field), allowed)
+        if not 0.0 < self.norm_eps < 1.0:
+            raise ValueError(f"norm_eps must lie between 0 and 1, found {self.norm_eps}")
+        if self.rope is not None:
+            _check_choice("rope.scaling", self.rope.scaling, RopeScaling)
+            if not (self.rope.theta > 0 and self.rope.factor > 0):
+                raise ValueError("rope theta and factor must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
+        """Rebuild from `to_dict`. Raises ValueError on an unknown, missing or ill-typed field, or one out of range."""
+        try:
+            fields = dict(data)
+            rope = fields.pop("rope", None)
+            fields["sliding_window_layers"] = tuple(fields.get("sliding_window_layers", ()))
+            config = cls(rope=Rope(**rope) if rope is not None else None, **fields)
+            _check_types(config)
+        except TypeError as error:
+            raise ValueError(f"model config: {error}") from error
+        config.validate()
+        return config
+
+
+def _check_range(field: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{field} must lie in {low}..{high}, found {value}")
+
+
+def _check_choice(field: str, value: str, allowed: Any) -> None:
+    if value not in get_args(allowed):
+        raise ValueError(f"{field} must be one of {', '.join(get_args(allowed))}, found {value!r}")
+
+
+_TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}
+
+
+def _check_types(part: ModelConfig | Rope) -> None:
+    """The annotations are strings; the simple ones are enforced, since JSON may hold anything."""
+    for name, annotation in type(part).__annotations__.items():
+        value = getattr(part, name)
+        wanted = _TYPES.get(annotation, str if annotation in ("Norm", "Activation", "RopeScaling") else None)
+        if wanted is not None and (not isinstance(value, wanted) or (annotation == "int" and isinstance(value, bool))):
+            raise TypeError(f"{name} must be {annotation}, found {value!r}")
+        if isinstance(value, Rope):
+            _check_types(value)
+    if isinstance(part, ModelConfig) and any(type(i) is not int for i in part.sliding_window_layers):
+        raise TypeError("sliding_window_layers must be whole numbers")

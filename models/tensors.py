@@ -1,0 +1,68 @@
+"""The canonical tensors of a model: names and logical shapes, derived from a ModelConfig.
+
+A *matrix* can be stored in any weight format (kernels/formats.py); a *vector* is always float32. Tensors of layers
+are stacked: their first axis is the layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from svdengine.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One canonical tensor. `shape` is logical: (layers?, rows, columns) of a matrix, (layers?, size) of a vector."""
+
+    name: str
+    shape: tuple[int, ...]
+    matrix: bool
+    stacked: bool  # the first axis is the layer
+
+
+def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
+    """Every tensor that a model of this config has, in file order. Row i of a matrix makes output i.
+
+    `down` is (d, f); a model whose FFN neurons can be zero has `down_T` (f, d) instead: one row a neuron.
+    """
+    layers, d, f = config.layer_count, config.hidden_size, config.ffn_size
+    heads, kv = config.head_count * config.head_dim, config.kv_head_count * config.head_dim
+    specs: list[TensorSpec] = []
+
+    def matrix(name: str, rows: int, columns: int) -> None:
+        specs.append(TensorSpec(name, (layers, rows, columns), True, True))
+
+    def vector(name: str, size: int, wanted: bool = True) -> None:
+        if wanted:
+            specs.append(TensorSpec(name, (layers, size), False, True))
+
+    specs.append(TensorSpec("embedding", (config.vocab_size, d), True, False))
+    if config.learned_positions:
+        specs.append(TensorSpec("position_embedding", (config.max_position, d), True, False))
+    layer_norm = config.norm == "layer"
+    vector("attention_norm.weight", d)
+    vector("attention_norm.bias", d, layer_norm)
+    for name, rows in (("q", heads), ("k", kv), ("v", kv)):
+        matrix(name, rows, d)
+        vector(f"{name}.bias", rows, config.qkv_bias)
+    vector("q_norm.weight", config.head_dim, config.qk_norm)
+    vector("k_norm.weight", config.head_dim, config.qk_norm)
+    matrix("o", d, heads)
+    vector("o.bias", d, config.output_bias)
+    vector("ffn_norm.weight", d, not config.shared_norm)
+    vector("ffn_norm.bias", d, layer_norm and not config.shared_norm)
+    for name in ("gate", "up") if config.gated else ("up",):
+        matrix(name, f, d)
+        vector(f"{name}.bias", f, config.ffn_bias)
+    if config.sparse_ffn:
+        matrix("down_T", f, d)
+    else:
+        matrix("down", d, f)
+    vector("down.bias", d, config.ffn_bias)
+    specs.append(TensorSpec("output_norm.weight", (d,), False, False))
+    if layer_norm:
+        specs.append(TensorSpec("output_norm.bias", (d,), False, False))
+    if not config.tied_embeddings:
+        specs.append(TensorSpec("lm_head", (config.vocab_size, d), True, False))
+    return tuple(specs)
