@@ -1,0 +1,208 @@
+"""The definition of correct: a transformer's forward pass in float32 NumPy, over a paged KV cache.
+
+Every other executor is tested against this one. It favours reading order over speed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
+from svdengine.kernels.rope import rope_tables
+from svdengine.models.config import Activation, ModelConfig
+from svdengine.models.tensors import tensor_specs
+
+Array = NDArray[np.float32]
+Weights = Mapping[str, Array]  # canonical name -> array; of one layer, without the layer axis
+
+
+class ReferenceExecutor:
+    """An Executor (kernels/batch.py) for any ModelConfig, on float32 weights in their logical shapes."""
+
+    name = "reference"
+
+    def __init__(self, config: ModelConfig, weights: Weights, block_count: int = 256, max_batch_rows: int = 512):
+        """Take `weights` as `tensor_specs(config)` names and shapes them: tensors of layers are stacked.
+
+        Raises ValueError when a tensor is missing or has another shape.
+        """
+        config.validate()
+        self.config = config
+        self.block_count = block_count
+        self.max_batch_rows = max_batch_rows
+        self.weights, self.layers = _by_layer(config, weights)
+        slots = (config.layer_count, block_count * BLOCK_SIZE, config.kv_head_count, config.head_dim)
+        self.keys = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim), after rope
+        self.values = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim)
+
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step; see `Executor.forward`. Raises ValueError when the batch has more than max_batch_rows rows."""
+        config, w = self.config, self.weights
+        if len(batch.tokens) > self.max_batch_rows:
+            raise ValueError(f"{len(batch.tokens)} rows in a batch, the executor takes {self.max_batch_rows}")
+
+        # Embed the tokens: (n, d).
+        x = w["embedding"][batch.tokens] * np.float32(config.embedding_scale)
+        if config.learned_positions:
+            x = x + w["position_embedding"][batch.positions]
+
+        # Attention and FFN of each layer read the residual stream and add to it.
+        scale = np.float32(config.residual_scale)
+        for layer, lw in enumerate(self.layers):
+            h = normalize(config, lw, "attention_norm", x)
+            attended = self._attention(layer, batch, h)
+            if config.parallel:
+                h = h if config.shared_norm else normalize(config, lw, "ffn_norm", x)
+                x = x + scale * (attended + ffn(config, lw, h))
+            else:
+                x = x + scale * attended
+                x = x + scale * ffn(config, lw, normalize(config, lw, "ffn_norm", x))
+
+        # Only the rows that are asked for are projected on the vocabulary.
+        x = normalize(config, w, "output_norm", x[batch.logit_rows])
+        head = w["embedding"] if config.tied_embeddings else w["lm_head"]
+        return x @ head.T * np.float32(config.logit_scale)
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
+        """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
+        config, lw = self.config, self.layers[layer]
+        heads = (len(x), -1, config.head_dim)
+
+        # Project, normalise and rotate: (n, heads, head_dim).
+        q, k, v = (linear(lw, name, x).reshape(heads) for name in ("q", "k", "v"))
+        if config.qk_norm:
+            q, k = (rms_norm(a, lw[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
+        if config.rope is not None:
+            cos, sin = rope_tables(config, batch.positions)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+
+        # All rows of the step are in the cache before any of them attends.
+        slots = slots_of(batch.block_tables[batch.sequences], batch.positions[:, None])[:, 0]
+        self.keys[layer, slots], self.values[layer, slots] = k, v
+
+        # Each sequence attends over its own slots, wherever they lie.
+        window = config.sliding_window if layer in config.sliding_window_layers else 0
+        mixed = np.empty_like(q)
+        for sequence in np.unique(batch.sequences):
+            rows = np.flatnonzero(batch.sequences == sequence)
+            seen = np.arange(batch.context_lengths[sequence])
+            slots = slots_of(batch.block_tables[sequence], seen)
+            distance = batch.positions[rows, None] - seen
+            visible = (distance >= 0) & (distance < window) if window else distance >= 0
+            mixed[rows] = attend(q[rows], self.keys[layer, slots], self.values[layer, slots], visible)
+        return linear(lw, "o", mixed.reshape(len(x), -1))
+
+
+def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
+    """The feed-forward network of a layer: (n, d) -> (n, d). `weights` holds that layer's tensors.
+
+    The neurons' activations (n, f) are act(gate x) * (up x) when gated, else act(up x).
+    """
+    up = linear(weights, "up", x)
+    if config.gated:
+        gate = linear(weights, "gate", x)
+        if config.activation == "drelu":
+            up = activate("relu", up)
+        neurons = activate(config.activation, gate, config.activation_threshold) * up
+    else:
+        neurons = activate(config.activation, up, config.activation_threshold)
+    down = weights["down_T"] if config.sparse_ffn else weights["down"].T
+    return neurons @ down + weights.get("down.bias", np.float32(0))
+
+
+def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:
+    """The activation function, elementwise. `threshold` is that of fatrelu."""
+    if activation in ("relu", "drelu"):
+        return np.maximum(x, 0)
+    if activation == "fatrelu":  # ProSparse, arXiv:2402.13516
+        return np.where(x > np.float32(threshold), x, np.float32(0))
+    if activation == "relu2":
+        return np.square(np.maximum(x, 0))
+    if activation == "silu":
+        return x / (1 + np.exp(-np.clip(x, -80, None)))
+    if activation == "gelu":
+        return x * np.float32(0.5) * (1 + _erf(x * np.float32(math.sqrt(0.5))))
+    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return x * np.float32(0.5) * (1 + np.tanh(inner))
+
+
+def linear(weights: Weights, name: str, x: Array) -> Array:
+    """Multiply (n, columns) by the matrix `name` (rows, columns), adding its bias if it has one: (n, rows)."""
+    return x @ weights[name].T + weights.get(f"{name}.bias", np.float32(0))
+
+
+def normalize(config: ModelConfig, weights: Weights, name: str, x: Array) -> Array:
+    """The model's kind of norm over the last axis of x."""
+    if config.norm == "rms":
+        return rms_norm(x, weights[f"{name}.weight"], config.norm_eps)
+    centred = x - x.mean(-1, keepdims=True)
+    return rms_norm(centred, weights[f"{name}.weight"], config.norm_eps) + weights[f"{name}.bias"]
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Divide by the root of the mean square over the last axis, times weight."""
+    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(eps)) * weight
+
+
+def rotate(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotate heads (n, heads, head_dim): dimension i pairs with i + head_dim / 2. `cos`, `sin`: (n, head_dim / 2)."""
+    first, second = np.split(x, 2, axis=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def attend(q: Array, k: Array, v: Array, visible: NDArray[np.bool_]) -> Array:
+    """Softmax attention of q (n, heads, head_dim) over k and v (t, kv heads, head_dim), where `visible` (n, t).
+
+    Neighbouring query heads share a kv head (GQA). Every row must see at least one position. Returns the shape of q.
+    """
+    n, heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    queries = q.reshape(n, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)  # (kv, group, n, head_dim)
+    keys, values = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # (kv, 1, head_dim, t), (kv, 1, t, ..)
+    scores = np.where(visible, queries @ keys * np.float32(head_dim**-0.5), np.float32(-np.inf))
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = weights @ values / weights.sum(-1, keepdims=True)  # (kv, group, n, head_dim)
+    return mixed.transpose(2, 0, 1, 3).reshape(q.shape)
+
+
+def slots_of(block_tables: NDArray[np.int32], positions: NDArray) -> NDArray:
+    """Cache slots of `positions` (..., t) of sequences with `block_tables` (..., blocks): (..., t)."""
+    blocks = np.take_along_axis(block_tables, positions // BLOCK_SIZE, -1)
+    return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+def _by_layer(config: ModelConfig, weights: Weights) -> tuple[dict[str, Array], list[dict[str, Array]]]:
+    """The tensors outside the layers, and those of each layer; shapes are checked."""
+    shared: dict[str, Array] = {}
+    layers: list[dict[str, Array]] = [{} for _ in range(config.layer_count)]
+    for spec in tensor_specs(config):
+        if spec.name not in weights:
+            raise ValueError(f"the weights lack {spec.name}")
+        array = np.asarray(weights[spec.name], np.float32)
+        if array.shape != spec.shape:
+            raise ValueError(f"{spec.name} must have shape {spec.shape}, found {array.shape}")
+        if not spec.stacked:
+            shared[spec.name] = array
+            continue
+        for layer in range(config.layer_count):
+            layers[layer][spec.name] = array[layer]
+    return shared, layers
+
+
+@cache
+def _erf_table() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    x = np.linspace(0.0, 6.0, 1 << 15)
+    return x, np.array([math.erf(value) for value in x])
+
+
+def _erf(x: Array) -> Array:
+    """Error function by linear interpolation in a table so fine that it is accurate to 5e-9; beyond 6 it is 1."""
+    return np.copysign(np.interp(np.abs(x), *_erf_table()), x).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Makes the shared builders of this folder importable (model_zoo)."""
