@@ -130,7 +130,7 @@ def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:
     if activation == "gelu":
         return x * np.float32(0.5) * (1 + _erf(x * np.float32(math.sqrt(0.5))))
     inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    return x * np.float32(0.5) * (1 + np.tanh(inner))
+    return x * np.float32(0.5) * (np.float32(1) + np.tanh(inner))
 
 
 def linear(weights: Weights, name: str, x: Array) -> Array:

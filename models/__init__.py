@@ -1,6 +1,123 @@
 """Model families: what a checkpoint calls its settings and tensors, mapped to ModelConfig and canonical tensors."""
 
+from __future__ import annotations
+
+from collections.abc import Container, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.models import bamboo, falcon, llama, minicpm, mistral, opt, qwen2, qwen3
 from svdengine.models.config import ModelConfig, Rope
+from svdengine.models.family import Family, Source
+from svdengine.models.gguf_settings import gguf_config, strip_architecture
+from svdengine.models.settings import FATRELU_THRESHOLD, activation_named, refuse_unreadable
 from svdengine.models.tensors import TensorSpec, tensor_specs
 
-__all__ = ["ModelConfig", "Rope", "TensorSpec", "tensor_specs"]
+__all__ = [
+    "FAMILIES",
+    "ModelConfig",
+    "Rope",
+    "Source",
+    "TensorSpec",
+    "config_from_gguf",
+    "config_from_hf",
+    "gguf_source",
+    "hf_source",
+    "tensor_specs",
+    "with_activation",
+]
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY for module in (llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon)
+}
+
+
+def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """Read the contents of a config.json.
+
+    Raises ValueError, in one line, for an architecture or a setting that is not supported, or a setting that is
+    missing or out of range.
+    """
+    refuse_unreadable(config)
+    found = _family_of(config).config_from_hf(config)
+    found.validate()
+    return found
+
+
+def hf_source(config: ModelConfig, tensor: str, layer: int | None, available: Container[str]) -> Source:
+    """Where the canonical `tensor` (of `layer`, None outside the layers) is in a Hugging Face checkpoint.
+
+    `available` are the names of the checkpoint's tensors. Raises ValueError when it lacks the tensor.
+    """
+    return FAMILIES[config.family].hf.source(config, tensor, layer, available)
+
+
+def config_from_gguf(
+    fields: Mapping[str, object],
+    tensor_names: Container[str],
+    vocab_size: int,
+    activation: str | None = None,
+    rope_factors: NDArray[np.float32] | None = None,
+) -> ModelConfig:
+    """Read the metadata of a GGUF file, whose values are plain numbers, texts and lists.
+
+    `activation` overrides the one of the architecture and of the key `<architecture>.hidden_act`. `rope_factors` are
+    the values of the tensor rope_freqs.weight where there is one (Llama 3.1). Raises ValueError as config_from_hf.
+    """
+    architecture = fields.get("general.architecture")
+    for family in FAMILIES.values():
+        if family.gguf is not None and family.gguf.architecture == architecture:
+            stripped = strip_architecture(fields, family.gguf.architecture)
+            config = gguf_config(family.name, family.gguf, stripped, tensor_names, vocab_size, rope_factors)
+            config = with_activation(config, activation) if activation else config
+            config.validate()
+            return config
+    known = ", ".join(family.gguf.architecture for family in FAMILIES.values() if family.gguf)
+    raise ValueError(f"the GGUF architecture {architecture!r} is not supported; supported: {known}")
+
+
+def gguf_source(config: ModelConfig, tensor: str, layer: int | None, available: Container[str]) -> Source:
+    """Where the canonical `tensor` (of `layer`, None outside the layers) is in a GGUF file with `available` tensors.
+
+    Raises ValueError when the file lacks the tensor, or GGUF has no such family.
+    """
+    family = FAMILIES[config.family].gguf
+    if family is None:
+        raise ValueError(f"GGUF has no architecture for the family {config.family}")
+    return family.naming.source(config, tensor, layer, available)
+
+
+def with_activation(config: ModelConfig, name: str, threshold: float | None = None) -> ModelConfig:
+    """The config with another FFN activation, named as Hugging Face or we do.
+
+    `threshold` is that of fatrelu: the config's own if it has one, else 0.01, where it is not given. Raises
+    ValueError for an unknown activation or an unsuitable threshold.
+    """
+    activation = activation_named(name)
+    if activation == "drelu" and not config.gated:
+        raise ValueError("drelu needs a gated FFN")
+    if activation != "fatrelu":
+        if threshold is not None:
+            raise ValueError(f"only fatrelu has a threshold, not {name}")
+        return replace(config, activation=activation, activation_threshold=0.0)
+    if threshold is None:
+        threshold = config.activation_threshold if config.activation == "fatrelu" else FATRELU_THRESHOLD
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"the threshold of fatrelu must be a number from 0 up, found {threshold}")
+    return replace(config, activation=activation, activation_threshold=threshold)
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    """By architecture, which is the more specific: there are derived models whose model_type is their base's."""
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    for family in FAMILIES.values():
+        if set(family.architectures) & set(architectures):
+            return family
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    found = ", ".join(map(str, architectures)) or "unnamed"
+    supported = ", ".join(FAMILIES)
+    raise ValueError(f"the architecture {found} (model_type {model_type!r}) is not supported; supported: {supported}")

@@ -1,0 +1,30 @@
+"""Llama 2 and 3, SmolLM2, TinyLlama, ReluLLaMA, and ProSparse-LLaMA2 (whose `hidden_act` is fatrelu)."""
+
+from __future__ import annotations
+
+from svdengine.models.config import ModelConfig
+from svdengine.models.family import Family, GgufFamily
+from svdengine.models.naming import GGUF_NEIGHBOURS, LLAMA_NAMES
+from svdengine.models.settings import Settings, flag, gated_config
+
+
+def config_from_hf(settings: Settings) -> ModelConfig:
+    """Read a Llama config.json."""
+    attention_bias = flag(settings, "attention_bias", False)
+    return gated_config(
+        "llama",
+        settings,
+        qkv_bias=attention_bias,
+        output_bias=attention_bias,
+        ffn_bias=flag(settings, "mlp_bias", False),
+    )
+
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama",),
+    architectures=("LlamaForCausalLM", "SparseLlamaForCausalLM"),
+    config_from_hf=config_from_hf,
+    hf=LLAMA_NAMES,
+    gguf=GgufFamily("llama", GGUF_NEIGHBOURS),
+)

@@ -1,0 +1,70 @@
+"""Tensor names and layouts that several families share: Llama-like checkpoints, and GGUF."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from svdengine.models.config import ModelConfig
+from svdengine.models.family import Array, Build, Naming, plain, split_suffix
+
+LLAMA_NAMES = Naming(
+    stems={
+        "embedding": ("embed_tokens",),
+        "attention_norm": ("layers.{layer}.input_layernorm",),
+        "q": ("layers.{layer}.self_attn.q_proj",),
+        "k": ("layers.{layer}.self_attn.k_proj",),
+        "v": ("layers.{layer}.self_attn.v_proj",),
+        "q_norm": ("layers.{layer}.self_attn.q_norm",),
+        "k_norm": ("layers.{layer}.self_attn.k_norm",),
+        "o": ("layers.{layer}.self_attn.o_proj",),
+        "ffn_norm": ("layers.{layer}.post_attention_layernorm",),
+        "gate": ("layers.{layer}.mlp.gate_proj",),
+        "up": ("layers.{layer}.mlp.up_proj",),
+        "down": ("layers.{layer}.mlp.down_proj",),
+        "output_norm": ("norm",),
+        "lm_head": ("lm_head",),
+    },
+    prefixes=("model.", ""),
+)
+
+GGUF_STEMS: dict[str, tuple[str, ...]] = {
+    "embedding": ("token_embd",),
+    "attention_norm": ("blk.{layer}.attn_norm",),
+    "q": ("blk.{layer}.attn_q",),
+    "k": ("blk.{layer}.attn_k",),
+    "v": ("blk.{layer}.attn_v",),
+    "q_norm": ("blk.{layer}.attn_q_norm",),
+    "k_norm": ("blk.{layer}.attn_k_norm",),
+    "o": ("blk.{layer}.attn_output",),
+    "ffn_norm": ("blk.{layer}.ffn_norm",),
+    "gate": ("blk.{layer}.ffn_gate",),
+    "up": ("blk.{layer}.ffn_up",),
+    "down": ("blk.{layer}.ffn_down",),
+    "output_norm": ("output_norm",),
+    "lm_head": ("output",),
+}
+
+
+def half_split(heads: int) -> Build:
+    """Undo GGUF's order of the rows of q and k, in which the two dimensions that rope rotates together are neighbours.
+
+    Row (head, pair, which) of the file is row (head, which, pair) of ours.
+    """
+
+    def build(arrays: Sequence[Array]) -> Array:
+        rows = arrays[0]
+        pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(rows.shape)
+
+    return build
+
+
+def _neighbours(config: ModelConfig, tensor: str) -> Build:
+    stem, _ = split_suffix(tensor)
+    if stem in ("q", "k"):
+        return half_split(config.head_count if stem == "q" else config.kv_head_count)
+    return plain(config, tensor)
+
+
+GGUF_HALF_SPLIT = Naming(GGUF_STEMS)  # q and k as Hugging Face has them
+GGUF_NEIGHBOURS = Naming(GGUF_STEMS, build=_neighbours)  # q and k permuted for rope on neighbouring dimensions
