@@ -1,1 +1,5 @@
-"""Offline: a checkpoint becomes a model file."""
+"""Offline: a checkpoint (Hugging Face folder or GGUF file) becomes a `.svdp` model file."""
+
+from svdengine.converters.conversion import convert
+
+__all__ = ["convert"]

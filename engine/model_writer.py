@@ -98,6 +98,11 @@ class ModelWriter:
         """Of the whole file."""
         return self._writer.size_bytes
 
+    @property
+    def written_bytes(self) -> int:
+        """Of tensors, so far."""
+        return self._writer.written_bytes
+
     def write(self, name: str, array: NDArray[np.float32], layer: int = 0) -> None:
         """Store a vector (size,) or a matrix (rows, columns), quantised a few rows at a time.
 

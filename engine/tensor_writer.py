@@ -49,6 +49,11 @@ class TensorWriter:
             self.abort()
             raise
 
+    @property
+    def written_bytes(self) -> int:
+        """Of tensors, so far."""
+        return sum(self._written.values())
+
     def write(self, name: str, array: NDArray[Any], start: int = 0) -> None:
         """Write `array` into the tensor `name`, from its element `start` on. Raises ModelFileError on a full disk."""
         shape, dtype = self._tensors[name]

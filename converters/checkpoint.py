@@ -1,0 +1,62 @@
+"""What every kind of checkpoint offers to the conversion, and helpers that the kinds share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.errors import ConversionError
+from svdengine.model_writer import StoredTokenizer
+from svdengine.models.config import ModelConfig
+from svdengine.models.family import Source
+
+_HASHED = 1 << 24  # bytes at the beginning of a large file; they hold the header of a GGUF or safetensors file
+
+
+class Checkpoint(Protocol):
+    """A checkpoint that was opened: its settings are known, its tensors are read one at a time."""
+
+    path: Path
+    config: ModelConfig
+    tokenizer: StoredTokenizer
+    generation: dict[str, Any]  # sampling defaults
+    files: list[Path]  # all that was or will be read
+
+    @property
+    def tensor_names(self) -> Collection[str]:
+        """Names in the checkpoint."""
+        ...
+
+    def source(self, tensor: str, layer: int | None) -> Source:
+        """Where a canonical tensor comes from. Raises ValueError when the checkpoint lacks it."""
+        ...
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """One tensor of the checkpoint as float32, dequantised. Raises ConversionError."""
+        ...
+
+
+def describe_files(files: Iterable[Path]) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of source files; of a large file the hash covers the beginning."""
+    result = []
+    for file in files:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            digest = hashlib.sha256(stream.read(_HASHED)).hexdigest()
+        result.append({"name": file.name, "bytes": size, "sha256": digest, "hashed_bytes": min(size, _HASHED)})
+    return result
+
+
+def read_bytes(path: Path, what: str, dtype: np.dtype[Any], count: int, offset: int) -> NDArray[Any]:
+    """Read `count` elements at byte `offset`. Raises ConversionError when the file ends before."""
+    try:
+        data = np.fromfile(path, dtype, count, offset=offset)
+    except OSError as error:
+        raise ConversionError(f"{path}: {what}: {error.strerror or error}") from error
+    if data.size != count:
+        raise ConversionError(f"{path}: {what}: truncated, found {data.size} of {count} elements")
+    return data

@@ -1,0 +1,98 @@
+"""Convert a checkpoint, tensor by tensor: memory is bounded by the largest tensor and not by the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.converters.checkpoint import Checkpoint, describe_files
+from svdengine.errors import ConversionError
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
+from svdengine.model_writer import ModelWriter
+from svdengine.models.family import Source
+from svdengine.models.tensors import TensorSpec, tensor_specs
+
+Progress = Callable[[int, int], None]  # called with the bytes written so far, and the bytes of the whole file
+
+
+def convert(
+    source: Path,
+    output: Path,
+    dtype: WeightFormat = "q8",
+    activation: str | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Convert a Hugging Face folder or a GGUF file into the model file `output`.
+
+    `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
+    `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
+    converted and ModelFileError when `output` cannot be written; nothing is left behind then.
+    """
+    source, output = Path(source), Path(output)
+    if dtype not in WEIGHT_FORMATS:
+        raise ConversionError(f"unknown dtype {dtype!r}; there are {', '.join(WEIGHT_FORMATS)}")
+    checkpoint = open_checkpoint(source, activation)
+    if any(output.exists() and output.samefile(file) for file in checkpoint.files):
+        raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
+    plan = list(_plan(checkpoint))
+    provenance = {
+        "source": source.resolve().name,
+        "files": describe_files(checkpoint.files),
+        "tool": f"svdengine {metadata.version('svdengine')}",
+        "dtype": dtype,
+    }
+    if activation is not None:
+        provenance["activation"] = activation
+    with ModelWriter(
+        output, checkpoint.config, dtype, checkpoint.tokenizer, checkpoint.generation, provenance
+    ) as writer:
+        for spec, layer, origin in plan:
+            array = _build(checkpoint, origin)
+            try:
+                writer.write(spec.name, array, layer)
+            except ValueError as error:
+                raise ConversionError(f"{source}: tensor {', '.join(origin.names)}: {error}") from error
+            if progress is not None:
+                progress(writer.written_bytes, writer.size_bytes)
+
+
+def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:
+    """Open a checkpoint of either kind. Raises ConversionError."""
+    if source.is_dir():
+        from svdengine.converters.hf_checkpoint import HfCheckpoint
+
+        return HfCheckpoint(source, activation)
+    if not source.exists():
+        raise ConversionError(f"{source}: no such file or folder")
+    if source.suffix in (".safetensors", ".bin", ".pt", ".pth"):
+        raise ConversionError(f"{source}: give the folder that holds it together with config.json and the tokenizer")
+    from svdengine.converters.gguf_checkpoint import GgufCheckpoint
+
+    return GgufCheckpoint(source, activation)
+
+
+def _plan(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
+    """Every (tensor, layer) and where it comes from, checked to be there before any work is done."""
+    names = frozenset(checkpoint.tensor_names)
+    for spec in tensor_specs(checkpoint.config):
+        for layer in range(checkpoint.config.layer_count if spec.stacked else 1):
+            try:
+                origin = checkpoint.source(spec.name, layer if spec.stacked else None)
+            except ValueError as error:
+                raise ConversionError(f"{checkpoint.path}: {error}") from error
+            for name in origin.names:
+                if name not in names:
+                    raise ConversionError(f"{checkpoint.path}: the checkpoint lacks the tensor {name!r}")
+            yield spec, layer, origin
+
+
+def _build(checkpoint: Checkpoint, origin: Source) -> NDArray[np.float32]:
+    arrays = [checkpoint.read(name) for name in origin.names]
+    try:
+        return origin.build(arrays)
+    except (ValueError, IndexError) as error:
+        shapes = ", ".join(f"{name} {array.shape}" for name, array in zip(origin.names, arrays, strict=True))
+        raise ConversionError(f"{checkpoint.path}: tensors of the wrong shape: {shapes} ({error})") from error
