@@ -76,7 +76,7 @@ class ReferenceExecutor:
         heads = (len(x), -1, config.head_dim)
 
         # Project, normalise and rotate: (n, heads, head_dim).
-        q, k, v = (linear(lw, name, x).reshape(heads) for name in ("q", "k", "v"))
+        q, k, v = (linear(x, lw[name], lw.get(f"{name}.bias")).reshape(heads) for name in ("q", "k", "v"))
         if config.qk_norm:
             q, k = (rms_norm(a, lw[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
         if config.rope is not None:
@@ -97,7 +97,7 @@ class ReferenceExecutor:
             distance = batch.positions[rows, None] - seen
             visible = (distance >= 0) & (distance < window) if window else distance >= 0
             mixed[rows] = attend(q[rows], self.keys[layer, slots], self.values[layer, slots], visible)
-        return linear(lw, "o", mixed.reshape(len(x), -1))
+        return linear(mixed.reshape(len(x), -1), lw["o"], lw.get("o.bias"))
 
 
 def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
@@ -105,16 +105,16 @@ def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
 
     The neurons' activations (n, f) are act(gate x) * (up x) when gated, else act(up x).
     """
-    up = linear(weights, "up", x)
+    up = linear(x, weights["up"], weights.get("up.bias"))
     if config.gated:
-        gate = linear(weights, "gate", x)
+        gate = linear(x, weights["gate"], weights.get("gate.bias"))
         if config.activation == "drelu":
             up = activate("relu", up)
         neurons = activate(config.activation, gate, config.activation_threshold) * up
     else:
         neurons = activate(config.activation, up, config.activation_threshold)
-    down = weights["down_T"] if config.sparse_ffn else weights["down"].T
-    return neurons @ down + weights.get("down.bias", np.float32(0))
+    down = weights["down_T"].T if config.sparse_ffn else weights["down"]
+    return linear(neurons, down, weights.get("down.bias"))
 
 
 def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:
@@ -129,13 +129,14 @@ def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:
         return x / (1 + np.exp(-np.clip(x, -80, None)))
     if activation == "gelu":
         return x * np.float32(0.5) * (1 + _erf(x * np.float32(math.sqrt(0.5))))
-    inner = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
-    return x * np.float32(0.5) * (np.float32(1) + np.tanh(inner))
+    inner: Array = np.float32(math.sqrt(2 / math.pi)) * (x + np.float32(0.044715) * x * x * x)
+    return x * np.float32(0.5) * (1 + np.tanh(inner))
 
 
-def linear(weights: Weights, name: str, x: Array) -> Array:
-    """Multiply (n, columns) by the matrix `name` (rows, columns), adding its bias if it has one: (n, rows)."""
-    return x @ weights[name].T + weights.get(f"{name}.bias", np.float32(0))
+def linear(x: Array, matrix: Array, bias: Array | None) -> Array:
+    """Multiply x (n, columns) by the matrix (rows, columns) and add the bias (rows,): (n, rows)."""
+    product = x @ matrix.T
+    return product if bias is None else product + bias
 
 
 def normalize(config: ModelConfig, weights: Weights, name: str, x: Array) -> Array:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.models.config import ModelConfig, Rope
+from svdengine.models.family import Source
 from svdengine.models.tensors import tensor_specs
 
 # Sizes are odd on purpose: no multiple of 64 columns or of 16 rows, grouped heads, a head_dim that is not a power of 2.
@@ -89,6 +90,23 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, NDArray[np.f
             w = 0.1 * w + (1 if spec.name.endswith("norm.weight") else 0)
         weights[spec.name] = w.astype(np.float32)
     return weights
+
+
+def canonical_weights(
+    config: ModelConfig, checkpoint: Mapping[str, NDArray], source: Callable[..., Source]
+) -> dict[str, NDArray[np.float32]]:
+    """What `source` (hf_source, gguf_source) makes of the tensors of a checkpoint, stacked over layers."""
+
+    def build(name: str, layer: int | None) -> NDArray[np.float32]:
+        found = source(config, name, layer, checkpoint)
+        return found.build([np.asarray(checkpoint[n], np.float32) for n in found.names])
+
+    return {
+        spec.name: np.stack([build(spec.name, i) for i in range(config.layer_count)])
+        if spec.stacked
+        else build(spec.name, None)
+        for spec in tensor_specs(config)
+    }
 
 
 def random_tokens(config: ModelConfig, count: int, seed: int = 0) -> list[int]:

@@ -1,0 +1,187 @@
+"""Reading config.json: what is recognised, what is refused, and how clearly."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from model_zoo import zoo
+from svdengine.models import FAMILIES, ModelConfig, Rope, config_from_hf, hf_source, tensor_specs, with_activation
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 50272,
+    "hidden_size": 768,
+    "ffn_dim": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 2048,
+    "activation_function": "relu",
+}
+FALCON = {"model_type": "falcon", "vocab_size": 65024, "hidden_size": 4544}
+FALCON_7B = {**FALCON, "num_hidden_layers": 32, "num_attention_heads": 71, "multi_query": True}
+
+
+def test_llama_2() -> None:
+    config = config_from_hf(LLAMA)
+    assert config == ModelConfig(
+        family="llama",
+        vocab_size=32000,
+        hidden_size=4096,
+        layer_count=32,
+        head_count=32,
+        kv_head_count=32,
+        head_dim=128,
+        ffn_size=11008,
+        max_position=4096,
+        norm="rms",
+        norm_eps=1e-5,
+        activation="silu",
+        gated=True,
+        rope=Rope(10000.0),
+    )
+    assert ModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"hidden_act": "relu"}, {"activation": "relu"}),
+        ({"hidden_act": "fatrelu"}, {"activation": "fatrelu", "activation_threshold": 0.01}),
+        (
+            {"hidden_act": "fatrelu", "hidden_act_param": 0.05, "architectures": ["SparseLlamaForCausalLM"]},
+            {"activation": "fatrelu", "activation_threshold": 0.05},
+        ),
+        ({"hidden_act": "swish", "architectures": ["SomebodysForCausalLM"]}, {"activation": "silu"}),
+        ({"hidden_act": "gelu_new", "architectures": None}, {"activation": "gelu_tanh"}),
+        ({"num_key_value_heads": 8, "head_dim": 64}, {"kv_head_count": 8, "head_dim": 64}),
+        ({"num_key_value_heads": None, "head_dim": None}, {"kv_head_count": 32, "head_dim": 128}),
+        ({"tie_word_embeddings": True}, {"tied_embeddings": True}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope": Rope(5e5)}),
+        ({"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}, {"rope": Rope(5e5)}),
+        (
+            {"original_max_position_embeddings": 1024, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+            {"rope": Rope(1e4, "yarn", 4.0, original_max_position=1024, attention_factor=1.1386294361119891)},
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 4096}},
+            {"rope": Rope(1e4, "yarn", 1.0, original_max_position=4096)},
+        ),
+        ({"num_experts": 0, "pretraining_tp": 2, "quantization_config": None}, {}),
+        (
+            {"model_type": "mistral", "architectures": ["BambooForCausalLM"], "hidden_act": "relu"},
+            {"family": "bamboo", "activation": "drelu"},
+        ),
+    ],
+)
+def test_llama_like_settings(changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert config_from_hf({**LLAMA, **changes}) == replace(config_from_hf(LLAMA), **expected)
+
+
+def test_old_falcon_keys() -> None:
+    old = {**FALCON, "model_type": "RefinedWebModel", "n_layer": 32, "n_head": 71, "multi_query": True}
+    assert config_from_hf(old) == config_from_hf(FALCON_7B)
+    larger = {**FALCON, "hidden_size": 8192, "model_type": "RefinedWeb", "n_layer": 60, "n_head": 128, "n_head_kv": 8}
+    config = config_from_hf(larger)
+    assert (config.kv_head_count, config.parallel, config.shared_norm) == (8, True, False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model_type": "bert"},
+            r"unnamed \(model_type 'bert'\) is not supported; supported: llama, mistral",
+        ),
+        ({}, "is not supported; supported: "),
+        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture-of-experts .*num_local_experts=8"),
+        ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
+        ({**LLAMA, "hidden_act": "mish"}, "'mish' is not supported; supported: relu, fatrelu, drelu, relu2, silu"),
+        ({**LLAMA, "hidden_size": "big"}, "hidden_size must be a positive whole number, found 'big'"),
+        ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads must be a positive whole number, found 0"),
+        ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, "vocab_size must be .* found None"),
+        ({**LLAMA, "num_key_value_heads": 5}, "head_count 32 is not a multiple of kv_head_count 5"),
+        ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps must be a number"),
+        ({**LLAMA, "attention_bias": "yes"}, "attention_bias must be true or false"),
+        ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope scaling 'dynamic' is not supported"),
+        (
+            {**LLAMA, "rope_scaling": {"rope_type": "longrope"}},
+            "rope scaling 'longrope' is not supported; supported",
+        ),
+        ({**LLAMA, "rope_scaling": {"type": "su"}}, "rope scaling 'su' is not supported"),
+        ({**LLAMA, "rope_scaling": {"type": "linear"}}, "factor must be a number, found None"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial rotary embedding is not supported"),
+        ({**LLAMA, "rope_parameters": {"partial_rotary_factor": 0.25}}, "partial rotary embedding"),
+        ({**LLAMA, "rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ between layers"),
+        ({**LLAMA, "model_type": "bamboo", "architectures": None}, "a bamboo model has the activation relu"),
+        (
+            {
+                **LLAMA,
+                "model_type": "qwen3",
+                "architectures": None,
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "layer_types": ["linear_attention"] * 32,
+            },
+            "layers of type linear_attention",
+        ),
+        ({**OPT, "do_layer_norm_before": False}, "OPT-350m"),
+        ({**OPT, "word_embed_proj_dim": 512}, "OPT-350m"),
+        ({**OPT, "layer_norm_elementwise_affine": False}, "no weights"),
+        ({**FALCON_7B, "alibi": True}, "ALiBi"),
+    ],
+)
+def test_refusals_are_one_clear_line(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        config_from_hf(settings)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tensor_is_named() -> None:
+    config = config_from_hf(LLAMA)
+    with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.3\.mlp\.down_proj\.weight or layers\.3\."):
+        hf_source(config, "down", 3, ())
+    with pytest.raises(ValueError, match="no name for the tensor position_embedding"):
+        hf_source(config, "position_embedding", None, ())
+
+
+class _Everything:
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("name", zoo())
+def test_every_tensor_of_every_family_has_a_name(name: str) -> None:
+    config = zoo()[name]
+    found = [hf_source(config, spec.name, 1 if spec.stacked else None, _Everything()) for spec in tensor_specs(config)]
+    assert all(len(source.names) == 1 and "{" not in source.names[0] for source in found)
+    assert set(FAMILIES) == {config.family for config in zoo().values()}
+
+
+def test_with_activation() -> None:
+    config = config_from_hf(LLAMA)
+    assert with_activation(config, "relu") == replace(config, activation="relu")
+    assert with_activation(config, "fatrelu").activation_threshold == 0.01
+    shifted = with_activation(config, "fatrelu", 0.2)
+    assert with_activation(shifted, "fatrelu").activation_threshold == 0.2
+    assert with_activation(shifted, "silu") == config
+    with pytest.raises(ValueError, match="'mish' is not supported"):
+        with_activation(config, "mish")
+    with pytest.raises(ValueError, match="only fatrelu has a threshold"):
+        with_activation(config, "relu", 0.1)
+    with pytest.raises(ValueError, match="from 0 up"):
+        with_activation(config, "fatrelu", float("nan"))
+    with pytest.raises(ValueError, match="gated"):
+        with_activation(config_from_hf(OPT), "drelu")
