@@ -1,0 +1,189 @@
+"""Integer dot products, the only arithmetic that differs between instruction sets, and the inner loops built on them.
+
+Activations are int8 in -127..127. `vpdpbusd` wants one side unsigned, so int8 weights are offset by BIAS in the
+register, and sum(w * a) = sum((w + BIAS) * a) - BIAS * sum(a): the caller subtracts the last term, whose sum over a
+group is made once for all rows.
+"""
+
+from __future__ import annotations
+
+from numba.core import types
+
+from svdengine.kernels.cpu import isa
+from svdengine.kernels.cpu.simd import (
+    F16,
+    F32,
+    F32V,
+    I8,
+    I8V,
+    I16,
+    I32,
+    I32V,
+    ISA,
+    address,
+    call,
+    f32x16,
+    fused,
+    half_to_float,
+    ir,
+    load,
+    operation,
+    shuffle,
+    store,
+)
+
+BIAS = 128 if ISA in (isa.AVX512, isa.AVXVNNI) else 0
+BLOCK = 64  # columns in one vector of bytes
+CHUNK = 512  # columns whose scales fill one vector
+
+
+def _pieces(builder, vector, lanes):  # type: ignore[no-untyped-def]
+    """Split a vector into pieces of `lanes`."""
+    return [shuffle(builder, vector, vector, list(range(s, s + lanes))) for s in range(0, vector.type.count, lanes)]
+
+
+def _joined(builder, pieces):  # type: ignore[no-untyped-def]
+    while len(pieces) > 1:
+        count = pieces[0].type.count
+        pieces = [
+            shuffle(builder, a, b, list(range(2 * count))) for a, b in zip(pieces[::2], pieces[1::2], strict=True)
+        ]
+    return pieces[0]
+
+
+def emit_dot(builder, total, weights, activations):  # type: ignore[no-untyped-def]
+    """total (16 int32) + sums of 4 neighbouring products. weights: 64 bytes, biased by BIAS; activations: 64 int8."""
+    if ISA == isa.AVX512:
+        w, a = builder.bitcast(weights, I32V), builder.bitcast(activations, I32V)
+        return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32V, [total, w, a])
+    if ISA == isa.AVXVNNI:
+        half = ir.VectorType(I32, 8)
+        parts = zip(_pieces(builder, total, 8), _pieces(builder, weights, 32), _pieces(builder, activations, 32), strict=True)
+        sums = [
+            call(builder, "llvm.x86.avx512.vpdpbusd.256", half, [t, builder.bitcast(w, half), builder.bitcast(a, half)])
+            for t, w, a in parts
+        ]
+        return _joined(builder, sums)
+    if ISA == isa.AVX2:
+        return builder.add(total, _dot_avx2(builder, weights, activations))
+    if ISA == isa.NEON:
+        quarter = ir.VectorType(I32, 4)
+        parts = zip(_pieces(builder, total, 4), _pieces(builder, weights, 16), _pieces(builder, activations, 16), strict=True)
+        sums = [call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", quarter, [t, w, a]) for t, w, a in parts]
+        return _joined(builder, sums)
+    wide = ir.VectorType(I32, 64)
+    products = builder.mul(builder.sext(weights, wide), builder.sext(activations, wide))
+    for phase in range(4):
+        total = builder.add(total, shuffle(builder, products, products, list(range(phase, 64, 4))))
+    return total
+
+
+def _dot_avx2(builder, weights, activations):  # type: ignore[no-untyped-def]
+    """|w| * (a with w's sign): pairs fit int16, since neither side holds -128."""
+    words, sums = ir.VectorType(I16, 16), ir.VectorType(I32, 8)
+    ones = ir.Constant(words, [1] * 16)
+    results = []
+    for w, a in zip(_pieces(builder, weights, 32), _pieces(builder, activations, 32), strict=True):
+        size = call(builder, "llvm.x86.avx2.psign.b", w.type, [w, w])
+        signed = call(builder, "llvm.x86.avx2.psign.b", w.type, [a, w])
+        pairs = call(builder, "llvm.x86.avx2.pmadd.ub.sw", words, [size, signed])
+        results.append(call(builder, "llvm.x86.avx2.pmadd.wd", sums, [pairs, ones]))
+    return _joined(builder, results)
+
+
+def emit_bias(builder, weights):  # type: ignore[no-untyped-def]
+    """int8 weights as `emit_dot` wants them."""
+    return builder.xor(weights, ir.Constant(I8V, [128] * 64)) if BIAS else weights
+
+
+def emit_nibbles(builder, at, offset=0):  # type: ignore[no-untyped-def]
+    """32 packed bytes as 64 values in 0..15: the low halves, then the high halves."""
+    packed = load(builder, at, ir.VectorType(I8, 32), offset)
+    both = shuffle(builder, packed, packed, list(range(32)) * 2)
+    if ISA in (isa.AVX512,):
+        # One shift by 0 or 4 of 16-bit lanes; the mask removes what crosses a byte.
+        wide = ir.VectorType(I16, 32)
+        shifted = builder.lshr(builder.bitcast(both, wide), ir.Constant(wide, [0] * 16 + [4] * 16))
+        return builder.and_(builder.bitcast(shifted, I8V), ir.Constant(I8V, [15] * 64))
+    low = builder.and_(packed, ir.Constant(packed.type, [15] * 32))
+    high = builder.lshr(packed, ir.Constant(packed.type, [4] * 32))
+    return shuffle(builder, low, high, list(range(64)))
+
+
+def _scaled(builder, total, dots, scales, block):  # type: ignore[no-untyped-def]
+    """total + dots * (the scales of the block's two groups)."""
+    spread = shuffle(builder, scales, scales, [2 * block] * 8 + [2 * block + 1] * 8)
+    return fused(builder, builder.sitofp(dots, F32V), spread, total)
+
+
+@operation(f32x16, f32x16, address, address, f32x16)
+def dot_chunk_q8(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
+    """total + scaled products of 512 columns of int8 weights (less the bias' term). scales: one a group, both sides'."""
+    zero = ir.Constant(I32V, [0] * 16)
+    for block in range(CHUNK // BLOCK):
+        w = emit_bias(builder, load(builder, weights, I8V, block * BLOCK))
+        dots = emit_dot(builder, zero, w, load(builder, activations, I8V, block * BLOCK))
+        total = _scaled(builder, total, dots, scales, block)
+    return total
+
+
+@operation(f32x16, f32x16, address, address, f32x16)
+def dot_chunk_q4(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
+    """As `dot_chunk_q8`, for 512 columns of packed 4-bit weights (less the minima's term)."""
+    zero = ir.Constant(I32V, [0] * 16)
+    for block in range(CHUNK // BLOCK):
+        w = emit_nibbles(builder, weights, block * BLOCK // 2)
+        dots = emit_dot(builder, zero, w, load(builder, activations, I8V, block * BLOCK))
+        total = _scaled(builder, total, dots, scales, block)
+    return total
+
+
+@operation(f32x16, f32x16, address, address, f32x16)
+def dot_block_q8(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
+    """As `dot_chunk_q8`, for 64 columns; the scales are those of the first two lanes."""
+    zero = ir.Constant(I32V, [0] * 16)
+    w = emit_bias(builder, load(builder, weights, I8V))
+    return _scaled(builder, total, emit_dot(builder, zero, w, load(builder, activations, I8V)), scales, 0)
+
+
+@operation(f32x16, f32x16, address, address, f32x16)
+def dot_block_q4(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
+    """As `dot_chunk_q4`, for 64 columns; the scales are those of the first two lanes."""
+    zero = ir.Constant(I32V, [0] * 16)
+    w = emit_nibbles(builder, weights)
+    return _scaled(builder, total, emit_dot(builder, zero, w, load(builder, activations, I8V)), scales, 0)
+
+
+def _two_lanes(builder, pair):  # type: ignore[no-untyped-def]
+    """Two float32 in lanes 0 and 1, zeros after them."""
+    return shuffle(builder, pair, ir.Constant(pair.type, [0.0, 0.0]), [0, 1] + [2] * 14)
+
+
+@operation(f32x16, address)
+def load_f32_pair(builder, at):  # type: ignore[no-untyped-def]
+    """Two float32, then zeros."""
+    return _two_lanes(builder, load(builder, at, ir.VectorType(F32, 2)))
+
+
+@operation(f32x16, address)
+def load_f16_pair(builder, at):  # type: ignore[no-untyped-def]
+    """Two float16, widened, then zeros."""
+    return _two_lanes(builder, half_to_float(builder, load(builder, at, ir.VectorType(F16, 2))))
+
+
+@operation(f32x16, address)
+def load_u8_pair(builder, at):  # type: ignore[no-untyped-def]
+    """Two unsigned bytes, converted, then zeros."""
+    return _two_lanes(builder, builder.uitofp(load(builder, at, ir.VectorType(I8, 2)), ir.VectorType(F32, 2)))
+
+
+@operation(types.void, address, address)
+def copy_biased(builder, to, at):  # type: ignore[no-untyped-def]
+    """64 int8 weights to 64 bytes as `emit_dot` wants them."""
+    store(builder, to, emit_bias(builder, load(builder, at, I8V)))
+
+
+@operation(types.void, address, address)
+def unpack_nibbles(builder, to, at):  # type: ignore[no-untyped-def]
+    """32 packed bytes to 64 bytes in 0..15."""
+    store(builder, to, emit_nibbles(builder, at))

@@ -1,0 +1,178 @@
+"""CpuExecutor: weights where they lie in the file, a KV block pool, and a thread team that runs compiled steps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import DeviceError
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
+from svdengine.kernels.cpu.plan import Model, build_model
+from svdengine.kernels.cpu.step import Cache, Inputs, Workspace, run
+from svdengine.kernels.cpu.team import Team
+from svdengine.kernels.formats import WeightFormat, padded_columns
+from svdengine.kernels.rope import rope_tables
+from svdengine.models import ModelConfig
+
+KvDtype = Literal["f32", "f16"]
+_LINE = 64  # bytes: buffers start on a cache line
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:
+        return os.cpu_count() or 1
+
+
+class CpuExecutor:
+    """Runs a model on the CPU. Not for use from several threads at once: one `forward` at a time.
+
+    `arrays` are the stored parts of the model file by name, layers stacked, and `formats` the format of each matrix;
+    both must match `config` (ValueError otherwise). `context` is the longest sequence. Raises DeviceError for a number
+    of threads that makes no sense.
+    """
+
+    name = "cpu"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        arrays: Mapping[str, NDArray],
+        formats: Mapping[str, WeightFormat],
+        *,
+        block_count: int,
+        max_batch_rows: int = 256,
+        context: int | None = None,
+        threads: int | None = None,
+        kv_dtype: KvDtype = "f16",
+    ) -> None:
+        self.threads = default_threads() if threads is None else threads
+        if not 1 <= self.threads <= 1024:
+            raise DeviceError(f"threads must lie in 1..1024, found {threads}")
+        self.block_count, self.max_batch_rows = block_count, max_batch_rows
+        self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
+        self._config = config
+        tables = _rope(config, self.context)
+        self._model, self._keep = build_model(config, arrays, formats, tables)
+        self._cache = self._allocate_cache(kv_dtype)
+        self._inputs = _inputs(max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)))
+        self._work = self._allocate_workspace()
+        self._team: Team | None = Team(self.threads, self._member_loop)
+
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
+        if self._team is None:
+            raise ValueError("the executor is closed")
+        self._load(batch)
+        self._team.start_step()
+        run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
+        return self._logits[: len(batch.logit_rows), : self._config.vocab_size]
+
+    def close(self) -> None:
+        """End the threads. Calling it twice is fine."""
+        if self._team is not None:
+            self._team.close()
+            self._team = None
+
+    def _member_loop(self, member: int, sync: NDArray[np.int64], seen: int) -> int:
+        return run(self._model, self._work, self._cache, self._inputs, member, self.threads, sync, seen)
+
+    def _load(self, batch: Batch) -> None:
+        """Check the batch and copy it to where compiled code reads it."""
+        n, wanted = len(batch.tokens), len(batch.logit_rows)
+        sequences, blocks = batch.block_tables.shape
+        if not 1 <= n <= self.max_batch_rows or wanted > n or sequences > self.max_batch_rows:
+            raise ValueError(f"a batch of {n} rows and {wanted} logits; the most is {self.max_batch_rows} rows")
+        if blocks > self._inputs.block_tables.shape[1]:
+            raise ValueError(f"a block table of {blocks} blocks; the context has {self._inputs.block_tables.shape[1]}")
+        if len(batch.positions) != n or len(batch.sequences) != n:
+            raise ValueError("tokens, positions and sequences of a batch differ in length")
+        for name, values, limit in (
+            ("token", batch.tokens, self._config.vocab_size),
+            ("position", batch.positions, min(self.context, blocks * BLOCK_SIZE)),
+            ("sequence", batch.sequences, sequences),
+            ("block", batch.block_tables, self.block_count),
+            ("logit row", batch.logit_rows, n),
+        ):
+            if values.size and not (values.min() >= 0 and values.max() < limit):
+                raise ValueError(f"a {name} lies outside 0..{limit - 1}")
+        inputs = self._inputs
+        inputs.sizes[:] = n, wanted
+        inputs.tokens[:n] = batch.tokens
+        inputs.positions[:n] = batch.positions
+        inputs.sequences[:n] = batch.sequences
+        inputs.block_tables[:sequences, :blocks] = batch.block_tables
+        inputs.logit_rows[:wanted] = batch.logit_rows
+
+    def _allocate_cache(self, kv_dtype: KvDtype) -> Cache:
+        """The block pool; untouched pages cost no memory."""
+        model = self._model
+        size = {"f32": 4, "f16": 2}[kv_dtype]
+        key_head = size * model.head_dim * BLOCK_SIZE
+        value_head = size * model.value_stride * BLOCK_SIZE
+        heads = model.layers * self.block_count * model.kv_heads
+        self.kv_bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
+        keys, values = _aligned(heads * key_head), _aligned(heads * value_head)
+        self._keep += [keys, values]
+        return Cache(keys.ctypes.data, values.ctypes.data, key_head, value_head, self.block_count, kv_dtype == "f16")
+
+    def _allocate_workspace(self) -> Workspace:
+        model, rows = self._model, max(self.max_batch_rows, self.threads)
+        rows = -(-rows // 8) * 8  # a tile may touch rows up to the next multiple of 8
+
+        def stride(columns: int) -> int:
+            return 4 * padded_columns(columns)
+
+        def quantized(columns: int) -> int:
+            return padded_columns(columns) * 5 // 4
+
+        hidden, attention = stride(model.hidden), stride(model.heads * model.head_dim)
+        ffn, kv = stride(model.ffn), stride(model.kv_heads * model.head_dim)
+        widest = padded_columns(max(model.hidden, model.ffn, model.heads * model.head_dim))
+        scratch = max(24 * widest + 8192, 2 << 17, 4 * (self.context + model.value_stride + 128))
+        self._logits = _aligned(rows * stride(model.vocabulary)).view(np.float32).reshape(rows, -1)
+        sizes = {
+            "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
+            "q": attention, "k": kv, "v": kv, "attention": attention,
+            "attention_q": quantized(model.heads * model.head_dim), "attention_add": hidden, "ffn_add": hidden,
+            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn),
+        }  # fmt: skip
+        buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
+        buffers["scratch"] = _aligned(self.threads * scratch)
+        self._keep += [*buffers.values(), self._logits]
+        strides = {
+            "hidden_stride": hidden, "hidden_q_stride": sizes["hidden_q"], "q_stride": attention, "kv_stride": kv,
+            "attention_stride": attention, "attention_q_stride": sizes["attention_q"], "ffn_stride": ffn,
+            "ffn_q_stride": sizes["ffn_q"], "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
+        }  # fmt: skip
+        addresses = {name: buffer.ctypes.data for name, buffer in buffers.items()}
+        return Workspace(**addresses, logits=self._logits.ctypes.data, **strides)
+
+
+def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    if config.rope is None:
+        return np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
+    return rope_tables(config, np.arange(context))
+
+
+def _inputs(rows: int, blocks: int) -> Inputs:
+    def ints(*shape: int) -> NDArray[np.int32]:
+        return np.zeros(shape, np.int32)
+
+    return Inputs(np.zeros(2, np.int64), ints(rows), ints(rows), ints(rows), ints(rows, blocks), ints(rows))
+
+
+def _aligned(size: int) -> NDArray[np.uint8]:
+    """Zeroed bytes that start on a cache line."""
+    room = np.zeros(size + _LINE, np.uint8)
+    skip = -room.ctypes.data % _LINE
+    return room[skip : skip + size]
+
+
+__all__ = ["CpuExecutor", "KvDtype", "Model", "default_threads"]

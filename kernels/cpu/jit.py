@@ -1,0 +1,64 @@
+"""The one decorator of compiled code: no GIL, cached on disk under a key that changes with any kernel's source."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+
+from svdengine.kernels.cpu.isa import active_isa
+
+# Reordering and contraction only: infinities and NaN keep their meaning.
+_FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
+
+
+def user_cache_directory() -> Path:
+    """Where svdengine keeps what can be made again."""
+    if os.name == "nt":
+        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "svdengine"
+
+
+@cache
+def kernel_cache_directory() -> Path:
+    """Compiled kernels of exactly these sources, this instruction set and these compilers.
+
+    Numba's own cache looks only at the file of the outermost function, so an edit of a callee would go unseen.
+    """
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    for part in (active_isa(), numba.__version__, llvmlite.__version__, sys.version):
+        digest.update(part.encode())
+    return user_cache_directory() / "kernels" / digest.hexdigest()[:16]
+
+
+@contextmanager
+def _numba_cache_in(directory: Path) -> Iterator[None]:
+    before = numba.config.CACHE_DIR
+    numba.config.CACHE_DIR = str(directory)
+    try:
+        yield
+    finally:
+        numba.config.CACHE_DIR = before
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """Compile `function` on first use, to run without the GIL; part of the callers' compiled code."""
+    return numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy")(function)
+
+
+def entry(function: Callable[..., Any]) -> Any:
+    """As `jit`, for the few functions that Python calls: cached on disk."""
+    with _numba_cache_in(kernel_cache_directory()):
+        return numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy", cache=True)(function)

@@ -1,0 +1,232 @@
+"""The model as compiled code sees it: a NamedTuple of numbers and small arrays, one type for every model.
+
+Weights stay where they are (the file's mmap): a matrix is a row of integers, its parts' addresses, format and sizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, padded_columns, stored_parts
+from svdengine.models import ModelConfig, TensorSpec, tensor_specs
+
+F32, F16, BF16, Q8, Q4 = range(5)  # codes of WEIGHT_FORMATS, in its order
+
+# Fields of a matrix.
+DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, BIAS_VECTOR, MATRIX_FIELDS = range(9)
+
+# Matrices of a layer, then those of the whole model after all layers.
+Q, K, V, O, GATE, UP, DOWN, LAYER_MATRICES = range(8)  # noqa: E741
+EMBEDDING, LM_HEAD = range(2)
+
+_NAMES = {"q": Q, "k": K, "v": V, "o": O, "gate": GATE, "up": UP, "down": DOWN, "down_T": DOWN}
+
+ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2", "silu", "gelu", "gelu_tanh")
+RELU, FATRELU, DRELU, RELU2, SILU, GELU, GELU_TANH = range(7)
+
+
+class Model(NamedTuple):
+    """Everything about the weights that a step reads."""
+
+    layers: int
+    hidden: int
+    hidden_stride: int  # floats in a row of the residual stream: hidden, padded
+    heads: int
+    kv_heads: int
+    head_dim: int
+    value_stride: int  # floats in a stored value vector: head_dim, padded to 16
+    attention_stride: int  # floats in a row of attention output, padded
+    ffn: int
+    ffn_stride: int
+    vocabulary: int
+    activation: int
+    threshold: float
+    layer_norm: bool
+    norm_eps: float
+    gated: bool
+    transposed_down: bool
+    parallel: bool
+    shared_norm: bool
+    qk_norm: bool
+    learned_positions: bool
+    rope: bool
+    quantized: bool  # some matrix of a layer wants int8 activations
+    head_quantized: bool  # the lm_head does
+    embedding_scale: float
+    residual_scale: float
+    logit_scale: float
+    attention_scale: float
+    matrices: NDArray[np.int64]  # (layers * LAYER_MATRICES + 2, MATRIX_FIELDS)
+    windows: NDArray[np.int64]  # (layers,) sliding window, or a number larger than any context
+    attention_norm: NDArray[np.float32]  # (layers, 2, hidden_stride) weight and bias
+    ffn_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
+    output_norm: NDArray[np.float32]  # (2, hidden_stride)
+    head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
+    positions: NDArray[np.float32]  # (max_position or 1, hidden_stride)
+    cos: NDArray[np.float32]  # (context, head_dim / 2)
+    sin: NDArray[np.float32]
+
+
+def build_model(
+    config: ModelConfig,
+    arrays: Mapping[str, NDArray],
+    formats: Mapping[str, WeightFormat],
+    rope_tables: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> tuple[Model, list[NDArray]]:
+    """Lay a model out for compiled code. Returns it and the arrays that must outlive it.
+
+    `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
+    an array's shape, type or layout is not what the config says: compiled code checks nothing.
+    """
+    keep: list[NDArray] = []
+    specs = {spec.name: spec for spec in tensor_specs(config)}
+    count = config.layer_count * LAYER_MATRICES
+    matrices = np.zeros((count + 2, MATRIX_FIELDS), np.int64)
+    zeros = np.zeros(max(config.ffn_size, config.vocab_size, config.hidden_size, *_widths(config)) + 64, np.float32)
+    keep.append(zeros)
+    for name, kind in _NAMES.items():
+        if name in specs:
+            fields = _matrix_fields(specs[name], arrays, formats[name], keep)
+            bias = _bias_addresses(config, name, arrays, zeros, keep)
+            for layer in range(config.layer_count):
+                matrices[layer * LAYER_MATRICES + kind, :BIAS_VECTOR] = fields[layer]
+                matrices[layer * LAYER_MATRICES + kind, BIAS_VECTOR] = bias[layer]
+    head = "embedding" if config.tied_embeddings else "lm_head"
+    for slot, name in ((EMBEDDING, "embedding"), (LM_HEAD, head)):
+        matrices[count + slot, :BIAS_VECTOR] = _matrix_fields(specs[name], arrays, formats[name], keep)[0]
+        matrices[count + slot, BIAS_VECTOR] = zeros.ctypes.data
+    model = _model(config, specs, arrays, formats, matrices, formats[head], rope_tables)
+    return model, keep
+
+
+def _widths(config: ModelConfig) -> tuple[int, int]:
+    return config.head_count * config.head_dim, config.kv_head_count * config.head_dim
+
+
+def _matrix_fields(
+    spec: TensorSpec, arrays: Mapping[str, NDArray], weight_format: WeightFormat, keep: list[NDArray]
+) -> NDArray[np.int64]:
+    """(layers, BIAS_VECTOR) addresses and sizes of a stacked matrix; an unstacked one is one layer."""
+    layers = spec.shape[0] if spec.stacked else 1
+    rows, columns = spec.shape[-2:]
+    fields = np.zeros((layers, BIAS_VECTOR), np.int64)
+    fields[:, FORMAT] = WEIGHT_FORMATS.index(weight_format)
+    fields[:, ROWS], fields[:, COLUMNS] = rows, padded_columns(columns)
+    for suffix, (shape, dtype) in stored_parts(weight_format, rows, columns).items():
+        array = arrays[spec.name + suffix]
+        expected = (layers, *shape) if spec.stacked else shape
+        if array.shape != expected or array.dtype != _DTYPES[dtype] or not array.flags.c_contiguous:
+            raise ValueError(f"{spec.name}{suffix}: found {array.dtype} {array.shape}, expected {dtype} {expected}")
+        keep.append(array)
+        field = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}[suffix]
+        fields[:, field] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
+    return fields
+
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(np.uint16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
+
+
+def _bias_addresses(
+    config: ModelConfig, name: str, arrays: Mapping[str, NDArray], zeros: NDArray, keep: list[NDArray]
+) -> NDArray[np.int64]:
+    source = arrays.get(f"{'down' if name == 'down_T' else name}.bias")
+    if source is None:
+        return np.full(config.layer_count, zeros.ctypes.data, np.int64)
+    padded = _padded(source, 64)
+    keep.append(padded)
+    return padded.ctypes.data + np.arange(config.layer_count) * padded.strides[0]
+
+
+def _padded(array: NDArray, multiple: int, width: int = 0) -> NDArray[np.float32]:
+    """A float32 copy whose last axis is filled with zeros to a multiple, and to at least `width`."""
+    size = max(-(-array.shape[-1] // multiple) * multiple, width)
+    out = np.zeros((*array.shape[:-1], size), np.float32)
+    out[..., : array.shape[-1]] = array
+    return out
+
+
+def _model(
+    config: ModelConfig,
+    specs: Mapping[str, TensorSpec],
+    arrays: Mapping[str, NDArray],
+    formats: Mapping[str, WeightFormat],
+    matrices: NDArray[np.int64],
+    head_format: WeightFormat,
+    rope_tables: tuple[NDArray[np.float32], NDArray[np.float32]],
+) -> Model:
+    d, hd = config.hidden_size, config.head_dim
+
+    def norm(name: str, layers: int, width: int) -> NDArray[np.float32]:
+        """Weight and bias, (layers, 2, padded width); zeros where the model has none."""
+        out = np.zeros((layers, 2, width), np.float32)
+        for row, part in enumerate((".weight", ".bias")):
+            if name + part in specs:
+                values = arrays[name + part].reshape(layers, -1)
+                out[:, row, : values.shape[1]] = values
+        return out
+
+    head_norm = np.zeros((config.layer_count, 2, hd), np.float32)
+    if config.qk_norm:
+        head_norm[:, 0], head_norm[:, 1] = arrays["q_norm.weight"], arrays["k_norm.weight"]
+    windows = np.full(config.layer_count, 1 << 40, np.int64)
+    if config.sliding_window:
+        windows[list(config.sliding_window_layers)] = config.sliding_window
+    stride = padded_columns(d)
+    positions = np.zeros((1, stride), np.float32)
+    if config.learned_positions:
+        positions = _padded(_float32(arrays["position_embedding"], formats["position_embedding"])[:, :d], 64)
+    return Model(
+        layers=config.layer_count,
+        hidden=d,
+        hidden_stride=stride,
+        heads=config.head_count,
+        kv_heads=config.kv_head_count,
+        head_dim=hd,
+        value_stride=-(-hd // 16) * 16,
+        attention_stride=padded_columns(config.head_count * hd),
+        ffn=config.ffn_size,
+        ffn_stride=padded_columns(config.ffn_size),
+        vocabulary=config.vocab_size,
+        activation=ACTIVATIONS.index(config.activation),
+        threshold=float(config.activation_threshold),
+        layer_norm=config.norm == "layer",
+        norm_eps=float(config.norm_eps),
+        gated=config.gated,
+        transposed_down=config.sparse_ffn,
+        parallel=config.parallel,
+        shared_norm=config.shared_norm,
+        qk_norm=config.qk_norm,
+        learned_positions=config.learned_positions,
+        rope=config.rope is not None,
+        quantized=any(formats[name] in ("q8", "q4") for name in _NAMES if name in specs),
+        head_quantized=head_format in ("q8", "q4"),
+        embedding_scale=float(config.embedding_scale),
+        residual_scale=float(config.residual_scale),
+        logit_scale=float(config.logit_scale),
+        attention_scale=float(hd) ** -0.5,
+        matrices=matrices,
+        windows=windows,
+        attention_norm=norm("attention_norm", config.layer_count, stride),
+        ffn_norm=norm("ffn_norm", config.layer_count, stride),
+        output_norm=norm("output_norm", 1, stride)[0],
+        head_norm=head_norm,
+        positions=positions,
+        cos=rope_tables[0],
+        sin=rope_tables[1],
+    )
+
+
+def _float32(array: NDArray, weight_format: WeightFormat) -> NDArray[np.float32]:
+    if weight_format not in ("f32", "f16"):
+        raise ValueError(f"position_embedding must be f32 or f16, found {weight_format}")
+    return array.astype(np.float32)

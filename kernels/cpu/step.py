@@ -1,0 +1,425 @@
+"""One step of the model, from tokens to logits, as compiled code that every thread of the team runs.
+
+A step of one row (decode) keeps the residual stream in a private copy a thread: norms and quantisation are so short
+that all threads do them rather than wait for one. A step of several rows shares the rows out instead.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.cpu.attention import attend, store_key_value
+from svdengine.kernels.cpu.elementwise import (
+    activate_row,
+    add_row,
+    head_rms_norm,
+    layer_norm,
+    rms_norm,
+    rotate,
+    scale_head,
+    scale_row,
+)
+from svdengine.kernels.cpu.gemm import gemm, gemm_transposed, load_weights
+from svdengine.kernels.cpu.gemv import add_neurons, gemv
+from svdengine.kernels.cpu.jit import entry, jit
+from svdengine.kernels.cpu.plan import BIAS_VECTOR, DOWN, EMBEDDING, GATE, LAYER_MATRICES, LM_HEAD, UP, O
+from svdengine.kernels.cpu.quantize import quantize_groups
+from svdengine.kernels.cpu.simd import load_real, store_f32, store_real
+from svdengine.kernels.cpu.sync import STOP, barrier, load_shared, wait_for_work
+
+
+class Workspace(NamedTuple):
+    """Addresses of the buffers of a step. A row is as wide as its stride, in bytes."""
+
+    x: int  # residual stream
+    hidden_stride: int
+    normed: int
+    second: int  # input of a parallel FFN that has a norm of its own
+    hidden_q: int  # quantised `normed`
+    hidden_q_stride: int
+    q: int
+    q_stride: int
+    k: int
+    v: int
+    kv_stride: int
+    attention: int
+    attention_stride: int
+    attention_q: int
+    attention_q_stride: int
+    attention_add: int  # what attention adds to x
+    ffn_add: int  # what the FFN adds; with neuron-major down, one row a thread in decode
+    gate: int
+    up: int
+    ffn_stride: int
+    ffn_q: int
+    ffn_q_stride: int
+    logits: int
+    logits_stride: int
+    scratch: int  # one a thread
+    scratch_stride: int
+
+
+class Cache(NamedTuple):
+    """The KV block pool: [layer][block][kv head][...], keys dimension-major and values token-major."""
+
+    keys: int
+    values: int
+    key_head: int  # bytes of one block of one head
+    value_head: int
+    blocks: int
+    half: bool
+
+
+class Inputs(NamedTuple):
+    """The batch, in arrays that live as long as the executor."""
+
+    sizes: NDArray[np.int64]  # (2,) rows, rows whose logits are wanted
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    logit_rows: NDArray[np.int32]
+
+
+@jit
+def share(count, unit, member, threads):
+    """This member's part of `count` items, in multiples of `unit`."""
+    units = (count + unit - 1) // unit
+    first = units * member // threads * unit
+    last = units * (member + 1) // threads * unit
+    return min(first, count), min(last, count)
+
+
+@jit
+def rows_of(n, member, threads):
+    """The rows of the residual stream that a member owns: first, last. In decode, its private copy."""
+    if n == 1:
+        return member, member + 1
+    return share(n, 1, member, threads)
+
+
+@jit
+def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch):
+    """out[:, first..last] = x times rows first..last of a matrix, plus its bias."""
+    bias = matrix[BIAS_VECTOR]
+    if n == 1:
+        gemv(matrix, bias, x, quantized, out, first, last)
+    else:
+        gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
+
+
+@jit
+def embed(model, work, inputs, n, member, threads):
+    """Residual stream = embedding of the tokens (+ position)."""
+    first, last = rows_of(n, member, threads)
+    for row in range(first, last):
+        token = inputs.tokens[0 if n == 1 else row]
+        x = work.x + row * work.hidden_stride
+        matrix = model.matrices[model.layers * LAYER_MATRICES + EMBEDDING]
+        for column in range(0, model.hidden_stride, 16):
+            store_f32(x + 4 * column, load_weights(matrix, token, column))
+        if model.embedding_scale != 1.0:
+            scale_row(x, np.float32(model.embedding_scale), model.hidden_stride)
+        if model.learned_positions:
+            position = inputs.positions[0 if n == 1 else row]
+            table = model.positions[position]
+            for column in range(model.hidden):
+                store_real(x + 4 * column, load_real(x + 4 * column) + table[column])
+
+
+@jit
+def normalize(model, work, norms, out, n, member, threads):
+    """out = norm(x), and its quantised form; norms: (2, hidden) weight and bias."""
+    weight, bias = norms[0].ctypes.data, norms[1].ctypes.data
+    first, last = rows_of(n, member, threads)
+    eps = np.float32(model.norm_eps)
+    for row in range(first, last):
+        x = work.x + row * work.hidden_stride
+        y = out + row * work.hidden_stride
+        if model.layer_norm:
+            layer_norm(x, weight, bias, y, model.hidden, model.hidden_stride, eps)
+        else:
+            rms_norm(x, weight, y, model.hidden, model.hidden_stride, eps)
+        if model.quantized:
+            quantize_groups(y, work.hidden_q + row * work.hidden_q_stride, model.hidden_stride, 0, model.hidden_stride)
+
+
+@jit
+def add_to_residual(model, work, addend, parts, n, member, threads):
+    """x += residual_scale * addend; in decode the addend may come in several parts, one a row."""
+    scale = np.float32(model.residual_scale)
+    first, last = rows_of(n, member, threads)
+    for row in range(first, last):
+        x = work.x + row * work.hidden_stride
+        if n == 1:
+            for part in range(parts):
+                add_row(x, addend + part * work.hidden_stride, scale, model.hidden_stride)
+        else:
+            add_row(x, addend + row * work.hidden_stride, scale, model.hidden_stride)
+
+
+@jit
+def project_qkv(model, work, layer, n, member, threads):
+    """q, k and v of the normed rows: their rows are shared out as if they were one matrix."""
+    own = member if n == 1 else 0
+    x = work.normed + own * work.hidden_stride
+    quantized = work.hidden_q + own * work.hidden_q_stride
+    scratch = work.scratch + member * work.scratch_stride
+    q_rows, kv_rows = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    q_units, kv_units = (q_rows + 15) // 16, (kv_rows + 15) // 16
+    first, last = share(q_units + 2 * kv_units, 1, member, threads)
+    start = 0
+    for kind in range(3):
+        units = q_units if kind == 0 else kv_units
+        rows = q_rows if kind == 0 else kv_rows
+        a, b = max(first, start) - start, min(last, start + units) - start
+        if a < b:
+            matrix = model.matrices[layer * LAYER_MATRICES + kind]
+            out = work.q if kind == 0 else (work.k if kind == 1 else work.v)
+            stride = work.q_stride if kind == 0 else work.kv_stride
+            matmul(
+                matrix, x, work.hidden_stride, quantized, work.hidden_q_stride, n, out, stride,
+                16 * a, min(16 * b, rows), scratch,
+            )  # fmt: skip
+        start += units
+
+
+@jit
+def place_keys(model, work, cache, inputs, layer, n, member, threads):
+    """Norm and rotate q and k heads, and write keys and values into their blocks."""
+    heads = model.heads + model.kv_heads
+    first, last = share(n * heads, 1, member, threads)
+    half = model.head_dim // 2
+    for item in range(first, last):
+        row, head = item // heads, item % heads
+        position = inputs.positions[row]
+        is_key = head >= model.heads
+        if is_key:
+            kv = head - model.heads
+            at = work.k + row * work.kv_stride + 4 * kv * model.head_dim
+        else:
+            kv = 0
+            at = work.q + row * work.q_stride + 4 * head * model.head_dim
+        if model.qk_norm:
+            head_rms_norm(at, model.head_norm[layer, 1 if is_key else 0], model.head_dim, np.float32(model.norm_eps))
+        if model.rope:
+            rotate(at, model.cos[position], model.sin[position], half)
+        if is_key:
+            block = inputs.block_tables[inputs.sequences[row], position // 16]
+            place = (layer * cache.blocks + block) * model.kv_heads + kv
+            value = work.v + row * work.kv_stride + 4 * kv * model.head_dim
+            store_key_value(
+                at, value, cache.keys + place * cache.key_head, cache.values + place * cache.value_head,
+                position % 16, model.head_dim, model.value_stride, cache.half,
+            )  # fmt: skip
+        else:
+            scale_head(at, np.float32(model.attention_scale), model.head_dim)
+
+
+@jit
+def attention(model, work, cache, inputs, layer, n, member, threads):
+    """Attention output of the rows and heads that this member has."""
+    first, last = share(n * model.heads, 1, member, threads)
+    group = model.heads // model.kv_heads
+    scratch = work.scratch + member * work.scratch_stride
+    for item in range(first, last):
+        row, head = item // model.heads, item % model.heads
+        place = layer * cache.blocks * model.kv_heads + head // group
+        attend(
+            work.q + row * work.q_stride + 4 * head * model.head_dim,
+            cache.keys + place * cache.key_head,
+            cache.values + place * cache.value_head,
+            inputs.block_tables[inputs.sequences[row]],
+            model.kv_heads * cache.key_head,
+            model.kv_heads * cache.value_head,
+            inputs.positions[row],
+            model.windows[layer],
+            (model.head_dim, model.value_stride),
+            cache.half,
+            work.attention + row * work.attention_stride + 4 * head * model.head_dim,
+            scratch,
+        )
+
+
+@jit
+def project_attention(model, work, layer, n, member, threads, sync):
+    """attention_add = output projection of the attention rows."""
+    first, last = share(n, 1, member, threads)
+    if n == 1:
+        first, last = 0, 1
+    own = member if n == 1 else 0
+    if model.quantized:
+        for row in range(first, last):
+            quantize_groups(
+                work.attention + row * work.attention_stride,
+                work.attention_q + (row + own) * work.attention_q_stride,
+                model.attention_stride, 0, model.attention_stride,
+            )  # fmt: skip
+        if n > 1:
+            barrier(sync, threads)
+    first, last = share(model.hidden, 16, member, threads)
+    matmul(
+        model.matrices[layer * LAYER_MATRICES + O], work.attention, work.attention_stride,
+        work.attention_q + own * work.attention_q_stride, work.attention_q_stride,
+        n, work.attention_add, work.hidden_stride, first, last, work.scratch + member * work.scratch_stride,
+    )  # fmt: skip
+
+
+@jit
+def ffn_hidden(model, work, layer, normed, n, member, threads):
+    """act(gate) * up of this member's neurons, and its quantised form; both stay with the neurons' owner."""
+    own = member if n == 1 else 0
+    x = normed + own * work.hidden_stride
+    quantized = work.hidden_q + own * work.hidden_q_stride
+    scratch = work.scratch + member * work.scratch_stride
+    first, last = share(model.ffn, 32, member, threads)
+    base = layer * LAYER_MATRICES
+    if model.gated:
+        matmul(
+            model.matrices[base + GATE], x, work.hidden_stride, quantized, work.hidden_q_stride,
+            n, work.gate, work.ffn_stride, first, last, scratch,
+        )  # fmt: skip
+    matmul(
+        model.matrices[base + UP], x, work.hidden_stride, quantized, work.hidden_q_stride,
+        n, work.up, work.ffn_stride, first, last, scratch,
+    )  # fmt: skip
+    padded = model.ffn_stride if member == threads - 1 else last
+    for row in range(n):
+        gate = work.gate + row * work.ffn_stride
+        up = work.up + row * work.ffn_stride
+        threshold = np.float32(model.threshold)
+        activate_row(gate, up, gate, model.activation, threshold, model.gated, first, padded)
+        if model.quantized and not model.transposed_down:
+            quantize_groups(gate, work.ffn_q + row * work.ffn_q_stride, model.ffn_stride, first, padded)
+
+
+@jit
+def ffn(model, work, layer, normed, n, member, threads, sync):
+    """ffn_add = FFN(normed), dense. Returns in how many parts decode leaves the result."""
+    ffn_hidden(model, work, layer, normed, n, member, threads)
+    matrix = model.matrices[layer * LAYER_MATRICES + DOWN]
+    scratch = work.scratch + member * work.scratch_stride
+    if model.transposed_down and n == 1:
+        # A neuron's row goes straight from its owner into the owner's partial sum.
+        first, last = share(model.ffn, 32, member, threads)
+        out = work.ffn_add + member * work.hidden_stride
+        add_neurons(matrix, matrix[BIAS_VECTOR], work.gate, out, model.hidden_stride, first, last, member == 0)
+        barrier(sync, threads)
+        return threads
+    barrier(sync, threads)
+    first, last = share(model.hidden, 16, member, threads)
+    if model.transposed_down:
+        gemm_transposed(
+            matrix, matrix[BIAS_VECTOR], work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride,
+            model.ffn_stride, first, last, scratch,
+        )  # fmt: skip
+    else:
+        matmul(
+            matrix, work.gate, work.ffn_stride, work.ffn_q, work.ffn_q_stride,
+            n, work.ffn_add, work.hidden_stride, first, last, scratch,
+        )  # fmt: skip
+    barrier(sync, threads)
+    return 1
+
+
+@jit
+def ready(n, sync, threads):
+    """Rows that other members made are complete; in decode every member made its own."""
+    if n > 1:
+        barrier(sync, threads)
+
+
+@jit
+def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
+    """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
+    normalize(model, work, model.attention_norm[layer], work.normed, n, member, threads)
+    ready(n, sync, threads)
+    project_qkv(model, work, layer, n, member, threads)
+    barrier(sync, threads)
+    place_keys(model, work, cache, inputs, layer, n, member, threads)
+    barrier(sync, threads)
+    attention(model, work, cache, inputs, layer, n, member, threads)
+    barrier(sync, threads)
+    project_attention(model, work, layer, n, member, threads, sync)
+    barrier(sync, threads)
+    normed = work.normed
+    if model.parallel:
+        if not model.shared_norm:
+            normed = work.second
+            normalize(model, work, model.ffn_norm[layer], normed, n, member, threads)
+        add_to_residual(model, work, work.attention_add, 1, n, member, threads)
+    else:
+        add_to_residual(model, work, work.attention_add, 1, n, member, threads)
+        normalize(model, work, model.ffn_norm[layer], normed, n, member, threads)
+    ready(n, sync, threads)
+    parts = ffn(model, work, layer, normed, n, member, threads, sync)
+    add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
+
+
+@jit
+def logits(model, work, inputs, n, wanted, member, threads, sync):
+    """Logits of the wanted rows: final norm, then the lm_head, shared out by vocabulary."""
+    ready(n, sync, threads)
+    weight, bias = model.output_norm[0].ctypes.data, model.output_norm[1].ctypes.data
+    eps = np.float32(model.norm_eps)
+    first, last = rows_of(wanted, member, threads)
+    for row in range(first, last):
+        source = inputs.logit_rows[0 if wanted == 1 else row]
+        x = work.x + (member if n == 1 else source) * work.hidden_stride
+        y = work.normed + row * work.hidden_stride
+        if model.layer_norm:
+            layer_norm(x, weight, bias, y, model.hidden, model.hidden_stride, eps)
+        else:
+            rms_norm(x, weight, y, model.hidden, model.hidden_stride, eps)
+        if model.logit_scale != 1.0:
+            scale_row(y, np.float32(model.logit_scale), model.hidden_stride)
+        if model.head_quantized:
+            quantize_groups(y, work.hidden_q + row * work.hidden_q_stride, model.hidden_stride, 0, model.hidden_stride)
+    ready(wanted, sync, threads)
+    own = member if wanted == 1 else 0
+    first, last = share(model.vocabulary, 16, member, threads)
+    matmul(
+        model.matrices[model.layers * LAYER_MATRICES + LM_HEAD],
+        work.normed + own * work.hidden_stride, work.hidden_stride,
+        work.hidden_q + own * work.hidden_q_stride, work.hidden_q_stride,
+        wanted, work.logits, work.logits_stride, first, last, work.scratch + member * work.scratch_stride,
+    )  # fmt: skip
+    barrier(sync, threads)
+
+
+@jit
+def forward(model, work, cache, inputs, member, threads, sync):
+    """A whole step. Every member of the team calls it."""
+    n, wanted = inputs.sizes[0], inputs.sizes[1]
+    embed(model, work, inputs, n, member, threads)
+    for layer in range(model.layers):
+        layer_step(model, work, cache, inputs, layer, n, member, threads, sync)
+    if wanted > 0:
+        logits(model, work, inputs, n, wanted, member, threads, sync)
+    else:
+        barrier(sync, threads)
+
+
+@entry
+def run(model, work, cache, inputs, member, threads, sync, seen):
+    """What a thread of the team does. The first one runs one step; the others wait for steps and run them.
+
+    Returns the last epoch seen, or -1 when the team is to stop.
+    """
+    at = sync.ctypes.data
+    if member == 0:
+        forward(model, work, cache, inputs, member, threads, at)
+        return seen
+    while True:
+        epoch = wait_for_work(at, member, seen)
+        if epoch < 0:
+            return seen
+        if load_shared(at + 8 * STOP) != 0:
+            return np.int64(-1)
+        seen = epoch
+        forward(model, work, cache, inputs, member, threads, at)
+
+

@@ -1,0 +1,96 @@
+"""Barriers and wake-ups for a team of resident threads: atomics on integers, each on a cache line of its own."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba.core import types
+
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
+
+# Fields of a team's synchronisation array, 8 int64 apart.
+ARRIVED, EPOCH, STOP, PARKED = 0, 8, 16, 24  # the parked flags of the members follow, 8 apart
+
+SPINS = 2_000  # pauses before a waiting thread starts to yield its core
+IDLE_YIELDS = 4_000  # yields before an idle member parks
+
+_ARM = platform.machine().lower() in ("aarch64", "arm64")
+_YIELD = "sched_yield"
+if os.name == "nt":
+    llvm.load_library_permanently("kernel32.dll")
+    _YIELD = "SwitchToThread"
+
+
+@operation(types.int64, address, types.int64)
+def fetch_add(builder, at, value):  # type: ignore[no-untyped-def]
+    """Atomically add to the int64 at an address; gives what it held before."""
+    return builder.atomic_rmw("add", builder.inttoptr(at, I64.as_pointer()), value, "seq_cst")
+
+
+@operation(types.int64, address, types.int64)
+def exchange(builder, at, value):  # type: ignore[no-untyped-def]
+    """Atomically store an int64; gives what it held before."""
+    return builder.atomic_rmw("xchg", builder.inttoptr(at, I64.as_pointer()), value, "seq_cst")
+
+
+@operation(types.int64, address)
+def load_shared(builder, at):  # type: ignore[no-untyped-def]
+    """Atomically load an int64."""
+    return builder.load_atomic(builder.inttoptr(at, I64.as_pointer()), "seq_cst", 8)
+
+
+@operation(types.void)
+def pause(builder):  # type: ignore[no-untyped-def]
+    """Tell the core that this is a spin loop."""
+    if _ARM:
+        call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
+    elif platform.machine().lower() in ("x86_64", "amd64"):
+        call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
+
+
+@operation(types.void)
+def yield_core(builder):  # type: ignore[no-untyped-def]
+    """Let another thread run."""
+    call(builder, _YIELD, I32, [])
+
+
+@jit
+def barrier(sync, threads):
+    """Wait until all threads of the team have arrived. `sync`: address of the synchronisation array."""
+    if threads == 1:
+        return
+    ticket = fetch_add(sync + 8 * ARRIVED, 1)
+    everyone = (ticket // threads + 1) * threads
+    spins = 0
+    while load_shared(sync + 8 * ARRIVED) < everyone:
+        spins += 1
+        if spins < SPINS:
+            pause()
+        else:
+            yield_core()
+
+
+@jit
+def wait_for_work(sync, member, seen):
+    """Wait for an epoch other than `seen` and return it; or park the member, after a while, and return -1."""
+    spins = 0
+    while True:
+        epoch = load_shared(sync + 8 * EPOCH)
+        if epoch != seen:
+            return epoch
+        spins += 1
+        if spins < SPINS:
+            pause()
+        else:
+            yield_core()
+        if spins == SPINS + IDLE_YIELDS:
+            exchange(sync + 8 * (PARKED + 8 * member), 1)
+            # Whoever starts work raises the epoch first and looks at the flag then: one of the two sees the other.
+            if load_shared(sync + 8 * EPOCH) == seen:
+                return -1
+            exchange(sync + 8 * (PARKED + 8 * member), 0)
+            spins = 0

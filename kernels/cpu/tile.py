@@ -1,0 +1,154 @@
+"""The register tiles of matrix-matrix products: 16 rows of weights by up to 8 rows of activations.
+
+Weights are first packed into a panel of 16 rows (gemm.py): lanes are rows, so that no sum runs across lanes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from svdengine.kernels.cpu.dot import emit_dot
+from svdengine.kernels.cpu.simd import (
+    F32,
+    F32V,
+    I8V,
+    I32,
+    I32V,
+    I64,
+    address,
+    fused,
+    index,
+    load,
+    operation,
+    shuffle,
+    splat,
+    store,
+)
+
+PANEL = 16  # rows of weights in a panel
+
+
+def loop(
+    builder: ir.IRBuilder, count: ir.Value, carried: list[ir.Value], body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+) -> list[ir.Value]:
+    """Run `body(i, values) -> values` for i in 0..count (at least once) and return the last values."""
+    before = builder.block
+    top, done = builder.append_basic_block("top"), builder.append_basic_block("done")
+    builder.branch(top)
+    builder.position_at_end(top)
+    i = builder.phi(I64)
+    values: list[Any] = [builder.phi(value.type) for value in carried]
+    results = body(i, values)
+    following = builder.add(i, ir.Constant(I64, 1))
+    i.add_incoming(ir.Constant(I64, 0), before)
+    i.add_incoming(following, builder.block)
+    for phi, first, result in zip(values, carried, results, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(result, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), top, done)
+    builder.position_at_end(done)
+    return results
+
+
+def _at(builder, base, index_value, step):  # type: ignore[no-untyped-def]
+    return builder.add(base, builder.mul(index_value, ir.Constant(I64, step)))
+
+
+def _rows(builder, base, stride, count):  # type: ignore[no-untyped-def]
+    return [builder.add(base, builder.mul(stride, ir.Constant(I64, t))) for t in range(count)]
+
+
+def _accumulate(builder, out, out_stride, totals):  # type: ignore[no-untyped-def]
+    for target, total in zip(_rows(builder, out, out_stride, len(totals)), totals, strict=True):
+        store(builder, target, builder.fadd(load(builder, target, F32V), total))
+
+
+def integer_tile(count: int) -> Any:
+    """out (count, 16) += panel (16 rows) times `count` quantised activation rows."""
+
+    @operation(types.void, address, address, index, index, address, index)
+    def tile(builder, panel, x, x_stride, columns, out, out_stride):  # type: ignore[no-untyped-def]
+        """Panel: for each group of 32 columns, 16 scales, 16 minima, then 8 vectors of 16 rows x 4 columns."""
+        groups = builder.lshr(columns, ir.Constant(I64, 5))
+        rows = _rows(builder, x, x_stride, count)
+        sums = builder.lshr(columns, ir.Constant(I64, 3))
+
+        def body(group, totals):  # type: ignore[no-untyped-def]
+            at = _at(builder, panel, group, 640)
+            values = _at(builder, ir.Constant(I64, 0), group, 32)
+            dots = [ir.Constant(I32V, [0] * 16)] * count
+            for step in range(8):
+                w = load(builder, at, I8V, 128 + 64 * step)
+                for t in range(count):
+                    four = load(builder, builder.add(rows[t], values), I32, 4 * step)
+                    dots[t] = emit_dot(builder, dots[t], w, builder.bitcast(splat(builder, four), I8V))
+            scales, minima = load(builder, at, F32V), load(builder, at, F32V, 64)
+            results = []
+            for t in range(count):
+                scale_at = builder.add(builder.add(rows[t], columns), _at(builder, ir.Constant(I64, 0), group, 4))
+                a_scale = splat(builder, load(builder, scale_at, F32))
+                a_sum = splat(builder, load(builder, builder.add(scale_at, sums), F32))
+                product = builder.fmul(scales, a_scale)
+                total = fused(builder, builder.sitofp(dots[t], F32V), product, totals[t])
+                results.append(fused(builder, minima, a_sum, total))
+            return results
+
+        totals = loop(builder, groups, [ir.Constant(F32V, [0.0] * 16)] * count, body)
+        _accumulate(builder, out, out_stride, totals)
+
+    return tile
+
+
+def float_tile(count: int) -> Any:
+    """out (count, 16) += panel (16 rows, float32) times `count` float32 activation rows."""
+
+    @operation(types.void, address, address, index, index, address, index)
+    def tile(builder, panel, x, x_stride, columns, out, out_stride):  # type: ignore[no-untyped-def]
+        """Panel: one vector of 16 rows a column."""
+        rows = _rows(builder, x, x_stride, count)
+
+        def body(four, totals):  # type: ignore[no-untyped-def]
+            totals = list(totals)
+            at = _at(builder, panel, four, 256)
+            offset = _at(builder, ir.Constant(I64, 0), four, 16)
+            for step in range(4):
+                w = load(builder, at, F32V, 64 * step)
+                for t in range(count):
+                    scalar = load(builder, builder.add(rows[t], offset), F32, 4 * step)
+                    totals[t] = fused(builder, w, splat(builder, scalar), totals[t])
+            return totals
+
+        quarter = builder.lshr(columns, ir.Constant(I64, 2))
+        totals = loop(builder, quarter, [ir.Constant(F32V, [0.0] * 16)] * count, body)
+        _accumulate(builder, out, out_stride, totals)
+
+    return tile
+
+
+def _transposed(builder, vectors):  # type: ignore[no-untyped-def]
+    """16 vectors of 16 lanes, transposed in four rounds of interleaving."""
+    low = [lane for pair in zip(range(8), range(16, 24), strict=True) for lane in pair]
+    high = [lane + 8 for lane in low]
+    for _ in range(4):
+        vectors = [
+            shuffle(builder, a, b, lanes)
+            for a, b in zip(vectors[:8], vectors[8:], strict=True)
+            for lanes in (low, high)
+        ]
+    return vectors
+
+
+@operation(types.void, address, index, address)
+def transpose_words(builder, source, stride, to):  # type: ignore[no-untyped-def]
+    """16 rows of 16 4-byte words, `stride` bytes apart, to 16 vectors whose lanes are the rows."""
+    rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, PANEL)]
+    for i, vector in enumerate(_transposed(builder, rows)):
+        store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
+
+
+integer_tile_8, integer_tile_4, integer_tile_2 = integer_tile(8), integer_tile(4), integer_tile(2)
+float_tile_8, float_tile_4, float_tile_2 = float_tile(8), float_tile(4), float_tile(2)

@@ -1,0 +1,171 @@
+"""The CPU executor against the reference: every family, weight format, thread count and way to cut a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from model_zoo import block_table, make_batch, random_tokens, random_weights, relative_error, zoo
+from numpy.typing import NDArray
+
+from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
+from svdengine.kernels.reference import ReferenceExecutor
+from svdengine.models import ModelConfig, tensor_specs
+
+ZOO = zoo()
+LENGTH = 37
+
+
+def stored(config: ModelConfig, weight_format: WeightFormat, seed: int = 0):
+    """Stored arrays, their formats, and the float32 weights that they stand for."""
+    arrays: dict[str, NDArray] = {}
+    formats: dict[str, WeightFormat] = {}
+    exact: dict[str, NDArray[np.float32]] = {}
+    for name, weights in random_weights(config, seed).items():
+        spec = next(s for s in tensor_specs(config) if s.name == name)
+        if not spec.matrix:
+            arrays[name] = exact[name] = weights
+            continue
+        chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
+        if weight_format == "q4" and name in ("embedding", "lm_head"):
+            chosen = "q8"
+        formats[name] = chosen
+        layers = [quantize(w, chosen) for w in (weights if spec.stacked else weights[None])]
+        for suffix in layers[0]:
+            stack = np.stack([parts[suffix] for parts in layers])
+            arrays[name + suffix] = np.ascontiguousarray(stack if spec.stacked else stack[0])
+        dense = np.stack([dequantize(parts, chosen, spec.shape[-1]) for parts in layers])
+        exact[name] = dense if spec.stacked else dense[0]
+    return arrays, formats, exact
+
+
+@contextmanager
+def executors(
+    config: ModelConfig, weight_format: WeightFormat, threads: int = 2, kv_dtype: str = "f32"
+) -> Iterator[tuple[CpuExecutor, ReferenceExecutor]]:
+    arrays, formats, exact = stored(config, weight_format)
+    cpu = CpuExecutor(config, arrays, formats, block_count=16, max_batch_rows=64, threads=threads, kv_dtype=kv_dtype)
+    try:
+        yield cpu, ReferenceExecutor(config, exact, block_count=16)
+    finally:
+        cpu.close()
+
+
+def run_in_chunks(executor, tokens: list[int], sizes: list[int]) -> NDArray[np.float32]:
+    """Logits of all tokens, the prompt cut into chunks."""
+    table, out, start = block_table(len(tokens), first=1, step=2), [], 0
+    for size in sizes:
+        out.append(executor.forward(make_batch([(tokens[start : start + size], start)], [table])).copy())
+        start += size
+    assert start == len(tokens)
+    return np.concatenate(out)
+
+
+def kl_divergence(expected: NDArray, found: NDArray) -> float:
+    """Mean KL divergence in nats of the next-token distributions."""
+
+    def log_softmax(x: NDArray) -> NDArray:
+        x = x.astype(np.float64) - x.max(-1, keepdims=True)
+        return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+    p, q = log_softmax(expected), log_softmax(found)
+    return float((np.exp(p) * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_float32_agrees_with_the_reference(name: str) -> None:
+    tokens = random_tokens(ZOO[name], LENGTH)
+    with executors(ZOO[name], "f32") as (cpu, reference):
+        expected = run_in_chunks(reference, tokens, [LENGTH])
+        assert relative_error(run_in_chunks(cpu, tokens, [LENGTH]), expected) < 2e-5
+        assert relative_error(run_in_chunks(cpu, tokens, [1] * LENGTH), expected) < 2e-5
+        assert relative_error(run_in_chunks(cpu, tokens, [3, 1, 17, 2, 9, 5]), expected) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_relu_biases", "falcon_7b_relu", "opt"])
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_every_format_agrees_with_its_dequantised_weights(name: str, weight_format: WeightFormat) -> None:
+    tokens = random_tokens(ZOO[name], LENGTH)
+    bound = 4e-4 if weight_format in ("q8", "q4") else 1e-9
+    with executors(ZOO[name], weight_format) as (cpu, reference):
+        expected = run_in_chunks(reference, tokens, [LENGTH])
+        for sizes in ([LENGTH], [1] * LENGTH):
+            assert kl_divergence(expected, run_in_chunks(cpu, tokens, sizes)) < bound
+
+
+@pytest.mark.parametrize("weight_format", ["f32", "q8"])
+def test_the_number_of_threads_changes_nothing_but_rounding(weight_format: WeightFormat) -> None:
+    tokens = random_tokens(ZOO["llama"], LENGTH)
+    results = []
+    for threads in (1, 2, 5):
+        with executors(ZOO["llama"], weight_format, threads) as (cpu, _):
+            results.append(run_in_chunks(cpu, tokens, [20, *[1] * 17]))
+    for result in results[1:]:
+        assert relative_error(result, results[0]) < 1e-5
+
+
+def test_half_precision_cache_stays_close() -> None:
+    tokens = random_tokens(ZOO["llama"], LENGTH)
+    with executors(ZOO["llama"], "f32", kv_dtype="f16") as (cpu, reference):
+        error = relative_error(run_in_chunks(cpu, tokens, [20, *[1] * 17]), run_in_chunks(reference, tokens, [LENGTH]))
+    assert 0 < error < 2e-3
+
+
+def test_sequences_in_one_batch_do_not_see_each_other() -> None:
+    config = ZOO["mistral"]
+    a, b, c = (random_tokens(config, n, seed=n) for n in (21, 9, 30))
+    tables = [[0, 5], [3], [9, 2]]
+    with executors(config, "f32") as (cpu, reference):
+        alone = [reference.forward(make_batch([(t, 0)], [table])).copy() for t, table in zip((a, b, c), tables, strict=True)]
+        cpu.forward(make_batch([(a[:20], 0), (c[:10], 0)], [tables[0], tables[2]]))
+        mixed = cpu.forward(make_batch([(a[20:], 20), (b, 0), (c[10:], 10)], tables))
+        assert relative_error(mixed, np.concatenate([alone[0][20:], alone[1], alone[2][10:]])) < 2e-5
+
+
+def test_only_wanted_rows_have_logits() -> None:
+    config = ZOO["llama"]
+    tokens = random_tokens(config, 12)
+    with executors(config, "q8") as (cpu, _):
+        batch = make_batch([(tokens, 0)], [[0]])
+        every = cpu.forward(batch).copy()
+        for wanted in ([11], [3, 7, 8], []):
+            some = type(batch)(**{**vars(batch), "logit_rows": np.array(wanted, np.int32)})
+            np.testing.assert_allclose(cpu.forward(some), every[wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_stale_cache_and_activations_do_not_leak_into_a_new_sequence() -> None:
+    config = ZOO["llama_relu_biases"]
+    tokens = random_tokens(config, 20)
+    with executors(config, "q8") as (cpu, _):
+        fresh = cpu.forward(make_batch([(tokens, 0)], [[0, 1]])).copy()
+        cpu.forward(make_batch([(random_tokens(config, 60, seed=5), 0)], [[3, 1, 0, 2]]))
+        np.testing.assert_array_equal(cpu.forward(make_batch([(tokens, 0)], [[0, 1]])), fresh)
+
+
+def test_a_batch_that_breaks_the_rules_is_refused() -> None:
+    config = ZOO["llama"]
+    with executors(config, "f32") as (cpu, _):
+        good = vars(make_batch([([1, 2], 0)], [[0]]))
+        for field, value in (
+            ("tokens", [1, config.vocab_size]),
+            ("tokens", [-1, 0]),
+            ("positions", [0, 16]),
+            ("sequences", [0, 1]),
+            ("block_tables", [[16]]),
+            ("logit_rows", [2]),
+            ("tokens", [1]),
+        ):
+            broken = {**good, field: np.array(value, np.int32)}
+            with pytest.raises(ValueError):
+                cpu.forward(type(make_batch([([1], 0)], [[0]]))(**broken))
+
+
+def test_a_matrix_of_the_wrong_shape_never_reaches_compiled_code() -> None:
+    config = ZOO["llama"]
+    arrays, formats, _ = stored(config, "q8")
+    arrays["gate"] = arrays["gate"][:, :-1]
+    with pytest.raises(ValueError, match="gate"):
+        CpuExecutor(config, arrays, formats, block_count=4, threads=1)
