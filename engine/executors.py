@@ -1,0 +1,90 @@
+"""Which executor runs a model: by the device's name, with its KV cache sized for the context."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.errors import DeviceError, RequestError
+from svdengine.kernels.batch import Executor
+
+if TYPE_CHECKING:
+    from svdengine.model_file import ModelFile
+
+Device = Literal["auto", "cpu", "cuda", "ascend", "reference"]
+KvDtype = Literal["f16", "f32"]
+DEVICES: tuple[str, ...] = get_args(Device)
+KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
+DEVICE_VARIABLE = "SVDENGINE_DEVICE"  # what "auto" means, when it is set
+
+MAX_BATCH_ROWS = 512
+MAX_THREADS = 1024
+
+
+def create_executor(
+    model_file: ModelFile,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    block_count: int,
+    kv_dtype: str = "f16",
+    max_batch_rows: int = MAX_BATCH_ROWS,
+) -> Executor:
+    """The executor of a device. Raises DeviceError when the device is not there, RequestError on unusable arguments."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
+        raise RequestError(f"threads must be a whole number, found {threads!r}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise RequestError(f"threads must lie between 1 and {MAX_THREADS}, found {threads}")
+    if kv_dtype not in KV_DTYPES:
+        raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
+    device = resolve_device(device)
+    if device == "reference":
+        from svdengine.kernels.reference import ReferenceExecutor
+
+        weights = float32_weights(model_file)
+        return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows)
+    if device == "cpu":
+        from svdengine.kernels.cpu.executor import CpuExecutor
+
+        return CpuExecutor(
+            model_file.config,
+            model_file.arrays,
+            model_file.formats,
+            block_count=block_count,
+            max_batch_rows=max_batch_rows,
+            threads=threads,
+            kv_dtype=kv_dtype,
+        )
+    raise DeviceError(f"the device {device} is not supported by this version; use --device cpu")
+
+
+def resolve_device(device: str) -> str:
+    """The device that a name stands for. Raises DeviceError on a name that is none."""
+    if device == "auto":
+        device = os.environ.get(DEVICE_VARIABLE) or "cpu"
+    if device not in DEVICES or device == "auto":
+        raise DeviceError(f"found the device {device!r}, expected one of {', '.join(DEVICES)}")
+    return device
+
+
+def float32_weights(model_file: ModelFile) -> Mapping[str, NDArray[np.float32]]:
+    """Every canonical tensor in float32, in its logical shape."""
+    from svdengine.kernels.formats import dequantize
+    from svdengine.models.tensors import tensor_specs
+
+    weights: dict[str, NDArray[np.float32]] = {}
+    for spec in tensor_specs(model_file.config):
+        if not spec.matrix:
+            weights[spec.name] = np.asarray(model_file.arrays[spec.name], np.float32)
+            continue
+        parts = {}
+        for suffix in ("", ".scale", ".min", ".row"):
+            array = model_file.arrays.get(spec.name + suffix)
+            if array is not None:
+                parts[suffix] = array.reshape(-1, array.shape[-1])  # layers and rows together
+        w = dequantize(parts, model_file.formats[spec.name], spec.shape[-1])
+        weights[spec.name] = w.reshape(spec.shape)
+    return weights

@@ -1,0 +1,316 @@
+"""The library: load a model, complete prompts, hold conversations, score tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.chat_template import ChatTemplate, Message, check_messages
+from svdengine.completion import Completion
+from svdengine.engine import Engine
+from svdengine.errors import ModelFileError, RequestError, SvdEngineError
+from svdengine.executors import create_executor
+from svdengine.kernels.batch import Executor
+from svdengine.model_file import PREDICTOR_PREFIX, ModelFile, read_model_file
+from svdengine.models.config import ModelConfig
+from svdengine.request import ContextLimit, Generation, Scoring
+from svdengine.sampling import SamplingParams, merge_params, params_from_generation
+from svdengine.sequence import blocks_for
+from svdengine.stream_decoder import StreamDecoder
+from svdengine.text_stream import TextStream
+from svdengine.tokenizer import Tokenizer
+
+DEFAULT_CONTEXT = 4096  # tokens, where the model was made for more
+FFN_CHOICES = ("auto", "dense", "sparse")
+
+Prompt = str | Sequence[int]
+
+
+def load(
+    path: str | Path,
+    device: str = "auto",
+    ffn: str = "auto",
+    threads: int | None = None,
+    predictor: str | Path | None = None,
+    *,
+    context: int | None = None,
+    kv_dtype: str = "f16",
+    kv_tokens: int | None = None,
+) -> LLM:
+    """Open a `.svdp` model file and make it ready to run.
+
+    context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
+    the KV cache holds for all sequences together, by default one context. kv_dtype: f16 or f32. threads: by default
+    one a core. Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
+    """
+    model_file = read_model_file(path)
+    try:
+        _check_ffn(model_file, ffn, predictor)
+        limit = _context_limit(model_file.config, context)
+        tokens = limit if kv_tokens is None else kv_tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < limit:
+            raise RequestError(f"kv_tokens must be at least the context of {limit}, found {tokens}")
+        executor = create_executor(
+            model_file, device=device, threads=threads, block_count=blocks_for(tokens), kv_dtype=kv_dtype
+        )
+        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype)
+    except BaseException:
+        model_file.close()
+        raise
+
+
+class LLM:
+    """A loaded model. `load` makes one.
+
+    It may be used from several threads: each step of the engine is taken under a lock and advances all requests.
+    """
+
+    def __init__(self, model_file: ModelFile, executor: Executor, *, context: int, kv_dtype: str = "f16") -> None:
+        self.model_file = model_file
+        self.context = context  # most tokens of one sequence
+        self.kv_dtype = kv_dtype
+        self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
+        self.default_params = params_from_generation(model_file.generation)
+        self._engine = Engine(executor)
+        self._lock = threading.Lock()
+        self._abandoned: deque[Generation] = deque()
+        self._template: ChatTemplate | None = None
+        self._closed = False
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's configuration."""
+        return self.model_file.config
+
+    @property
+    def executor(self) -> Executor:
+        """What runs the model; not to be called while requests run."""
+        return self._engine.executor
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template. Raises RequestError when it has none, ModelFileError when it is damaged."""
+        if self._template is None:
+            source = self.model_file.chat_template
+            if source is None:
+                raise RequestError("this model has no chat template; it can only complete text (generate)")
+            self._template = ChatTemplate(source, self.tokenizer)
+        return self._template
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, context_shift: bool = False, **fields: Any
+    ) -> TextStream:
+        """Complete one prompt, a text or token ids, and iterate over the pieces of text as they come.
+
+        `params` are by default the model's own; `fields` of SamplingParams change single ones. With `context_shift`
+        the oldest half of a full context is forgotten, instead of ending with finish_reason "length".
+        Raises RequestError at once when prompt or parameters are unusable, ContextOverflowError when it is too long.
+        """
+        tokens = self._prompt_tokens(prompt)
+        keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
+        request = self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
+        return self._start(request)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> TextStream:
+        """Answer a conversation, and iterate over the pieces of the answer.
+
+        `template`: further variables for the chat template, such as tools. Nothing is kept between calls but the KV
+        cache: a conversation that goes on costs only its new tokens.
+        """
+        extra = dict(template or {})
+        tokens = self.chat_template.encode(messages, **extra)
+        keep = self._system_length(messages, tokens, extra) if context_shift else 0
+        return self._start(self._generation(tokens, self._params(params, fields), context_shift, keep, ()))
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        context_shift: bool = False,
+        **fields: Any,
+    ) -> list[Completion]:
+        """Complete prompts together; the completions come in their order. `params`: for all, or one for each."""
+        batch = _as_prompts(prompts)
+        each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
+        if len(each) != len(batch):
+            raise RequestError(f"found {len(each)} sampling parameters for {len(batch)} prompts")
+        streams: list[TextStream] = []
+        try:
+            for prompt, one in zip(batch, each, strict=True):
+                streams.append(self.stream(prompt, one, context_shift=context_shift, **fields))
+            for stream in streams:
+                for _ in stream:
+                    pass
+        finally:
+            for stream in streams:
+                stream.close()
+        return [stream.completion for stream in streams]
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Completion:
+        """Answer a conversation; see `stream_chat`."""
+        with self.stream_chat(messages, params, context_shift=context_shift, template=template, **fields) as stream:
+            for _ in stream:
+                pass
+        return stream.completion
+
+    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits after each of the tokens (n,), teacher-forced: (n, vocabulary) float32.
+
+        Raises RequestError on ids outside the vocabulary, ContextOverflowError on more tokens than the context holds.
+        """
+        request = Scoring(_token_list(token_ids), self.config.vocab_size, self.context)
+        self._add(request)
+        try:
+            while not request.done and request.error is None:
+                self._advance(request)
+        finally:
+            if not request.done:
+                self._abort(request)
+        if request.error is not None:
+            raise request.error
+        return request.logits
+
+    def close(self) -> None:
+        """Give back threads and memory; requests that still run end with an error. Closing twice is fine."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._engine.close()
+                self.model_file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _params(self, params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:
+        if params is not None and not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
+        return merge_params(params or self.default_params, fields)
+
+    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+        if not isinstance(prompt, str):
+            return _token_list(prompt)
+        if not prompt:
+            raise RequestError("the prompt is empty")
+        return self.tokenizer.encode(prompt)
+
+    def _generation(
+        self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
+    ) -> Generation:
+        has_text = self.model_file.tokenizer_info.kind != "none"
+        if params.stop and not has_text:
+            raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
+        return Generation(
+            tokens,
+            params,
+            vocab_size=self.config.vocab_size,
+            end_tokens=self.tokenizer.eos_token_ids,
+            limit=ContextLimit(self.context, shift, keep),
+            decoder=StreamDecoder(self.tokenizer, context) if has_text else None,
+        )
+
+    def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:
+        """Tokens before the first turn: what the conversation shares with one of its system and last messages only."""
+        check_messages(messages)
+        system = [m for m in messages[:-1] if m["role"] == "system"]
+        try:
+            short = self.chat_template.encode([*system, messages[-1]], **extra)
+        except SvdEngineError:
+            return 0
+        same = 0
+        while same < min(len(short), len(tokens)) and short[same] == tokens[same]:
+            same += 1
+        return same if same < len(tokens) else 0
+
+    def _start(self, request: Generation) -> TextStream:
+        self._add(request)
+        return TextStream(request, self._advance, self._abort, self._abandoned.append)
+
+    def _add(self, request: Generation | Scoring) -> None:
+        with self._lock:
+            if self._closed:
+                raise SvdEngineError("the model was closed")
+            self._engine.add(request)
+
+    def _advance(self, request: Generation | Scoring) -> None:
+        with self._lock:
+            while self._abandoned:
+                self._engine.abort(self._abandoned.popleft())
+            if not request.done and request.error is None:  # another thread may have taken the step meanwhile
+                self._engine.step()
+
+    def _abort(self, request: Generation | Scoring) -> None:
+        with self._lock:
+            self._engine.abort(request)
+            if isinstance(request, Generation):
+                request.finish("abort")
+
+
+def _check_ffn(model_file: ModelFile, ffn: str, predictor: str | Path | None) -> None:
+    if ffn not in FFN_CHOICES:
+        raise RequestError(f"ffn must be one of {', '.join(FFN_CHOICES)}, found {ffn!r}")
+    if predictor is not None:
+        raise RequestError("predictor files are not supported by this version; leave predictor out")
+    if ffn == "sparse":
+        if not any(name.startswith(PREDICTOR_PREFIX) for name in model_file.arrays):
+            raise ModelFileError(f"{model_file.path} has no predictor, which ffn='sparse' needs; use ffn='dense'")
+        raise RequestError("ffn='sparse' is not supported by this version; use ffn='dense'")
+
+
+def _context_limit(config: ModelConfig, context: int | None) -> int:
+    if context is None:
+        return min(config.max_position, DEFAULT_CONTEXT)
+    if isinstance(context, bool) or not isinstance(context, int) or context < 2:
+        raise RequestError(f"context must be a whole number of at least 2 tokens, found {context!r}")
+    if context > config.max_position:
+        raise RequestError(f"the model was made for a context of {config.max_position} tokens, found {context}")
+    return context
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Iterable):
+        raise RequestError(f"prompts must be texts or lists of token ids, found {type(prompts).__name__}")
+    batch = list(prompts)
+    if not batch:
+        raise RequestError("there is no prompt")
+    if all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in batch):
+        return [[int(p) for p in batch]]  # type: ignore[arg-type]
+    return batch  # type: ignore[return-value]
+
+
+def _token_list(tokens: Any) -> list[int]:
+    """Token ids as a list of int. Raises RequestError on anything else."""
+    if isinstance(tokens, np.ndarray):
+        tokens = tokens.tolist()
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
+        raise RequestError(f"token ids must be a list of whole numbers, found {type(tokens).__name__}")
+    ids = list(tokens)
+    if any(isinstance(t, bool) or not isinstance(t, int | np.integer) for t in ids):
+        raise RequestError("token ids must be whole numbers")
+    return [int(t) for t in ids]

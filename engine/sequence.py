@@ -1,0 +1,48 @@
+"""A sequence: its tokens, how many of them the KV cache holds, and the blocks that hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as TokenIds
+
+from svdengine.kernels.batch import BLOCK_SIZE
+
+
+def blocks_for(token_count: int) -> int:
+    """KV blocks that hold `token_count` tokens."""
+    return -(-token_count // BLOCK_SIZE)
+
+
+class Sequence:
+    """Owns its tokens and its block table. Positions 0..cached-1 are in the KV cache, the others are pending."""
+
+    def __init__(self, tokens: TokenIds[int], *, all_logits: bool = False) -> None:
+        if not tokens:
+            raise ValueError("a sequence needs at least one token")
+        self.tokens = list(tokens)
+        self.all_logits = all_logits  # logits of every token are wanted, not only of the last
+        self.block_table: list[int] = []  # block i holds positions i * BLOCK_SIZE and on
+        self.cached = 0  # leading tokens whose keys and values are in the blocks
+        self.reused = 0  # of those, tokens that came from the prefix cache
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that a forward pass has yet to read."""
+        return len(self.tokens) - self.cached
+
+    def append(self, token: int) -> None:
+        """Add a sampled token."""
+        self.tokens.append(token)
+
+    def drop_oldest(self, keep: int) -> None:
+        """Forget the older half of what follows the first `keep` tokens; what remains after them is pending again.
+
+        The caller releases the blocks past `cached`, which falls to a block boundary: the block behind it may be
+        shared.
+        """
+        keep = min(keep, len(self.tokens))
+        dropped = (len(self.tokens) - keep + 1) // 2
+        del self.tokens[keep : keep + dropped]
+        self.cached = min(self.cached, keep) // BLOCK_SIZE * BLOCK_SIZE
