@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from svdengine.converters.checkpoint import explained
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -67,10 +68,8 @@ def build_byte_level(
     added: Sequence[AddedToken] = (),
 ) -> Tokenizer:
     """A byte-level BPE tokenizer without post-processor. Raises ValueError when a merge is not in the vocabulary."""
-    try:
+    with explained("the tokenizer's vocabulary and merges do not fit"):
         model = models.BPE(vocab=dict(vocabulary), merges=list(merges), ignore_merges=pre.ignore_merges)
-    except Exception as error:  # tokenizers raises plain exceptions from Rust
-        raise ValueError(f"the tokenizer's vocabulary and merges do not fit: {error}") from error
     tokenizer = Tokenizer(model)
     if pre.nfc:
         tokenizer.normalizer = normalizers.NFC()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -60,3 +62,29 @@ def read_bytes(path: Path, what: str, dtype: np.dtype[Any], count: int, offset: 
     if data.size != count:
         raise ConversionError(f"{path}: {what}: truncated, found {data.size} of {count} elements")
     return data
+
+
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """A JSON object from a file; {} when an optional file is not there. Raises ConversionError."""
+    if optional and not path.exists():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConversionError(f"{path}: not valid JSON: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"{path}: {error.strerror or error}") from error
+    if not isinstance(value, dict):
+        raise ConversionError(f"{path}: expected a JSON object")
+    return value
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn whatever a tokenizer library raises on a damaged file, a Rust panic included, into ValueError."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{what}: {str(error)[:200]}") from error

@@ -47,7 +47,7 @@ class TokenizerInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
-        return asdict(self)
+        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
 
     @classmethod
     def from_dict(cls, data: Any, vocab_size: int) -> TokenizerInfo:

@@ -39,7 +39,7 @@ class StoredTokenizer:
 
     def tensors(self) -> dict[str, bytes]:
         """Name -> content of the byte tensors."""
-        texts = {self.info.kind: self.data} if self.info.kind != "none" else {}
+        texts: dict[str, bytes] = {self.info.kind: self.data} if self.info.kind != "none" else {}
         if self.chat_template is not None:
             texts[CHAT_TEMPLATE] = self.chat_template.encode("utf-8")
         return texts

@@ -63,7 +63,7 @@ class TensorWriter:
         if start < 0 or start + array.size > math.prod(shape):
             raise ValueError(f"tensor {name!r} of shape {shape} has no room for {array.size} elements at {start}")
         data = np.ascontiguousarray(array, DTYPES[dtype]).reshape(-1)
-        self._write_at(self._starts[name] + start * itemsize, memoryview(data).cast("B"))
+        self._write_at(self._starts[name] + start * itemsize, data.view(np.uint8).data)
         self._written[name] += data.nbytes
 
     def __enter__(self) -> TensorWriter:

@@ -1,0 +1,125 @@
+"""A Hugging Face folder as a checkpoint: config.json, safetensors with or without an index, a tokenizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.converters.checkpoint import read_bytes, read_json
+from svdengine.converters.hf_tokenizer import read_hf_tokenizer
+from svdengine.errors import ConversionError, ModelFileError
+from svdengine.kernels.formats import from_bfloat16
+from svdengine.models import config_from_hf, hf_source, with_activation
+from svdengine.models.family import Source
+from svdengine.tensor_file import DTYPES, TensorEntry, quoted, read_header
+
+_WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class HfCheckpoint:
+    """See Checkpoint."""
+
+    def __init__(self, folder: Path, activation: str | None = None) -> None:
+        """Read everything but the tensors. Raises ConversionError."""
+        self.path = folder
+        settings = read_json(folder / "config.json")
+        if quantization := settings.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            raise ConversionError(
+                f"{folder}: the weights are quantised ({quoted(str(method))}); convert the original checkpoint"
+            )
+        generation = read_json(folder / "generation_config.json", optional=True)
+        self._tensors, shards = _find_tensors(folder)
+        try:
+            config = config_from_hf(settings)
+            if activation is not None:
+                config = with_activation(config, activation)
+            # Checkpoints often have more rows than tokens; logits have as many as there are rows.
+            self.config = replace(config, vocab_size=self._rows(hf_source(config, "embedding", None, self._tensors)))
+            self.config.validate()
+            self.tokenizer, used = read_hf_tokenizer(folder, settings, generation, self.config.vocab_size)
+        except (ValueError, OSError) as error:
+            raise ConversionError(f"{folder}: {error}") from error
+        self.generation = {name: generation[name] for name in _SAMPLING if _number(generation.get(name))}
+        texts = [folder / name for name in ("config.json", "generation_config.json")]
+        self.files = [file for file in (*texts, *used, *shards) if file.exists()]
+
+    @property
+    def tensor_names(self) -> Collection[str]:
+        """Names in the checkpoint."""
+        return self._tensors.keys()
+
+    def source(self, tensor: str, layer: int | None) -> Source:
+        """Where a canonical tensor comes from."""
+        return hf_source(self.config, tensor, layer, self._tensors)
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """One tensor as float32."""
+        file, entry = self._tensors[name]
+        label = f"tensor {quoted(name)}"
+        if entry.dtype not in _FLOATS:
+            raise ConversionError(f"{file}: {label}: found {entry.dtype}, expected one of {', '.join(_FLOATS)}")
+        data = read_bytes(file, label, DTYPES[entry.dtype], math.prod(entry.shape), entry.start).reshape(entry.shape)
+        if entry.dtype == "BF16":
+            return from_bfloat16(data)
+        return np.asarray(data, np.float32)
+
+    def _rows(self, embedding: Source) -> int:
+        _, entry = self._tensors[embedding.names[0]]
+        if len(entry.shape) != 2:
+            raise ValueError(f"tensor {quoted(embedding.names[0])}: found the shape {entry.shape}, expected a matrix")
+        return entry.shape[0]
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _find_tensors(folder: Path) -> tuple[dict[str, tuple[Path, TensorEntry]], list[Path]]:
+    """Name -> (file, entry) of every tensor, and the files."""
+    if (folder / _INDEX).exists():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ConversionError(f"{folder / _INDEX}: expected a weight_map")
+        return _from_index(folder, weight_map)
+    if (folder / _WEIGHTS).exists():
+        entries = _read_shard(folder / _WEIGHTS)
+        return {name: (folder / _WEIGHTS, entry) for name, entry in entries.items()}, [folder / _WEIGHTS]
+    if any(folder.glob("pytorch_model*.bin*")):
+        raise ConversionError(
+            f"{folder}: has only pytorch_model.bin, a pickle that could run code; save it as safetensors first,"
+            " with transformers: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)"
+        )
+    raise ConversionError(f"{folder}: found neither {_WEIGHTS} nor {_INDEX}")
+
+
+def _from_index(folder: Path, weight_map: dict[str, Any]) -> tuple[dict[str, tuple[Path, TensorEntry]], list[Path]]:
+    index = folder / _INDEX
+    shards: dict[str, dict[str, TensorEntry]] = {}
+    tensors: dict[str, tuple[Path, TensorEntry]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ConversionError(f"{index}: tensor {quoted(name)}: {quoted(str(shard))} is not the name of a file")
+        if shard not in shards:
+            if not (folder / shard).exists():
+                raise ConversionError(f"{index}: tensor {quoted(name)} is in {quoted(shard)}, which is missing")
+            shards[shard] = _read_shard(folder / shard)
+        if name not in shards[shard]:
+            raise ConversionError(f"{folder / shard}: lacks the tensor {quoted(name)}, which the index says it has")
+        tensors[name] = folder / shard, shards[shard][name]
+    return tensors, [folder / shard for shard in sorted(shards)]
+
+
+def _read_shard(path: Path) -> dict[str, TensorEntry]:
+    try:
+        return dict(read_header(path).entries)
+    except ModelFileError as error:
+        raise ConversionError(str(error)) from error

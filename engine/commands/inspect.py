@@ -1,0 +1,122 @@
+"""svdengine inspect: what is in a model file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from svdengine.model_file import ModelFile
+
+
+@click.command("inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: Path, as_json: bool) -> None:
+    """Show the config, the tokenizer and the tensors of MODEL, a .svdp file."""
+    from svdengine.model_file import read_model_file
+
+    with read_model_file(model) as file:
+        report = _report(file)
+    if as_json:
+        click.echo(json.dumps(report, indent=2))
+    else:
+        click.echo("\n".join(_tables(report)))
+
+
+def _report(file: ModelFile) -> dict[str, Any]:
+    from svdengine.model_file import PREDICTOR_PREFIX
+
+    tensors = _tensors(file)
+    parameters = sum(tensor["parameters"] for tensor in tensors)
+    weight_bytes = sum(tensor["bytes"] for tensor in tensors)
+    tokenizer = file.tokenizer_info.to_dict()
+    tokenizer["special_tokens"] = len(tokenizer["special_tokens"])
+    tokenizer["bytes"] = len(file.tokenizer_bytes)
+    tokenizer["chat_template"] = file.chat_template is not None
+    predictor = {name: list(a.shape) for name, a in file.arrays.items() if name.startswith(PREDICTOR_PREFIX)}
+    return {
+        "file": str(file.path),
+        "config": file.config.to_dict(),
+        "tokenizer": tokenizer,
+        "generation": dict(file.generation),
+        "provenance": _json_or_text(file.metadata.get("provenance", "{}")),
+        "tensors": tensors,
+        "predictor": predictor or None,
+        "totals": {
+            "parameters": parameters,
+            "weight_bytes": weight_bytes,
+            "file_bytes": file.size_bytes,
+            "bits_per_weight": 8 * weight_bytes / parameters,
+        },
+    }
+
+
+def _tensors(file: ModelFile) -> list[dict[str, Any]]:
+    """One row a canonical tensor, with all of its stored parts."""
+    import math
+
+    from svdengine.model_file import stored_tensors
+    from svdengine.models.tensors import tensor_specs
+
+    rows = []
+    for spec in tensor_specs(file.config):
+        weight_format = file.formats.get(spec.name, "f32")
+        parts = stored_tensors(spec, weight_format)
+        rows.append(
+            {
+                "name": spec.name,
+                "format": weight_format,
+                "shape": list(spec.shape),
+                "parameters": math.prod(spec.shape),
+                "bytes": sum(file.arrays[part].nbytes for part in parts),
+            }
+        )
+    return rows
+
+
+def _tables(report: dict[str, Any]) -> list[str]:
+    totals = report["totals"]
+    lines = [report["file"], "", "config"]
+    lines += _pairs(report["config"])
+    for section in ("tokenizer", "generation"):
+        lines += ["", section, *_pairs(report[section])]
+    lines += ["", f"{'tensor':<24}{'format':<8}{'shape':<22}{'MB':>10}"]
+    for tensor in report["tensors"]:
+        shape = " x ".join(map(str, tensor["shape"]))
+        lines.append(f"{tensor['name']:<24}{tensor['format']:<8}{shape:<22}{tensor['bytes'] / 1e6:>10.2f}")
+    predictor = report["predictor"]
+    lines += ["", f"predictor: {f'{len(predictor)} tensors' if predictor else 'none'}"]
+    provenance = report["provenance"]
+    if isinstance(provenance, dict) and "source" in provenance:
+        lines.append(
+            f"made from: {_printable(provenance['source'])} by {_printable(provenance.get('tool', 'unknown'))}"
+        )
+    lines.append(f"parameters: {totals['parameters'] / 1e6:.1f} M at {totals['bits_per_weight']:.2f} bits")
+    lines.append(f"file: {totals['file_bytes'] / 1e6:.1f} MB")
+    return lines
+
+
+def _pairs(mapping: dict[str, Any]) -> Iterable[str]:
+    """Indented lines, without what is off."""
+    for name, value in mapping.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{key} {_printable(item)}" for key, item in value.items())
+        if value not in (None, False, "", [], ()):
+            yield f"  {_printable(name):<24}{_printable(value)}"
+
+
+def _printable(value: Any) -> str:
+    """Text from a file, without characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))[:200]
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
