@@ -12,7 +12,7 @@ from svdengine.models import bamboo, falcon, llama, minicpm, mistral, opt, qwen2
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source
 from svdengine.models.gguf_settings import gguf_config, strip_architecture
-from svdengine.models.settings import FATRELU_THRESHOLD, activation_named, refuse_unreadable
+from svdengine.models.settings import FATRELU_THRESHOLD, activation_named, refuse_unreadable, texts
 from svdengine.models.tensors import TensorSpec, tensor_specs
 
 __all__ = [
@@ -111,13 +111,13 @@ def with_activation(config: ModelConfig, name: str, threshold: float | None = No
 
 def _family_of(config: Mapping[str, Any]) -> Family:
     """By architecture, which is the more specific: there are derived models whose model_type is their base's."""
-    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    architectures, model_type = texts(config, "architectures"), config.get("model_type")
     for family in FAMILIES.values():
         if set(family.architectures) & set(architectures):
             return family
     for family in FAMILIES.values():
         if model_type in family.model_types:
             return family
-    found = ", ".join(map(str, architectures)) or "unnamed"
+    found = ", ".join(architectures) or "unnamed"
     supported = ", ".join(FAMILIES)
     raise ValueError(f"the architecture {found} (model_type {model_type!r}) is not supported; supported: {supported}")

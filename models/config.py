@@ -87,9 +87,7 @@ class ModelConfig:
         if not 0.0 < self.norm_eps < 1.0:
             raise ValueError(f"norm_eps must lie between 0 and 1, found {self.norm_eps}")
         if self.rope is not None:
-            _check_choice("rope.scaling", self.rope.scaling, RopeScaling)
-            if not (self.rope.theta > 0 and self.rope.factor > 0):
-                raise ValueError("rope theta and factor must be positive")
+            _check_rope(self.rope)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
@@ -118,6 +116,19 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
 def _check_choice(field: str, value: str, allowed: Any) -> None:
     if value not in get_args(allowed):
         raise ValueError(f"{field} must be one of {', '.join(get_args(allowed))}, found {value!r}")
+
+
+def _check_rope(rope: Rope) -> None:
+    """What the frequencies (kernels/rope.py) are divided by must not be zero."""
+    _check_choice("rope.scaling", rope.scaling, RopeScaling)
+    if not (1 < rope.theta < 1e30 and 0 < rope.factor < 1e30):
+        raise ValueError(f"rope theta must be above 1 and factor above 0, found {rope.theta} and {rope.factor}")
+    if rope.scaling in ("llama3", "yarn"):
+        _check_range("rope.original_max_position", rope.original_max_position, 1, 1 << 26)
+    if rope.scaling == "llama3" and not 0 <= rope.low_freq_factor < rope.high_freq_factor < 1e30:
+        raise ValueError("rope high_freq_factor must be above low_freq_factor")
+    if rope.scaling == "yarn" and not 0 < rope.beta_slow <= rope.beta_fast < 1e30:
+        raise ValueError("rope beta_fast must not be below beta_slow, nor beta_slow 0")
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}

@@ -47,6 +47,14 @@ def flag(settings: Settings, key: str, default: bool) -> bool:
     return value
 
 
+def texts(settings: Settings, key: str) -> list[str]:
+    """The list of texts under `key`; null is an empty one. Raises ValueError on anything else."""
+    value = _first(settings, (key,), [])
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{key} must be a list of texts, found {value!r}")
+    return value
+
+
 def _first(settings: Settings, keys: tuple[str, ...], default: Any) -> Any:
     return next((settings[key] for key in keys if settings.get(key) is not None), default)
 
@@ -167,11 +175,11 @@ def window_fields(settings: Settings) -> dict[str, Any]:
     if not flag(settings, "use_sliding_window", False) or settings.get("sliding_window") is None:
         return {}
     count = integer(settings, "num_hidden_layers")
-    first = settings.get("max_window_layers", count)
-    kinds = settings.get("layer_types") or ["full_attention"] * first + ["sliding_attention"] * (count - first)
+    first = int(number(settings, "max_window_layers", default=28))
+    kinds = texts(settings, "layer_types") or ["full_attention"] * first + ["sliding_attention"] * (count - first)
     unknown = set(kinds) - {"full_attention", "sliding_attention"}
     if unknown:
-        raise ValueError(f"layers of type {', '.join(sorted(map(str, unknown)))} are not supported")
+        raise ValueError(f"layers of type {', '.join(sorted(unknown))} are not supported")
     layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
     return {"sliding_window": integer(settings, "sliding_window"), "sliding_window_layers": layers} if layers else {}
 

@@ -1,10 +1,13 @@
 """Reading config.json: what is recognised, what is refused, and how clearly."""
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from model_zoo import zoo
+from svdengine.kernels.rope import rope_frequencies
 from svdengine.models import FAMILIES, ModelConfig, Rope, config_from_hf, hf_source, tensor_specs, with_activation
 
 LLAMA = {
@@ -149,6 +152,32 @@ def test_refusals_are_one_clear_line(settings: dict[str, Any], message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+def check_frequencies(config: ModelConfig) -> None:
+    if config.rope is not None:
+        assert np.isfinite(rope_frequencies(config.rope, config.head_dim)).all()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "bamboo", "qwen2", "qwen3", "minicpm", "opt", "falcon"])
+def test_junk_is_a_value_error(model_type: str) -> None:
+    """A config.json is untrusted: whatever stands in it, the answer is a config or one ValueError."""
+    settings = {**LLAMA, **OPT, "hidden_act": "relu", "model_type": model_type, "architectures": None}
+    settings |= {"rope_scaling": {"type": "yarn", "factor": 4.0}, "sliding_window": 8, "use_sliding_window": True}
+    others = "rope_theta head_dim num_key_value_heads layer_types max_window_layers scale_depth dim_model_base"
+    others += " quantization_config num_experts num_kv_heads n_head new_decoder_architecture rope_parameters"
+    config_from_hf(settings)
+    for key in [*settings, *others.split()]:
+        for junk in (None, -1, 0, 1.5, float("inf"), "x", ["x"], [None], [[]], {}, {"x": 1}, {"x": {}}, True):
+            with contextlib.suppress(ValueError):
+                check_frequencies(config_from_hf({**settings, key: junk}))
+    for key in ("type", "factor", "beta_fast", "attention_factor", "mscale", "original_max_position_embeddings"):
+        for junk in (None, -1, 0, 1.5, float("inf"), "x", ["x"], {}, True):
+            for kind in ("yarn", "llama3", "linear"):
+                with contextlib.suppress(ValueError):
+                    check_frequencies(
+                        config_from_hf({**settings, "rope_scaling": {"type": kind, "factor": 2.0, key: junk}})
+                    )
+
+
 def test_a_missing_tensor_is_named() -> None:
     config = config_from_hf(LLAMA)
     with pytest.raises(ValueError, match=r"lacks the tensor model\.layers\.3\.mlp\.down_proj\.weight or layers\.3\."):
@@ -185,3 +214,21 @@ def test_with_activation() -> None:
         with_activation(config, "fatrelu", float("nan"))
     with pytest.raises(ValueError, match="gated"):
         with_activation(config_from_hf(OPT), "drelu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"theta": 1.0}, "rope theta must be above 1"),
+        ({"factor": 0.0}, "factor above 0"),
+        ({"scaling": "llama3"}, r"rope\.original_max_position must lie in 1"),
+        ({"scaling": "llama3", "original_max_position": 8, "high_freq_factor": 1.0}, "high_freq_factor must be above"),
+        ({"scaling": "yarn", "original_max_position": 8, "beta_slow": 0.0}, "beta_fast must not be below"),
+        ({"scaling": "su"}, r"rope\.scaling must be one of none, linear, llama3, yarn, found 'su'"),
+    ],
+)
+def test_rope_that_cannot_be_computed_is_refused(changes: dict[str, Any], message: str) -> None:
+    config = config_from_hf(LLAMA).to_dict()
+    config["rope"] |= changes
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(config)
