@@ -20,7 +20,7 @@ DEVICES: tuple[str, ...] = get_args(Device)
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
 DEVICE_VARIABLE = "SVDENGINE_DEVICE"  # what "auto" means, when it is set
 
-MAX_BATCH_ROWS = 512
+MAX_BATCH_ROWS = 256
 MAX_THREADS = 1024
 
 
@@ -29,11 +29,15 @@ def create_executor(
     *,
     device: str = "auto",
     threads: int | None = None,
+    context: int,
     block_count: int,
-    kv_dtype: str = "f16",
+    kv_dtype: KvDtype = "f16",
     max_batch_rows: int = MAX_BATCH_ROWS,
 ) -> Executor:
-    """The executor of a device. Raises DeviceError when the device is not there, RequestError on unusable arguments."""
+    """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
+
+    Raises DeviceError when the device is not there, RequestError on unusable arguments.
+    """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise RequestError(f"threads must be a whole number, found {threads!r}")
     if threads is not None and not 1 <= threads <= MAX_THREADS:
@@ -55,6 +59,7 @@ def create_executor(
             model_file.formats,
             block_count=block_count,
             max_batch_rows=max_batch_rows,
+            context=context,
             threads=threads,
             kv_dtype=kv_dtype,
         )

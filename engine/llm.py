@@ -14,7 +14,7 @@ from svdengine.chat_template import ChatTemplate, Message, check_messages
 from svdengine.completion import Completion
 from svdengine.engine import Engine
 from svdengine.errors import ModelFileError, RequestError, SvdEngineError
-from svdengine.executors import create_executor
+from svdengine.executors import KvDtype, create_executor
 from svdengine.kernels.batch import Executor
 from svdengine.model_file import PREDICTOR_PREFIX, ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
@@ -39,7 +39,7 @@ def load(
     predictor: str | Path | None = None,
     *,
     context: int | None = None,
-    kv_dtype: str = "f16",
+    kv_dtype: KvDtype = "f16",
     kv_tokens: int | None = None,
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
@@ -56,7 +56,12 @@ def load(
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < limit:
             raise RequestError(f"kv_tokens must be at least the context of {limit}, found {tokens}")
         executor = create_executor(
-            model_file, device=device, threads=threads, block_count=blocks_for(tokens), kv_dtype=kv_dtype
+            model_file,
+            device=device,
+            threads=threads,
+            context=limit,
+            block_count=blocks_for(tokens),
+            kv_dtype=kv_dtype,
         )
         return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype)
     except BaseException:
@@ -70,7 +75,7 @@ class LLM:
     It may be used from several threads: each step of the engine is taken under a lock and advances all requests.
     """
 
-    def __init__(self, model_file: ModelFile, executor: Executor, *, context: int, kv_dtype: str = "f16") -> None:
+    def __init__(self, model_file: ModelFile, executor: Executor, *, context: int, kv_dtype: KvDtype = "f16") -> None:
         self.model_file = model_file
         self.context = context  # most tokens of one sequence
         self.kv_dtype = kv_dtype

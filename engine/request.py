@@ -31,8 +31,12 @@ class Request(Protocol):
     """What the engine needs to know of a request."""
 
     sequence: Sequence
-    done: bool
     error: Exception | None
+
+    @property
+    def done(self) -> bool:
+        """Whether it needs no further step."""
+        ...
 
     def accept(self, logits: Logits) -> bool:
         """Take the logits of the step just computed (rows, vocabulary); true when the context must be shifted."""
@@ -145,7 +149,7 @@ class Generation:
 class Scoring:
     """The logits of every token of a text, teacher-forced."""
 
-    keep = 0
+    keep = 0  # a context that is full is an error here
 
     def __init__(self, tokens: list[int], vocab_size: int, limit: int) -> None:
         _check_tokens(tokens, vocab_size)

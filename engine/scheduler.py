@@ -40,7 +40,7 @@ class Scheduler:
 
     def __init__(self, pool: BlockPool, max_batch_rows: int, prefix_cache: PrefixCache | None = None) -> None:
         self.pool = pool
-        self.prefix_cache = prefix_cache or PrefixCache(pool, capacity=0)
+        self.prefix_cache = PrefixCache(pool, capacity=0) if prefix_cache is None else prefix_cache
         self._max_rows = max_batch_rows
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []  # in order of admission

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -98,7 +98,7 @@ class _CountedItems:
     """The items of a loop, with their number where it is known: `loop.last` and `loop.length` need it."""
 
     def __init__(self, items: Iterable[Any], step: Callable[[], None]) -> None:
-        self._items = items if hasattr(items, "__len__") else list(items)
+        self._items = items if isinstance(items, Collection) else list(items)
         self._step = step
 
     def __len__(self) -> int:
@@ -133,7 +133,7 @@ def _bounded(tree: nodes.Template) -> nodes.Template:
     return tree
 
 
-def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
+def _call(name: str, arguments: list[Any]) -> nodes.Call:
     line = arguments[0].lineno if arguments else 1
     return nodes.Call(nodes.Name(name, "load", lineno=line), arguments, [], None, None, lineno=line)
 

@@ -24,14 +24,18 @@ class TextStream(Iterator[str]):
         self._advance = advance
         self._abort = abort
         self._abandon = abandon
+        self._cancelled = False
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> str:
         request = self._request
-        while not request.pieces and not request.done:
+        while not (request.pieces or request.done or self._cancelled):
             self._advance(request)
+        if self._cancelled:
+            self.close()
+            raise StopIteration
         if request.pieces:
             return request.pieces.popleft()
         if request.error is not None:
@@ -42,6 +46,10 @@ class TextStream(Iterator[str]):
     def completion(self) -> Completion:
         """What was generated so far; all of it after the last piece."""
         return self._request.completion()
+
+    def cancel(self) -> None:
+        """Let the iterator end before the next step. It only sets a flag, so a signal handler may call it."""
+        self._cancelled = True
 
     def close(self) -> None:
         """End generation now; text that was not fetched yet can still be."""

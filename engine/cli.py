@@ -1,0 +1,80 @@
+"""The command line. A command's module is imported when it is called, so that help comes at once."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+from svdengine import __version__
+from svdengine.errors import SvdEngineError
+
+COMMANDS = {
+    "chat": "Talk with a model.",
+    "generate": "Complete prompts.",
+    "convert": "Turn a checkpoint into a model file.",
+    "inspect": "Show what is in a model file.",
+    "bench": "Measure tokens a second.",
+    "eval": "Measure the quality of a model on a text.",
+    "devices": "Show what this machine can run on.",
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and help, and turns errors into one line and an exit code."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names of all commands, in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a command."""
+        if cmd_name not in COMMANDS:
+            return None
+        command: click.Command = import_module(f"svdengine.commands.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands from the table, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Run, and exit: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            result = super().main(*args, standalone_mode=False, **extra)
+            sys.exit(result if isinstance(result, int) else 0)
+        except click.ClickException as error:
+            error.show()
+            sys.exit(error.exit_code)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo(err=True)
+            sys.exit(130)
+        except SvdEngineError as error:
+            sys.exit(_explain(str(error)))
+        except MemoryError:
+            sys.exit(_explain("there is not enough memory; use a smaller model, context or batch"))
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            sys.exit(_explain(f"{where}{error.strerror or error}"))
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="svdengine")
+def main() -> None:
+    """Run language models on this machine.
+
+    Without a MODEL, a small demo model is fetched once (94 MB) and used.
+    """
+
+
+def _explain(message: str) -> int:
+    click.echo("error: " + " ".join(message.split()), err=True)
+    return 1
+
+
+if __name__ == "__main__":
+    main()

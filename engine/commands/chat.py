@@ -1,0 +1,104 @@
+"""svdengine chat: a conversation in the terminal, or over a pipe with one message a line."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+import click
+from svdengine.commands.options import model_options, open_model, printable, sampling_fields, sampling_options
+
+if TYPE_CHECKING:
+    from svdengine.chat_session import ChatSession
+    from svdengine.llm import LLM
+
+
+@click.command("chat")
+@model_options
+@sampling_options
+@click.option("--system", metavar="TEXT", help="The system prompt; by default the model's own.")
+def command(system: str | None, **options: Any) -> None:
+    """Talk with MODEL, a .svdp file. /help lists what can be typed besides messages."""
+    from svdengine.chat_session import ChatSession
+    from svdengine.errors import RequestError, SvdEngineError
+    from svdengine.sampling import merge_params
+
+    fields = {"max_tokens": None, **sampling_fields(options)}
+    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    with open_model(options) as llm:
+        params = merge_params(llm.default_params, fields)
+        _ = llm.chat_template  # a model without one is refused before anything is typed
+        session = ChatSession(system)
+        if interactive:
+            _enable_line_editing()
+            click.echo(f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave", err=True)
+        for line in _lines(interactive):
+            if not line.strip():
+                continue
+            try:
+                if line.lstrip().startswith("/"):
+                    told = session.command(line)
+                    if told is None:
+                        return
+                    click.echo(told, err=True)
+                else:
+                    _answer(llm, session, line, params, options["context_shift"])
+            except RequestError as error:
+                click.echo(f"error: {error}", err=True)
+                if not interactive:
+                    raise SvdEngineError("the conversation ended at a message that cannot be answered") from error
+
+
+def _answer(llm: LLM, session: ChatSession, text: str, params: Any, context_shift: bool) -> None:
+    from svdengine.chat_session import answer_line
+
+    session.ask(text)
+    try:
+        with llm.stream_chat(session.messages, params, context_shift=context_shift) as stream:
+            with _on_interrupt(stream.cancel):
+                for piece in stream:
+                    click.echo(printable(piece), nl=False)
+    except BaseException:
+        session.take_back()
+        raise
+    session.answered(stream.completion)
+    click.echo()
+    click.secho(answer_line(stream.completion), err=True, dim=True)
+
+
+def _lines(interactive: bool) -> Iterator[str]:
+    """What the user types, or the lines of standard input."""
+    if not interactive:
+        for line in sys.stdin:
+            yield line.rstrip("\r\n")
+        return
+    while True:
+        try:
+            yield input("> ")
+        except (EOFError, KeyboardInterrupt):
+            click.echo(err=True)
+            return
+
+
+def _enable_line_editing() -> None:
+    with suppress(ImportError):  # Windows has none
+        import readline
+
+        readline.set_auto_history(True)
+
+
+@contextmanager
+def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C calls `action`; raising in the middle of a step would leave it half done."""
+    try:
+        before = signal.signal(signal.SIGINT, lambda *_: action())
+    except ValueError:  # not in the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

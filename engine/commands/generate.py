@@ -1,0 +1,110 @@
+"""svdengine generate: complete prompts and print the completions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from svdengine.commands.options import (
+    model_options,
+    open_model,
+    printable,
+    read_text,
+    sampling_fields,
+    sampling_options,
+)
+
+if TYPE_CHECKING:
+    from svdengine.completion import Completion
+    from svdengine.llm import LLM
+
+
+@click.command("generate")
+@model_options
+@click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="A prompt. Repeatable: they run together.")
+@click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="A file that is a prompt.")
+@click.option("--chat", "as_chat", is_flag=True, help="The prompt is a message: apply the model's chat template.")
+@click.option("--system", metavar="TEXT", help="With --chat, the system prompt.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a completion.")
+@click.option("--logprobs", type=int, metavar="N", help="With --json, log-probabilities of the N likeliest tokens.")
+@sampling_options
+def command(
+    prompt: tuple[str, ...],
+    files: tuple[Path, ...],
+    as_chat: bool,
+    system: str | None,
+    as_json: bool,
+    logprobs: int | None,
+    **options: Any,
+) -> None:
+    """Complete prompts with MODEL, a .svdp file; without -p and -f, the text of standard input."""
+    from svdengine.errors import RequestError
+    from svdengine.sampling import merge_params
+
+    if system is not None and not as_chat:
+        raise click.UsageError("--system needs --chat")
+    if logprobs is not None and not as_json:
+        raise click.UsageError("--logprobs needs --json")
+    prompts = _prompts(prompt, files)
+    if not all(prompts):
+        raise RequestError("the prompt is empty")
+    fields = sampling_fields(options)
+    if logprobs is not None:
+        fields["logprobs"] = logprobs
+    with open_model(options) as llm:
+        params = merge_params(llm.default_params, fields)
+        if as_chat:
+            streams = [
+                llm.stream_chat(_messages(p, system), params, context_shift=options["context_shift"]) for p in prompts
+            ]
+        else:
+            streams = [llm.stream(p, params, context_shift=options["context_shift"]) for p in prompts]
+        for number, (text, stream) in enumerate(zip(prompts, streams, strict=True), 1):
+            if as_json:
+                for _ in stream:
+                    pass
+                click.echo(json.dumps(_record(llm, text, stream.completion), ensure_ascii=False))
+                continue
+            if len(prompts) > 1:
+                click.secho(f"[{number}]", err=True, dim=True)
+            for piece in stream:
+                click.echo(printable(piece), nl=False)
+            click.echo()
+
+
+def _prompts(prompt: tuple[str, ...], files: tuple[Path, ...]) -> list[str]:
+    from svdengine.errors import RequestError
+
+    prompts = [*prompt, *(read_text(path).removesuffix("\n") for path in files)]
+    if prompts:
+        return prompts
+    if sys.stdin.isatty():
+        raise click.UsageError("give a prompt with -p TEXT or -f FILE, or on standard input")
+    text = sys.stdin.read()
+    if not text.strip():
+        raise RequestError("the prompt on standard input is empty")
+    return [text.removesuffix("\n")]
+
+
+def _messages(text: str, system: str | None) -> list[dict[str, str]]:
+    first = [{"role": "system", "content": system}] if system is not None else []
+    return [*first, {"role": "user", "content": text}]
+
+
+def _record(llm: LLM, prompt: str, completion: Completion) -> dict[str, Any]:
+    """The completion's fields under their own names, with the prompt before them."""
+    record = {"prompt": prompt, **asdict(completion)}
+    if completion.logprobs is None:
+        del record["logprobs"]
+        return record
+    for entry in record["logprobs"]:
+        entry["text"] = llm.tokenizer.token_text(entry["token"])
+        entry["top"] = [
+            {"token": token, "text": llm.tokenizer.token_text(token), "logprob": logprob}
+            for token, logprob in entry["top"]
+        ]
+    return record

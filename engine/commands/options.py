@@ -1,0 +1,163 @@
+"""Options that several commands share: the model and how it runs, and how tokens are sampled."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from svdengine.llm import LLM
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+_MODEL_OPTIONS: tuple[Decorator, ...] = (
+    click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]"),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]),
+        default="auto",
+        show_default=True,
+        help="Where the model runs.",
+    ),
+    click.option(
+        "--ffn",
+        type=click.Choice(["auto", "dense", "sparse"]),
+        default="auto",
+        show_default=True,
+        help="Compute all FFN neurons, or those that the predictor calls active.",
+    ),
+    click.option(
+        "--predictor",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Use the predictor in this safetensors file.",
+    ),
+    click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core."),
+    click.option(
+        "--context",
+        type=click.IntRange(min=2),
+        metavar="N",
+        help="Most tokens of prompt and answer; by default the model's own, up to 4096.",
+    ),
+    click.option(
+        "--kv-dtype",
+        type=click.Choice(["f16", "f32"]),
+        default="f16",
+        show_default=True,
+        help="How keys and values are cached.",
+    ),
+)
+
+_SAMPLING_OPTIONS: tuple[Decorator, ...] = (
+    click.option("--temperature", type=float, metavar="T", help="0 takes the likeliest token."),
+    click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens; 0: among all."),
+    click.option("--top-p", type=float, metavar="P", help="Sample among the likeliest tokens that make up P."),
+    click.option("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the likeliest."),
+    click.option(
+        "--repetition-penalty", type=float, metavar="R", help="Above 1: tokens seen before become less likely."
+    ),
+    click.option("--presence-penalty", type=float, metavar="X", help="Taken from logits of generated tokens."),
+    click.option("--frequency-penalty", type=float, metavar="X", help="The same, for every time a token came."),
+    click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token. Repeatable."),
+    click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
+    click.option("-n", "--max-tokens", type=int, metavar="N", help="Most tokens to generate."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
+    click.option("--context-shift", is_flag=True, help="Forget the oldest half of a full context, instead of ending."),
+)
+
+
+def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the MODEL argument and the options of `open_model`."""
+    return _apply(_MODEL_OPTIONS, function)
+
+
+def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of `sampling_fields`, and --context-shift."""
+    return _apply(_SAMPLING_OPTIONS, function)
+
+
+def open_model(options: dict[str, Any], context: int | None = None) -> LLM:
+    """Load the model that the options name, or the demo model. `context` counts where --context was not given."""
+    from svdengine.llm import load
+
+    path = options["model"] if options["model"] is not None else _demo_model()
+    return load(
+        path,
+        options["device"],
+        options["ffn"],
+        options["threads"],
+        options["predictor"],
+        context=options["context"] or context,
+        kv_dtype=options["kv_dtype"],
+    )
+
+
+def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:
+    """Fields of SamplingParams that were given on the command line; the others stay the model's own."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+    fields = {name: options[name] for name in (*names, "seed", "max_tokens") if options[name] is not None}
+    if options["stop"]:
+        fields["stop"] = options["stop"]
+    if options["logit_bias"]:
+        fields["logit_bias"] = dict(_bias(text) for text in options["logit_bias"])
+    if options["ignore_eos"]:
+        fields["ignore_eos"] = True
+    return fields
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises RequestError when it is missing, a folder, binary or empty."""
+    from svdengine.errors import RequestError
+
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    if "\0" in text:
+        raise RequestError(f"{path} is not a text file: it holds zero bytes")
+    if not text.strip():
+        raise RequestError(f"{path} is empty")
+    return text
+
+
+def printable(text: str) -> str:
+    """Text without characters that would steer the terminal, when standard output is one."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+
+
+def _demo_model() -> Path:
+    from svdengine.demo_model import demo_model
+
+    def report(message: str) -> None:
+        click.echo(message, err=True)
+
+    def progress(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r{100 * done // max(total, 1):3d} %" + ("\n" if done >= total else ""), err=True, nl=False)
+
+    return demo_model(report, progress)
+
+
+def _apply(decorators: tuple[Decorator, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    for decorator in reversed(decorators):
+        function = decorator(function)
+    return function
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, value = text.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError:
+        raise click.BadParameter(f"expected ID=X, such as 42=-5, found {text!r}", param_hint="--logit-bias") from None
