@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -40,12 +41,14 @@ class LazyGroup(click.Group):
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Run, and exit: 0 done, 1 an error that was explained, 2 wrong usage, 130 interrupted."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        explain = extra.pop("standalone_mode", True)
+        run = partial(super().main, *args, **extra, standalone_mode=False)
+        if not explain:
+            return run()
         try:
-            result = super().main(*args, standalone_mode=False, **extra)
+            result = run()
             sys.exit(result if isinstance(result, int) else 0)
         except click.ClickException as error:
             error.show()

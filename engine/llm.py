@@ -77,6 +77,7 @@ class LLM:
 
     def __init__(self, model_file: ModelFile, executor: Executor, *, context: int, kv_dtype: KvDtype = "f16") -> None:
         self.model_file = model_file
+        self.ffn = "dense"  # the path that the FFN of a decoded token takes
         self.context = context  # most tokens of one sequence
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)

@@ -57,10 +57,10 @@ def _answer(llm: LLM, session: ChatSession, text: str, params: Any, context_shif
 
     session.ask(text)
     try:
-        with llm.stream_chat(session.messages, params, context_shift=context_shift) as stream:
-            with _on_interrupt(stream.cancel):
-                for piece in stream:
-                    click.echo(printable(piece), nl=False)
+        stream = llm.stream_chat(session.messages, params, context_shift=context_shift)
+        with stream, _on_interrupt(stream.cancel):
+            for piece in stream:
+                click.echo(printable(piece), nl=False)
     except BaseException:
         session.take_back()
         raise

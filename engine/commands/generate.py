@@ -57,12 +57,11 @@ def command(
         fields["logprobs"] = logprobs
     with open_model(options) as llm:
         params = merge_params(llm.default_params, fields)
+        shift = options["context_shift"]
         if as_chat:
-            streams = [
-                llm.stream_chat(_messages(p, system), params, context_shift=options["context_shift"]) for p in prompts
-            ]
+            streams = [llm.stream_chat(_messages(p, system), params, context_shift=shift) for p in prompts]
         else:
-            streams = [llm.stream(p, params, context_shift=options["context_shift"]) for p in prompts]
+            streams = [llm.stream(p, params, context_shift=shift) for p in prompts]
         for number, (text, stream) in enumerate(zip(prompts, streams, strict=True), 1):
             if as_json:
                 for _ in stream:
@@ -103,8 +102,5 @@ def _record(llm: LLM, prompt: str, completion: Completion) -> dict[str, Any]:
         return record
     for entry in record["logprobs"]:
         entry["text"] = llm.tokenizer.token_text(entry["token"])
-        entry["top"] = [
-            {"token": token, "text": llm.tokenizer.token_text(token), "logprob": logprob}
-            for token, logprob in entry["top"]
-        ]
+        entry["top"] = [{"token": t, "text": llm.tokenizer.token_text(t), "logprob": p} for t, p in entry["top"]]
     return record

@@ -34,7 +34,7 @@ _MODEL_OPTIONS: tuple[Decorator, ...] = (
         "--predictor",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="Use the predictor in this safetensors file.",
+        help="A safetensors file with a predictor.",
     ),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core."),
     click.option(
@@ -57,9 +57,7 @@ _SAMPLING_OPTIONS: tuple[Decorator, ...] = (
     click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens; 0: among all."),
     click.option("--top-p", type=float, metavar="P", help="Sample among the likeliest tokens that make up P."),
     click.option("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the likeliest."),
-    click.option(
-        "--repetition-penalty", type=float, metavar="R", help="Above 1: tokens seen before become less likely."
-    ),
+    click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: tokens seen become less likely."),
     click.option("--presence-penalty", type=float, metavar="X", help="Taken from logits of generated tokens."),
     click.option("--frequency-penalty", type=float, metavar="X", help="The same, for every time a token came."),
     click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token. Repeatable."),

@@ -1,0 +1,83 @@
+"""svdengine bench: tokens a second, and how much of the memory's bandwidth that is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import click
+from svdengine.commands.options import model_options, open_model
+
+if TYPE_CHECKING:
+    from svdengine.benchmark import BenchRow
+    from svdengine.llm import LLM
+
+
+@click.command("bench")
+@model_options
+@click.option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
+@click.option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
+@click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each test.")
+@click.option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
+def command(pp: int, tg: int, repetitions: int, as_json: bool, **options: Any) -> None:
+    """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg)."""
+    from svdengine.benchmark import run_benchmark
+    from svdengine.machine import measured_bandwidth, usable_cores
+
+    if not pp and not tg:
+        raise click.UsageError("there is nothing to measure: --pp and --tg are both 0")
+    with open_model(options, context=max(pp, tg, 2)) as llm:
+        threads = options["threads"] or usable_cores()
+        rows = run_benchmark(llm, pp, tg, repetitions, _progress if sys.stderr.isatty() else None)
+        bandwidth = measured_bandwidth(threads) if llm.executor.name == "cpu" else None
+        facts = _facts(llm, threads)
+    if as_json:
+        click.echo(json.dumps([{**facts, **asdict(row), "read_bandwidth": bandwidth} for row in rows], indent=2))
+    else:
+        click.echo(_table(facts, rows, bandwidth))
+
+
+def _facts(llm: LLM, threads: int) -> dict[str, Any]:
+    from svdengine.cost import parameter_count
+
+    formats = set(llm.model_file.formats.values())
+    return {
+        "model": f"{llm.config.family} {'/'.join(sorted(formats))}",
+        "size_bytes": llm.model_file.size_bytes,
+        "parameters": parameter_count(llm.config),
+        "backend": llm.executor.name,
+        "threads": threads,
+    }
+
+
+def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None) -> str:
+    """A markdown table that can be pasted."""
+    head = ("model", "size", "params", "backend", "threads", "ffn", "test", "tokens/s", "MB/token", "GB/s", "of memory")
+    cells = [
+        (
+            facts["model"],
+            f"{facts['size_bytes'] / 2**20:.1f} MiB",
+            f"{facts['parameters'] / 1e6:.1f} M",
+            facts["backend"],
+            str(facts["threads"]),
+            row.ffn,
+            row.test,
+            f"{row.tokens_per_second:.2f} ± {row.stddev:.2f}",
+            f"{row.bytes_per_token / 1e6:.2f}",
+            f"{row.gb_per_second:.2f}",
+            f"{100 * row.gb_per_second / bandwidth:.0f} %" if bandwidth else "-",
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    lines = [head, tuple("-" * width for width in widths), *cells]
+    table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    if bandwidth:
+        table += ["", f"The memory of this machine reads {bandwidth:.1f} GB/s with {facts['threads']} threads."]
+    return "\n".join(table)
+
+
+def _progress(text: str) -> None:
+    click.echo(f"\r{text} ", err=True, nl=False)

@@ -1,0 +1,33 @@
+"""svdengine devices: what this machine can run on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+
+@click.command("devices")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--measure/--no-measure", default=True, show_default=True, help="Measure the memory's read bandwidth.")
+def command(as_json: bool, measure: bool) -> None:
+    """Show the CPU, its memory, and which accelerators can be used."""
+    from svdengine.machine import describe_machine
+
+    machine = describe_machine(measure)
+    if as_json:
+        click.echo(json.dumps(asdict(machine), indent=2))
+        return
+    memory = f"{machine.memory_bytes / 2**30:.1f} GiB" if machine.memory_bytes else "unknown"
+    bandwidth = machine.bandwidth_gb_per_second
+    rows = [
+        ("CPU", f"{machine.cpu} ({machine.architecture})"),
+        ("kernels", f"{machine.isa}; the CPU has {', '.join(machine.features) or 'none of the known extensions'}"),
+        ("cores", f"{machine.cores}, {machine.threads} threads by default"),
+        ("memory", memory),
+        ("read bandwidth", f"{bandwidth:.1f} GB/s with {machine.threads} threads" if bandwidth else "not measured"),
+        *((a.name, f"{'available' if a.available else 'not available'}: {a.reason}") for a in machine.accelerators),
+    ]
+    for name, value in rows:
+        click.echo(f"{name:<16}{value}")

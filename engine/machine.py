@@ -1,0 +1,130 @@
+"""What this machine can run on: CPU, memory, and which accelerators are there, or why not."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One kind of accelerator."""
+
+    name: str
+    available: bool
+    reason: str  # what was found, or what is missing
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A description of the machine; unknown numbers are None."""
+
+    cpu: str
+    architecture: str
+    isa: str  # the kernels' choice of instruction set
+    features: tuple[str, ...]  # of the CPU, those that the kernels could use
+    cores: int  # that this process may use
+    threads: int  # used by default
+    memory_bytes: int | None
+    bandwidth_gb_per_second: float | None  # measured, reading with `threads` threads
+    accelerators: tuple[Accelerator, ...]
+
+
+_INTERESTING: tuple[str, ...] = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512vnni",
+    "avx512bf16",
+    "avxvnni",
+    "amx-int8",
+    "neon",
+)
+_INTERESTING += ("dotprod", "i8mm", "sve", "bf16")
+
+
+def describe_machine(measure: bool = True) -> Machine:
+    """Look at the machine; `measure` its read bandwidth too, which takes some seconds."""
+    cores = usable_cores()
+    isa, features = _instruction_sets()
+    return Machine(
+        cpu=_cpu_name(),
+        architecture=platform.machine() or "unknown",
+        isa=isa,
+        features=features,
+        cores=cores,
+        threads=cores,
+        memory_bytes=_memory(),
+        bandwidth_gb_per_second=measured_bandwidth(cores) if measure else None,
+        accelerators=(_cuda(), _ascend()),
+    )
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def measured_bandwidth(threads: int) -> float | None:
+    """Read bandwidth of the memory in GB/s, or None where it cannot be measured."""
+    if importlib.util.find_spec("svdengine.kernels.cpu.bandwidth") is None:
+        return None
+    from svdengine.kernels.cpu.bandwidth import read_bandwidth
+
+    return float(read_bandwidth(threads))
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in ("model name", "Model", "Hardware") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine() or "unknown"
+
+
+def _instruction_sets() -> tuple[str, tuple[str, ...]]:
+    from svdengine.kernels.cpu.isa import active_isa, host_features
+
+    found = host_features()
+    return active_isa(), tuple(name for name in _INTERESTING if name in found)
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _cuda() -> Accelerator:
+    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+    return _accelerator("CUDA", library, "no NVIDIA driver was found", "cuda", "cupy", 'pip install "svdengine[cuda]"')
+
+
+def _ascend() -> Accelerator:
+    missing = "no Ascend runtime (CANN) was found"
+    return _accelerator("Ascend", "libascendcl.so", missing, "ascend", "acl", "install CANN and source its set_env.sh")
+
+
+def _accelerator(name: str, library: str, absent: str, backend: str, package: str, advice: str) -> Accelerator:
+    """Driver first, then what this installation has for it. Nothing heavy is imported."""
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return Accelerator(name, False, absent)
+    if importlib.util.find_spec(f"svdengine.kernels.{backend}") is None:
+        return Accelerator(name, False, "a driver was found, but this version of svdengine has no backend for it")
+    if importlib.util.find_spec(package) is None:
+        return Accelerator(name, False, f"a driver was found, but the package {package} is missing; {advice}")
+    return Accelerator(name, True, "driver and packages were found")
