@@ -51,7 +51,8 @@ class GgufFile:
         kind = gguf.GGMLQuantizationType(tensor.type_id)
         data = read_bytes(self.path, f"tensor {quoted(name)}", np.dtype("u1"), tensor.size_bytes, tensor.offset)
         try:
-            return gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), kind).reshape(tensor.shape)
+            with np.errstate(all="ignore"):  # NaN and infinity are refused later, with the name of the tensor
+                return gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), kind).reshape(tensor.shape)
         except NotImplementedError as error:
             raise ConversionError(
                 f"{self.path}: tensor {quoted(name)} has type {kind.name}, which the gguf package cannot dequantise;"

