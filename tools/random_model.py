@@ -1,0 +1,165 @@
+"""Write a model of a known shape with random weights, as a `.svdp` file and as the same model in GGUF.
+
+    python -m svdengine.tools.random_model --shape llama2-7b --layers 8 --dtype q8 --gguf q8_0 -o out.svdp
+
+Speed and memory of an engine depend on the shape of a model and on the number of its active neurons, not on what it
+has learned: such a model measures both without a download.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+from svdengine.errors import SvdEngineError
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
+from svdengine.model_writer import ModelWriter
+from svdengine.models import ModelConfig, TensorSpec, tensor_specs, with_activation
+from svdengine.models.config import Rope
+from svdengine.tools.random_gguf import GGUF_TYPES, write_gguf
+
+_TILE = (1 << 20) + 4099  # numbers that all matrices are cut from
+_ROWS = 1024  # rows that are cut at once
+
+SHAPES: dict[str, ModelConfig] = {
+    "llama2-7b": ModelConfig(
+        family="llama",
+        vocab_size=32000,
+        hidden_size=4096,
+        layer_count=32,
+        head_count=32,
+        kv_head_count=32,
+        head_dim=128,
+        ffn_size=11008,
+        max_position=4096,
+        norm="rms",
+        norm_eps=1e-5,
+        activation="silu",
+        gated=True,
+        rope=Rope(theta=10000.0),
+    ),
+    "smollm2-135m": ModelConfig(
+        family="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        layer_count=30,
+        head_count=9,
+        kv_head_count=3,
+        head_dim=64,
+        ffn_size=1536,
+        max_position=8192,
+        norm="rms",
+        norm_eps=1e-5,
+        activation="silu",
+        gated=True,
+        rope=Rope(theta=100000.0),
+        tied_embeddings=True,
+    ),
+}
+
+
+class RandomWeights:
+    """Float32 tensors of a config, each drawn again whenever it is asked for: the same every time for one seed.
+
+    Gaussian numbers are drawn once. A row of a matrix is a piece of them, with its own start and sign, so that a
+    matrix costs little more than its copy. Matrices keep activations near 1.
+    """
+
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+        self._config = config
+        self._seed = seed
+        self._specs = {spec.name: spec for spec in tensor_specs(config)}
+        longest = max(spec.shape[-1] for spec in self._specs.values())
+        self._tile = np.random.default_rng(seed).standard_normal(_TILE + longest, np.float32)
+
+    def tensor(self, name: str, layer: int = 0) -> NDArray[np.float32]:
+        """One vector (size,), or one matrix (rows, columns), of one layer."""
+        spec = self._specs[name]
+        random = np.random.default_rng((self._seed, layer, crc32(name.encode())))
+        shape = spec.shape[1:] if spec.stacked else spec.shape
+        if spec.matrix:
+            return self._matrix(random, shape[0], shape[1], _deviation(spec))
+        noise = np.float32(0.1) * random.standard_normal(shape, np.float32)
+        return noise + np.float32(1) if name.endswith("norm.weight") else noise
+
+    def _matrix(self, random: np.random.Generator, rows: int, columns: int, deviation: float) -> NDArray[np.float32]:
+        starts = random.integers(0, _TILE, rows)
+        signs = random.choice(np.array([-deviation, deviation], np.float32), (rows, 1))
+        windows = np.lib.stride_tricks.sliding_window_view(self._tile, columns)
+        out = np.empty((rows, columns), np.float32)
+        for row in range(0, rows, _ROWS):
+            part = slice(row, row + _ROWS)
+            np.multiply(windows[starts[part]], signs[part], out=out[part])
+        return out
+
+
+def _deviation(spec: TensorSpec) -> float:
+    """Standard deviation with which a matrix gives outputs near 1 for inputs near 1."""
+    if spec.name in ("embedding", "position_embedding"):
+        return 1.0
+    inputs = spec.shape[-2] if spec.name == "down_T" else spec.shape[-1]
+    return float(inputs**-0.5)
+
+
+def write_svdp(path: Path, config: ModelConfig, dtype: WeightFormat, seed: int = 0) -> None:
+    """Write a model without tokenizer: it reads token ids. Raises ModelFileError when `path` cannot be written."""
+    weights = RandomWeights(config, seed)
+    provenance = {"source": "random weights", "seed": seed, "dtype": dtype}
+    with ModelWriter(path, config, dtype, provenance=provenance) as writer:
+        for spec in tensor_specs(config):
+            for layer in range(spec.shape[0] if spec.stacked else 1):
+                writer.write(spec.name, weights.tensor(spec.name, layer), layer)
+
+
+def shape_config(shape: str, layers: int | None = None, activation: str = "silu") -> ModelConfig:
+    """The config of a shape in SHAPES, with another number of layers or another activation.
+
+    Raises ValueError for an unknown activation or a number of layers out of range.
+    """
+    config = with_activation(SHAPES[shape], activation)
+    config = replace(config, layer_count=config.layer_count if layers is None else layers)
+    config.validate()
+    return config
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="svdengine.tools.random_model", description="Write a model of random weights."
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--layers", type=int, default=8, metavar="N", help="number of layers (default: 8)")
+    parser.add_argument(
+        "--activation", default="silu", help="of the FFN: silu, relu, fatrelu, drelu, ... (default: silu)"
+    )
+    parser.add_argument("--dtype", choices=WEIGHT_FORMATS, default="q8", help="of the .svdp file (default: q8)")
+    parser.add_argument(
+        "--gguf", choices=GGUF_TYPES, help="also write the same weights as OUTPUT with the suffix .gguf"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT")
+    options = parser.parse_args(arguments)
+    try:
+        config = shape_config(options.shape, options.layers, options.activation)
+        _announced(options.output, lambda: write_svdp(options.output, config, options.dtype, options.seed))
+        if options.gguf is not None:
+            gguf = options.output.with_suffix(".gguf")
+            weights = RandomWeights(config, options.seed)
+            _announced(gguf, lambda: write_gguf(gguf, config, options.gguf, weights.tensor))
+    except (SvdEngineError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _announced(path: Path, write: Callable[[], None]) -> None:
+    write()
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
