@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 from svdengine.converters.checkpoint import read_bytes
-from svdengine.errors import ConversionError
+from svdengine.errors import ConversionError, ModelFileError
 from svdengine.tensor_file import open_regular, quoted
 
 _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")  # by value type; 8: string, 9: array
@@ -63,11 +63,13 @@ class GgufFile:
 def read_gguf(path: Path) -> GgufFile:
     """Read and check the header of a GGUF file. Raises ConversionError."""
     import_gguf()
-    with open_regular(path) as stream:
-        try:
+    try:
+        with open_regular(path) as stream:
             return _parse(path, _Reader(stream, path.stat().st_size))
-        except ValueError as error:
-            raise ConversionError(f"{path}: {error}") from error
+    except ModelFileError as error:
+        raise ConversionError(str(error)) from error
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from error
 
 
 def import_gguf() -> Any:

@@ -88,14 +88,20 @@ class TensorWriter:
             raise self._failure(error) from error
         self._file = os.fdopen(descriptor, "wb", buffering=0)
         try:
-            # Space is taken now, so that a full disk shows before any work is done.
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(self._file.fileno(), 0, self.size_bytes)
-            else:
-                self._file.truncate(self.size_bytes)
+            self._take_space()
         except BaseException as error:
             self.abort()
             raise (self._failure(error) if isinstance(error, OSError) else error) from error
+
+    def _take_space(self) -> None:
+        """Reserve the whole file, where the system can, so that a full disk shows before any work is done."""
+        self._file.truncate(self.size_bytes)
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, self.size_bytes)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+                    raise
 
     def _write_at(self, offset: int, data: bytes | memoryview) -> None:
         try:

@@ -1,6 +1,8 @@
 """The model file: what is written is read back, and a file that breaks any rule is refused."""
 
+import errno
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +156,7 @@ def test_a_full_disk_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     def full(*_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("svdengine.tensor_writer.os.posix_fallocate", full)
+    monkeypatch.setattr("svdengine.tensor_writer.os.posix_fallocate", full, raising=False)
     with pytest.raises(ModelFileError, match=r"no room for .* MB"):
         ModelWriter(tmp_path / "m.svdp", CONFIG, "q8")
     assert not list(tmp_path.iterdir())
@@ -271,3 +273,19 @@ def test_other_files_are_named_for_what_they_are(tmp_path: Path) -> None:
         read_model_file(tmp_path / "none")
     with pytest.raises(ModelFileError):
         read_model_file("nul\0byte")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ModelFileError, match="not a regular file"):
+        read_model_file(tmp_path / "pipe")
+
+
+def test_space_that_cannot_be_reserved_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr("svdengine.tensor_writer.os.posix_fallocate", unsupported, raising=False)
+    write(tmp_path / "m.svdp")
+    read_model_file(tmp_path / "m.svdp").close()
