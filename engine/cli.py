@@ -48,7 +48,7 @@ class LazyGroup(click.Group):
         if not explain:
             return run()
         try:
-            result = run()
+            result: Any = run()
             sys.exit(result if isinstance(result, int) else 0)
         except click.ClickException as error:
             error.show()

@@ -17,7 +17,7 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         """`context`: the tokens before the first one, when the text goes on from theirs."""
         self._tokenizer = tokenizer
-        self._window = [t for t in context[-_CONTEXT:] if not tokenizer.is_silent(t)]
+        self._window = _whole_characters(tokenizer, context)
         self._shown = len(tokenizer.decode(self._window)) if self._window else 0  # characters of the window
         self._read = len(self._window)  # tokens of the window whose text was all shown
 
@@ -48,3 +48,12 @@ class StreamDecoder:
         text = self._tokenizer.decode(self._window)
         piece, self._shown, self._read = text[self._shown :], len(text), len(self._window)
         return piece
+
+
+def _whole_characters(tokenizer: Tokenizer, context: Sequence[int]) -> list[int]:
+    """The last tokens of the context, from the beginning of a character."""
+    tokens = [t for t in context[-4 * _CONTEXT :] if not tokenizer.is_silent(t)]
+    for count in range(_CONTEXT, 2 * _CONTEXT):
+        if _REPLACEMENT not in tokenizer.decode(tokens[-count:]):
+            return tokens[-count:]
+    return tokens[-_CONTEXT:]

@@ -110,6 +110,8 @@ class SentencePieceBackend:
     def __init__(self, data: bytes) -> None:
         import sentencepiece
 
+        if not data:
+            raise ModelFileError("the model's tokenizer cannot be read (tokenizer.model): it is empty")
         with _explained("tokenizer.model"):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
             self.vocab_size = self._processor.vocab_size()
