@@ -12,7 +12,7 @@ from svdengine.model_file import TokenizerInfo, read_model_file, stored_tensors
 from svdengine.model_writer import ModelWriter, StoredTokenizer
 from svdengine.models.tensors import tensor_specs
 
-FUZZ = settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
