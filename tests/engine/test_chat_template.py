@@ -17,8 +17,8 @@ TEMPLATES = {
     "trim": HEADER + "{{ m['content'] | trim }}<|im_end|>\n{% endfor %}",
     "inspects": HEADER + "{% if '</think>' in m.content %}{{ m.content.split('</think>')[-1].lstrip('\n') }}"
     "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}",
-    "namespace": "{% set ns = namespace(text='') %}{% for m in messages %}{% set ns.text = ns.text ~ m.content ~ '\n' %}"
-    "{% endfor %}<s>{{ ns.text }}",
+    "namespace": "{% set ns = namespace(text='') %}{% for m in messages %}"
+    "{% set ns.text = ns.text ~ m.content ~ '\n' %}{% endfor %}<s>{{ ns.text }}",
     "macro": "{% macro show(m) %}{{ '<|im_start|>' ~ m.role ~ ': ' ~ m.content|upper }}{% endmacro %}"
     "{% for m in messages[::-1] %}{% if loop.last %}{% continue %}{% endif %}{{ show(m) }}{% endfor %}",
     "tojson": "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}",
