@@ -105,7 +105,8 @@ class LlamaCppModel:
         text = b""
         for token in tokens:
             piece = ctypes.create_string_buffer(256)
-            text += piece.raw[: self._lib.llama_token_to_piece(self._vocab, token, piece, len(piece), 0, False)]
+            size = self._lib.llama_token_to_piece(self._vocab, token, piece, len(piece), 0, False)
+            text += piece.raw[:size]
         return text.decode("utf-8", errors="replace")
 
     def ends(self, token: int) -> bool:
