@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
-from svdengine.kernels.cpu.plan import Model, build_model
+from svdengine.kernels.cpu.compilation import compile_entry
+from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.step import Cache, Inputs, Workspace, run
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.formats import WeightFormat, padded_columns
@@ -64,6 +65,8 @@ class CpuExecutor:
         self._inputs = _inputs(max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)))
         self._work = self._allocate_workspace()
         self._team: Team | None = Team(self.threads, self._member_loop)
+        self._compile(self._team)
+        self._team.start()
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
@@ -79,6 +82,10 @@ class CpuExecutor:
         if self._team is not None:
             self._team.close()
             self._team = None
+
+    def _compile(self, team: Team) -> None:
+        state = (self._model, self._work, self._cache, self._inputs)
+        compile_entry(run, *state, 0, self.threads, team.sync, 0)
 
     def _member_loop(self, member: int, sync: NDArray[np.int64], seen: int) -> int:
         return run(self._model, self._work, self._cache, self._inputs, member, self.threads, sync, seen)
@@ -173,6 +180,3 @@ def _aligned(size: int) -> NDArray[np.uint8]:
     room = np.zeros(size + _LINE, np.uint8)
     skip = -room.ctypes.data % _LINE
     return room[skip : skip + size]
-
-
-__all__ = ["CpuExecutor", "KvDtype", "Model", "default_threads"]

@@ -15,14 +15,16 @@ from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
 # Fields of a team's synchronisation array, 8 int64 apart.
 ARRIVED, EPOCH, STOP, PARKED = 0, 8, 16, 24  # the parked flags of the members follow, 8 apart
 
-SPINS = 2_000  # pauses before a waiting thread starts to yield its core
-IDLE_YIELDS = 4_000  # yields before an idle member parks
+# A thread that waits longer than some tens of microseconds waits for one that has lost its core. It then sleeps rather
+# than yields: only a thread that wakes up is moved to an idle core, and two members on one core would stay there.
+SPINS = 2_000
+NAP = 50  # microseconds
+IDLE_SPINS = 50_000  # before a member without work parks: about a millisecond
 
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
-_YIELD = "sched_yield"
-if os.name == "nt":
+_WINDOWS = os.name == "nt"
+if _WINDOWS:
     llvm.load_library_permanently("kernel32.dll")
-    _YIELD = "SwitchToThread"
 
 
 @operation(types.int64, address, types.int64)
@@ -53,9 +55,12 @@ def pause(builder):  # type: ignore[no-untyped-def]
 
 
 @operation(types.void)
-def yield_core(builder):  # type: ignore[no-untyped-def]
-    """Let another thread run."""
-    call(builder, _YIELD, I32, [])
+def nap(builder):  # type: ignore[no-untyped-def]
+    """Sleep for a moment."""
+    if _WINDOWS:
+        call(builder, "Sleep", ir.VoidType(), [ir.Constant(I32, 1)])
+    else:
+        call(builder, "usleep", I32, [ir.Constant(I32, NAP)])
 
 
 @jit
@@ -71,7 +76,7 @@ def barrier(sync, threads):
         if spins < SPINS:
             pause()
         else:
-            yield_core()
+            nap()
 
 
 @jit
@@ -83,11 +88,8 @@ def wait_for_work(sync, member, seen):
         if epoch != seen:
             return epoch
         spins += 1
-        if spins < SPINS:
-            pause()
-        else:
-            yield_core()
-        if spins == SPINS + IDLE_YIELDS:
+        pause()
+        if spins == IDLE_SPINS:
             exchange(sync + 8 * (PARKED + 8 * member), 1)
             # Whoever starts work raises the epoch first and looks at the flag then: one of the two sees the other.
             if load_shared(sync + 8 * EPOCH) == seen:

@@ -42,11 +42,14 @@ class Team:
         self._loop = member_loop
         self._woken = np.zeros(threads, np.int64)
         self._events = [threading.Event() for _ in range(threads)]
-        self._members = [
-            threading.Thread(target=self._serve, args=(i,), name=f"svdengine-{i}", daemon=True) for i in range(1, threads)
-        ]
-        for member in self._members:
+        self._members: list[threading.Thread] = []
+
+    def start(self) -> None:
+        """Start the threads; the compiled loop must be ready."""
+        for i in range(1, self.threads):
+            member = threading.Thread(target=self._serve, args=(i,), name=f"svdengine-{i}", daemon=True)
             member.start()
+            self._members.append(member)
 
     def start_step(self) -> None:
         """Let every member run one step; the caller must run its own part at once."""
