@@ -84,25 +84,31 @@ def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDA
 
     They come likeliest first, ties by token id, when a top-k or top-p filter ran; else in order of token id.
     """
-    scaled = logits.astype(np.float64) / params.temperature
-    weights = np.exp(scaled - scaled.max())  # (vocabulary,)
-    if params.top_k and params.top_k < len(weights):
-        tokens = _largest(weights, params.top_k)
-        total = float(weights[tokens].sum())
-    elif params.top_p < 1.0:
-        total = float(weights.sum())
-        tokens = _enough(weights, params.top_p * total)
+    if params.top_k and params.top_k < len(logits):
+        tokens = _largest(logits, params.top_k)
+        kept = _weights(logits[tokens], params.temperature)
+        total = float(kept.sum())
     else:
-        tokens = np.arange(len(weights))
+        tokens = np.arange(len(logits))
+        kept = _weights(logits, params.temperature)
+        if params.top_p < 1.0:
+            total = float(kept.sum())
+            tokens = _enough(kept, params.top_p * total)
+            kept = kept[tokens]
     if params.top_p < 1.0:
         # The token that crosses the line is kept.
-        below = np.cumsum(weights[tokens]) < params.top_p * total
-        tokens = tokens[: int(below.sum()) + 1]
-    kept = weights[tokens]
+        count = int((np.cumsum(kept) < params.top_p * total).sum()) + 1
+        tokens, kept = tokens[:count], kept[:count]
     if params.min_p > 0.0:
         likely = kept >= params.min_p * kept.max()
         tokens, kept = tokens[likely], kept[likely]
     return tokens, kept
+
+
+def _weights(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """Probabilities times a constant that makes the largest 1."""
+    scaled = logits.astype(np.float64) / temperature
+    return np.exp(scaled - scaled.max())
 
 
 def token_logprobs(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprobs:
