@@ -1,22 +1,44 @@
-"""Attention of one query head over the KV blocks of its sequence.
+"""Attention over the KV blocks of a sequence: tiles of up to 4 queries that share a KV head, softmax on the way.
 
-A block holds 16 tokens. Keys lie dimension-major, (head_dim, 16): a vector is one dimension of 16 tokens, so scores
-need no sum across lanes. Values lie token-major, (16, value_stride).
+The cache is read in runs of 256 positions. Each query keeps its largest score so far, the sum of its weights and its
+weighted sum of values, and rescales the last two when the first grows (Milakov and Gimelshein, arXiv 1805.02867), so
+that runs may also be shared out between threads and joined afterwards.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from svdengine.kernels.cpu.attention_tile import (
+    mask_outside,
+    narrow_f16,
+    narrow_f32,
+    scores_1_f16,
+    scores_1_f32,
+    scores_2_f16,
+    scores_2_f32,
+    scores_3_f16,
+    scores_3_f32,
+    scores_4_f16,
+    scores_4_f32,
+    values_1_f16,
+    values_1_f32,
+    values_2_f16,
+    values_2_f32,
+    values_3_f16,
+    values_3_f32,
+    values_4_f16,
+    values_4_f32,
+)
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
     exp_f32,
-    fma,
-    load_f16,
+    first_lane,
     load_f32,
     load_real,
     max_lanes,
     maximum_f32,
+    select_greater,
     splat_f32,
     store_f32,
     store_half,
@@ -26,14 +48,16 @@ from svdengine.kernels.cpu.simd import (
 )
 
 LOWEST = np.float32(-1e30)  # the score of a token that is not seen
+_SEEN = np.float32(-1e29)
+_ONE = np.float32(1)
+_RUN = 256  # positions
+_SCORE_BYTES = 4 * _RUN
 
 
 @jit
-def load_stored(at, half):
-    """16 stored floats, float16 or float32."""
-    if half:
-        return load_f16(at)
-    return load_f32(at)
+def exp_real(x):
+    """e^x of one number, as the vectors have it."""
+    return first_lane(exp_f32(splat_f32(x)))
 
 
 @jit
@@ -50,104 +74,165 @@ def store_key_value(key, value, key_block, value_block, slot, head_dim, value_st
 
 
 @jit
-def block_scores(query, key_block, head_dim, half):
-    """Scores of a query (already scaled) with the 16 keys of a block."""
-    size = 32 if half else 64
-    a = zero_f32()
-    b = zero_f32()
-    c = zero_f32()
-    d = zero_f32()
-    whole = head_dim // 4 * 4
-    for i in range(0, whole, 4):
-        at = key_block + size * i
-        a = fma(load_stored(at, half), splat_f32(load_real(query + 4 * i)), a)
-        b = fma(load_stored(at + size, half), splat_f32(load_real(query + 4 * i + 4)), b)
-        c = fma(load_stored(at + 2 * size, half), splat_f32(load_real(query + 4 * i + 8)), c)
-        d = fma(load_stored(at + 3 * size, half), splat_f32(load_real(query + 4 * i + 12)), d)
-    for i in range(whole, head_dim):
-        a = fma(load_stored(key_block + size * i, half), splat_f32(load_real(query + 4 * i)), a)
-    return (a + b) + (c + d)
+def block_scores(count, half, queries, keys, key_dim, scores):
+    """Scores of `count` queries with one block; 16 floats a query, a run apart."""
+    if half:
+        if count == 1:
+            scores_1_f16(queries, keys, key_dim, scores, _SCORE_BYTES)
+        elif count == 2:
+            scores_2_f16(queries, keys, key_dim, scores, _SCORE_BYTES)
+        elif count == 3:
+            scores_3_f16(queries, keys, key_dim, scores, _SCORE_BYTES)
+        else:
+            scores_4_f16(queries, keys, key_dim, scores, _SCORE_BYTES)
+    elif count == 1:
+        scores_1_f32(queries, keys, key_dim, scores, _SCORE_BYTES)
+    elif count == 2:
+        scores_2_f32(queries, keys, key_dim, scores, _SCORE_BYTES)
+    elif count == 3:
+        scores_3_f32(queries, keys, key_dim, scores, _SCORE_BYTES)
+    else:
+        scores_4_f32(queries, keys, key_dim, scores, _SCORE_BYTES)
 
 
 @jit
-def weigh_values(weights, pool, table, block_stride, first, last, column, value_stride, half, out):
-    """out (64 floats) = sum of weight times value columns column..column + 64 of positions first..last."""
+def wide_values(count, half, weights, values, value_bytes, tokens, sums, stride):
+    """sums += weights times 64 columns of values."""
+    if half:
+        if count == 1:
+            values_1_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        elif count == 2:
+            values_2_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        elif count == 3:
+            values_3_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        else:
+            values_4_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+    elif count == 1:
+        values_1_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+    elif count == 2:
+        values_2_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+    elif count == 3:
+        values_3_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+    else:
+        values_4_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+
+
+@jit
+def block_values(count, half, weights, values, value_stride, tokens, sums, stride):
+    """sums (count, value_stride) += weights times the values of `tokens` neighbouring tokens."""
     size = 2 if half else 4
-    a = zero_f32()
-    b = zero_f32()
-    c = zero_f32()
-    d = zero_f32()
-    for position in range(first, last + 1):
-        block = table[position // 16]
-        at = pool + block * block_stride + size * ((position % 16) * value_stride + column)
-        p = splat_f32(load_real(weights + 4 * (position - first // 16 * 16)))
-        a = fma(load_stored(at, half), p, a)
-        b = fma(load_stored(at + 16 * size, half), p, b)
-        c = fma(load_stored(at + 32 * size, half), p, c)
-        d = fma(load_stored(at + 48 * size, half), p, d)
-    store_f32(out, a)
-    store_f32(out + 64, b)
-    store_f32(out + 128, c)
-    store_f32(out + 192, d)
+    column = 0
+    while column + 64 <= value_stride:
+        at = values + size * column
+        wide_values(count, half, weights, at, size * value_stride, tokens, sums + 4 * column, stride)
+        column += 64
+    while column < value_stride:
+        at = values + size * column
+        for t in range(count):
+            line, to = weights + t * _SCORE_BYTES, sums + t * stride + 4 * column
+            if half:
+                narrow_f16(line, _SCORE_BYTES, at, size * value_stride, tokens, to, stride)
+            else:
+                narrow_f32(line, _SCORE_BYTES, at, size * value_stride, tokens, to, stride)
+        column += 16
 
 
 @jit
-def weigh_value_vector(weights, pool, table, block_stride, first, last, column, value_stride, half, out):
-    """As `weigh_values`, for 16 columns."""
-    size = 2 if half else 4
-    total = zero_f32()
-    for position in range(first, last + 1):
-        at = pool + table[position // 16] * block_stride + size * ((position % 16) * value_stride + column)
-        total = fma(load_stored(at, half), splat_f32(load_real(weights + 4 * (position - first // 16 * 16))), total)
-    store_f32(out, total)
+def sum_bytes(value_stride):
+    """A query's running sums: its values, then its largest score and the sum of its weights on a line of their own."""
+    return 4 * value_stride + 64
 
 
 @jit
-def softmax(scores, count):
-    """Softmax in place over `count` floats, a multiple of 16."""
+def clear_sums(sums, count, value_stride):
+    """Sums of `count` queries that have seen nothing."""
+    for t in range(count):
+        at = sums + t * sum_bytes(value_stride)
+        for c in range(0, 4 * value_stride + 64, 64):
+            store_f32(at + c, zero_f32())
+        store_real(at + 4 * value_stride, LOWEST)
+
+
+@jit
+def weigh_run(scores, count, sums, value_stride):
+    """Turn a query's scores (a multiple of 16) into weights relative to its largest score, and rescale its sums."""
     top = splat_f32(LOWEST)
     for i in range(0, 4 * count, 64):
         top = maximum_f32(top, load_f32(scores + i))
-    top = splat_f32(max_lanes(top))
+    before = load_real(sums + 4 * value_stride)
+    largest = max(before, max_lanes(top))
+    top = splat_f32(largest)
     total = zero_f32()
     for i in range(0, 4 * count, 64):
-        e = exp_f32(load_f32(scores + i) - top)
-        store_f32(scores + i, e)
-        total = total + e
-    scale = splat_f32(np.float32(1) / sum_lanes(total))
-    for i in range(0, 4 * count, 64):
-        store_f32(scores + i, load_f32(scores + i) * scale)
+        s = load_f32(scores + i)
+        weight = select_greater(s, splat_f32(_SEEN), exp_f32(s - top), zero_f32())
+        store_f32(scores + i, weight)
+        total = total + weight
+    scale = exp_real(before - largest)
+    if scale != _ONE:
+        for c in range(0, 4 * value_stride, 64):
+            store_f32(sums + c, load_f32(sums + c) * splat_f32(scale))
+    store_real(sums + 4 * value_stride, largest)
+    store_real(sums + 4 * value_stride + 4, load_real(sums + 4 * value_stride + 4) * scale + sum_lanes(total))
 
 
 @jit
-def attend(query, keys, values, table, key_stride, value_block_stride, position, window, sizes, half, out, scratch):
-    """One query head at `position` over the cache.
+def attend(count, queries, lows, highs, keys, values, table, strides, sizes, half, first, last, sums, scratch):
+    """Add blocks first..last (exclusive) of a sequence to the sums of `count` queries of one KV head.
 
-    query: address of head_dim floats, scaled. keys, values: the pools at this layer and KV head. table: block of each
-    16 positions. sizes: (head_dim, value_stride). out: address of head_dim floats. scratch: floats for every position
-    that may be seen, then value_stride more.
+    queries: (key_dim, count) float32, scaled. lows, highs: positions that each query sees. keys, values: the pools at
+    this layer and head. table: block of each 16 positions. strides: bytes from block to block in the two pools. sizes:
+    (key_dim, value_stride), of what is stored. scratch: a run of scores a query.
     """
-    head_dim, value_stride = sizes
-    first = max(0, position - window + 1)
-    start = first // 16
-    count = (position // 16 + 1 - start) * 16
-    for block in range(start, position // 16 + 1):
-        scores = block_scores(query, keys + table[block] * key_stride, head_dim, half)
-        store_f32(scratch + 64 * (block - start), scores)
-    for unseen in range(start * 16, first):
-        store_real(scratch + 4 * (unseen - start * 16), LOWEST)
-    for unseen in range(position + 1, start * 16 + count):
-        store_real(scratch + 4 * (unseen - start * 16), LOWEST)
-    softmax(scratch, count)
-    result = scratch + 4 * count
-    column = 0
-    while column + 64 <= value_stride:
-        to = result + 4 * column
-        weigh_values(scratch, values, table, value_block_stride, first, position, column, value_stride, half, to)
-        column += 64
-    while column < value_stride:
-        to = result + 4 * column
-        weigh_value_vector(scratch, values, table, value_block_stride, first, position, column, value_stride, half, to)
-        column += 16
-    for i in range(head_dim):
-        store_real(out + 4 * i, load_real(result + 4 * i))
+    key_dim, value_stride = sizes
+    key_stride, value_block_stride = strides
+    stride = sum_bytes(value_stride)
+    low, high = lows[0], highs[0]
+    for t in range(1, count):
+        low, high = min(low, lows[t]), max(high, highs[t])
+    size = 2 if half else 4
+    for start in range(first, last, _RUN // 16):
+        stop = min(last, start + _RUN // 16)
+        for block in range(start, stop):
+            at = scratch + 64 * (block - start)
+            block_scores(count, half, queries, keys + table[block] * key_stride, key_dim, at)
+            for t in range(count):
+                line = at + t * _SCORE_BYTES
+                store_f32(line, mask_outside(load_f32(line), 16 * block, lows[t], highs[t], LOWEST))
+        for t in range(count):
+            weigh_run(scratch + t * _SCORE_BYTES, 16 * (stop - start), sums + t * stride, value_stride)
+        for block in range(start, stop):
+            # Slots beyond the sequence are not read: they may hold another's NaN.
+            a, b = max(0, low - 16 * block), min(16, high + 1 - 16 * block)
+            if a < b:
+                at = values + table[block] * value_block_stride + size * a * value_stride
+                weights = scratch + 64 * (block - start) + 4 * a
+                block_values(count, half, weights, at, value_stride, b - a, sums, stride)
+
+
+@jit
+def finish(sums, parts, part_stride, value_stride, head_dim, out):
+    """out (head_dim) = the attention output that `parts` partial sums of one query make together."""
+    top = LOWEST
+    for part in range(parts):
+        top = max(top, load_real(sums + part * part_stride + 4 * value_stride))
+    total = np.float32(0)
+    for part in range(parts):
+        at = sums + part * part_stride + 4 * value_stride
+        total += load_real(at + 4) * exp_real(load_real(at) - top)
+    for d in range(head_dim):
+        store_real(out + 4 * d, np.float32(0))
+    for part in range(parts):
+        at = sums + part * part_stride
+        weight = exp_real(load_real(at + 4 * value_stride) - top) / total
+        for d in range(head_dim):
+            store_real(out + 4 * d, load_real(out + 4 * d) + weight * load_real(at + 4 * d))
+
+
+@jit
+def gather_query(query, t, count, head_dim, key_dim, to):
+    """Query t of a tile of `count`, to column t of (key_dim, count), padded with zeros."""
+    for d in range(head_dim):
+        store_real(to + 4 * (d * count + t), load_real(query + 4 * d))
+    for d in range(head_dim, key_dim):
+        store_real(to + 4 * (d * count + t), np.float32(0))

@@ -121,7 +121,7 @@ class CpuExecutor:
         """The block pool; untouched pages cost no memory."""
         model = self._model
         size = {"f32": 4, "f16": 2}[kv_dtype]
-        key_head = size * model.head_dim * BLOCK_SIZE
+        key_head = size * model.key_dim * BLOCK_SIZE
         value_head = size * model.value_stride * BLOCK_SIZE
         heads = model.layers * self.block_count * model.kv_heads
         self.kv_bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
@@ -142,7 +142,7 @@ class CpuExecutor:
         hidden, attention = stride(model.hidden), stride(model.heads * model.head_dim)
         ffn, kv = stride(model.ffn), stride(model.kv_heads * model.head_dim)
         widest = padded_columns(max(model.hidden, model.ffn, model.heads * model.head_dim))
-        scratch = max(24 * widest + 8192, 2 << 17, 4 * (self.context + model.value_stride + 128))
+        scratch = max(24 * widest + 8192, 1 << 18)
         self._logits = _aligned(rows * stride(model.vocabulary)).view(np.float32).reshape(rows, -1)
         sizes = {
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
@@ -152,6 +152,7 @@ class CpuExecutor:
         }  # fmt: skip
         buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
         buffers["scratch"] = _aligned(self.threads * scratch)
+        buffers["partial"] = _aligned(self.threads * model.heads * (4 * model.value_stride + 64))
         self._keep += [*buffers.values(), self._logits]
         strides = {
             "hidden_stride": hidden, "hidden_q_stride": sizes["hidden_q"], "q_stride": attention, "kv_stride": kv,

@@ -226,6 +226,12 @@ def sum_lanes(builder, a):  # type: ignore[no-untyped-def]
 
 
 @operation(real, f32x16)
+def first_lane(builder, a):  # type: ignore[no-untyped-def]
+    """Lane 0."""
+    return builder.extract_element(a, ir.Constant(I32, 0))
+
+
+@operation(real, f32x16)
 def max_lanes(builder, a):  # type: ignore[no-untyped-def]
     """Largest lane."""
     for half in (8, 4, 2, 1):

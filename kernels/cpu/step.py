@@ -9,9 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba.cpython.unsafe.tuple import tuple_setitem
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.attention import attend, store_key_value
+from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_query, store_key_value, sum_bytes
+from svdengine.kernels.cpu.attention_tile import QUERIES
 from svdengine.kernels.cpu.elementwise import (
     activate_row,
     add_row,
@@ -49,6 +51,7 @@ class Workspace(NamedTuple):
     attention_stride: int
     attention_q: int
     attention_q_stride: int
+    partial: int  # in decode: running sums of each head over a thread's part of the context
     attention_add: int  # what attention adds to x
     ffn_add: int  # what the FFN adds; with neuron-major down, one row a thread in decode
     gate: int
@@ -99,6 +102,13 @@ def rows_of(n, member, threads):
     if n == 1:
         return member, member + 1
     return share(n, 1, member, threads)
+
+
+@jit
+def ready(n, sync, threads):
+    """Rows that other members made are complete; in decode every member made its own."""
+    if n > 1:
+        barrier(sync, threads)
 
 
 @jit
@@ -220,49 +230,114 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
 
 
 @jit
-def attention(model, work, cache, inputs, layer, n, member, threads):
-    """Attention output of the rows and heads that this member has."""
-    first, last = share(n * model.heads, 1, member, threads)
+def attend_group(model, cache, inputs, layer, row, rows, kv, head, heads, work, first, last, sums, scratch):
+    """Add blocks first..last to the sums of a tile: `heads` query heads from `head` of each of `rows` rows."""
+    count = rows * heads
+    queries, scores = scratch, scratch + 16 * model.key_dim
+    lows = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
+    highs = lows
+    for t in range(count):
+        r = row + t // heads
+        at = work.q + r * work.q_stride + 4 * (head + t % heads) * model.head_dim
+        gather_query(at, t, count, model.head_dim, model.key_dim, queries)
+        position = np.int64(inputs.positions[r])
+        highs = tuple_setitem(highs, t, position)
+        lows = tuple_setitem(lows, t, max(np.int64(0), position - model.windows[layer] + 1))
+    place = layer * cache.blocks * model.kv_heads + kv
+    attend(
+        count, queries, lows, highs, cache.keys + place * cache.key_head, cache.values + place * cache.value_head,
+        inputs.block_tables[inputs.sequences[row]],
+        (model.kv_heads * cache.key_head, model.kv_heads * cache.value_head), (model.key_dim, model.value_stride),
+        cache.half, first, last, sums, scores,
+    )  # fmt: skip
+
+
+@jit
+def attention_rows(model, work, cache, inputs, layer, n, member, threads):
+    """Attention output of several rows: tiles of rows and heads are shared out."""
     group = model.heads // model.kv_heads
+    tile_rows = max(1, QUERIES // group)
+    tile_heads = min(group, QUERIES)
+    chunks = (group + tile_heads - 1) // tile_heads
+    per_rows = model.kv_heads * chunks
     scratch = work.scratch + member * work.scratch_stride
+    size = sum_bytes(model.value_stride)
+    first, last = share((n + tile_rows - 1) // tile_rows * per_rows, 1, member, threads)
     for item in range(first, last):
-        row, head = item // model.heads, item % model.heads
-        place = layer * cache.blocks * model.kv_heads + head // group
-        attend(
-            work.q + row * work.q_stride + 4 * head * model.head_dim,
-            cache.keys + place * cache.key_head,
-            cache.values + place * cache.value_head,
-            inputs.block_tables[inputs.sequences[row]],
-            model.kv_heads * cache.key_head,
-            model.kv_heads * cache.value_head,
-            inputs.positions[row],
-            model.windows[layer],
-            (model.head_dim, model.value_stride),
-            cache.half,
-            work.attention + row * work.attention_stride + 4 * head * model.head_dim,
-            scratch,
-        )
+        kv, chunk = item % per_rows // chunks, item % chunks
+        head = kv * group + chunk * tile_heads
+        heads = min(tile_heads, (kv + 1) * group - head)
+        row = item // per_rows * tile_rows
+        end = min(n, row + tile_rows)
+        while row < end:
+            rows = 1
+            while row + rows < end and inputs.sequences[row + rows] == inputs.sequences[row]:
+                rows += 1
+            clear_sums(scratch, rows * heads, model.value_stride)
+            start = max(0, inputs.positions[row] - model.windows[layer] + 1) // 16
+            stop = inputs.positions[row + rows - 1] // 16 + 1
+            attend_group(
+                model, cache, inputs, layer, row, rows, kv, head, heads, work, start, stop,
+                scratch, scratch + QUERIES * size,
+            )  # fmt: skip
+            for t in range(rows * heads):
+                at = work.attention + (row + t // heads) * work.attention_stride
+                out = at + 4 * (head + t % heads) * model.head_dim
+                finish(scratch + t * size, 1, 0, model.value_stride, model.head_dim, out)
+            row += rows
+
+
+@jit
+def attention_split(model, work, cache, inputs, layer, member, threads):
+    """Attention of one row: the context is shared out, and every member sums its part for all heads."""
+    group = model.heads // model.kv_heads
+    size = sum_bytes(model.value_stride)
+    sums = work.partial + member * model.heads * size
+    scratch = work.scratch + member * work.scratch_stride
+    position = inputs.positions[0]
+    start = max(0, position - model.windows[layer] + 1) // 16
+    first, last = share(position // 16 + 1 - start, 1, member, threads)
+    clear_sums(sums, model.heads, model.value_stride)
+    for kv in range(model.kv_heads):
+        for head in range(kv * group, (kv + 1) * group, QUERIES):
+            heads = min(QUERIES, (kv + 1) * group - head)
+            attend_group(
+                model, cache, inputs, layer, 0, 1, kv, head, heads, work, start + first, start + last,
+                sums + head * size, scratch,
+            )  # fmt: skip
+
+
+@jit
+def attention(model, work, cache, inputs, layer, n, member, threads):
+    """This member's part of the attention."""
+    if n == 1:
+        attention_split(model, work, cache, inputs, layer, member, threads)
+    else:
+        attention_rows(model, work, cache, inputs, layer, n, member, threads)
 
 
 @jit
 def project_attention(model, work, layer, n, member, threads, sync):
     """attention_add = output projection of the attention rows."""
-    first, last = share(n, 1, member, threads)
-    if n == 1:
-        first, last = 0, 1
     own = member if n == 1 else 0
+    first, last = rows_of(n, member, threads)
+    if n == 1:
+        # Every member joins the parts of all heads for itself.
+        size = sum_bytes(model.value_stride)
+        for head in range(model.heads):
+            out = work.attention + member * work.attention_stride + 4 * head * model.head_dim
+            at = work.partial + head * size
+            finish(at, threads, model.heads * size, model.value_stride, model.head_dim, out)
     if model.quantized:
         for row in range(first, last):
             quantize_groups(
-                work.attention + row * work.attention_stride,
-                work.attention_q + (row + own) * work.attention_q_stride,
+                work.attention + row * work.attention_stride, work.attention_q + row * work.attention_q_stride,
                 model.attention_stride, 0, model.attention_stride,
             )  # fmt: skip
-        if n > 1:
-            barrier(sync, threads)
+        ready(n, sync, threads)
     first, last = share(model.hidden, 16, member, threads)
     matmul(
-        model.matrices[layer * LAYER_MATRICES + O], work.attention, work.attention_stride,
+        model.matrices[layer * LAYER_MATRICES + O], work.attention + own * work.attention_stride, work.attention_stride,
         work.attention_q + own * work.attention_q_stride, work.attention_q_stride,
         n, work.attention_add, work.hidden_stride, first, last, work.scratch + member * work.scratch_stride,
     )  # fmt: skip
@@ -323,13 +398,6 @@ def ffn(model, work, layer, normed, n, member, threads, sync):
         )  # fmt: skip
     barrier(sync, threads)
     return 1
-
-
-@jit
-def ready(n, sync, threads):
-    """Rows that other members made are complete; in decode every member made its own."""
-    if n > 1:
-        barrier(sync, threads)
 
 
 @jit

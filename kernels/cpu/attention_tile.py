@@ -1,0 +1,123 @@
+"""The inner loops of attention: up to 4 queries that share a KV head, against one block of 16 tokens.
+
+Keys lie dimension-major, (key_dim, 16): a vector is one dimension of 16 tokens, so scores need no sum across lanes.
+Values lie token-major, (16, value_stride).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from svdengine.kernels.cpu.simd import (
+    F16,
+    F32,
+    F32V,
+    I32,
+    I32V,
+    I64,
+    address,
+    f32x16,
+    fused,
+    half_to_float,
+    index,
+    load,
+    operation,
+    splat,
+    store,
+)
+from svdengine.kernels.cpu.tile import loop
+
+QUERIES = 4  # most queries in a tile
+_ZERO = ir.Constant(F32V, [0.0] * 16)
+
+
+def _stored(builder, at, half, offset=0):  # type: ignore[no-untyped-def]
+    if half:
+        return half_to_float(builder, load(builder, at, ir.VectorType(F16, 16), offset))
+    return load(builder, at, F32V, offset)
+
+
+def score_tile(count: int, half: bool) -> Any:
+    """scores[t, 0..16] of `count` queries with the keys of a block."""
+
+    @operation(types.void, address, address, index, address, index)
+    def tile(builder, queries, keys, key_dim, scores, stride):  # type: ignore[no-untyped-def]
+        """queries: (key_dim, count) float32, scaled; key_dim: a multiple of 4. stride: bytes between the scores of two queries."""
+        unroll = 4 if count == 1 else 2  # enough sums in flight to hide the latency of one
+        size = 32 if half else 64
+
+        def step(at, query, totals, lane):  # type: ignore[no-untyped-def]
+            key = _stored(builder, at, half, size * lane)
+            return [
+                fused(builder, key, splat(builder, load(builder, query, F32, 4 * (count * lane + t))), totals[t])
+                for t in range(count)
+            ]
+
+        def whole(i, totals):  # type: ignore[no-untyped-def]
+            at = builder.add(keys, builder.mul(i, ir.Constant(I64, size * unroll)))
+            query = builder.add(queries, builder.mul(i, ir.Constant(I64, 4 * count * unroll)))
+            parts = [step(at, query, totals[u * count : (u + 1) * count], u) for u in range(unroll)]
+            return [total for part in parts for total in part]
+
+        steps = builder.udiv(key_dim, ir.Constant(I64, unroll))
+        totals = loop(builder, steps, [_ZERO] * (count * unroll), whole)
+        sums = totals[:count]
+        for u in range(1, unroll):
+            sums = [builder.fadd(a, b) for a, b in zip(sums, totals[u * count : (u + 1) * count], strict=True)]
+        for t in range(count):
+            store(builder, builder.add(scores, builder.mul(stride, ir.Constant(I64, t))), sums[t])
+
+    return tile
+
+
+def value_tile(count: int, half: bool, vectors: int) -> Any:
+    """sums[t, columns] += weights[t, tokens] times the values of a block, 16 * `vectors` columns."""
+
+    @operation(types.void, address, index, address, index, index, address, index)
+    def tile(builder, weights, weight_stride, values, value_bytes, tokens, sums, sum_stride):  # type: ignore[no-untyped-def]
+        """weights, values: at the first of `tokens` (1..16) tokens. value_bytes: from one token to the next."""
+        rows = [builder.add(sums, builder.mul(sum_stride, ir.Constant(I64, t))) for t in range(count)]
+        lines = [builder.add(weights, builder.mul(weight_stride, ir.Constant(I64, t))) for t in range(count)]
+        start = [load(builder, rows[t], F32V, 64 * v) for t in range(count) for v in range(vectors)]
+
+        def body(token, totals):  # type: ignore[no-untyped-def]
+            at = builder.add(values, builder.mul(token, value_bytes))
+            offset = builder.mul(token, ir.Constant(I64, 4))
+            loaded = [_stored(builder, at, half, (32 if half else 64) * v) for v in range(vectors)]
+            results = []
+            for t in range(count):
+                weight = splat(builder, load(builder, builder.add(lines[t], offset), F32))
+                results += [fused(builder, loaded[v], weight, totals[t * vectors + v]) for v in range(vectors)]
+            return results
+
+        totals = loop(builder, tokens, start, body)
+        for t in range(count):
+            for v in range(vectors):
+                to = builder.add(rows[t], ir.Constant(I64, 64 * v))
+                store(builder, to, totals[t * vectors + v])
+
+    return tile
+
+
+@operation(f32x16, f32x16, index, index, index, types.float32)
+def mask_outside(builder, scores, start, low, high, masked):  # type: ignore[no-untyped-def]
+    """Scores of the 16 positions from `start`; `masked` where a position is not in low..high."""
+    lanes = ir.Constant(I32V, list(range(16)))
+
+    def from_start(bound):  # type: ignore[no-untyped-def]
+        return splat(builder, builder.trunc(builder.sub(bound, start), I32))
+
+    seen = builder.and_(
+        builder.icmp_signed(">=", lanes, from_start(low)), builder.icmp_signed("<=", lanes, from_start(high))
+    )
+    return builder.select(seen, scores, splat(builder, masked))
+
+
+scores_1_f32, scores_2_f32, scores_3_f32, scores_4_f32 = (score_tile(t, False) for t in (1, 2, 3, 4))
+scores_1_f16, scores_2_f16, scores_3_f16, scores_4_f16 = (score_tile(t, True) for t in (1, 2, 3, 4))
+values_1_f32, values_2_f32, values_3_f32, values_4_f32 = (value_tile(t, False, 4) for t in (1, 2, 3, 4))
+values_1_f16, values_2_f16, values_3_f16, values_4_f16 = (value_tile(t, True, 4) for t in (1, 2, 3, 4))
+narrow_f32, narrow_f16 = value_tile(1, False, 1), value_tile(1, True, 1)
