@@ -66,7 +66,7 @@ class Workspace(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The KV block pool: [layer][block][kv head][...], keys dimension-major and values token-major."""
+    """The KV block pool: [layer][kv head][block][...], keys dimension-major and values token-major."""
 
     keys: int
     values: int
@@ -219,7 +219,7 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
             rotate(at, model.cos[position], model.sin[position], half)
         if is_key:
             block = inputs.block_tables[inputs.sequences[row], position // 16]
-            place = (layer * cache.blocks + block) * model.kv_heads + kv
+            place = (layer * model.kv_heads + kv) * cache.blocks + block
             value = work.v + row * work.kv_stride + 4 * kv * model.head_dim
             store_key_value(
                 at, value, cache.keys + place * cache.key_head, cache.values + place * cache.value_head,
@@ -243,12 +243,11 @@ def attend_group(model, cache, inputs, layer, row, rows, kv, head, heads, work, 
         position = np.int64(inputs.positions[r])
         highs = tuple_setitem(highs, t, position)
         lows = tuple_setitem(lows, t, max(np.int64(0), position - model.windows[layer] + 1))
-    place = layer * cache.blocks * model.kv_heads + kv
+    place = (layer * model.kv_heads + kv) * cache.blocks
     attend(
         count, queries, lows, highs, cache.keys + place * cache.key_head, cache.values + place * cache.value_head,
         inputs.block_tables[inputs.sequences[row]],
-        (model.kv_heads * cache.key_head, model.kv_heads * cache.value_head), (model.key_dim, model.value_stride),
-        cache.half, first, last, sums, scores,
+        (cache.key_head, cache.value_head), (model.key_dim, model.value_stride), cache.half, first, last, sums, scores,
     )  # fmt: skip
 
 
