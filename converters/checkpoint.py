@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import ConversionError
 from svdengine.model_writer import StoredTokenizer
 from svdengine.models.config import ModelConfig

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.errors import ConversionError
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.converters.gguf_file import read_gguf
 from svdengine.converters.gguf_tokenizer import read_gguf_tokenizer
 from svdengine.errors import ConversionError

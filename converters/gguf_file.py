@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.converters.checkpoint import read_bytes
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.tensor_file import open_regular, quoted

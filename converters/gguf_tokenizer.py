@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import AddedToken, Tokenizer
+
 from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level, split_merges
 from svdengine.converters.sentencepiece_bpe import (
     CONTROL,
@@ -16,7 +18,6 @@ from svdengine.converters.sentencepiece_bpe import (
 )
 from svdengine.model_file import TokenizerInfo
 from svdengine.model_writer import StoredTokenizer
-from tokenizers import AddedToken, Tokenizer
 
 # Texts that end a turn or a document whatever the file says of them, as llama.cpp has it.
 _END_TEXTS = frozenset(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.converters.checkpoint import read_bytes, read_json
 from svdengine.converters.hf_tokenizer import read_hf_tokenizer
 from svdengine.errors import ConversionError, ModelFileError

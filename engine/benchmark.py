@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from svdengine.cost import kv_read_bytes, weight_bytes
 from svdengine.kernels.batch import Batch, Executor, Logits
 from svdengine.sequence import blocks_for

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+
 from svdengine.errors import ModelFileError, RequestError
 from svdengine.template_sandbox import BoundedSandbox, TemplateLimitError
 from svdengine.tokenizer import Tokenizer

@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 import click
+
 from svdengine import __version__
 from svdengine.errors import SvdEngineError
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import DeviceError, RequestError
 from svdengine.kernels.batch import Executor
 

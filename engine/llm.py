@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.chat_template import ChatTemplate, Message, check_messages
 from svdengine.completion import Completion
 from svdengine.engine import Engine

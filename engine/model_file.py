@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args
 
 from numpy.typing import NDArray
+
 from svdengine.errors import ModelFileError
 from svdengine.kernels.formats import WeightFormat, stored_parts
 from svdengine.models.config import ModelConfig

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.kernels.formats import Parts, WeightFormat, quantize
 from svdengine.model_file import CHAT_TEMPLATE, FORMAT, FORMAT_VERSION, TokenizerInfo, stored_tensors
 from svdengine.models.config import ModelConfig

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from svdengine.errors import RequestError, SvdEngineError
 
 if TYPE_CHECKING:

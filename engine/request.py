@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
+
 from svdengine.completion import Completion, FinishReason, Stats
 from svdengine.errors import ContextOverflowError, RequestError
 from svdengine.kernels.batch import Logits

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.sampling import SamplingParams
 

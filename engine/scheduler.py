@@ -7,6 +7,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
+
 from svdengine.block_pool import BlockPool
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.prefix_cache import PrefixCache

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import ModelFileError
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification has the same

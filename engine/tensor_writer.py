@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import ModelFileError
 from svdengine.tensor_file import DTYPES, HEADER_LIMIT
 

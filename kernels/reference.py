@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
 from svdengine.models.config import ModelConfig, Rope
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.models import bamboo, falcon, llama, minicpm, mistral, opt, qwen2, qwen3
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source

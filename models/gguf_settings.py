@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import GgufFamily
 from svdengine.models.settings import Settings, activation_fields, integer, number, yarn_magnitude

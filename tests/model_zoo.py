@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Source

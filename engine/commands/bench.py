@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from svdengine.commands.options import model_options, open_model
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from svdengine.commands.options import model_options, open_model, printable, sampling_fields, sampling_options
 
 if TYPE_CHECKING:

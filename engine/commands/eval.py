@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+
 from svdengine.commands.options import model_options, open_model, read_text
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
 from svdengine.commands.options import (
     model_options,
     open_model,

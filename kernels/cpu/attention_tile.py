@@ -45,7 +45,7 @@ def score_tile(count: int, half: bool) -> Any:
 
     @operation(types.void, address, address, index, address, index)
     def tile(builder, queries, keys, key_dim, scores, stride):  # type: ignore[no-untyped-def]
-        """queries: (key_dim, count) float32, scaled; key_dim: a multiple of 4. stride: bytes between the scores of two queries."""
+        """queries: (key_dim, count) float32, scaled; key_dim: a multiple of 4. stride: bytes from query to query."""
         unroll = 4 if count == 1 else 2  # enough sums in flight to hide the latency of one
         size = 32 if half else 64
 

@@ -58,7 +58,9 @@ def emit_dot(builder, total, weights, activations):  # type: ignore[no-untyped-d
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32V, [total, w, a])
     if ISA == isa.AVXVNNI:
         half = ir.VectorType(I32, 8)
-        parts = zip(_pieces(builder, total, 8), _pieces(builder, weights, 32), _pieces(builder, activations, 32), strict=True)
+        parts = zip(
+            _pieces(builder, total, 8), _pieces(builder, weights, 32), _pieces(builder, activations, 32), strict=True
+        )
         sums = [
             call(builder, "llvm.x86.avx512.vpdpbusd.256", half, [t, builder.bitcast(w, half), builder.bitcast(a, half)])
             for t, w, a in parts
@@ -68,7 +70,9 @@ def emit_dot(builder, total, weights, activations):  # type: ignore[no-untyped-d
         return builder.add(total, _dot_avx2(builder, weights, activations))
     if ISA == isa.NEON:
         quarter = ir.VectorType(I32, 4)
-        parts = zip(_pieces(builder, total, 4), _pieces(builder, weights, 16), _pieces(builder, activations, 16), strict=True)
+        parts = zip(
+            _pieces(builder, total, 4), _pieces(builder, weights, 16), _pieces(builder, activations, 16), strict=True
+        )
         sums = [call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", quarter, [t, w, a]) for t, w, a in parts]
         return _joined(builder, sums)
     wide = ir.VectorType(I32, 64)
@@ -118,7 +122,7 @@ def _scaled(builder, total, dots, scales, block):  # type: ignore[no-untyped-def
 
 @operation(f32x16, f32x16, address, address, f32x16)
 def dot_chunk_q8(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
-    """total + scaled products of 512 columns of int8 weights (less the bias' term). scales: one a group, both sides'."""
+    """total + scaled products of 512 columns of int8 weights, less the bias' term. scales: of both sides, by group."""
     zero = ir.Constant(I32V, [0] * 16)
     for block in range(CHUNK // BLOCK):
         w = emit_bias(builder, load(builder, weights, I8V, block * BLOCK))

@@ -157,5 +157,3 @@ def scale_head(x, scale, head_dim):
     """One head times a number, in place."""
     for i in range(head_dim):
         store_real(x + 4 * i, load_real(x + 4 * i) * scale)
-
-

@@ -73,8 +73,8 @@ class CpuExecutor:
         if self._team is None:
             raise ValueError("the executor is closed")
         self._load(batch)
-        self._team.start_step()
-        run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
+        with self._team.awake():
+            run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
         return self._logits[: len(batch.logit_rows), : self._config.vocab_size]
 
     def close(self) -> None:

@@ -140,9 +140,7 @@ def gemv(matrix, bias, x, quantized, out, first, last):
             y = dot_q8(data + r * columns, scale + 2 * r * groups, quantized, columns)
         elif kind == Q4:
             row = matrix[ROW] + 8 * r
-            y = dot_q4(
-                data + r * columns // 2, scale + r * groups, matrix[MIN] + r * groups, row, quantized, columns
-            )
+            y = dot_q4(data + r * columns // 2, scale + r * groups, matrix[MIN] + r * groups, row, quantized, columns)
         elif kind == F32:
             y = dot_f32(data + 4 * r * columns, x, columns)
         elif kind == F16:

@@ -124,7 +124,7 @@ def float_to_half(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
 
 
 def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., ir.Value | None]], Any]:
-    """Make a Numba function of an emitter `emit(builder, *values) -> value`, with the given result and argument types."""
+    """Make a Numba function of these types out of an emitter `emit(builder, *values) -> value`."""
 
     def decorate(emit: Callable[..., ir.Value | None]) -> Any:
         signature = result(*arguments)
@@ -219,9 +219,7 @@ def absolute_f32(builder, a):  # type: ignore[no-untyped-def]
 def sum_lanes(builder, a):  # type: ignore[no-untyped-def]
     """Sum over the lanes, pairwise."""
     for half in (8, 4, 2, 1):
-        a = builder.fadd(
-            shuffle(builder, a, a, list(range(half))), shuffle(builder, a, a, list(range(half, 2 * half)))
-        )
+        a = builder.fadd(shuffle(builder, a, a, list(range(half))), shuffle(builder, a, a, list(range(half, 2 * half))))
     return builder.extract_element(a, ir.Constant(I32, 0))
 
 
@@ -333,7 +331,12 @@ def _overload(python_operator: Any, implementation: Any) -> None:
         return None
 
 
-for _operator, _name in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _operator, _name in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _overload(_operator, _binary(_name))
 
 

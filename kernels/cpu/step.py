@@ -30,7 +30,7 @@ from svdengine.kernels.cpu.jit import entry, jit
 from svdengine.kernels.cpu.plan import BIAS_VECTOR, DOWN, EMBEDDING, GATE, LAYER_MATRICES, LM_HEAD, UP, O
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.simd import load_real, store_f32, store_real
-from svdengine.kernels.cpu.sync import STOP, barrier, load_shared, wait_for_work
+from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, barrier, exchange, fetch_add, load_shared, wait_for_work
 
 
 class Workspace(NamedTuple):
@@ -478,8 +478,10 @@ def run(model, work, cache, inputs, member, threads, sync, seen):
     """
     at = sync.ctypes.data
     if member == 0:
+        fetch_add(at + 8 * EPOCH, 1)
         forward(model, work, cache, inputs, member, threads, at)
         return seen
+    exchange(at + 8 * (PARKED + 8 * member), 0)
     while True:
         epoch = wait_for_work(at, member, seen)
         if epoch < 0:
@@ -488,5 +490,3 @@ def run(model, work, cache, inputs, member, threads, sync, seen):
             return np.int64(-1)
         seen = epoch
         forward(model, work, cache, inputs, member, threads, at)
-
-

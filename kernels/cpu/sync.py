@@ -13,7 +13,7 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
 
 # Fields of a team's synchronisation array, 8 int64 apart.
-ARRIVED, EPOCH, STOP, PARKED = 0, 8, 16, 24  # the parked flags of the members follow, 8 apart
+ARRIVED, EPOCH, STOP, CALLED, PARKED = 0, 8, 16, 24, 32  # the parked flags of the members follow, 8 apart
 
 # A thread that waits longer than some tens of microseconds waits for one that has lost its core. It then sleeps rather
 # than yields: only a thread that wakes up is moved to an idle core, and two members on one core would stay there.
@@ -89,10 +89,11 @@ def wait_for_work(sync, member, seen):
             return epoch
         spins += 1
         pause()
-        if spins == IDLE_SPINS:
-            exchange(sync + 8 * (PARKED + 8 * member), 1)
-            # Whoever starts work raises the epoch first and looks at the flag then: one of the two sees the other.
-            if load_shared(sync + 8 * EPOCH) == seen:
-                return -1
-            exchange(sync + 8 * (PARKED + 8 * member), 0)
+        if spins >= IDLE_SPINS:
             spins = 0
+            parked = sync + 8 * (PARKED + 8 * member)
+            exchange(parked, 1)
+            # Who calls the members raises CALLED first and looks at this flag then: one of the two sees the other.
+            if load_shared(sync + 8 * CALLED) == 0 and load_shared(sync + 8 * EPOCH) == seen:
+                return -1
+            exchange(parked, 0)

@@ -3,27 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.jit import entry
-from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, exchange, fetch_add, load_shared
+from svdengine.kernels.cpu.sync import CALLED, EPOCH, PARKED, STOP, exchange, load_shared
 
 
 @entry
-def announce(sync: Any, threads: int, awake: Any) -> None:
-    """Raise the epoch, then note in `awake` which members had parked and must be woken."""
+def call_members(sync: Any, threads: int, parked: Any) -> None:
+    """Keep members from parking, and note in `parked` which of them have and must be woken."""
     at = sync.ctypes.data
-    fetch_add(at + 8 * EPOCH, 1)
+    exchange(at + 8 * CALLED, 1)
     for member in range(1, threads):
-        flag = at + 8 * (PARKED + 8 * member)
-        awake[member] = 0
-        if load_shared(flag) != 0:
-            exchange(flag, 0)
-            awake[member] = 1
+        parked[member] = load_shared(at + 8 * (PARKED + 8 * member))
 
 
 class Team:
@@ -40,7 +37,7 @@ class Team:
         skip = (-room.ctypes.data % 64) // 8
         self.sync: NDArray[np.int64] = room[skip : skip + PARKED + 8 * (threads + 1)]
         self._loop = member_loop
-        self._woken = np.zeros(threads, np.int64)
+        self._parked = np.zeros(threads, np.int64)
         self._events = [threading.Event() for _ in range(threads)]
         self._members: list[threading.Thread] = []
 
@@ -51,18 +48,27 @@ class Team:
             member.start()
             self._members.append(member)
 
-    def start_step(self) -> None:
-        """Let every member run one step; the caller must run its own part at once."""
-        announce(self.sync, self.threads, self._woken)
-        for member in range(1, self.threads):
-            if self._woken[member]:
-                self._events[member].set()
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Members wait for the next step in compiled code, awake, while the caller runs its own part of one.
+
+        An interruption in here leaves no member waiting for the others: a step begins inside the caller's part.
+        """
+        try:
+            call_members(self.sync, self.threads, self._parked)
+            for member in range(1, self.threads):
+                if self._parked[member]:
+                    self._events[member].set()
+            yield
+        finally:
+            self.sync[CALLED] = 0
 
     def close(self) -> None:
         """End the threads."""
         if self._members:
-            self.sync[STOP] = 1
-            self.start_step()
+            with self.awake():
+                self.sync[STOP] = 1
+                self.sync[EPOCH] += 1
             for member in self._members:
                 member.join()
             self._members = []

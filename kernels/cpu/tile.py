@@ -33,7 +33,10 @@ PANEL = 16  # rows of weights in a panel
 
 
 def loop(
-    builder: ir.IRBuilder, count: ir.Value, carried: list[ir.Value], body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]]
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    carried: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
 ) -> list[ir.Value]:
     """Run `body(i, values) -> values` for i in 0..count (at least once) and return the last values."""
     before = builder.block

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 from model_zoo import random_weights, zoo
 from numpy.typing import NDArray
+from tokenizers import AddedToken, pre_tokenizers
+
 from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import split_suffix
 from svdengine.models.naming import GGUF_STEMS, LLAMA_NAMES
 from svdengine.models.tensors import tensor_specs
-from tokenizers import AddedToken, pre_tokenizers
 
 CONFIG = replace(zoo()["llama"], vocab_size=300, activation="relu", layer_count=3)
 SPECIALS = ["<unk>", "<s>", "</s>"]

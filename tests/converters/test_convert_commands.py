@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from small_checkpoints import write_hf
+
 from svdengine.commands.convert import command as convert_command
 from svdengine.commands.inspect import command as inspect_command
 from svdengine.errors import SvdEngineError

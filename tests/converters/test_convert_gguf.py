@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small_checkpoints import CONFIG, checkpoint_weights, gguf_tensors, write_gguf, write_hf
+
 from svdengine.converters import convert
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.converters.gguf_file import read_gguf

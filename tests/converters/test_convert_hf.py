@@ -15,6 +15,7 @@ import pytest
 from model_zoo import random_weights
 from safetensors.numpy import save_file
 from small_checkpoints import CONFIG, HF_CONFIG, TEMPLATE, checkpoint_weights, hf_tensors, tokenizer_json, write_hf
+
 from svdengine.converters import convert
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.model_file import ModelFile, read_model_file

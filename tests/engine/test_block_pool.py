@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from svdengine.block_pool import BlockPool
 from svdengine.errors import ContextOverflowError
 

@@ -6,9 +6,10 @@ from typing import Any
 import jinja2
 import pytest
 from jinja2.ext import LoopControlExtension
+from tiny_model import CHATML, make_tokenizer
+
 from svdengine.chat_template import MAX_TEMPLATE, ChatTemplate
 from svdengine.errors import ModelFileError, RequestError
-from tiny_model import CHATML, make_tokenizer
 
 TOKENIZER = make_tokenizer("byte_level")
 HEADER = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from tiny_model import write_tiny_model
+
 from svdengine.chat_session import ChatSession
 from svdengine.cli import COMMANDS, main
 from svdengine.errors import RequestError
-from tiny_model import write_tiny_model
 
 GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tiny_model import write_tiny_model
+
 import svdengine.converters
 from svdengine import demo_model
 from svdengine.errors import ConversionError, SvdEngineError
-from tiny_model import write_tiny_model
 
 
 @pytest.fixture

@@ -8,13 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_model import write_tiny_model
+
 import svdengine
 from svdengine import LLM, ContextOverflowError, ModelFileError, RequestError, SamplingParams, SvdEngineError
 from svdengine.benchmark import run_benchmark
 from svdengine.cost import kv_bytes_per_token, kv_read_bytes, weight_bytes
 from svdengine.executors import float32_weights
 from svdengine.perplexity import measure_perplexity, negative_log_likelihood
-from tiny_model import write_tiny_model
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 HELLO = [{"role": "user", "content": "hello world"}]

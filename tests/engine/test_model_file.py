@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model_zoo import random_weights, zoo
+
 from svdengine.errors import ModelFileError
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
 from svdengine.model_file import ModelFile, TokenizerInfo, read_model_file

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from model_zoo import random_weights, zoo
+
 from svdengine.errors import ModelFileError
 from svdengine.model_file import TokenizerInfo, read_model_file, stored_tensors
 from svdengine.model_writer import ModelWriter, StoredTokenizer

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.sampler import Sampler, candidates, token_logprobs
 from svdengine.sampling import SamplingParams, merge_params, params_from_generation
@@ -21,7 +22,13 @@ def softmax(logits: np.ndarray, temperature: float) -> np.ndarray:
 
 
 @settings(deadline=None)
-@given(_logits, st.integers(0, 45), st.floats(0.01, 1.0), st.floats(0.0, 1.0), st.floats(0.1, 5.0))
+@given(
+    _logits,
+    st.integers(0, 45),
+    st.floats(0.01, 0.999) | st.just(1.0),
+    st.floats(0.0, 1.0),
+    st.floats(0.1, 5.0),
+)
 def test_filters_follow_their_definition(
     logits: np.ndarray, top_k: int, top_p: float, min_p: float, temperature: float
 ) -> None:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_model import FakeExecutor, logits_after
+
 from svdengine.engine import Engine
 from svdengine.errors import ContextOverflowError, RequestError, SvdEngineError
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.sampling import SamplingParams
-from tiny_model import FakeExecutor, logits_after
 
 VOCAB = 50
 

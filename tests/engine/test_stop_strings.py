@@ -2,6 +2,7 @@
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from svdengine.stop_strings import StopStrings
 
 _text = st.text("ab\n", max_size=20)

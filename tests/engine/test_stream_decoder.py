@@ -3,8 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from svdengine.stream_decoder import StreamDecoder
 from tiny_model import make_tokenizer
+
+from svdengine.stream_decoder import StreamDecoder
 
 KINDS = ("byte_level", "llama", "sentencepiece")
 TOKENIZERS = {kind: make_tokenizer(kind) for kind in KINDS}

@@ -2,10 +2,11 @@
 
 import pytest
 import tokenizers
+from tiny_model import byte_level_json, make_tokenizer
+
 from svdengine.errors import ModelFileError, RequestError
 from svdengine.model_file import TokenizerInfo
 from svdengine.tokenizer import Tokenizer
-from tiny_model import byte_level_json, make_tokenizer
 
 KINDS = ("byte_level", "llama", "llama_first", "sentencepiece")
 

@@ -12,6 +12,7 @@ import numpy as np
 import sentencepiece
 import tokenizers
 from model_zoo import random_weights, zoo
+
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
 from svdengine.model_file import TokenizerInfo
 from svdengine.model_writer import ModelWriter, StoredTokenizer

@@ -119,7 +119,9 @@ def test_sequences_in_one_batch_do_not_see_each_other() -> None:
     a, b, c = (random_tokens(config, n, seed=n) for n in (21, 9, 30))
     tables = [[0, 5], [3], [9, 2]]
     with executors(config, "f32") as (cpu, reference):
-        alone = [reference.forward(make_batch([(t, 0)], [table])).copy() for t, table in zip((a, b, c), tables, strict=True)]
+        alone = [
+            reference.forward(make_batch([(t, 0)], [table])).copy() for t, table in zip((a, b, c), tables, strict=True)
+        ]
         cpu.forward(make_batch([(a[:20], 0), (c[:10], 0)], [tables[0], tables[2]]))
         mixed = cpu.forward(make_batch([(a[20:], 20), (b, 0), (c[10:], 10)], tables))
         assert relative_error(mixed, np.concatenate([alone[0][20:], alone[1], alone[2][10:]])) < 2e-5

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from model_zoo import block_table, make_batch, random_tokens, random_weights, relative_error, zoo
+
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.reference import ReferenceExecutor, activate
 from svdengine.models.config import ModelConfig

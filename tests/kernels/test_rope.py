@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model_zoo import zoo
+
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import config_from_hf
 

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model_zoo import canonical_weights, make_batch, random_tokens, relative_error
+
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import config_from_hf, hf_source
 from svdengine.models.config import ModelConfig

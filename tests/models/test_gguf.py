@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from model_zoo import canonical_weights, random_weights, zoo
 from numpy.typing import NDArray
+
 from svdengine.kernels.rope import rope_frequencies
 from svdengine.models import FAMILIES, ModelConfig, Rope, config_from_gguf, gguf_source, tensor_specs
 from svdengine.models.family import split_suffix

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from model_zoo import zoo
+
 from svdengine.kernels.rope import rope_frequencies
 from svdengine.models import FAMILIES, ModelConfig, Rope, config_from_hf, hf_source, tensor_specs, with_activation
 

