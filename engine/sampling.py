@@ -73,10 +73,19 @@ def merge_params(base: SamplingParams, changes: Mapping[str, Any]) -> SamplingPa
     return replace(base, **changes) if changes else base
 
 
+# What llama.cpp samples with when it is not told.
+UNSTATED: Mapping[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+
+
 def params_from_generation(generation: Mapping[str, Any]) -> SamplingParams:
-    """The defaults that a model's generation_config.json states; entries that are unknown or unusable are left out."""
+    """The defaults that a model's generation_config.json states; entries that are unknown or unusable are left out.
+
+    A model that says nothing of sampling gets `UNSTATED`: small models ramble when they sample freely.
+    """
     if generation.get("do_sample") is False:
         return SamplingParams(temperature=0.0)
+    if not any(generation.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p")):
+        generation = {**UNSTATED, **generation}
     params = SamplingParams()
     for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
         if generation.get(name) is None:

@@ -82,9 +82,10 @@ def _tensors(file: ModelFile) -> list[dict[str, Any]]:
 def _tables(report: dict[str, Any]) -> list[str]:
     totals = report["totals"]
     lines = [report["file"], "", "config"]
-    lines += _pairs(report["config"])
+    lines += _pairs(_stated(report["config"]))
     for section in ("tokenizer", "generation"):
-        lines += ["", section, *_pairs(report[section])]
+        if report[section]:
+            lines += ["", section, *_pairs(report[section])]
     lines += ["", f"{'tensor':<24}{'format':<8}{'shape':<22}{'MB':>10}"]
     for tensor in report["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))
@@ -99,6 +100,20 @@ def _tables(report: dict[str, Any]) -> list[str]:
     lines.append(f"parameters: {totals['parameters'] / 1e6:.1f} M at {totals['bits_per_weight']:.2f} bits")
     lines.append(f"file: {totals['file_bytes'] / 1e6:.1f} MB")
     return lines
+
+
+def _stated(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config differs from the defaults."""
+    from dataclasses import fields
+
+    from svdengine.models.config import ModelConfig, Rope
+
+    def differing(values: dict[str, Any], kind: type) -> dict[str, Any]:
+        defaults = {field.name: field.default for field in fields(kind)}
+        return {name: value for name, value in values.items() if value != defaults[name]}
+
+    rope = config["rope"] and differing(config["rope"], Rope)
+    return {**differing(config, ModelConfig), "rope": rope}
 
 
 def _pairs(mapping: dict[str, Any]) -> Iterable[str]:

@@ -203,3 +203,5 @@ def test_generation_defaults() -> None:
     assert params_from_generation({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 3}).top_p == 0.9
     assert params_from_generation({"do_sample": False, "temperature": 0.6}).greedy
     assert params_from_generation({"temperature": "x", "top_k": -5, "top_p": None}) == SamplingParams()
+    unstated = params_from_generation({"repetition_penalty": 1.1})
+    assert (unstated.temperature, unstated.top_k, unstated.repetition_penalty) == (0.8, 40, 1.1)
