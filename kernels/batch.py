@@ -28,6 +28,7 @@ class Batch:
     block_tables: NDArray[np.int32]  # (sequences, most blocks), unused entries 0
     context_lengths: NDArray[np.int32]  # (sequences,) tokens in the cache after this step
     logit_rows: NDArray[np.int32]  # (m,) indices into the n rows
+    sparsity_bias: NDArray[np.float32] | None = None  # (sequences,) shifts the predictor's thresholds; None: all 0
 
 
 class Executor(Protocol):

@@ -5,7 +5,7 @@ Columns are padded with zeros to a multiple of 64, so that no kernel has a tail.
     f32, f16, bf16   `name` (rows, C); bfloat16 is held as uint16
     q8               `name` (rows, C) int8; `name.scale` (rows, C / 32) float16
                      w = scale * q, scale = max |w| / 127 of its group of 32
-    q4               `name` (rows, C / 2) uint8; `name.scale`, `name.min` (rows, C / 32) uint8; `name.row` (rows, 2) float32
+    q4               `name` (rows, C / 2) uint8; `name.scale`, `name.min` (rows, C / 32) uint8; `name.row` (rows, 2) f32
                      w = row[0] * scale * q - row[1] * min, q in 0..15. Of every 64 columns, byte j holds column j in
                      its low half and column j + 32 in its high half.
 """

@@ -1,0 +1,65 @@
+"""Low-bit copies of a matrix, for predictors: one or two bits a weight and a float16 scale for every 64 columns.
+
+q2   `name` (rows, C / 4) uint8; `name.scale` (rows, C / 64) float16; w = scale * (code - 1.5), code in 0..3.
+     Of every 64 columns, byte j holds columns j, j + 16, j + 32 and j + 48, lowest bits first.
+q1   `name` (rows, C / 8) uint8; `name.scale` (rows, C / 64) float16; w = scale * (code - 0.5), code in 0..1.
+     Column j is bit j % 8 of byte j / 8.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.formats import Parts, padded_columns
+
+BLOCK = 64  # columns that share a scale
+
+
+def quantize_lowbit(matrix: NDArray[np.float32], bits: int) -> Parts:
+    """Store a (rows, columns) float32 matrix in 1 or 2 bits, with the scales of least squared error."""
+    rows, columns = matrix.shape
+    w = np.zeros((rows, padded_columns(columns)), np.float32)
+    w[:, :columns] = matrix
+    blocks = w.reshape(rows, -1, BLOCK)
+    if bits == 1:
+        # The best scale of +-s/2 is twice the mean magnitude. Padding must not weigh in.
+        counts = np.minimum(columns - np.arange(0, w.shape[1], BLOCK), BLOCK)
+        scale = (2 * np.abs(blocks).sum(-1) / counts).astype(np.float16)
+        code = (blocks > 0).astype(np.uint8)
+        packed = np.packbits(code.reshape(rows, -1), axis=1, bitorder="little")
+    else:
+        scale = _scales_of_two_bits(blocks)
+        code = _two_bit_codes(blocks, scale.astype(np.float32))
+        quarters = code.reshape(rows, -1, 4, BLOCK // 4)
+        packed = (quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6).reshape(
+            rows, -1
+        )
+    return {"": np.ascontiguousarray(packed), ".scale": scale}
+
+
+def dequantize_lowbit(parts: Parts, bits: int, columns: int) -> NDArray[np.float32]:
+    """The (rows, columns) float32 matrix that the stored parts stand for."""
+    data, scale = parts[""], parts[".scale"].astype(np.float32)
+    rows = len(data)
+    if bits == 1:
+        code = np.unpackbits(data, axis=1, bitorder="little").reshape(rows, -1, BLOCK).astype(np.float32) - 0.5
+    else:
+        packed = data.reshape(rows, -1, BLOCK // 4)
+        code = np.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], 2).reshape(rows, -1, BLOCK) - np.float32(1.5)
+    return np.ascontiguousarray((code * scale[..., None]).reshape(rows, -1)[:, :columns])
+
+
+def _two_bit_codes(blocks: NDArray[np.float32], scale: NDArray[np.float32]) -> NDArray[np.uint8]:
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.clip(np.floor(blocks * inverse[..., None]) + 2, 0, 3).astype(np.uint8)
+
+
+def _scales_of_two_bits(blocks: NDArray[np.float32]) -> NDArray[np.float16]:
+    """Alternate between codes and least-squares scales, from the best step for a normal distribution."""
+    scale = np.sqrt((blocks * blocks).mean(-1)) * np.float32(0.996)
+    for _ in range(4):
+        levels = _two_bit_codes(blocks, scale) - np.float32(1.5)
+        power = (levels * levels).sum(-1)
+        scale = np.abs((levels * blocks).sum(-1)) / power
+    return scale.astype(np.float16)

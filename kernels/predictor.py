@@ -1,0 +1,150 @@
+"""The sparsity predictor: which FFN neurons of a token are worth computing, from a cheap score.
+
+    s = A (B x) + Q x + b - bias * unit        neuron i is predicted active when s_i > 0
+
+B (r, d) and A (f, r) are low-rank factors, Q (f, d) a low-bit residual; either may be missing. b holds the calibrated
+thresholds. `unit` is one standard deviation of each neuron's gate, so that one number, the sparsity bias, shifts all
+thresholds at run time: positive is sparser. x is the FFN's input after its norm, in int8 by groups of 32, and B x is
+quantised in the same way before A: thresholds are calibrated in this arithmetic.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.formats import Parts, WeightFormat, dequantize, padded_columns, stored_parts
+from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit
+
+PREFIX = "predictor."
+FactorFormat = Literal["q8", "q4"]
+
+
+@dataclass(frozen=True)
+class LayerPredictor:
+    """The predictor of one layer. Parts are stored arrays by suffix, as kernels/formats.py and lowbit.py say."""
+
+    rank: int  # r; 0: no factors
+    factor_format: FactorFormat
+    residual_bits: int  # of Q: 0 (none), 1 or 2
+    a: Parts  # (f, r)
+    b: Parts  # (r, d)
+    q: Parts  # (f, d)
+    bias: NDArray[np.float32]  # (f,)
+    unit: NDArray[np.float32]  # (f,)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """The predictor of a model, and how it was made."""
+
+    layers: tuple[LayerPredictor, ...]
+    about: Mapping[str, Any]  # JSON: kind, calibrator, budget, fingerprint of the model, statistics of each layer
+
+
+def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """x (n, d) float32 as executors quantise it: int8 by groups of 32 columns, and back."""
+    n, d = x.shape
+    padded = np.zeros((n, padded_columns(d)), np.float32)
+    padded[:, :d] = x
+    groups = padded.reshape(n, -1, 32)
+    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return (np.rint(groups * inverse) * scale).reshape(n, -1)[:, :d]
+
+
+def scores(layer: LayerPredictor, x: NDArray[np.float32], bias: float = 0.0) -> NDArray[np.float32]:
+    """Scores (n, f) float32 of FFN inputs x (n, d) float32; where positive, a neuron is predicted active."""
+    x = quantize_activations(np.asarray(x, np.float32))
+    s = np.broadcast_to(layer.bias - np.float32(bias) * layer.unit, (len(x), len(layer.bias)))
+    if layer.rank:
+        z = quantize_activations(x @ dequantize(layer.b, layer.factor_format, x.shape[1]).T)
+        s = s + z @ dequantize(layer.a, layer.factor_format, layer.rank).T
+    if layer.residual_bits:
+        s = s + x @ dequantize_lowbit(layer.q, layer.residual_bits, x.shape[1]).T
+    return np.asarray(s, np.float32)
+
+
+def layer_arrays(index: int, layer: LayerPredictor) -> dict[str, NDArray]:
+    """The arrays of a layer by the names they have in a file: predictor.3.A, predictor.3.A.scale, ..."""
+    arrays: dict[str, NDArray] = {}
+    for name, parts in (("A", layer.a), ("B", layer.b), ("Q", layer.q)):
+        for suffix, array in parts.items():
+            arrays[f"{PREFIX}{index}.{name}{suffix}"] = array
+    arrays[f"{PREFIX}{index}.bias"], arrays[f"{PREFIX}{index}.unit"] = layer.bias, layer.unit
+    return arrays
+
+
+def describe(predictor: Predictor) -> str:
+    """The JSON that goes beside the arrays as metadata `predictor`."""
+    layers = [{"rank": p.rank, "factors": p.factor_format, "residual_bits": p.residual_bits} for p in predictor.layers]
+    return json.dumps({**predictor.about, "layers": layers})
+
+
+def predictor_from_arrays(
+    arrays: Mapping[str, NDArray], description: str, layer_count: int, ffn_size: int, hidden_size: int
+) -> Predictor:
+    """Rebuild a predictor from a file's arrays and its metadata. Raises ValueError on anything that does not fit."""
+    about = json.loads(description)
+    layouts = about.get("layers") if isinstance(about, dict) else None
+    if not isinstance(layouts, list) or len(layouts) != layer_count:
+        raise ValueError(f"the predictor does not describe {layer_count} layers")
+    expected: dict[str, tuple[tuple[int, ...], str]] = {}
+    shapes = []
+    for index, layout in enumerate(layouts):
+        rank, factors, bits = _layout(layout, hidden_size)
+        shapes.append((rank, factors, bits))
+        expected |= {
+            f"{PREFIX}{index}.{name}": value
+            for name, value in _stored(rank, factors, bits, ffn_size, hidden_size).items()
+        }
+    for name, (shape, dtype) in expected.items():
+        found = arrays.get(name)
+        if found is None or found.shape != shape or found.dtype != np.dtype(_NUMPY[dtype]):
+            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise ValueError(f"{name}: found {what}, expected {dtype} {shape}")
+    extra = {name for name in arrays if name.startswith(PREFIX)} - expected.keys()
+    if extra:
+        raise ValueError(f"unexpected predictor tensor {min(extra)}")
+    layers = tuple(_layer(arrays, f"{PREFIX}{i}.", *shape) for i, shape in enumerate(shapes))
+    return Predictor(layers, about)
+
+
+_NUMPY = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
+
+
+def _layout(layout: Any, hidden_size: int) -> tuple[int, FactorFormat, int]:
+    if not isinstance(layout, dict):
+        raise ValueError("a layer of the predictor is not described by an object")
+    rank, factors, bits = layout.get("rank"), layout.get("factors"), layout.get("residual_bits")
+    if type(rank) is not int or not 0 <= rank <= hidden_size:
+        raise ValueError(f"a predictor's rank must lie in 0..{hidden_size}, found {rank!r}")
+    if factors not in get_args(FactorFormat) or type(bits) is not int or bits not in (0, 1, 2):
+        raise ValueError(f"found predictor factors {factors!r} with a residual of {bits!r} bits")
+    return rank, factors, bits
+
+
+def _stored(rank: int, factors: WeightFormat, bits: int, f: int, d: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name -> (shape, dtype) of a layer's arrays."""
+    stored: dict[str, tuple[tuple[int, ...], str]] = {"bias": ((f,), "F32"), "unit": ((f,), "F32")}
+    if rank:
+        for name, rows, columns in (("A", f, rank), ("B", rank, d)):
+            stored |= {name + suffix: value for suffix, value in stored_parts(factors, rows, columns).items()}
+    if bits:
+        c = padded_columns(d)
+        stored |= {"Q": ((f, c * bits // 8), "U8"), "Q.scale": ((f, c // BLOCK), "F16")}
+    return stored
+
+
+def _layer(arrays: Mapping[str, NDArray], prefix: str, rank: int, factors: FactorFormat, bits: int) -> LayerPredictor:
+    def parts(name: str) -> Parts:
+        suffixes = ("", ".scale", ".min", ".row")
+        return {s: arrays[prefix + name + s] for s in suffixes if prefix + name + s in arrays}
+
+    bias, unit = arrays[prefix + "bias"], arrays[prefix + "unit"]
+    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit)
