@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import SvdEngineError
 
 
@@ -30,13 +31,17 @@ def llama_cpp_version() -> str:
 
 
 def quantize_gguf(source: Path, output: Path, kind: str) -> None:
-    """Make a Q8_0 or Q4_0 file with llama.cpp's own quantiser; of Q8_0 all matrices are Q8_0.
+    """Make an f32, q8_0 or q4_0 file with llama.cpp's own quantiser; of q8_0 all matrices are Q8_0.
 
-    In a Q4_0 file llama.cpp keeps some matrices at more bits, as it always does. Raises SvdEngineError when it fails.
+    In a q4_0 file llama.cpp keeps some matrices at more bits, as it always does. Raises SvdEngineError when it fails.
     """
     llama_cpp = import_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = {"q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
+    params.ftype = {
+        "f32": llama_cpp.LLAMA_FTYPE_ALL_F32,
+        "q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+        "q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    }[kind]
     params.allow_requantize = True
     if kind == "q8_0":
         params.output_tensor_type = params.token_embedding_type = llama_cpp.GGML_TYPE_Q8_0
@@ -50,10 +55,13 @@ def quantize_gguf(source: Path, output: Path, kind: str) -> None:
 class LlamaCppModel:
     """One model and one sequence. A context manager.
 
-    `rows` is the most tokens that one `decode` takes. Raises SvdEngineError when llama.cpp cannot load the file.
+    `rows` is the most tokens that one `decode` takes; llama.cpp chooses whether to use flash attention, unless it may
+    not. Raises SvdEngineError when llama.cpp cannot load the file.
     """
 
-    def __init__(self, path: Path, threads: int, context: int = 1024, rows: int = 512) -> None:
+    def __init__(
+        self, path: Path, threads: int, context: int = 1024, rows: int = 512, flash_attention: bool = True
+    ) -> None:
         self._lib = lib = import_llama_cpp()
         self._model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
         if not self._model:
@@ -61,6 +69,8 @@ class LlamaCppModel:
         params = lib.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, rows, rows
         params.n_threads = params.n_threads_batch = threads
+        if not flash_attention:
+            params.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._context = lib.llama_init_from_model(self._model, params)
         if not self._context:
             raise SvdEngineError(f"llama.cpp cannot make a context of {context} tokens for {path}")

@@ -2,8 +2,8 @@
 
     python -m svdengine.tools.record_llama_cpp model.gguf inputs.json -o expected.json
 
-The file is first quantised to Q8_0. `inputs.json` holds "prompts", a list of {"text": ...} and {"chat": ...}, and
-"text". The tests compare svdengine with the recorded results, and need no llama.cpp.
+The file is converted to F32 and to Q8_0 first. `inputs.json` holds "prompts", a list of {"text": ...} and
+{"chat": ...}, and "text". The tests compare svdengine with the recorded results, and need no llama.cpp.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import SvdEngineError
 from svdengine.tools.llama_cpp_model import LlamaCppModel, llama_cpp_version, quantize_gguf
 
 CONTINUATION = 64  # tokens
+KINDS = ("f32", "q8_0")  # how the matrices are stored
 WINDOW = 512  # tokens that are scored together
 
 _CHATML = (
@@ -45,25 +47,50 @@ def windows(tokens: Sequence[int]) -> list[Sequence[int]]:
     return [tokens[i : i + WINDOW] for i in range(0, len(tokens) - WINDOW + 1, WINDOW)]
 
 
-def record(model: LlamaCppModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Completions and perplexity, as plain JSON types."""
-    completions = [_complete(model, prompt) for prompt in inputs["prompts"]]
-    tokens = model.tokenize(inputs["text"])
+def record(gguf: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Completions and perplexity, as plain JSON types.
+
+    `repeated` counts the completions that llama.cpp gives again without flash attention, which is the same by
+    arithmetic but for rounding: where that changes its text, no other program can be expected to find it.
+    """
+    with LlamaCppModel(gguf, threads=1) as model:
+        prompts = [model.tokenize(prompt_text(prompt)) for prompt in inputs["prompts"]]
+        completions = [_complete(model, prompt) for prompt in prompts]
+        value = _perplexity(model, model.tokenize(inputs["text"]))
+    with LlamaCppModel(gguf, threads=1, flash_attention=False) as model:
+        again = [_complete(model, prompt) for prompt in prompts]
+    repeated = sum(a["tokens"] == b["tokens"] for a, b in zip(completions, again, strict=True))
+    return {"perplexity": value, "repeated": repeated, "completions": completions}
+
+
+def tokenized(gguf: Path, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The token ids of all inputs."""
+    with LlamaCppModel(gguf, threads=1) as model:
+        prompts = [prompt_text(prompt) for prompt in inputs["prompts"]]
+        return {
+            "prompts": [{"text": prompt, "tokens": model.tokenize(prompt)} for prompt in prompts],
+            "text_tokens": model.tokenize(inputs["text"]),
+        }
+
+
+def prompt_text(prompt: Mapping[str, str]) -> str:
+    """Raw text, or a question within the ChatML template."""
+    return prompt["text"] if "text" in prompt else _CHATML.format(prompt["chat"])
+
+
+def _perplexity(model: LlamaCppModel, tokens: Sequence[int]) -> float:
     total, count = 0.0, 0
     for window in windows(tokens):
         model.reset()
         total += negative_log_likelihood(model.decode(window, every=True), window)
         count += len(window) - 1
-    perplexity = {"window": WINDOW, "value": float(np.exp(total / count)), "scored": count, "tokens": tokens}
-    return {"completions": completions, "perplexity": perplexity}
+    return float(np.exp(total / count))
 
 
-def _complete(model: LlamaCppModel, prompt: Mapping[str, str]) -> dict[str, Any]:
+def _complete(model: LlamaCppModel, prompt: Sequence[int]) -> dict[str, Any]:
     """Take the likeliest token each time. The margin of a step is by how much its logit exceeded the second best."""
-    text = prompt["text"] if "text" in prompt else _CHATML.format(prompt["chat"])
-    tokens = model.tokenize(text)
     model.reset()
-    logits = model.decode(tokens)[0]
+    logits = model.decode(prompt)[0]
     chosen: list[int] = []
     margins: list[float] = []
     while True:
@@ -71,15 +98,8 @@ def _complete(model: LlamaCppModel, prompt: Mapping[str, str]) -> dict[str, Any]
         chosen.append(int(best))
         margins.append(round(float(logits[best] - logits[second]), 3))
         if len(chosen) == CONTINUATION or model.ends(chosen[-1]):
-            break
+            return {"text": model.detokenize(chosen), "tokens": chosen, "margins": margins}
         logits = model.decode(chosen[-1:])[0]
-    return {
-        "prompt": text,
-        "tokens": tokens,
-        "continuation": chosen,
-        "margins": margins,
-        "text": model.detokenize(chosen),
-    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,15 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         inputs = json.loads(options.inputs.read_text(encoding="utf-8"))
         with tempfile.TemporaryDirectory() as folder:
-            quantized = Path(folder) / "q8_0.gguf"
-            quantize_gguf(options.model, quantized, "q8_0")
-            with LlamaCppModel(quantized, threads=1) as model:
-                results = record(model, inputs)
+            results = tokenized(options.model, inputs)
+            for kind in KINDS:
+                quantized = Path(folder) / f"{kind}.gguf"
+                quantize_gguf(options.model, quantized, kind)
+                results[kind] = record(quantized, inputs)
     except (SvdEngineError, OSError, ValueError, KeyError) as error:
         sys.exit(f"error: {error}")
     source = {"file": options.model.name, "sha256": hashlib.sha256(options.model.read_bytes()).hexdigest()}
     versions = {"llama-cpp-python": llama_cpp_version()}
-    options.output.write_text(_dump({"source": source, "dtype": "Q8_0", "versions": versions, **results}), "utf-8")
+    options.output.write_text(_dump({"source": source, "versions": versions, **results}), "utf-8")
 
 
 def _dump(data: dict[str, Any]) -> str:
