@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.converters.gguf_file import import_gguf
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 from svdengine.models.naming import GGUF_STEMS

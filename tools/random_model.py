@@ -17,6 +17,7 @@ from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
+
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.model_writer import ModelWriter
