@@ -20,6 +20,8 @@ class Stats:
     seconds: float  # from the request to its end
     time_to_first_token: float  # seconds; 0 when no token came
     tokens_per_second: float  # of the tokens after the first; 0 when there are none
+    predicted_density: float | None = None  # share of FFN neurons predicted active; None: every step was dense
+    active_density: float | None = None  # share of FFN neurons that were computed in full, after their gates
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from svdengine.block_pool import BlockPool
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.batch import Executor, Logits
+from svdengine.neurons import NeuronShare, neurons_so_far
 from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
 from svdengine.scheduler import Scheduler, Step
@@ -31,22 +32,29 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return
+        before = neurons_so_far(self.executor)
         try:
             logits = self.executor.forward(step.batch)
         except BaseException as error:
             self._fail_all(error)
             raise
         self.scheduler.advance(step)
-        self.postprocess(step, logits)
+        self.postprocess(step, logits, neurons_so_far(self.executor) - before)
 
-    def postprocess(self, step: Step, logits: Logits) -> None:
-        """Hand each request its rows of the logits, (rows asked for, vocabulary)."""
+    def postprocess(self, step: Step, logits: Logits, neurons: NeuronShare) -> None:
+        """Hand each request its rows of the logits, (rows asked for, vocabulary), and the neurons of the whole step."""
         start = 0
         for chunk in step.chunks:
             rows = logits[start : start + chunk.logit_rows]
             start += chunk.logit_rows
+            self._requests[chunk.sequence].note_neurons(neurons)
             if chunk.logit_rows:
                 self._hand_over(self._requests[chunk.sequence], rows)
+
+    def set_ffn(self, ffn: str) -> None:
+        """Choose the FFN's path from the next step on. What the other path cached is not built upon."""
+        self.executor.ffn = ffn
+        self.prefix_cache.clear()
 
     def abort(self, request: Request) -> None:
         """Drop a request that nobody waits for. Its computed prefix stays in the cache."""

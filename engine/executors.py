@@ -13,6 +13,7 @@ from svdengine.errors import DeviceError, RequestError
 from svdengine.kernels.batch import Executor
 
 if TYPE_CHECKING:
+    from svdengine.kernels.predictor import Predictor
     from svdengine.model_file import ModelFile
 
 Device = Literal["auto", "cpu", "cuda", "ascend", "reference"]
@@ -34,6 +35,8 @@ def create_executor(
     block_count: int,
     kv_dtype: KvDtype = "f16",
     max_batch_rows: int = MAX_BATCH_ROWS,
+    predictor: Predictor | None = None,
+    ffn: str = "dense",
 ) -> Executor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
 
@@ -46,11 +49,12 @@ def create_executor(
     if kv_dtype not in KV_DTYPES:
         raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
     device = resolve_device(device)
+    sparse = {"predictor": predictor, "ffn": ffn} if predictor is not None else {}
     if device == "reference":
         from svdengine.kernels.reference import ReferenceExecutor
 
         weights = float32_weights(model_file)
-        return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows)
+        return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, **sparse)
     if device == "cpu":
         from svdengine.kernels.cpu.executor import CpuExecutor
 
@@ -63,6 +67,7 @@ def create_executor(
             context=context,
             threads=threads,
             kv_dtype=kv_dtype,
+            **sparse,
         )
     raise DeviceError(f"the device {device} is not supported by this version; use --device cpu")
 

@@ -14,20 +14,21 @@ from numpy.typing import NDArray
 from svdengine.chat_template import ChatTemplate, Message, check_messages
 from svdengine.completion import Completion
 from svdengine.engine import Engine
-from svdengine.errors import ModelFileError, RequestError, SvdEngineError
+from svdengine.errors import RequestError, SvdEngineError
 from svdengine.executors import KvDtype, create_executor
+from svdengine.ffn_path import check_ffn, find_predictor, require_predictor
 from svdengine.kernels.batch import Executor
-from svdengine.model_file import PREDICTOR_PREFIX, ModelFile, read_model_file
+from svdengine.kernels.predictor import Predictor
+from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
 from svdengine.request import ContextLimit, Generation, Scoring
-from svdengine.sampling import SamplingParams, merge_params, params_from_generation
+from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
 from svdengine.sequence import blocks_for
 from svdengine.stream_decoder import StreamDecoder
 from svdengine.text_stream import TextStream
 from svdengine.tokenizer import Tokenizer
 
 DEFAULT_CONTEXT = 4096  # tokens, where the model was made for more
-FFN_CHOICES = ("auto", "dense", "sparse")
 
 Prompt = str | Sequence[int]
 
@@ -47,11 +48,15 @@ def load(
 
     context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
     the KV cache holds for all sequences together, by default one context. kv_dtype: f16 or f32. threads: by default
-    one a core. Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
+    one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own file or from the model file. Raises
+    ModelFileError, DeviceError or RequestError, saying what was found and what to do.
     """
+    check_ffn(ffn)
     model_file = read_model_file(path)
     try:
-        _check_ffn(model_file, ffn, predictor)
+        found = find_predictor(model_file, predictor)
+        if ffn == "sparse":
+            require_predictor(model_file, found)
         limit = _context_limit(model_file.config, context)
         tokens = limit if kv_tokens is None else kv_tokens
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < limit:
@@ -63,8 +68,10 @@ def load(
             context=limit,
             block_count=blocks_for(tokens),
             kv_dtype=kv_dtype,
+            predictor=found,
+            ffn=ffn,
         )
-        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype)
+        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, ffn=ffn, predictor=found)
     except BaseException:
         model_file.close()
         raise
@@ -76,14 +83,24 @@ class LLM:
     It may be used from several threads: each step of the engine is taken under a lock and advances all requests.
     """
 
-    def __init__(self, model_file: ModelFile, executor: Executor, *, context: int, kv_dtype: KvDtype = "f16") -> None:
+    def __init__(
+        self,
+        model_file: ModelFile,
+        executor: Executor,
+        *,
+        context: int,
+        kv_dtype: KvDtype = "f16",
+        ffn: str = "auto",
+        predictor: Predictor | None = None,
+    ) -> None:
         self.model_file = model_file
-        self.ffn = "dense"  # the path that the FFN of a decoded token takes
+        self.predictor = predictor
         self.context = context  # most tokens of one sequence
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
         self._engine = Engine(executor)
+        self._ffn = ffn
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None
@@ -98,6 +115,24 @@ class LLM:
     def executor(self) -> Executor:
         """What runs the model; not to be called while requests run."""
         return self._engine.executor
+
+    @property
+    def ffn(self) -> str:
+        """The path of the FFN: dense, sparse, or auto, which chooses by cost and is dense without a predictor.
+
+        Setting it raises RequestError where the model cannot run sparse.
+        """
+        return self._ffn
+
+    @ffn.setter
+    def ffn(self, ffn: str) -> None:
+        check_ffn(ffn)
+        if ffn == "sparse":
+            require_predictor(self.model_file, self.predictor)
+        with self._lock:
+            self._ffn = ffn
+            if self.predictor is not None:
+                self._engine.set_ffn(ffn)
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -182,12 +217,13 @@ class LLM:
                 pass
         return stream.completion
 
-    def logits(self, token_ids: Sequence[int]) -> NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int], *, sparsity_bias: float = 0.0) -> NDArray[np.float32]:
         """Logits after each of the tokens (n,), teacher-forced: (n, vocabulary) float32.
 
         Raises RequestError on ids outside the vocabulary, ContextOverflowError on more tokens than the context holds.
         """
-        request = Scoring(_token_list(token_ids), self.config.vocab_size, self.context)
+        check_sparsity_bias(sparsity_bias)
+        request = Scoring(_token_list(token_ids), self.config.vocab_size, self.context, sparsity_bias)
         self._add(request)
         try:
             while not request.done and request.error is None:
@@ -275,17 +311,6 @@ class LLM:
             self._engine.abort(request)
             if isinstance(request, Generation):
                 request.finish("abort")
-
-
-def _check_ffn(model_file: ModelFile, ffn: str, predictor: str | Path | None) -> None:
-    if ffn not in FFN_CHOICES:
-        raise RequestError(f"ffn must be one of {', '.join(FFN_CHOICES)}, found {ffn!r}")
-    if predictor is not None:
-        raise RequestError("predictor files are not supported by this version; leave predictor out")
-    if ffn == "sparse":
-        if not any(name.startswith(PREDICTOR_PREFIX) for name in model_file.arrays):
-            raise ModelFileError(f"{model_file.path} has no predictor, which ffn='sparse' needs; use ffn='dense'")
-        raise RequestError("ffn='sparse' is not supported by this version; use ffn='dense'")
 
 
 def _context_limit(config: ModelConfig, context: int | None) -> int:

@@ -16,6 +16,7 @@ class CachedPrefix:
 
     tokens: tuple[int, ...]
     blocks: tuple[int, ...]
+    sparsity_bias: float = 0.0  # that they were computed with
 
 
 class PrefixCache:
@@ -29,7 +30,7 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def take(self, tokens: TokenIds[int]) -> tuple[list[int], int]:
+    def take(self, tokens: TokenIds[int], sparsity_bias: float = 0.0) -> tuple[list[int], int]:
         """Blocks that hold a prefix of `tokens`, which the caller owns from now on, and the length of that prefix.
 
         At least one token is left out, since its logits are wanted. A conversation that goes on takes its entry whole;
@@ -38,7 +39,7 @@ class PrefixCache:
         best, length = None, 0
         for entry in self._entries:
             common = min(_common_prefix(entry.tokens, tokens), len(tokens) - 1)
-            if common >= max(length, 1):
+            if common >= max(length, 1) and entry.sparsity_bias == sparsity_bias:
                 best, length = entry, common
         if best is None:
             return [], 0
@@ -54,14 +55,14 @@ class PrefixCache:
         self._pool.release(best.blocks[count:])
         return list(best.blocks[:count]), length
 
-    def store(self, tokens: TokenIds[int], blocks: TokenIds[int]) -> None:
+    def store(self, tokens: TokenIds[int], blocks: TokenIds[int], sparsity_bias: float = 0.0) -> None:
         """Keep the blocks of `tokens`, which the cache owns from now on. Blocks past the tokens are released."""
         count = blocks_for(len(tokens))
         self._pool.release(blocks[count:])
         if not tokens or not self._capacity:
             self._pool.release(blocks[:count])
             return
-        self._entries.append(CachedPrefix(tuple(tokens), tuple(blocks[:count])))
+        self._entries.append(CachedPrefix(tuple(tokens), tuple(blocks[:count]), sparsity_bias))
         if len(self._entries) > self._capacity:
             self.evict()
 

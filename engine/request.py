@@ -12,6 +12,7 @@ import numpy as np
 from svdengine.completion import Completion, FinishReason, Stats
 from svdengine.errors import ContextOverflowError, RequestError
 from svdengine.kernels.batch import Logits
+from svdengine.neurons import NeuronShare
 from svdengine.sampler import Sampler, TokenLogprobs, token_logprobs
 from svdengine.sampling import SamplingParams
 from svdengine.sequence import Sequence
@@ -43,6 +44,10 @@ class Request(Protocol):
         """Take the logits of the step just computed (rows, vocabulary); true when the context must be shifted."""
         ...
 
+    def note_neurons(self, share: NeuronShare) -> None:
+        """Take the FFN neurons of a step that the request was part of."""
+        ...
+
     @property
     def keep(self) -> int:
         """Tokens that a shift keeps."""
@@ -63,7 +68,7 @@ class Generation:
         decoder: StreamDecoder | None,
     ) -> None:
         _check_tokens(prompt, vocab_size)
-        self.sequence = Sequence(_fit(prompt, limit))
+        self.sequence = Sequence(_fit(prompt, limit), sparsity_bias=params.sparsity_bias)
         self.params = params
         self.pieces: deque[str] = deque()  # text that nobody has fetched yet
         self.token_ids: list[int] = []
@@ -78,6 +83,7 @@ class Generation:
         self._stops = StopStrings(params.stop)
         self._text: list[str] = []
         self._cached_tokens: int | None = None
+        self._neurons = NeuronShare()
         self._started = time.perf_counter()
         self._first = self._ended = self._started
 
@@ -111,6 +117,10 @@ class Generation:
             self.finish("length")
         return full and not self.done
 
+    def note_neurons(self, share: NeuronShare) -> None:
+        """Add the FFN neurons of a step."""
+        self._neurons += share
+
     def finish(self, reason: FinishReason) -> None:
         """End generation; text that was held back is released."""
         if self.done:
@@ -132,6 +142,8 @@ class Generation:
             seconds=self._ended - self._started,
             time_to_first_token=self._first - self._started if count else 0.0,
             tokens_per_second=(count - 1) / later if count > 1 and later > 0 else 0.0,
+            predicted_density=self._neurons.predicted_density,
+            active_density=self._neurons.active_density,
         )
         logprobs = self.logprobs if self.params.logprobs is not None else None
         return Completion("".join(self._text), self.token_ids, self.finish_reason or "abort", stats, logprobs)
@@ -152,11 +164,11 @@ class Scoring:
 
     keep = 0  # a context that is full is an error here
 
-    def __init__(self, tokens: list[int], vocab_size: int, limit: int) -> None:
+    def __init__(self, tokens: list[int], vocab_size: int, limit: int, sparsity_bias: float = 0.0) -> None:
         _check_tokens(tokens, vocab_size)
         if len(tokens) > limit:
             raise ContextOverflowError(f"{len(tokens)} tokens do not fit the context of {limit}; score them in parts")
-        self.sequence = Sequence(tokens, all_logits=True)
+        self.sequence = Sequence(tokens, all_logits=True, sparsity_bias=sparsity_bias)
         self.logits = np.empty((len(tokens), vocab_size), np.float32)
         self.error: Exception | None = None
         self.done = False
@@ -167,6 +179,9 @@ class Scoring:
         self.logits[end - len(logits) : end] = logits
         self.done = self.sequence.pending == 0
         return False
+
+    def note_neurons(self, share: NeuronShare) -> None:
+        """Scoring reports no cost."""
 
 
 def _check_tokens(tokens: list[int], vocab_size: int) -> None:

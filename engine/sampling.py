@@ -11,6 +11,7 @@ from svdengine.errors import RequestError
 
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
+MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # end generation, like the model's own end tokens
     logprobs: int | None = None  # log-probabilities of the chosen and of this many likeliest tokens; None: none
     ignore_eos: bool = False  # the model's end tokens do not end generation
+    sparsity_bias: float = 0.0  # shifts the sparsity predictor's thresholds; above 0: fewer neurons are computed
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -47,6 +49,7 @@ class SamplingParams:
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
         _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        check_sparsity_bias(self.sparsity_bias)
         if self.top_p == 0.0:
             raise RequestError("top_p must be above 0; use temperature 0 for greedy decoding")
         if self.seed is not None:
@@ -95,6 +98,11 @@ def params_from_generation(generation: Mapping[str, Any]) -> SamplingParams:
         except RequestError:
             continue
     return params
+
+
+def check_sparsity_bias(value: Any) -> None:
+    """Raise RequestError unless it is a number that a threshold can be shifted by."""
+    _check_number("sparsity_bias", value, -MAX_SPARSITY_BIAS, MAX_SPARSITY_BIAS)
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:

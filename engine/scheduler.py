@@ -87,7 +87,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Take out a sequence that is complete; the prefix cache gets its blocks."""
         self._forget(sequence)
-        self.prefix_cache.store(sequence.tokens[: sequence.cached], sequence.block_table)
+        self._store_prefix(sequence)
         sequence.block_table = []
         sequence.cached = 0
 
@@ -126,16 +126,20 @@ class Scheduler:
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence blocks for all its tokens, reusing a cached prefix. False when there are too few."""
         if not sequence.all_logits:
-            sequence.block_table, sequence.cached = self.prefix_cache.take(sequence.tokens)
+            sequence.block_table, sequence.cached = self.prefix_cache.take(sequence.tokens, sequence.sparsity_bias)
         missing = blocks_for(len(sequence)) - len(sequence.block_table)
         while not self.pool.can_allocate(missing):
             if not self.prefix_cache.evict():
-                self.prefix_cache.store(sequence.tokens[: sequence.cached], sequence.block_table)
+                self._store_prefix(sequence)
                 sequence.block_table, sequence.cached = [], 0
                 return False
         sequence.reused = sequence.cached
         sequence.block_table += self.pool.allocate(missing)
         return True
+
+    def _store_prefix(self, sequence: Sequence) -> None:
+        cached = sequence.tokens[: sequence.cached]
+        self.prefix_cache.store(cached, sequence.block_table, sequence.sparsity_bias)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
@@ -174,4 +178,6 @@ def build_batch(chunks: Items[Chunk]) -> Batch:
         lengths[i] = end
         logit_rows.extend(range(stop - chunk.logit_rows, stop))
         start = stop
-    return Batch(tokens, positions, sequences, tables, lengths, np.array(logit_rows, np.int32))
+    biases = np.array([chunk.sequence.sparsity_bias for chunk in chunks], np.float32)
+    bias = biases if biases.any() else None
+    return Batch(tokens, positions, sequences, tables, lengths, np.array(logit_rows, np.int32), bias)

@@ -15,11 +15,12 @@ def blocks_for(token_count: int) -> int:
 class Sequence:
     """Owns its tokens and its block table. Positions 0..cached-1 are in the KV cache, the others are pending."""
 
-    def __init__(self, tokens: TokenIds[int], *, all_logits: bool = False) -> None:
+    def __init__(self, tokens: TokenIds[int], *, all_logits: bool = False, sparsity_bias: float = 0.0) -> None:
         if not tokens:
             raise ValueError("a sequence needs at least one token")
         self.tokens = list(tokens)
         self.all_logits = all_logits  # logits of every token are wanted, not only of the last
+        self.sparsity_bias = sparsity_bias  # shifts the predictor's thresholds for all of its tokens
         self.block_table: list[int] = []  # block i holds positions i * BLOCK_SIZE and on
         self.cached = 0  # leading tokens whose keys and values are in the blocks
         self.reused = 0  # of those, tokens that came from the prefix cache
