@@ -20,7 +20,6 @@ from typing import Any
 
 from svdengine import __version__
 from svdengine.errors import SvdEngineError
-from svdengine.kernels.cpu.executor import default_threads
 from svdengine.tools.llama_cpp_model import llama_cpp_version
 from svdengine.tools.peer_models import WORKS, Pair, prepare
 from svdengine.tools.peer_run import Engine, measure
@@ -70,24 +69,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="svdengine.tools.bench_peers", description="Compare with llama.cpp.")
     parser.add_argument("--work", nargs="+", choices=WORKS, default=list(WORKS), help="models to compare on")
-    parser.add_argument("--threads", type=int, default=default_threads(), help="of both (default: one a core)")
+    parser.add_argument("--threads", type=int, help="of both (default: one a core)")
     parser.add_argument("--repetitions", type=int, default=5, help="of each measurement (default: 5)")
     parser.add_argument("--quick", action="store_true", help="a quarter of the tokens, and one repetition")
     parser.add_argument("--json", action="store_true", help="print a list of rows instead of the table")
     options = parser.parse_args(arguments)
-    if options.threads < 1 or options.repetitions < 1:
+    if options.repetitions < 1 or (options.threads is not None and options.threads < 1):
         parser.error("--threads and --repetitions must be at least 1")
     repetitions = 1 if options.quick else options.repetitions
+    threads = options.threads or _cores()
     try:
-        notes = machine_notes(options.threads, repetitions)
+        notes = machine_notes(threads, repetitions)
         pairs = [pair for work in options.work for pair in prepare(work, _report)]
         if options.quick:
             pairs = [replace(pair, decode=pair.decode // 4, prefill=pair.prefill // 4) for pair in pairs]
-        bandwidth = measure("bandwidth", options.threads)["gb_per_second"]
-        rows = [row for pair in pairs for row in compare(pair, options.threads, repetitions)]
+        bandwidth = measure("bandwidth", threads)["gb_per_second"]
+        rows = [row for pair in pairs for row in compare(pair, threads, repetitions)]
     except (SvdEngineError, OSError) as error:
         sys.exit(f"error: {error}")
     print(json.dumps(as_dicts(rows, bandwidth), indent=1) if options.json else markdown(rows, bandwidth, notes))
+
+
+def _cores() -> int:
+    from svdengine.kernels.cpu.executor import default_threads
+
+    return default_threads()
 
 
 def _report(message: str) -> None:

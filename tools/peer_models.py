@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from svdengine.errors import SvdEngineError
+from svdengine.errors import ModelFileError, SvdEngineError
 from svdengine.kernels.cpu.jit import user_cache_directory
 
 Report = Callable[[str], None]
@@ -68,8 +68,8 @@ def _seven_billion(folder: Path, report: Report) -> list[Pair]:
 
 
 def _make(path: Path, megabytes: int, report: Report, write: Callable[[Path], None]) -> None:
-    """Write a file unless it is there; it gets its name only when it is complete."""
-    if path.exists():
+    """Write a file unless it is there and can be used; it gets its name only when it is complete."""
+    if _usable(path):
         return
     report(f"writing {path} ({megabytes} MB)")
     partial = path.with_name(f".{os.getpid()}.{path.name}")
@@ -78,6 +78,18 @@ def _make(path: Path, megabytes: int, report: Report, write: Callable[[Path], No
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _usable(path: Path) -> bool:
+    """Whether the file is there, and not of another version of the format."""
+    from svdengine.model_file import read_model_file
+
+    try:
+        if path.suffix == ".svdp":
+            read_model_file(path).close()
+    except ModelFileError:
+        return False
+    return path.exists()
 
 
 def packaged_gguf() -> Path:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from model_zoo import make_batch, random_tokens
 from numpy.typing import NDArray
+
 from svdengine.converters import convert
 from svdengine.executors import float32_weights
 from svdengine.kernels.cpu.executor import CpuExecutor
