@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from svdengine.block_pool import BlockPool
 from svdengine.errors import SvdEngineError
-from svdengine.kernels.batch import Executor, Logits
-from svdengine.neurons import NeuronShare, neurons_so_far
+from svdengine.kernels.batch import Executor, FfnMode, Logits, NeuronCounts
+from svdengine.neurons import counts_of, since
 from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
 from svdengine.scheduler import Scheduler, Step
@@ -32,16 +32,16 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return
-        before = neurons_so_far(self.executor)
+        before = counts_of(self.executor)
         try:
             logits = self.executor.forward(step.batch)
         except BaseException as error:
             self._fail_all(error)
             raise
         self.scheduler.advance(step)
-        self.postprocess(step, logits, neurons_so_far(self.executor) - before)
+        self.postprocess(step, logits, since(before, counts_of(self.executor)))
 
-    def postprocess(self, step: Step, logits: Logits, neurons: NeuronShare) -> None:
+    def postprocess(self, step: Step, logits: Logits, neurons: NeuronCounts) -> None:
         """Hand each request its rows of the logits, (rows asked for, vocabulary), and the neurons of the whole step."""
         start = 0
         for chunk in step.chunks:
@@ -51,7 +51,7 @@ class Engine:
             if chunk.logit_rows:
                 self._hand_over(self._requests[chunk.sequence], rows)
 
-    def set_ffn(self, ffn: str) -> None:
+    def set_ffn(self, ffn: FfnMode) -> None:
         """Choose the FFN's path from the next step on. What the other path cached is not built upon."""
         self.executor.ffn = ffn
         self.prefix_cache.clear()

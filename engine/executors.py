@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError, RequestError
-from svdengine.kernels.batch import Executor
+from svdengine.kernels.batch import Executor, FfnMode
 
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
@@ -36,7 +36,7 @@ def create_executor(
     kv_dtype: KvDtype = "f16",
     max_batch_rows: int = MAX_BATCH_ROWS,
     predictor: Predictor | None = None,
-    ffn: str = "dense",
+    ffn: FfnMode = "dense",
 ) -> Executor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
 
@@ -49,12 +49,11 @@ def create_executor(
     if kv_dtype not in KV_DTYPES:
         raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
     device = resolve_device(device)
-    sparse = {"predictor": predictor, "ffn": ffn} if predictor is not None else {}
     if device == "reference":
         from svdengine.kernels.reference import ReferenceExecutor
 
         weights = float32_weights(model_file)
-        return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, **sparse)
+        return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
     if device == "cpu":
         from svdengine.kernels.cpu.executor import CpuExecutor
 
@@ -67,7 +66,8 @@ def create_executor(
             context=context,
             threads=threads,
             kv_dtype=kv_dtype,
-            **sparse,
+            predictor=predictor,
+            ffn=ffn,
         )
     raise DeviceError(f"the device {device} is not supported by this version; use --device cpu")
 

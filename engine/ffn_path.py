@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from svdengine.errors import ModelFileError, RequestError
+from svdengine.kernels.batch import FfnMode
 from svdengine.kernels.predictor import PREFIX, Predictor, predictor_from_arrays
 from svdengine.models.config import RELU_FAMILY, ModelConfig
 
 if TYPE_CHECKING:
     from svdengine.model_file import ModelFile
 
-FFN_CHOICES = ("auto", "dense", "sparse")
+FFN_CHOICES: tuple[str, ...] = ("auto", "dense", "sparse")
 
 
-def check_ffn(ffn: Any) -> None:
-    """Raise RequestError unless it names a path."""
+def check_ffn(ffn: Any) -> FfnMode:
+    """`ffn` itself. Raises RequestError unless it names a path."""
     if ffn not in FFN_CHOICES:
         raise RequestError(f"ffn must be one of {', '.join(FFN_CHOICES)}, found {ffn!r}")
+    return cast(FfnMode, ffn)
 
 
 def find_predictor(model_file: ModelFile, path: str | Path | None = None) -> Predictor | None:

@@ -51,7 +51,7 @@ def load(
     one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own file or from the model file. Raises
     ModelFileError, DeviceError or RequestError, saying what was found and what to do.
     """
-    check_ffn(ffn)
+    mode = check_ffn(ffn)
     model_file = read_model_file(path)
     try:
         found = find_predictor(model_file, predictor)
@@ -69,9 +69,9 @@ def load(
             block_count=blocks_for(tokens),
             kv_dtype=kv_dtype,
             predictor=found,
-            ffn=ffn,
+            ffn=mode,
         )
-        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, ffn=ffn, predictor=found)
+        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, predictor=found)
     except BaseException:
         model_file.close()
         raise
@@ -90,7 +90,6 @@ class LLM:
         *,
         context: int,
         kv_dtype: KvDtype = "f16",
-        ffn: str = "auto",
         predictor: Predictor | None = None,
     ) -> None:
         self.model_file = model_file
@@ -100,7 +99,6 @@ class LLM:
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
         self._engine = Engine(executor)
-        self._ffn = ffn
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None
@@ -118,21 +116,19 @@ class LLM:
 
     @property
     def ffn(self) -> str:
-        """The path of the FFN: dense, sparse, or auto, which chooses by cost and is dense without a predictor.
+        """The path of the FFN: dense, sparse, or auto, which chooses by cost.
 
         Setting it raises RequestError where the model cannot run sparse.
         """
-        return self._ffn
+        return self.executor.ffn
 
     @ffn.setter
     def ffn(self, ffn: str) -> None:
-        check_ffn(ffn)
+        mode = check_ffn(ffn)
         if ffn == "sparse":
             require_predictor(self.model_file, self.predictor)
         with self._lock:
-            self._ffn = ffn
-            if self.predictor is not None:
-                self._engine.set_ffn(ffn)
+            self._engine.set_ffn(mode)
 
     @property
     def chat_template(self) -> ChatTemplate:

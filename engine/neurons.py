@@ -1,42 +1,33 @@
-"""How many FFN neurons were computed, of all that a dense FFN computes."""
+"""Arithmetic on counts of FFN neurons: what a step computed, and what share of a dense FFN that is."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from svdengine.kernels.batch import Executor, NeuronCounts
 
-if TYPE_CHECKING:
-    from svdengine.kernels.batch import Executor
+NO_NEURONS = NeuronCounts(0, 0, 0)
 
 
-@dataclass(frozen=True)
-class NeuronShare:
-    """Neurons of the rows that took the sparse path, summed over layers; rows that took the dense one do not count."""
-
-    predicted: int = 0  # predicted active: their gate rows were read
-    active: int = 0  # of those, active: their up and down rows were read
-    total: int = 0
-
-    def __add__(self, other: NeuronShare) -> NeuronShare:
-        return NeuronShare(self.predicted + other.predicted, self.active + other.active, self.total + other.total)
-
-    def __sub__(self, other: NeuronShare) -> NeuronShare:
-        return NeuronShare(self.predicted - other.predicted, self.active - other.active, self.total - other.total)
-
-    @property
-    def predicted_density(self) -> float | None:
-        """Share of neurons that were predicted active; None where nothing ran sparse."""
-        return self.predicted / self.total if self.total else None
-
-    @property
-    def active_density(self) -> float | None:
-        """Share of neurons that were computed in full; None where nothing ran sparse."""
-        return self.active / self.total if self.total else None
+def counts_of(executor: Executor) -> NeuronCounts:
+    """What an executor counted since its last reset; nothing where it has no sparse path."""
+    count = getattr(executor, "neuron_counts", None)
+    return count() if count is not None else NO_NEURONS
 
 
-def neurons_so_far(executor: Executor) -> NeuronShare:
-    """What an executor counted since its counters were reset; all 0 when it runs no predictor."""
-    if getattr(executor, "predictor", None) is None:
-        return NeuronShare()
-    counts = executor.neuron_counts()
-    return NeuronShare(int(counts.predicted), int(counts.active), int(counts.total))
+def add(a: NeuronCounts, b: NeuronCounts) -> NeuronCounts:
+    """The neurons of both."""
+    return NeuronCounts(a.predicted + b.predicted, a.active + b.active, a.total + b.total)
+
+
+def since(before: NeuronCounts, now: NeuronCounts) -> NeuronCounts:
+    """What was counted between two readings of an executor's counters."""
+    return NeuronCounts(now.predicted - before.predicted, now.active - before.active, now.total - before.total)
+
+
+def predicted_density(counts: NeuronCounts) -> float | None:
+    """Share of neurons whose gate was computed; None where nothing ran sparse."""
+    return counts.predicted / counts.total if counts.total else None
+
+
+def active_density(counts: NeuronCounts) -> float | None:
+    """Share of neurons whose up and down rows were read; None where nothing ran sparse."""
+    return counts.active / counts.total if counts.total else None

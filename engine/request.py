@@ -11,8 +11,8 @@ import numpy as np
 
 from svdengine.completion import Completion, FinishReason, Stats
 from svdengine.errors import ContextOverflowError, RequestError
-from svdengine.kernels.batch import Logits
-from svdengine.neurons import NeuronShare
+from svdengine.kernels.batch import Logits, NeuronCounts
+from svdengine.neurons import NO_NEURONS, active_density, add, predicted_density
 from svdengine.sampler import Sampler, TokenLogprobs, token_logprobs
 from svdengine.sampling import SamplingParams
 from svdengine.sequence import Sequence
@@ -44,7 +44,7 @@ class Request(Protocol):
         """Take the logits of the step just computed (rows, vocabulary); true when the context must be shifted."""
         ...
 
-    def note_neurons(self, share: NeuronShare) -> None:
+    def note_neurons(self, counts: NeuronCounts) -> None:
         """Take the FFN neurons of a step that the request was part of."""
         ...
 
@@ -83,7 +83,7 @@ class Generation:
         self._stops = StopStrings(params.stop)
         self._text: list[str] = []
         self._cached_tokens: int | None = None
-        self._neurons = NeuronShare()
+        self._neurons = NO_NEURONS
         self._started = time.perf_counter()
         self._first = self._ended = self._started
 
@@ -117,9 +117,9 @@ class Generation:
             self.finish("length")
         return full and not self.done
 
-    def note_neurons(self, share: NeuronShare) -> None:
+    def note_neurons(self, counts: NeuronCounts) -> None:
         """Add the FFN neurons of a step."""
-        self._neurons += share
+        self._neurons = add(self._neurons, counts)
 
     def finish(self, reason: FinishReason) -> None:
         """End generation; text that was held back is released."""
@@ -142,8 +142,8 @@ class Generation:
             seconds=self._ended - self._started,
             time_to_first_token=self._first - self._started if count else 0.0,
             tokens_per_second=(count - 1) / later if count > 1 and later > 0 else 0.0,
-            predicted_density=self._neurons.predicted_density,
-            active_density=self._neurons.active_density,
+            predicted_density=predicted_density(self._neurons),
+            active_density=active_density(self._neurons),
         )
         logprobs = self.logprobs if self.params.logprobs is not None else None
         return Completion("".join(self._text), self.token_ids, self.finish_reason or "abort", stats, logprobs)
@@ -180,7 +180,7 @@ class Scoring:
         self.done = self.sequence.pending == 0
         return False
 
-    def note_neurons(self, share: NeuronShare) -> None:
+    def note_neurons(self, counts: NeuronCounts) -> None:
         """Scoring reports no cost."""
 
 

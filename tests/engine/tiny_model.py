@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 from model_zoo import random_weights, zoo
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits, NeuronCounts
 from svdengine.model_file import TokenizerInfo
 from svdengine.model_writer import ModelWriter, StoredTokenizer
 from svdengine.models.config import ModelConfig
@@ -125,6 +125,10 @@ class FakeExecutor:
         self.steps = 0
         self.rows = 0
         self.fail = False
+        self.ffn = "dense"
+        self.predictor = None
+        self.counts = NeuronCounts(0, 0, 0)
+        self.biases: list[float] = []  # of the rows, in order
 
     def forward(self, batch: Batch) -> Logits:
         if self.fail:
@@ -132,12 +136,23 @@ class FakeExecutor:
         assert 0 < len(batch.tokens) <= self.max_batch_rows
         self.steps += 1
         self.rows += len(batch.tokens)
+        bias = np.zeros(len(batch.context_lengths)) if batch.sparsity_bias is None else batch.sparsity_bias
+        self.biases += bias[batch.sequences].tolist()
+        if self.ffn == "sparse":  # 3 in 10 neurons are predicted active, 2 are
+            was, n = self.counts, len(batch.tokens)
+            self.counts = NeuronCounts(was.predicted + 3 * n, was.active + 2 * n, was.total + 10 * n)
         slots = [self._slot(batch, s, p) for s, p in zip(batch.sequences, batch.positions, strict=True)]
         assert len(set(slots)) == len(slots), "two rows write the same slot"
         self.cache[slots] = batch.tokens
         for sequence, length in enumerate(batch.context_lengths):
             assert batch.positions[batch.sequences == sequence][-1] == length - 1
         return np.stack([self._logits(batch, int(row)) for row in batch.logit_rows] or [np.empty(0, np.float32)])
+
+    def neuron_counts(self) -> NeuronCounts:
+        return self.counts
+
+    def reset_neuron_counts(self) -> None:
+        self.counts = NeuronCounts(0, 0, 0)
 
     def close(self) -> None:
         self.closed = True
