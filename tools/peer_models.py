@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from svdengine.errors import ModelFileError, SvdEngineError
-from svdengine.kernels.cpu.jit import user_cache_directory
 
 Report = Callable[[str], None]
 
@@ -31,6 +30,8 @@ _LAYERS = 8  # of the 7B shape: what follows from them holds for 32, in a quarte
 
 def bench_folder() -> Path:
     """Where the models are kept."""
+    from svdengine.kernels.cpu.jit import user_cache_directory
+
     return user_cache_directory() / "bench"
 
 
