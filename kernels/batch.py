@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,18 @@ class Batch:
     context_lengths: NDArray[np.int32]  # (sequences,) tokens in the cache after this step
     logit_rows: NDArray[np.int32]  # (m,) indices into the n rows
     sparsity_bias: NDArray[np.float32] | None = None  # (sequences,) shifts the predictor's thresholds; None: all 0
+
+
+FfnMode = Literal["dense", "sparse", "auto"]
+
+
+@dataclass(frozen=True)
+class NeuronCounts:
+    """FFN neurons of rows on the sparse path, summed over rows and layers."""
+
+    predicted: int  # whose gate was computed
+    active: int  # whose gate was not 0: their rows of up and down were read
+    total: int
 
 
 class Executor(Protocol):

@@ -8,29 +8,47 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
+from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
 from svdengine.models.tensors import tensor_specs
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]  # canonical name -> array; of one layer, without the layer axis
+FfnPath = Literal["dense", "sparse", "auto"]
 
 
 class ReferenceExecutor:
-    """An Executor (kernels/batch.py) for any ModelConfig, on float32 weights in their logical shapes."""
+    """An Executor (kernels/batch.py) for any ModelConfig, on float32 weights in their logical shapes.
+
+    `ffn` and `predictor` may be set between steps: with ffn="sparse" every row of every step goes through
+    `sparse_ffn`, prefill included; "auto" means "dense" here, since nothing is gained in NumPy.
+    """
 
     name = "reference"
 
-    def __init__(self, config: ModelConfig, weights: Weights, block_count: int = 256, max_batch_rows: int = 512):
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        block_count: int = 256,
+        max_batch_rows: int = 512,
+        *,
+        predictor: Predictor | None = None,
+        ffn: FfnPath = "dense",
+    ):
         """Take `weights` as `tensor_specs(config)` names and shapes them: tensors of layers are stacked.
 
         Raises ValueError when a tensor is missing or has another shape.
         """
+        self.predictor, self.ffn = predictor, ffn
+        self._ffn_inputs: list[Array] | None = None
         config.validate()
         self.config = config
         self.block_count = block_count
@@ -58,18 +76,38 @@ class ReferenceExecutor:
             attended = self._attention(layer, batch, h)
             if config.parallel:
                 h = h if config.shared_norm else normalize(config, lw, "ffn_norm", x)
-                x = x + scale * (attended + ffn(config, lw, h))
+                x = x + scale * (attended + self._ffn(layer, batch, h))
             else:
                 x = x + scale * attended
-                x = x + scale * ffn(config, lw, normalize(config, lw, "ffn_norm", x))
+                x = x + scale * self._ffn(layer, batch, normalize(config, lw, "ffn_norm", x))
 
         # Only the rows that are asked for are projected on the vocabulary.
         x = normalize(config, w, "output_norm", x[batch.logit_rows])
         head = w["embedding"] if config.tied_embeddings else w["lm_head"]
         return x @ head.T * np.float32(config.logit_scale)
 
+    def ffn_inputs(self, batch: Batch) -> Array:
+        """Run one step with dense FFNs and return what each layer's FFN read, after its norm: (layers, n, d)."""
+        path, self.ffn, self._ffn_inputs = self.ffn, "dense", []
+        try:
+            self.forward(batch)
+            return np.stack(self._ffn_inputs)
+        finally:
+            self.ffn, self._ffn_inputs = path, None
+
     def close(self) -> None:
         """Nothing to give back."""
+
+    def _ffn(self, layer: int, batch: Batch, x: Array) -> Array:
+        """The FFN of the rows (n, d) by the path that was chosen."""
+        if self._ffn_inputs is not None:
+            self._ffn_inputs.append(x)
+        if self.ffn != "sparse":
+            return ffn(self.config, self.layers[layer], x)
+        if self.predictor is None:
+            raise ValueError("ffn='sparse' needs a predictor")
+        bias = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
+        return sparse_ffn(self.config, self.layers[layer], x, self.predictor.layers[layer], bias)
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
@@ -116,6 +154,33 @@ def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
         neurons = activate(config.activation, up, config.activation_threshold)
     down = weights["down_T"].T if config.sparse_ffn else weights["down"]
     return linear(neurons, down, weights.get("down.bias"))
+
+
+def sparse_ffn(
+    config: ModelConfig, weights: Weights, x: Array, predictor: LayerPredictor, bias: Array | np.float32
+) -> Array:
+    """The FFN computed only on the neurons that the predictor names: (n, d) -> (n, d).
+
+    `bias` (n, 1) shifts the thresholds of a row, in units of the predictor. P are the neurons whose score is positive;
+    Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold. An
+    executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
+    """
+    # P: predicted from the scores. (n, f)
+    predicted = scores(predictor, x) - bias * predictor.unit > 0
+
+    # Q: the exact gate prunes what was predicted wrongly.
+    name = "gate" if config.gated else "up"
+    gate = activate(
+        config.activation, linear(x, weights[name], weights.get(f"{name}.bias")), config.activation_threshold
+    )
+    active = predicted & (gate > 0)
+
+    # h: act(gate x) * (up x) on Q.
+    neurons = gate
+    if config.gated:
+        up = linear(x, weights["up"], weights.get("up.bias"))
+        neurons = gate * (activate("relu", up) if config.activation == "drelu" else up)
+    return linear(np.where(active, neurons, np.float32(0)), weights["down_T"].T, weights.get("down.bias"))
 
 
 def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:

@@ -32,6 +32,13 @@ _TWO = np.float32(2)
 
 
 @jit
+def copy_row(source, to, columns):
+    """to = source."""
+    for i in range(0, 4 * columns, 64):
+        store_f32(to + i, load_f32(source + i))
+
+
+@jit
 def add_row(x, other, scale, columns):
     """x += scale * other."""
     s = splat_f32(scale)

@@ -10,12 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
 from svdengine.kernels.cpu.compilation import compile_entry
-from svdengine.kernels.cpu.plan import build_model
-from svdengine.kernels.cpu.step import Cache, Inputs, Workspace, run
+from svdengine.kernels.cpu.plan import build_model, place_predictor
+from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
+from svdengine.kernels.cpu.step import DENSE, PREDICT, SKIP_ZEROS, Cache, Inputs, Workspace, run
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.formats import WeightFormat, padded_columns
+from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
 
@@ -52,6 +54,8 @@ class CpuExecutor:
         context: int | None = None,
         threads: int | None = None,
         kv_dtype: KvDtype = "f16",
+        predictor: Predictor | None = None,
+        ffn: FfnMode = "dense",
     ) -> None:
         self.threads = default_threads() if threads is None else threads
         if not 1 <= self.threads <= 1024:
@@ -62,8 +66,11 @@ class CpuExecutor:
         tables = _rope(config, self.context)
         self._model, self._keep = build_model(config, arrays, formats, tables)
         self._cache = self._allocate_cache(kv_dtype)
-        self._inputs = _inputs(max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)))
+        self._inputs = _inputs(max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)), self.threads)
         self._work = self._allocate_workspace()
+        self._kept_predictor: list[NDArray] = []
+        self.predictor = predictor
+        self.ffn: FfnMode = ffn
         self._team: Team | None = Team(self.threads, self._member_loop)
         self._compile(self._team)
         self._team.start()
@@ -76,6 +83,40 @@ class CpuExecutor:
         with self._team.awake():
             run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
         return self._logits[: len(batch.logit_rows), : self._config.vocab_size]
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What `ffn` "sparse" and "auto" list neurons with. Setting one raises ValueError when it does not fit."""
+        return self._predictor
+
+    @predictor.setter
+    def predictor(self, predictor: Predictor | None) -> None:
+        self._kept_predictor = place_predictor(self._model, predictor)
+        self._predictor = predictor
+
+    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        """Run a dense step of at least two rows; what entered the FFN of every layer, (layers, n, hidden) float32."""
+        n, model = len(batch.tokens), self._model
+        if n < 2:
+            raise ValueError("a step that keeps the FFN's inputs needs at least 2 rows")
+        kept = _aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
+        mode, self.ffn = self.ffn, "dense"
+        self._inputs.sizes[3] = kept.ctypes.data
+        try:
+            self.forward(batch)
+        finally:
+            self._inputs.sizes[3] = 0
+            self.ffn = mode
+        return kept.reshape(model.layers, n, -1)[:, :, : model.hidden]
+
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
+        return NeuronCounts(int(predicted), int(active), int(total))
+
+    def reset_neuron_counts(self) -> None:
+        """Start counting anew."""
+        self._inputs.counts[:] = 0
 
     def close(self) -> None:
         """End the threads. Calling it twice is fine."""
@@ -110,12 +151,23 @@ class CpuExecutor:
             if values.size and not (values.min() >= 0 and values.max() < limit):
                 raise ValueError(f"a {name} lies outside 0..{limit - 1}")
         inputs = self._inputs
-        inputs.sizes[:] = n, wanted
+        inputs.sizes[:3] = n, wanted, self._mode(n)
         inputs.tokens[:n] = batch.tokens
         inputs.positions[:n] = batch.positions
         inputs.sequences[:n] = batch.sequences
         inputs.block_tables[:sequences, :blocks] = batch.block_tables
         inputs.logit_rows[:wanted] = batch.logit_rows
+        inputs.sparsity_bias[:sequences] = 0 if batch.sparsity_bias is None else batch.sparsity_bias
+
+    def _mode(self, n: int) -> int:
+        """How a step of n rows runs its FFNs."""
+        if self.ffn == "dense" or not self._model.transposed_down:
+            return DENSE
+        if self.ffn == "sparse":
+            return PREDICT if self._predictor is not None else SKIP_ZEROS
+        if n > 1:
+            return DENSE
+        return PREDICT if self._predictor is not None else SKIP_ZEROS
 
     def _allocate_cache(self, kv_dtype: KvDtype) -> Cache:
         """The block pool; untouched pages cost no memory."""
@@ -148,7 +200,8 @@ class CpuExecutor:
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
             "q": attention, "k": kv, "v": kv, "attention": attention,
             "attention_q": quantized(model.heads * model.head_dim), "attention_add": hidden, "ffn_add": hidden,
-            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn),
+            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": hidden, "z_q": quantized(model.hidden),
+            "neurons": ffn,
         }  # fmt: skip
         buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
         buffers["scratch"] = _aligned(self.threads * scratch)
@@ -157,7 +210,8 @@ class CpuExecutor:
         strides = {
             "hidden_stride": hidden, "hidden_q_stride": sizes["hidden_q"], "q_stride": attention, "kv_stride": kv,
             "attention_stride": attention, "attention_q_stride": sizes["attention_q"], "ffn_stride": ffn,
-            "ffn_q_stride": sizes["ffn_q"], "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
+            "ffn_q_stride": sizes["ffn_q"], "neurons_stride": ffn,
+            "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
         }  # fmt: skip
         addresses = {name: buffer.ctypes.data for name, buffer in buffers.items()}
         return Workspace(**addresses, logits=self._logits.ctypes.data, **strides)
@@ -169,11 +223,20 @@ def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArr
     return rope_tables(config, np.arange(context))
 
 
-def _inputs(rows: int, blocks: int) -> Inputs:
+def _inputs(rows: int, blocks: int, threads: int) -> Inputs:
     def ints(*shape: int) -> NDArray[np.int32]:
         return np.zeros(shape, np.int32)
 
-    return Inputs(np.zeros(2, np.int64), ints(rows), ints(rows), ints(rows), ints(rows, blocks), ints(rows))
+    return Inputs(
+        sizes=np.zeros(4, np.int64),
+        tokens=ints(rows),
+        positions=ints(rows),
+        sequences=ints(rows),
+        block_tables=ints(rows, blocks),
+        logit_rows=ints(rows),
+        sparsity_bias=np.zeros(rows, np.float32),
+        counts=np.zeros((threads, COUNTS), np.int64),
+    )
 
 
 def _aligned(size: int) -> NDArray[np.uint8]:

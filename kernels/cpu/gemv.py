@@ -10,6 +10,8 @@ import numpy as np
 
 from svdengine.kernels.cpu.dot import (
     BIAS,
+    dot_block_q1,
+    dot_block_q2,
     dot_block_q4,
     dot_block_q8,
     dot_chunk_q4,
@@ -18,18 +20,17 @@ from svdengine.kernels.cpu.dot import (
     load_f32_pair,
     load_u8_pair,
 )
-from svdengine.kernels.cpu.gemm import load_weights
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
+from svdengine.kernels.cpu.plan import COLUMNS, DATA, F16, F32, FORMAT, MIN, Q2, Q4, Q8, ROW, SCALE
 from svdengine.kernels.cpu.simd import (
     fma,
     load_bf16,
     load_f16,
     load_f32,
+    load_half,
     load_real,
     load_u8_as_f32,
     splat_f32,
-    store_f32,
     store_real,
     sum_lanes,
     zero_f32,
@@ -130,33 +131,48 @@ def dot_bf16(weights, x, columns):
 
 
 @jit
-def gemv(matrix, bias, x, quantized, out, first, last):
-    """out[first..last] = rows first..last of a matrix times one activation row, plus bias."""
-    columns, data, scale = matrix[COLUMNS], matrix[DATA], matrix[SCALE]
-    kind = matrix[FORMAT]
-    groups = columns // 32
-    for r in range(first, last):
-        if kind == Q8:
-            y = dot_q8(data + r * columns, scale + 2 * r * groups, quantized, columns)
-        elif kind == Q4:
-            row = matrix[ROW] + 8 * r
-            y = dot_q4(data + r * columns // 2, scale + r * groups, matrix[MIN] + r * groups, row, quantized, columns)
-        elif kind == F32:
-            y = dot_f32(data + 4 * r * columns, x, columns)
-        elif kind == F16:
-            y = dot_f16(data + 2 * r * columns, x, columns)
+def dot_lowbit(matrix, row, x):
+    """One row of a q2 or q1 matrix times a quantised vector."""
+    columns, kind = matrix[COLUMNS], matrix[FORMAT]
+    blocks = columns // 64
+    step = 16 if kind == Q2 else 8
+    weights, scales = matrix[DATA] + row * blocks * step, matrix[SCALE] + 2 * row * blocks
+    a_scales = x + columns
+    a_sums = a_scales + columns // 8
+    total = zero_f32()
+    offset = zero_f32()
+    for block in range(blocks):
+        scale = load_half(scales + 2 * block)
+        pair = load_f32_pair(a_scales + 8 * block)
+        if kind == Q2:
+            total = dot_block_q2(total, weights + 16 * block, x + 64 * block, scale, pair)
         else:
-            y = dot_bf16(data + 2 * r * columns, x, columns)
-        store_real(out + 4 * r, y + load_real(bias + 4 * r))
+            total = dot_block_q1(total, weights + 8 * block, x + 64 * block, scale, pair)
+        offset = fma(load_f32_pair(a_sums + 8 * block), splat_f32(scale), offset)
+    center = np.float32(1.5) if kind == Q2 else np.float32(0.5)
+    return sum_lanes(total - offset * splat_f32(center))
 
 
 @jit
-def add_neurons(matrix, bias, hidden, out, columns, first, last, with_bias):
-    """out = sum over neurons first..last of hidden[i] times row i of a neuron-major matrix (+ bias)."""
-    for c in range(0, columns, 16):
-        store_f32(out + 4 * c, load_f32(bias + 4 * c) if with_bias else zero_f32())
+def dot_row(matrix, row, x, quantized):
+    """One row of a matrix times one activation row, float32 at x or quantised as the row's format wants it."""
+    columns, data, scale = matrix[COLUMNS], matrix[DATA], matrix[SCALE]
+    kind = matrix[FORMAT]
+    groups = columns // 32
+    if kind == Q8:
+        return dot_q8(data + row * columns, scale + 2 * row * groups, quantized, columns)
+    if kind == Q4:
+        minima, units = matrix[MIN] + row * groups, matrix[ROW] + 8 * row
+        return dot_q4(data + row * columns // 2, scale + row * groups, minima, units, quantized, columns)
+    if kind == F32:
+        return dot_f32(data + 4 * row * columns, x, columns)
+    if kind == F16:
+        return dot_f16(data + 2 * row * columns, x, columns)
+    return dot_bf16(data + 2 * row * columns, x, columns)
+
+
+@jit
+def gemv(matrix, bias, x, quantized, out, first, last):
+    """out[first..last] = rows first..last of a matrix times one activation row, plus bias."""
     for row in range(first, last):
-        h = splat_f32(load_real(hidden + 4 * row))
-        for c in range(0, columns, 16):
-            at = out + 4 * c
-            store_f32(at, fma(load_weights(matrix, row, c), h, load_f32(at)))
+        store_real(out + 4 * row, dot_row(matrix, row, x, quantized) + load_real(bias + 4 * row))

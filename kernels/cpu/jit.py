@@ -16,9 +16,6 @@ import numba
 
 from svdengine.kernels.cpu.isa import active_isa
 
-# Reordering and contraction only: infinities and NaN keep their meaning.
-_FASTMATH = {"reassoc", "contract", "nsz", "arcp", "afn"}
-
 
 def user_cache_directory() -> Path:
     """Where svdengine keeps what can be made again."""
@@ -54,11 +51,14 @@ def _numba_cache_in(directory: Path) -> Iterator[None]:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """Compile `function` on first use, to run without the GIL; part of the callers' compiled code."""
-    return numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy")(function)
+    """Compile `function` on first use, to run without the GIL; part of the callers' compiled code.
+
+    There is no fast-math: two callers of a kernel must get the same bits from it, however it is inlined.
+    """
+    return numba.njit(nogil=True, error_model="numpy")(function)
 
 
 def entry(function: Callable[..., Any]) -> Any:
     """As `jit`, for the few functions that Python calls: cached on disk."""
     with _numba_cache_in(kernel_cache_directory()):
-        return numba.njit(nogil=True, fastmath=_FASTMATH, error_model="numpy", cache=True)(function)
+        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)

@@ -12,15 +12,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, padded_columns, stored_parts
+from svdengine.kernels.lowbit import BLOCK
+from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 
 F32, F16, BF16, Q8, Q4 = range(5)  # codes of WEIGHT_FORMATS, in its order
+Q2, Q1 = 5, 6  # of kernels/lowbit.py
 
 # Fields of a matrix.
 DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, BIAS_VECTOR, MATRIX_FIELDS = range(9)
 
 # Matrices of a layer, then those of the whole model after all layers.
-Q, K, V, O, GATE, UP, DOWN, LAYER_MATRICES = range(8)  # noqa: E741
+Q, K, V, O, GATE, UP, DOWN, FACTOR_A, FACTOR_B, RESIDUAL, LAYER_MATRICES = range(11)  # noqa: E741
 EMBEDDING, LM_HEAD = range(2)
 
 _NAMES = {"q": Q, "k": K, "v": V, "o": O, "gate": GATE, "up": UP, "down": DOWN, "down_T": DOWN}
@@ -67,6 +70,8 @@ class Model(NamedTuple):
     ffn_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
     output_norm: NDArray[np.float32]  # (2, hidden_stride)
     head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
+    predictor_bias: NDArray[np.float32]  # (layers, ffn_stride)
+    predictor_unit: NDArray[np.float32]  # (layers, ffn_stride)
     positions: NDArray[np.float32]  # (max_position or 1, hidden_stride)
     cos: NDArray[np.float32]  # (context, head_dim / 2)
     sin: NDArray[np.float32]
@@ -104,6 +109,69 @@ def build_model(
     return model, keep
 
 
+def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
+    """Put a predictor where compiled code reads it, or take it out. Returns the arrays that must outlive it.
+
+    Raises ValueError when it does not fit the model.
+    """
+    keep: list[NDArray] = []
+    kinds = slice(FACTOR_A, RESIDUAL + 1)
+    for layer in range(model.layers):
+        model.matrices[layer * LAYER_MATRICES :][kinds] = 0
+    if predictor is None:
+        return keep
+    if len(predictor.layers) != model.layers:
+        raise ValueError(f"the predictor has {len(predictor.layers)} layers, the model {model.layers}")
+    for i, layer_predictor in enumerate(predictor.layers):
+        base = i * LAYER_MATRICES
+        if layer_predictor.bias.shape != (model.ffn,) or layer_predictor.unit.shape != (model.ffn,):
+            raise ValueError(f"layer {i} of the predictor is not made for {model.ffn} neurons")
+        model.predictor_bias[i, : model.ffn], model.predictor_unit[i, : model.ffn] = (
+            layer_predictor.bias,
+            layer_predictor.unit,
+        )
+        rank, factors = layer_predictor.rank, layer_predictor.factor_format
+        if rank:
+            for kind, parts, rows, columns in (
+                (FACTOR_A, layer_predictor.a, model.ffn, rank),
+                (FACTOR_B, layer_predictor.b, rank, model.hidden),
+            ):
+                expected = stored_parts(factors, rows, columns)
+                model.matrices[base + kind, :BIAS_VECTOR] = _part_fields(
+                    parts, expected, WEIGHT_FORMATS.index(factors), rows, columns, keep
+                )
+        if layer_predictor.residual_bits:
+            bits, c = layer_predictor.residual_bits, padded_columns(model.hidden)
+            expected = {"": ((model.ffn, c * bits // 8), "U8"), ".scale": ((model.ffn, c // BLOCK), "F16")}
+            model.matrices[base + RESIDUAL, :BIAS_VECTOR] = _part_fields(
+                layer_predictor.q, expected, Q2 if bits == 2 else Q1, model.ffn, model.hidden, keep
+            )
+    return keep
+
+
+def _part_fields(
+    parts: Mapping[str, NDArray],
+    expected: Mapping[str, tuple[tuple[int, int], str]],
+    code: int,
+    rows: int,
+    columns: int,
+    keep: list[NDArray],
+) -> NDArray[np.int64]:
+    """(BIAS_VECTOR,) addresses and sizes of one matrix of a predictor."""
+    fields = np.zeros(BIAS_VECTOR, np.int64)
+    fields[FORMAT], fields[ROWS], fields[COLUMNS] = code, rows, padded_columns(columns)
+    for suffix, (shape, dtype) in expected.items():
+        array = np.ascontiguousarray(parts[suffix])
+        if array.shape != shape or array.dtype != _DTYPES[dtype]:
+            raise ValueError(f"a predictor's part is {array.dtype} {array.shape}, expected {dtype} {shape}")
+        keep.append(array)
+        fields[_FIELDS[suffix]] = array.ctypes.data
+    return fields
+
+
+_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
+
+
 def _widths(config: ModelConfig) -> tuple[int, int]:
     return config.head_count * config.head_dim, config.kv_head_count * config.head_dim
 
@@ -123,8 +191,7 @@ def _matrix_fields(
         if array.shape != expected or array.dtype != _DTYPES[dtype] or not array.flags.c_contiguous:
             raise ValueError(f"{spec.name}{suffix}: found {array.dtype} {array.shape}, expected {dtype} {expected}")
         keep.append(array)
-        field = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}[suffix]
-        fields[:, field] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
+        fields[:, _FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
     return fields
 
 
@@ -222,6 +289,8 @@ def _model(
         ffn_norm=norm("ffn_norm", config.layer_count, stride),
         output_norm=norm("output_norm", 1, stride)[0],
         head_norm=head_norm,
+        predictor_bias=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
+        predictor_unit=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
         positions=positions,
         cos=rope_tables[0],
         sin=rope_tables[1],

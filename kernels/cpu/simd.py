@@ -79,9 +79,9 @@ def shuffle(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, lanes: list[int]) -
 
 
 def fused(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
-    """a * b + c, contracted where the hardware can."""
-    product = builder.fmul(a, b, flags=("contract",))
-    return builder.fadd(product, c, flags=("contract", "reassoc"))
+    """a * b + c with one rounding where the hardware can, and always alike: results must not depend on the caller."""
+    name = "llvm.fmuladd.v16f32" if isinstance(a.type, ir.VectorType) else "llvm.fmuladd.f32"
+    return call(builder, name, a.type, [a, b, c])
 
 
 def half_to_float(builder: ir.IRBuilder, half: ir.Value) -> ir.Value:
@@ -318,7 +318,7 @@ def _binary(emit_name: str) -> Any:
     @operation(f32x16, f32x16, f32x16)
     def binary(builder, a, b):  # type: ignore[no-untyped-def]
         """Lane by lane."""
-        return getattr(builder, emit_name)(a, b, flags=("contract",))
+        return getattr(builder, emit_name)(a, b)
 
     return binary
 
@@ -356,3 +356,15 @@ def copy_sign(builder, size, sign):  # type: ignore[no-untyped-def]
 def load_u8_as_real(builder, at):  # type: ignore[no-untyped-def]
     """One unsigned byte, converted."""
     return builder.uitofp(load(builder, at, I8), F32)
+
+
+@operation(types.int64, address)
+def load_int(builder, at):  # type: ignore[no-untyped-def]
+    """One int32, widened."""
+    return builder.sext(load(builder, at, I32), I64)
+
+
+@operation(types.void, address, types.int64)
+def store_int(builder, at, value):  # type: ignore[no-untyped-def]
+    """One int32."""
+    store(builder, at, builder.trunc(value, I32))

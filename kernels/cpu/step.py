@@ -17,6 +17,7 @@ from svdengine.kernels.cpu.attention_tile import QUERIES
 from svdengine.kernels.cpu.elementwise import (
     activate_row,
     add_row,
+    copy_row,
     head_rms_norm,
     layer_norm,
     rms_norm,
@@ -25,12 +26,39 @@ from svdengine.kernels.cpu.elementwise import (
     scale_row,
 )
 from svdengine.kernels.cpu.gemm import gemm, gemm_transposed, load_weights
-from svdengine.kernels.cpu.gemv import add_neurons, gemv
+from svdengine.kernels.cpu.gemv import gemv
 from svdengine.kernels.cpu.jit import entry, jit
-from svdengine.kernels.cpu.plan import BIAS_VECTOR, DOWN, EMBEDDING, GATE, LAYER_MATRICES, LM_HEAD, UP, O
+from svdengine.kernels.cpu.plan import (
+    BIAS_VECTOR,
+    COLUMNS,
+    DOWN,
+    EMBEDDING,
+    FACTOR_A,
+    FACTOR_B,
+    GATE,
+    LAYER_MATRICES,
+    LM_HEAD,
+    ROWS,
+    UP,
+    O,
+)
 from svdengine.kernels.cpu.quantize import quantize_groups
-from svdengine.kernels.cpu.simd import load_real, store_f32, store_real
+from svdengine.kernels.cpu.rows import add_range
+from svdengine.kernels.cpu.simd import load_real, store_f32, store_int, store_real
+from svdengine.kernels.cpu.sparse import (
+    LISTED,
+    clear_padding,
+    compute_listed,
+    count_neurons,
+    list_neurons,
+    project,
+    sparse_row,
+    start_sum,
+)
 from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, barrier, exchange, fetch_add, load_shared, wait_for_work
+
+DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
+NEURON_UNIT = 16  # neurons are shared out in multiples of it
 
 
 class Workspace(NamedTuple):
@@ -59,6 +87,10 @@ class Workspace(NamedTuple):
     ffn_stride: int
     ffn_q: int
     ffn_q_stride: int
+    z: int  # B x of the predictor, one row a thread; in decode all share the first
+    z_q: int
+    neurons: int  # lists of neurons, int32, likewise
+    neurons_stride: int
     logits: int
     logits_stride: int
     scratch: int  # one a thread
@@ -79,12 +111,14 @@ class Cache(NamedTuple):
 class Inputs(NamedTuple):
     """The batch, in arrays that live as long as the executor."""
 
-    sizes: NDArray[np.int64]  # (2,) rows, rows whose logits are wanted
+    sizes: NDArray[np.int64]  # (4,) rows, rows whose logits are wanted, FFN mode, address for the FFNs' inputs or 0
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     sequences: NDArray[np.int32]
     block_tables: NDArray[np.int32]
     logit_rows: NDArray[np.int32]
+    sparsity_bias: NDArray[np.float32]  # of each sequence
+    counts: NDArray[np.int64]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows
 
 
 @jit
@@ -141,8 +175,8 @@ def embed(model, work, inputs, n, member, threads):
 
 
 @jit
-def normalize(model, work, norms, out, n, member, threads):
-    """out = norm(x), and its quantised form; norms: (2, hidden) weight and bias."""
+def normalize(model, work, norms, out, n, member, threads, quantize):
+    """out = norm(x), and its quantised form if wanted; norms: (2, hidden) weight and bias."""
     weight, bias = norms[0].ctypes.data, norms[1].ctypes.data
     first, last = rows_of(n, member, threads)
     eps = np.float32(model.norm_eps)
@@ -153,7 +187,7 @@ def normalize(model, work, norms, out, n, member, threads):
             layer_norm(x, weight, bias, y, model.hidden, model.hidden_stride, eps)
         else:
             rms_norm(x, weight, y, model.hidden, model.hidden_stride, eps)
-        if model.quantized:
+        if quantize:
             quantize_groups(y, work.hidden_q + row * work.hidden_q_stride, model.hidden_stride, 0, model.hidden_stride)
 
 
@@ -349,7 +383,7 @@ def ffn_hidden(model, work, layer, normed, n, member, threads):
     x = normed + own * work.hidden_stride
     quantized = work.hidden_q + own * work.hidden_q_stride
     scratch = work.scratch + member * work.scratch_stride
-    first, last = share(model.ffn, 32, member, threads)
+    first, last = share(model.ffn, NEURON_UNIT if model.transposed_down else 32, member, threads)
     base = layer * LAYER_MATRICES
     if model.gated:
         matmul(
@@ -378,9 +412,10 @@ def ffn(model, work, layer, normed, n, member, threads, sync):
     scratch = work.scratch + member * work.scratch_stride
     if model.transposed_down and n == 1:
         # A neuron's row goes straight from its owner into the owner's partial sum.
-        first, last = share(model.ffn, 32, member, threads)
+        first, last = share(model.ffn, NEURON_UNIT, member, threads)
         out = work.ffn_add + member * work.hidden_stride
-        add_neurons(matrix, matrix[BIAS_VECTOR], work.gate, out, model.hidden_stride, first, last, member == 0)
+        start_sum(out, matrix[BIAS_VECTOR], model.hidden_stride, member == 0)
+        add_range(matrix, work.gate, first, last, out)
         barrier(sync, threads)
         return threads
     barrier(sync, threads)
@@ -400,9 +435,82 @@ def ffn(model, work, layer, normed, n, member, threads, sync):
 
 
 @jit
+def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
+    """The conditional FFN of one row by all threads; each leaves a part of ffn_add. Returns how many parts."""
+    base = layer * LAYER_MATRICES
+    x = normed + member * work.hidden_stride
+    quantized = work.hidden_q + member * work.hidden_q_stride
+    first, last = share(model.ffn, NEURON_UNIT, member, threads)
+    count, total = last - first, model.ffn
+    if inputs.sizes[2] == PREDICT:
+        rank, columns = model.matrices[base + FACTOR_B, ROWS], model.matrices[base + FACTOR_A, COLUMNS]
+        z_quantized = work.z_q + member * work.hidden_q_stride
+        if rank > 0:
+            a, b = share(rank, 4, member, threads)
+            project(model, layer, quantized, work.z, a, b)
+            barrier(sync, threads)
+            clear_padding(work.z, rank, columns)
+            quantize_groups(work.z, z_quantized, columns, 0, columns)
+        neurons = work.neurons + 4 * first
+        shift = inputs.sparsity_bias[inputs.sequences[0]]
+        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, first, last)
+    else:
+        for i in range(first, last):
+            store_int(work.neurons + 4 * i, i)
+    inputs.counts[member, LISTED] = count
+    barrier(sync, threads)
+    total = 0
+    for other in range(threads):
+        total += inputs.counts[other, LISTED]
+    first, last = share(total, NEURON_UNIT, member, threads)
+    out = work.ffn_add + member * work.hidden_stride
+    start_sum(out, model.matrices[base + DOWN, BIAS_VECTOR], model.hidden_stride, member == 0)
+    start, active = 0, 0
+    for other in range(threads):
+        listed = inputs.counts[other, LISTED]
+        a, b = max(first, start) - start, min(last, start + listed) - start
+        if a < b:
+            at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
+            scratch = work.scratch + member * work.scratch_stride
+            active += compute_listed(model, layer, x, quantized, at, b - a, out, scratch)
+        start += listed
+    count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
+    barrier(sync, threads)
+    return threads
+
+
+@jit
+def sparse_rows(model, work, inputs, layer, normed, n, member, threads):
+    """The conditional FFN of several rows: each has its own list, and a thread does whole rows."""
+    first, last = share(n, 1, member, threads)
+    predict = inputs.sizes[2] == PREDICT
+    for row in range(first, last):
+        sparse_row(
+            model, layer, normed + row * work.hidden_stride, work.hidden_q + row * work.hidden_q_stride,
+            work.z + member * work.hidden_stride, work.z_q + member * work.hidden_q_stride,
+            work.neurons + member * work.neurons_stride, inputs.sparsity_bias[inputs.sequences[row]], predict,
+            work.ffn_add + row * work.hidden_stride, work.scratch + member * work.scratch_stride,
+            inputs.counts, member,
+        )  # fmt: skip
+
+
+@jit
+def keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads):
+    """Copy the FFN's inputs to where the caller finds them, when it asked for them."""
+    kept = inputs.sizes[3]  # (layers, n, hidden_stride)
+    if kept != 0 and n > 1:
+        first, last = share(n, 1, member, threads)
+        for row in range(first, last):
+            to = kept + (layer * n + row) * work.hidden_stride
+            copy_row(normed + row * work.hidden_stride, to, model.hidden_stride)
+
+
+@jit
 def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
-    normalize(model, work, model.attention_norm[layer], work.normed, n, member, threads)
+    # The predictor reads the quantised input whatever the weights' format is.
+    quantize = model.quantized or inputs.sizes[2] == PREDICT
+    normalize(model, work, model.attention_norm[layer], work.normed, n, member, threads, quantize)
     ready(n, sync, threads)
     project_qkv(model, work, layer, n, member, threads)
     barrier(sync, threads)
@@ -416,13 +524,20 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     if model.parallel:
         if not model.shared_norm:
             normed = work.second
-            normalize(model, work, model.ffn_norm[layer], normed, n, member, threads)
+            normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
         add_to_residual(model, work, work.attention_add, 1, n, member, threads)
     else:
         add_to_residual(model, work, work.attention_add, 1, n, member, threads)
-        normalize(model, work, model.ffn_norm[layer], normed, n, member, threads)
-    ready(n, sync, threads)
-    parts = ffn(model, work, layer, normed, n, member, threads, sync)
+        normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
+    keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads)
+    parts = 1
+    if inputs.sizes[2] == DENSE:
+        ready(n, sync, threads)
+        parts = ffn(model, work, layer, normed, n, member, threads, sync)
+    elif n == 1:
+        parts = sparse_together(model, work, inputs, layer, normed, member, threads, sync)
+    else:
+        sparse_rows(model, work, inputs, layer, normed, n, member, threads)
     add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
 
 

@@ -1,0 +1,227 @@
+"""The conditional FFN: score neurons, list those predicted active, and compute only these.
+
+    P = neurons whose score is positive         scores: a low-rank and a low-bit product (kernels/predictor.py)
+    Q = neurons of P whose exact gate is not 0   the gate's rows of P are read, those of up and down only for Q
+
+A list is cut into equal parts, one a thread, so that threads share the work and not the neurons. Without a predictor
+P is every neuron: then only exact zeros are skipped and nothing is lost.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from svdengine.kernels.cpu.gemv import dot_lowbit, dot_row
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.plan import (
+    BIAS_VECTOR,
+    COLUMNS,
+    DATA,
+    DOWN,
+    DRELU,
+    FACTOR_A,
+    FACTOR_B,
+    FATRELU,
+    FORMAT,
+    GATE,
+    LAYER_MATRICES,
+    Q4,
+    Q8,
+    RELU2,
+    RESIDUAL,
+    ROWS,
+    UP,
+)
+from svdengine.kernels.cpu.quantize import quantize_groups
+from svdengine.kernels.cpu.rows import add_four
+from svdengine.kernels.cpu.simd import (
+    load_f32,
+    load_int,
+    load_real,
+    prefetch,
+    store_f32,
+    store_int,
+    store_real,
+    zero_f32,
+)
+
+CHUNK = 64  # listed neurons between gate, up and down: their rows wait in the second-level cache
+PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8  # counters of a thread, on a cache line of their own
+_ZERO = np.float32(0)
+
+
+@jit
+def project(model, layer, quantized, z, first, last):
+    """z[first..last] = B x of a layer's predictor."""
+    matrix = model.matrices[layer * LAYER_MATRICES + FACTOR_B]
+    for row in range(first, last):
+        store_real(z + 4 * row, dot_row(matrix, row, quantized, quantized))
+
+
+@jit
+def list_neurons(model, layer, quantized, z, shift, neurons, first, last):
+    """List the neurons of first..last whose score is positive; returns how many.
+
+    quantized: the FFN's input; z: B x, quantised. shift: the sparsity bias. neurons: address of int32.
+    """
+    base = layer * LAYER_MATRICES
+    a, q = model.matrices[base + FACTOR_A], model.matrices[base + RESIDUAL]
+    bias, unit = model.predictor_bias[layer], model.predictor_unit[layer]
+    low_rank, low_bit = a[ROWS] > 0, q[ROWS] > 0
+    count = 0
+    for i in range(first, last):
+        score = bias[i] - shift * unit[i]
+        if low_rank:
+            score += dot_row(a, i, z, z)
+        if low_bit:
+            score += dot_lowbit(q, i, quantized)
+        # Written always and counted when wanted: no branch to mispredict.
+        store_int(neurons + 4 * count, i)
+        count += 1 if score > _ZERO else 0
+    return count
+
+
+@jit
+def row_bytes(matrix):
+    """Bytes of one row's values."""
+    columns, kind = matrix[COLUMNS], matrix[FORMAT]
+    if kind == Q8:
+        return columns
+    if kind == Q4:
+        return columns // 2
+    return 4 * columns if kind == 0 else 2 * columns
+
+
+@jit
+def fetch_row(matrix, row, size):
+    """Ask for a row's cache lines before they are needed."""
+    at = matrix[DATA] + row * size
+    for line in range(0, size, 64):
+        prefetch(at + line)
+
+
+@jit
+def activate_real(x, kind, threshold):
+    """ReLU and its relatives on one number (for dReLU, on one of its two factors)."""
+    if kind == FATRELU:
+        return x if x > threshold else _ZERO
+    if not x > _ZERO:
+        return _ZERO
+    return x * x if kind == RELU2 else x
+
+
+@jit
+def add_listed(down, neurons, hidden, count, out):
+    """out += hidden[k] times down's row of neuron k, for `count` listed neurons, four at a time."""
+    for k in range(0, count, 4):
+        r0 = load_int(neurons + 4 * k)
+        r1, r2, r3 = r0, r0, r0
+        h1, h2, h3 = _ZERO, _ZERO, _ZERO
+        if k + 1 < count:
+            r1, h1 = load_int(neurons + 4 * k + 4), load_real(hidden + 4 * k + 4)
+        if k + 2 < count:
+            r2, h2 = load_int(neurons + 4 * k + 8), load_real(hidden + 4 * k + 8)
+        if k + 3 < count:
+            r3, h3 = load_int(neurons + 4 * k + 12), load_real(hidden + 4 * k + 12)
+        add_four(down, r0, r1, r2, r3, load_real(hidden + 4 * k), h1, h2, h3, out)
+
+
+@jit
+def gate_chunk(model, layer, x, quantized, neurons, count, active, hidden):
+    """Exact gates of `count` listed neurons; those that are not 0 go to `active` and `hidden`. Returns how many."""
+    base = layer * LAYER_MATRICES
+    gate = model.matrices[base + (GATE if model.gated else UP)]
+    up, down = model.matrices[base + UP], model.matrices[base + DOWN]
+    gate_bytes, up_bytes, down_bytes = row_bytes(gate), row_bytes(up), row_bytes(down)
+    threshold = np.float32(model.threshold)
+    ahead = 4 if gate_bytes <= 1024 else 1
+    for k in range(min(ahead, count)):
+        fetch_row(gate, load_int(neurons + 4 * k), gate_bytes)
+    found = 0
+    for k in range(count):
+        if k + ahead < count:
+            fetch_row(gate, load_int(neurons + 4 * (k + ahead)), gate_bytes)
+        i = load_int(neurons + 4 * k)
+        g = dot_row(gate, i, x, quantized) + load_real(gate[BIAS_VECTOR] + 4 * i)
+        g = activate_real(g, model.activation, threshold)
+        if g != _ZERO:
+            store_int(active + 4 * found, i)
+            store_real(hidden + 4 * found, g)
+            found += 1
+            if model.gated:
+                fetch_row(up, i, up_bytes)
+            else:
+                fetch_row(down, i, down_bytes)
+    return found
+
+
+@jit
+def up_chunk(model, layer, x, quantized, active, found, hidden):
+    """hidden *= up of the active neurons; their rows of down are fetched on the way."""
+    up, down = model.matrices[layer * LAYER_MATRICES + UP], model.matrices[layer * LAYER_MATRICES + DOWN]
+    down_bytes = row_bytes(down)
+    for k in range(found):
+        i = load_int(active + 4 * k)
+        fetch_row(down, i, down_bytes)
+        u = dot_row(up, i, x, quantized) + load_real(up[BIAS_VECTOR] + 4 * i)
+        if model.activation == DRELU:
+            u = max(u, _ZERO)
+        store_real(hidden + 4 * k, load_real(hidden + 4 * k) * u)
+
+
+@jit
+def compute_listed(model, layer, x, quantized, neurons, count, out, scratch):
+    """out += the FFN of `count` listed neurons of one input. Returns how many were active."""
+    down = model.matrices[layer * LAYER_MATRICES + DOWN]
+    active, hidden = scratch, scratch + 4 * CHUNK
+    total = 0
+    for start in range(0, count, CHUNK):
+        size = min(CHUNK, count - start)
+        found = gate_chunk(model, layer, x, quantized, neurons + 4 * start, size, active, hidden)
+        if model.gated:
+            up_chunk(model, layer, x, quantized, active, found, hidden)
+        add_listed(down, active, hidden, found, out)
+        total += found
+    return total
+
+
+@jit
+def start_sum(out, bias, columns, with_bias):
+    """out = the bias of down, or zeros."""
+    for c in range(0, 4 * columns, 64):
+        store_f32(out + c, load_f32(bias + c) if with_bias else zero_f32())
+
+
+@jit
+def count_neurons(counts, member, predicted, active, total):
+    """Add to a thread's counters."""
+    counts[member, PREDICTED] += predicted
+    counts[member, ACTIVE] += active
+    counts[member, TOTAL] += total
+
+
+@jit
+def sparse_row(model, layer, x, quantized, z, z_quantized, neurons, shift, predict, out, scratch, counts, member):
+    """out = the conditional FFN of one input, by one thread alone."""
+    base = layer * LAYER_MATRICES
+    start_sum(out, model.matrices[base + DOWN, BIAS_VECTOR], model.hidden_stride, True)
+    count = model.ffn
+    if predict:
+        rank = model.matrices[base + FACTOR_B, ROWS]
+        project(model, layer, quantized, z, 0, rank)
+        columns = model.matrices[base + FACTOR_A, COLUMNS]
+        clear_padding(z, rank, columns)
+        quantize_groups(z, z_quantized, columns, 0, columns)
+        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, 0, model.ffn)
+    else:
+        for i in range(count):
+            store_int(neurons + 4 * i, i)
+    active = compute_listed(model, layer, x, quantized, neurons, count, out, scratch)
+    count_neurons(counts, member, count, active, model.ffn)
+
+
+@jit
+def clear_padding(z, rank, columns):
+    """Zeros after the last of `rank` floats."""
+    for i in range(rank, columns):
+        store_real(z + 4 * i, _ZERO)

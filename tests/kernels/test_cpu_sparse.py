@@ -1,0 +1,157 @@
+"""The conditional FFN on the CPU: exact on what it lists, and nothing else contributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from model_zoo import block_table, make_batch, random_tokens, random_weights, relative_error, zoo
+from numpy.typing import NDArray
+from test_cpu import run_in_chunks, stored
+
+from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, quantize
+from svdengine.kernels.lowbit import quantize_lowbit
+from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
+from svdengine.models import ModelConfig
+
+ZOO = {name: config for name, config in zoo().items() if config.sparse_ffn}
+LENGTH = 21
+
+
+def make_predictor(
+    config: ModelConfig, rank: int, bits: int, threshold: float, factors: WeightFormat = "q8"
+) -> Predictor:
+    """Factors by plain SVD and a low-bit residual; every neuron's bias is `threshold`."""
+    gates = random_weights(config)["gate" if config.gated else "up"]
+    layers = []
+    for gate in gates:
+        u, s, vt = np.linalg.svd(gate, full_matrices=False)
+        a, b = u[:, :rank] * s[:rank], vt[:rank]
+        rest = gate - a @ b if rank else gate
+        layers.append(
+            LayerPredictor(
+                rank=rank,
+                factor_format=factors,
+                residual_bits=bits,
+                a=quantize(a, factors) if rank else {},
+                b=quantize(b, factors) if rank else {},
+                q=quantize_lowbit(rest, bits) if bits else {},
+                bias=np.full(config.ffn_size, threshold, np.float32),
+                unit=np.ones(config.ffn_size, np.float32),
+            )
+        )
+    return Predictor(tuple(layers), {"kind": "test"})
+
+
+@contextmanager
+def executor(
+    config: ModelConfig, weight_format: WeightFormat, predictor: Predictor | None, threads: int = 2
+) -> Iterator[CpuExecutor]:
+    arrays, formats, _ = stored(config, weight_format)
+    cpu = CpuExecutor(
+        config, arrays, formats, block_count=16, max_batch_rows=64, threads=threads, kv_dtype="f32", predictor=predictor
+    )
+    try:
+        yield cpu
+    finally:
+        cpu.close()
+
+
+def decode(cpu: CpuExecutor, tokens: list[int], ffn: str) -> NDArray[np.float32]:
+    cpu.ffn = ffn
+    return run_in_chunks(cpu, tokens, [1] * len(tokens))
+
+
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_with_every_neuron_listed_sparse_equals_dense_bit_for_bit(name: str, threads: int) -> None:
+    tokens = random_tokens(ZOO[name], LENGTH)
+    with executor(ZOO[name], "q8", make_predictor(ZOO[name], 8, 2, threshold=1e9), threads) as cpu:
+        np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
+        assert cpu.neuron_counts().predicted == cpu.neuron_counts().total > cpu.neuron_counts().active > 0
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_every_format_equals_dense_bit_for_bit(weight_format: WeightFormat) -> None:
+    config = ZOO["llama_relu_biases"]
+    tokens = random_tokens(config, LENGTH)
+    with executor(config, weight_format, make_predictor(config, 8, 1, threshold=1e9)) as cpu:
+        np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
+
+
+@pytest.mark.parametrize("name", ["llama_relu_tied", "opt"])
+def test_without_a_predictor_only_exact_zeros_are_skipped(name: str) -> None:
+    tokens = random_tokens(ZOO[name], LENGTH)
+    with executor(ZOO[name], "q8", None) as cpu:
+        np.testing.assert_array_equal(decode(cpu, tokens, "auto"), decode(cpu, tokens, "dense"))
+        counts = cpu.neuron_counts()
+        assert counts.predicted == counts.total and 0.2 < counts.active / counts.total < 0.8
+
+
+@pytest.mark.parametrize("name", ["llama_relu_biases", "opt"])
+def test_with_no_neuron_listed_the_ffn_is_its_bias(name: str) -> None:
+    config = ZOO[name]
+    arrays, formats, _ = stored(config, "f32")
+    arrays["down_T"] = np.zeros_like(arrays["down_T"])
+    tokens = random_tokens(config, LENGTH)
+    with executor(config, "f32", make_predictor(config, 8, 0, threshold=-1e9)) as cpu:
+        listed = decode(cpu, tokens, "sparse")
+        assert cpu.neuron_counts().predicted == 0
+    empty = CpuExecutor(config, arrays, formats, block_count=16, max_batch_rows=64, threads=2, kv_dtype="f32")
+    np.testing.assert_array_equal(listed, decode(empty, tokens, "dense"))
+    empty.close()
+
+
+@pytest.mark.parametrize(
+    ("rank", "bits", "factors"), [(0, 1, "q8"), (0, 2, "q8"), (8, 0, "q8"), (70, 0, "q4"), (8, 2, "q8"), (40, 1, "q4")]
+)
+def test_lists_are_those_of_the_definition(rank: int, bits: int, factors: WeightFormat) -> None:
+    config = replace(ZOO["llama_relu_tied"], layer_count=1)
+    predictor = make_predictor(config, rank, bits, 0.0, factors)
+    tokens = random_tokens(config, LENGTH)
+    with executor(config, "q8", predictor) as cpu:
+        x = cpu.ffn_inputs(make_batch([(tokens, 0)], [block_table(LENGTH)]))
+        assert x.shape == (1, LENGTH, config.hidden_size)
+        for bias in (0.0, 0.7, -0.4):
+            expected = scores(predictor.layers[0], x[0], bias) > 0
+            cpu.reset_neuron_counts()
+            cpu.ffn = "sparse"
+            batch = make_batch([(tokens, 0)], [block_table(LENGTH)])
+            cpu.forward(replace(batch, sparsity_bias=np.full(1, bias, np.float32)))
+            # A score that is zero but for rounding may fall on either side.
+            assert abs(cpu.neuron_counts().predicted - expected.sum()) <= 3
+            assert cpu.neuron_counts().total == LENGTH * config.ffn_size
+
+
+def test_rows_of_a_batch_equal_rows_alone() -> None:
+    config = ZOO["llama_relu_tied"]
+    predictor = make_predictor(config, 16, 2, threshold=0.1)
+    tokens = random_tokens(config, LENGTH)
+    with executor(config, "f32", predictor) as cpu:
+        alone = decode(cpu, tokens, "sparse")
+        together = run_in_chunks(cpu, tokens, [LENGTH])
+        assert relative_error(together, alone) < 2e-5
+
+
+def test_the_sparsity_bias_of_one_request_leaves_the_others_alone() -> None:
+    config = ZOO["llama_relu_tied"]
+    predictor = make_predictor(config, 16, 2, threshold=0.1)
+    a, b = random_tokens(config, 9, seed=1), random_tokens(config, 9, seed=2)
+    with executor(config, "f32", predictor) as cpu:
+        cpu.ffn = "sparse"
+        batch = make_batch([(a, 0), (b, 0)], [[0], [1]])
+        plain = cpu.forward(batch).copy()
+        shifted = cpu.forward(replace(batch, sparsity_bias=np.array([0, 1], np.float32))).copy()
+        np.testing.assert_array_equal(shifted[:9], plain[:9])
+        assert np.abs(shifted[9:] - plain[9:]).max() > 0
+
+
+def test_a_predictor_for_another_shape_is_refused() -> None:
+    config = ZOO["llama_relu_tied"]
+    other = make_predictor(replace(config, ffn_size=140), 8, 0, 0.0)
+    with pytest.raises(ValueError, match="150 neurons"), executor(config, "q8", other):
+        pass
