@@ -1,0 +1,123 @@
+"""One layer's FFN as calibration sees it: exact gates, and what each neuron adds to the output."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import ConversionError
+from svdengine.kernels.formats import dequantize
+from svdengine.kernels.predictor import quantize_activations
+from svdengine.kernels.reference import activate, linear
+from svdengine.model_file import ModelFile
+from svdengine.models.config import ModelConfig
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class FfnLayer:
+    """The weights of one layer's FFN in float32. Where the model is not gated, `gate` is its up matrix."""
+
+    config: ModelConfig
+    gate: Array  # (f, d): its sign decides whether a neuron is active
+    gate_bias: Array  # (f,)
+    up: Array | None  # (f, d); None: not gated
+    up_bias: Array  # (f,)
+    down_norm: Array  # (f,) length of each neuron's row of down_T
+    quantized_inputs: bool  # executors read x in int8, because the weights are
+    row_bytes: tuple[int, int, int]  # stored bytes of one row of gate, up (0: none) and down_T
+
+    @property
+    def offset(self) -> Array:
+        """What is added to W x so that its sign says whether a neuron is active: (f,)."""
+        threshold = self.config.activation_threshold if self.config.activation == "fatrelu" else 0.0
+        return self.gate_bias - np.float32(threshold)
+
+
+@dataclass(frozen=True)
+class Neurons:
+    """What the neurons of a layer do on n tokens."""
+
+    active: NDArray[np.bool_]  # (n, f) the gate is not zero
+    energy: Array  # (n, f) (h_i)^2 ||W_down_T[i]||^2 as a share of the token's sum
+
+
+def require_sparse(config: ModelConfig) -> None:
+    """Raise ConversionError for a model whose neurons are never exactly zero."""
+    if not config.sparse_ffn:
+        raise ConversionError(
+            f"the activation {config.activation} has no zeros that could be skipped; a predictor needs a model with"
+            " relu, fatrelu, drelu or relu2"
+        )
+
+
+def read_ffn_layer(model_file: ModelFile, layer: int) -> FfnLayer:
+    """Layer `layer` of a model file, dequantised. Raises ConversionError when its neurons are never zero."""
+    config = model_file.config
+    require_sparse(config)
+    name = "gate" if config.gated else "up"
+    zeros = np.zeros(config.ffn_size, np.float32)
+
+    def bias(matrix: str) -> Array:
+        found = model_file.arrays.get(f"{matrix}.bias")
+        return zeros if found is None else np.asarray(found[layer], np.float32)
+
+    down = layer_matrix(model_file, "down_T", layer, config.hidden_size)
+    return FfnLayer(
+        config=config,
+        gate=layer_matrix(model_file, name, layer, config.hidden_size),
+        gate_bias=bias(name),
+        up=layer_matrix(model_file, "up", layer, config.hidden_size) if config.gated else None,
+        up_bias=bias("up"),
+        down_norm=np.sqrt(np.square(down).sum(1)),
+        quantized_inputs=model_file.formats[name] in ("q8", "q4"),
+        row_bytes=(
+            _row_bytes(model_file, name),
+            _row_bytes(model_file, "up") if config.gated else 0,
+            _row_bytes(model_file, "down_T"),
+        ),
+    )
+
+
+def layer_matrix(model_file: ModelFile, name: str, layer: int, columns: int) -> Array:
+    """One layer of a stacked matrix, dequantised: (rows, columns)."""
+    parts = {
+        suffix: model_file.arrays[name + suffix][layer]
+        for suffix in ("", ".scale", ".min", ".row")
+        if name + suffix in model_file.arrays
+    }
+    return dequantize(parts, model_file.formats[name], columns)
+
+
+def exact_gates(layer: FfnLayer, x: Array) -> Array:
+    """Pre-activations W_gate x + bias (n, f) of inputs x (n, d), in the arithmetic of executors."""
+    return linear(_inputs(layer, x), layer.gate, layer.gate_bias)
+
+
+def run_neurons(layer: FfnLayer, x: Array) -> Neurons:
+    """Exact activity and energy of every neuron on FFN inputs x (n, d) float32."""
+    config = layer.config
+    x = _inputs(layer, x)
+    h = activate(config.activation, linear(x, layer.gate, layer.gate_bias), config.activation_threshold)
+    active = h > 0
+    if layer.up is not None:
+        up = linear(x, layer.up, layer.up_bias)
+        h *= activate("relu", up) if config.activation == "drelu" else up
+    h *= layer.down_norm
+    energy = np.square(h, out=h)
+    total = energy.sum(1, keepdims=True)
+    energy /= np.where(total > 0, total, np.float32(1))
+    return Neurons(active, energy)
+
+
+def _inputs(layer: FfnLayer, x: Array) -> Array:
+    x = np.asarray(x, np.float32)
+    return quantize_activations(x) if layer.quantized_inputs else x
+
+
+def _row_bytes(model_file: ModelFile, name: str) -> int:
+    parts = (model_file.arrays.get(name + suffix) for suffix in ("", ".scale", ".min", ".row"))
+    return sum(part.shape[-1] * part.itemsize for part in parts if part is not None)

@@ -1,0 +1,115 @@
+"""Build the predictor of one layer from its gate weights and the statistics of its inputs, without training.
+
+    svd         truncation-aware SVD of the gate (converters/low_rank.py)
+    svd-naive   SVD of the gate alone, which knows nothing of the inputs
+    lowbit      the gate in one or two bits a weight
+    svd+lowbit  a low-rank part, and a low-bit copy of what it leaves
+
+Thresholds start at zero: a score estimates the gate itself. converters/thresholds.py moves them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.converters.ffn_layer import FfnLayer
+from svdengine.converters.low_rank import leading_directions
+from svdengine.converters.statistics import LayerStatistics
+from svdengine.kernels.formats import Parts, dequantize, quantize
+from svdengine.kernels.lowbit import dequantize_lowbit, quantize_lowbit
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor
+
+PredictorKind = Literal["svd", "svd-naive", "lowbit", "svd+lowbit"]
+PREDICTOR_KINDS: tuple[PredictorKind, ...] = get_args(PredictorKind)
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """Leading directions of a gate's outputs, from which predictors of any smaller rank are cut."""
+
+    directions: Array  # (f, most rank) orthonormal
+    weights: Array  # (f,) that the gate's rows were multiplied by
+
+
+def check_shape(kind: str, rank: int, bits: int, hidden_size: int) -> None:
+    """Raise ValueError when a predictor of this kind cannot have this rank and this many bits."""
+    if kind not in PREDICTOR_KINDS:
+        raise ValueError(f"unknown predictor {kind!r}; there are {', '.join(PREDICTOR_KINDS)}")
+    low_rank, low_bit = kind != "lowbit", kind in ("lowbit", "svd+lowbit")
+    if low_rank and not 1 <= rank <= hidden_size:
+        raise ValueError(f"the rank of {kind} must lie in 1..{hidden_size}, found {rank}")
+    if low_bit and bits not in (1, 2):
+        raise ValueError(f"{kind} has 1 or 2 bits a weight, found {bits}")
+
+
+def gate_deviation(gate: Array, statistics: LayerStatistics) -> Array:
+    """Standard deviation of each neuron's pre-activation, (f,); where it would vanish, a small positive number."""
+    covariance = statistics.covariance.astype(np.float32)
+    variance = np.maximum(((gate @ covariance) * gate).sum(1), 0)
+    deviation = np.sqrt(variance)
+    floor = 1e-4 * float(deviation.mean()) or 1e-6
+    return np.maximum(deviation, np.float32(floor))
+
+
+def find_basis(kind: str, gate: Array, statistics: LayerStatistics, rank: int) -> Basis:
+    """The directions that a predictor of this kind and of at most this rank projects on.
+
+    Rows are weighted by 1 / their standard deviation, so that every neuron's error counts alike in its own units.
+    """
+    if kind == "svd-naive":
+        return Basis(leading_directions(gate, None, rank), np.ones(len(gate), np.float32))
+    weights = 1 / gate_deviation(gate, statistics)
+    return Basis(leading_directions(gate * weights[:, None], statistics.covariance, rank), weights)
+
+
+def build_predictor(
+    kind: str,
+    layer: FfnLayer,
+    statistics: LayerStatistics,
+    rank: int,
+    bits: int,
+    factor_format: FactorFormat = "q8",
+    basis: Basis | None = None,
+) -> LayerPredictor:
+    """A predictor with zero thresholds. `basis` saves its computation, when it is known to at least this rank.
+
+    Each part is fitted to what the stored parts before it leave, and the error that is left at the mean input goes
+    into the bias. Raises ValueError when rank or bits make no sense for the kind.
+    """
+    gate = layer.gate
+    check_shape(kind, rank, bits, gate.shape[1])
+    rank = 0 if kind == "lowbit" else rank
+    bits = bits if kind in ("lowbit", "svd+lowbit") else 0
+    left = gate
+    a: Parts = {}
+    b: Parts = {}
+    q: Parts = {}
+    if rank:
+        a, b = _factors(gate, basis or find_basis(kind, gate, statistics, rank), rank, factor_format)
+        left = gate - dequantize(a, factor_format, rank) @ dequantize(b, factor_format, gate.shape[1])
+    if bits:
+        q = quantize_lowbit(left, bits)
+        left = left - dequantize_lowbit(q, bits, gate.shape[1])
+    bias = layer.offset.astype(np.float32)
+    if kind != "svd-naive":
+        bias = bias + left @ statistics.mean.astype(np.float32)
+    return LayerPredictor(rank, factor_format, bits, a, b, q, bias, gate_deviation(gate, statistics))
+
+
+def predictor_bytes(predictor: LayerPredictor) -> int:
+    """Bytes that one token's scores read, thresholds included."""
+    parts = [*predictor.a.values(), *predictor.b.values(), *predictor.q.values(), predictor.bias]
+    return sum(part.nbytes for part in parts)
+
+
+def _factors(gate: Array, basis: Basis, rank: int, factor_format: FactorFormat) -> tuple[Parts, Parts]:
+    """A = D^-1 U_r and B = U_r^T D W."""
+    u = basis.directions[:, :rank]
+    b = quantize(u.T @ (gate * basis.weights[:, None]), factor_format)
+    return quantize(u / basis.weights[:, None], factor_format), b

@@ -1,0 +1,255 @@
+"""What calibration needs to know of a model's FFN inputs, gathered in one pass over tokens.
+
+For each layer: the mean and the second moment of the inputs in float64, and two samples of rows. Windows of tokens
+are either for fitting or held out; the moments and one sample come from the former, the other sample from the latter.
+Memory depends on the model and on the sizes of the samples, never on the length of the text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import ConversionError
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.tensor_file import TensorFile
+from svdengine.tensor_writer import TensorWriter
+
+Windows = Sequence[Sequence[int]]  # token ids of each window
+Progress = Callable[[int, int], None]  # windows done, windows in all
+
+HELD_OUT_EVERY = 5  # one window in five is held out
+FIT_ROWS = 8192
+HELD_OUT_ROWS = 2048
+_SAVE_SECONDS = 60.0
+
+
+class FfnInputs(Protocol):
+    """An executor that shows what its FFNs read."""
+
+    max_batch_rows: int
+
+    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        """Run a dense step; the FFN inputs of every layer after the norm, (layers, n, d) float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Moments of one layer's FFN inputs x."""
+
+    mean: NDArray[np.float64]  # (d,) E[x]
+    second_moment: NDArray[np.float64]  # (d, d) E[x x^T]
+
+    @property
+    def covariance(self) -> NDArray[np.float64]:
+        """E[(x - mean) (x - mean)^T], (d, d)."""
+        return self.second_moment - np.outer(self.mean, self.mean)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Everything that predictors and thresholds are made from."""
+
+    layers: tuple[LayerStatistics, ...]
+    fit: NDArray[np.float16]  # (layers, rows, d) sample of the fitting windows
+    held_out: NDArray[np.float16]  # (layers, rows, d) sample of the held-out windows
+    tokens: int  # that the moments come from
+
+
+def is_held_out(window: int) -> bool:
+    """Whether the window with this index is kept for measuring."""
+    return window % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
+
+
+def needed_tokens(hidden_size: int) -> int:
+    """Fewest tokens for fitting: the second moment of fewer than d rows is singular."""
+    return max(256, hidden_size)
+
+
+class Reservoir:
+    """A uniform sample of rows, the same tokens in every layer: those of smallest random priority.
+
+    Priorities depend only on the seed and the token's index, so that an interrupted pass goes on to the same sample.
+    """
+
+    def __init__(self, layers: int, rows: int, hidden_size: int, seed: int) -> None:
+        self.rows = np.zeros((layers, rows, hidden_size), np.float16)
+        self.priorities = np.full(rows, np.inf)
+        self.seen = 0
+        self._seed = seed
+
+    def add(self, inputs: NDArray[np.float32]) -> None:
+        """Offer the rows (layers, n, d) of the next n tokens."""
+        n = inputs.shape[1]
+        fresh = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, self.seen])).random(n)
+        self.seen += n
+        merged = np.concatenate([self.priorities, fresh])
+        kept = np.argsort(merged, kind="stable")[: len(self.priorities)]
+        arrivals = kept[kept >= len(self.priorities)] - len(self.priorities)
+        free = np.setdiff1d(np.arange(len(self.priorities)), kept)
+        limit = np.float32(np.finfo(np.float16).max)
+        self.rows[:, free] = np.clip(inputs[:, arrivals], -limit, limit)
+        self.priorities[free] = fresh[arrivals]
+
+    def sample(self) -> NDArray[np.float16]:
+        """The rows sampled so far: (layers, at most the capacity, d)."""
+        return self.rows[:, : min(self.seen, len(self.priorities))]
+
+
+class StatisticsCollector:
+    """Accumulates statistics window by window; `save` and `load` keep the state of an unfinished pass."""
+
+    def __init__(
+        self,
+        layer_count: int,
+        hidden_size: int,
+        *,
+        fit_rows: int = FIT_ROWS,
+        held_out_rows: int = HELD_OUT_ROWS,
+        seed: int = 0,
+    ) -> None:
+        self.windows_done = 0
+        self.tokens = 0  # in fitting windows
+        self._sum = np.zeros((layer_count, hidden_size))
+        self._products = np.zeros((layer_count, hidden_size, hidden_size))
+        self._fit = Reservoir(layer_count, fit_rows, hidden_size, 2 * seed)
+        self._held_out = Reservoir(layer_count, held_out_rows, hidden_size, 2 * seed + 1)
+
+    def add(self, inputs: NDArray[np.float32], held_out: bool) -> None:
+        """Take the FFN inputs (layers, n, d) of n tokens. Raises ConversionError where they are not finite."""
+        finite = np.isfinite(inputs).all((1, 2))
+        if not finite.all():
+            layer = int(np.flatnonzero(~finite)[0])
+            raise ConversionError(
+                f"layer {layer}: the FFN's input holds NaN or infinity; the model's weights may be damaged"
+            )
+        if held_out:
+            self._held_out.add(inputs)
+            return
+        self._fit.add(inputs)
+        self.tokens += inputs.shape[1]
+        for layer, x in enumerate(inputs):
+            self._sum[layer] += x.sum(0, dtype=np.float64)
+            self._products[layer] += x.T @ x
+
+    def result(self) -> Statistics:
+        """The statistics. Raises ConversionError when there were too few tokens, with how many are needed."""
+        layers, d = self._sum.shape
+        needed = needed_tokens(d)
+        if self.tokens < needed or not self._held_out.seen:
+            every = HELD_OUT_EVERY
+            raise ConversionError(
+                f"the calibration text has {self.tokens} tokens for fitting and {self._held_out.seen} held out;"
+                f" this model needs at least {needed} for fitting, so about {needed * every // (every - 1) + 1} in all,"
+                f" in at least {every} windows"
+            )
+        moments = tuple(
+            LayerStatistics(self._sum[i] / self.tokens, self._products[i] / self.tokens) for i in range(layers)
+        )
+        return Statistics(moments, self._fit.sample(), self._held_out.sample(), self.tokens)
+
+    def save(self, path: Path, fingerprint: str) -> None:
+        """Write the state atomically. `fingerprint` says what is being measured; `load` must give the same."""
+        arrays = self._state()
+        names = {"float64": "F64", "float16": "F16", "int64": "I64"}
+        declared = {name: (array.shape, names[array.dtype.name]) for name, array in arrays.items()}
+        metadata = {"format": "svdp-statistics", "fingerprint": fingerprint}
+        with TensorWriter(path, declared, metadata) as writer:
+            for name, array in arrays.items():
+                writer.write(name, array)
+
+    def load(self, path: Path, fingerprint: str) -> None:
+        """Go on from a saved state. Raises ConversionError when it belongs to another text, model or sample size."""
+        file = TensorFile(path)
+        state = self._state()
+        fits = file.header.metadata.get("fingerprint") == fingerprint and all(
+            name in file.arrays and file.arrays[name].shape == array.shape and file.arrays[name].dtype == array.dtype
+            for name, array in state.items()
+        )
+        if not fits:
+            raise ConversionError(f"{path}: was made from another text or model; delete it, or give another name")
+        for name, array in state.items():
+            array[...] = file.arrays[name]
+        self.windows_done, self.tokens, self._fit.seen, self._held_out.seen = (int(n) for n in state["counts"])
+        file.close()
+
+    def _state(self) -> dict[str, NDArray]:
+        return {
+            "sum": self._sum,
+            "products": self._products,
+            "fit.rows": self._fit.rows,
+            "fit.priorities": self._fit.priorities,
+            "held_out.rows": self._held_out.rows,
+            "held_out.priorities": self._held_out.priorities,
+            "counts": np.array([self.windows_done, self.tokens, self._fit.seen, self._held_out.seen], np.int64),
+        }
+
+
+def collect_statistics(
+    source: FfnInputs,
+    windows: Windows,
+    collector: StatisticsCollector,
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> Statistics:
+    """Run `windows` through `source` and return their statistics.
+
+    With `state`, progress is kept in that file now and then and taken up from it. Raises ConversionError on inputs
+    that are not finite, on too few tokens, and on a state file of another text.
+    """
+    fingerprint = windows_fingerprint(windows)
+    if state is not None and state.exists():
+        collector.load(state, fingerprint)
+    saved = time.monotonic()
+    try:
+        for index in range(collector.windows_done, len(windows)):
+            inputs = np.concatenate([source.ffn_inputs(b) for b in window_batches(windows[index], source)], 1)
+            collector.add(inputs, is_held_out(index))
+            collector.windows_done = index + 1
+            if progress is not None:
+                progress(index + 1, len(windows))
+            if state is not None and time.monotonic() - saved > _SAVE_SECONDS:
+                collector.save(state, fingerprint)
+                saved = time.monotonic()
+    except KeyboardInterrupt:
+        if state is not None:
+            collector.save(state, fingerprint)
+        raise
+    return collector.result()
+
+
+def windows_fingerprint(windows: Windows) -> str:
+    """A hash of all token ids and of where the windows end."""
+    digest = hashlib.sha256()
+    for window in windows:
+        digest.update(np.asarray([*window, -1], np.int64).tobytes())
+    return digest.hexdigest()
+
+
+def window_batches(window: Sequence[int], source: FfnInputs, logits: bool = False) -> list[Batch]:
+    """The steps that run one window as a sequence of its own, in the first KV blocks of the pool."""
+    table = np.arange(-(-len(window) // BLOCK_SIZE), dtype=np.int32)[None]
+    batches = []
+    for start in range(0, len(window), source.max_batch_rows):
+        chunk = np.asarray(window[start : start + source.max_batch_rows], np.int32)
+        rows = np.arange(len(chunk), dtype=np.int32)
+        batches.append(
+            Batch(
+                tokens=chunk,
+                positions=start + rows,
+                sequences=np.zeros_like(rows),
+                block_tables=table,
+                context_lengths=np.array([start + len(chunk)], np.int32),
+                logit_rows=rows if logits else rows[:0],
+            )
+        )
+    return batches

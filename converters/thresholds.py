@@ -1,0 +1,214 @@
+"""Calibrate when a neuron's score counts as active: from lax to strict, with what each step costs and loses.
+
+    error    for each neuron, the threshold that minimises (energy of what is missed) + lambda * (bytes that are read),
+             over the calibration tokens: an exact one-dimensional problem, solved for every lambda at once
+    recall   for each neuron, the threshold that keeps a share of its active tokens
+    uniform  one threshold for all neurons of a layer
+
+A calibrator gives a ThresholdTable of a layer, from which a budget picks. Energy is that of
+converters/ffn_layer.py: a neuron's share of a token's squared FFN output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.converters.ffn_layer import Neurons
+
+Calibrator = Literal["error", "recall", "uniform"]
+CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
+
+# Energy that may be lost for the bytes of one dense FFN; and the levels of the other calibrators.
+LAMBDAS = np.geomspace(1e-6, 10.0, 43)
+RECALLS = 1 - np.geomspace(1e-4, 0.9, 33)
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Scores and truth on n calibration tokens of a layer, neuron-major, in ascending order of each neuron's scores."""
+
+    scores: Array  # (f, n) ascending along n
+    energy: Array  # (f, n) in the order of scores
+    active: NDArray[np.bool_]  # (f, n) in the order of scores
+    unit: Array  # (f,) one standard deviation of each neuron's gate
+
+
+@dataclass(frozen=True)
+class ThresholdTable:
+    """Thresholds of a layer at levels of growing strictness; a neuron is predicted where its score is above."""
+
+    thresholds: Array  # (levels, f)
+    error: NDArray[np.float64]  # (levels,) share of the output's energy that is missed, mean over tokens
+    predicted: NDArray[np.float64]  # (levels,) share of neurons that are predicted active
+    computed: NDArray[np.float64]  # (levels,) share of neurons that are predicted and active
+
+    def at(self, level: float) -> Array:
+        """Thresholds (f,) at a level between 0 and levels - 1, interpolated."""
+        low, part = self._split(level)
+        return (1 - part) * self.thresholds[low] + part * self.thresholds[low + 1]
+
+    def level_of_error(self, error: float) -> float:
+        """The strictest level whose error is at most `error`, interpolated; 0 where none is."""
+        return _crossing(self.error, error)
+
+    def level_of_density(self, density: float) -> float:
+        """The laxest level that predicts at most the share `density` of neurons; the last where none does."""
+        return _crossing(-self.predicted, -density)
+
+    def _split(self, level: float) -> tuple[int, np.float32]:
+        low = min(max(int(level), 0), len(self.thresholds) - 2)
+        return low, np.float32(min(max(level - low, 0.0), 1.0))
+
+
+def make_sample(scores: Array, neurons: Neurons, unit: Array) -> Sample:
+    """Sort scores (n, f) and what the neurons did by score."""
+    by_neuron = np.ascontiguousarray(scores.T)
+    order = np.argsort(by_neuron, axis=1)
+    return Sample(
+        scores=np.take_along_axis(by_neuron, order, 1),
+        energy=np.take_along_axis(np.ascontiguousarray(neurons.energy.T), order, 1),
+        active=np.take_along_axis(np.ascontiguousarray(neurons.active.T), order, 1),
+        unit=unit,
+    )
+
+
+def calibrate_thresholds(
+    calibrator: Calibrator, sample: Sample, held_out: Sample, row_bytes: tuple[int, int, int]
+) -> ThresholdTable:
+    """The table of a layer: thresholds from `sample`, their error and densities from `held_out`.
+
+    `row_bytes` are those of a row of gate, up and down, which weigh a wrong prediction against a right one.
+    """
+    if calibrator == "error":
+        thresholds = error_thresholds(sample, LAMBDAS, row_bytes)
+    elif calibrator == "recall":
+        thresholds = recall_thresholds(sample, RECALLS)
+    else:
+        thresholds = uniform_thresholds(sample, RECALLS)
+    return measure_thresholds(held_out, thresholds)
+
+
+def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tuple[int, int, int]) -> Array:
+    """Thresholds (lambdas, f) that minimise missed energy + lambda * cost for each neuron and each lambda, ascending.
+
+    Cost is in bytes read, as a share of a dense FFN's: the gate's row of every predicted (token, neuron) pair, and the
+    rows of up and down where the neuron is active as well.
+    """
+    gate, up, down = row_bytes
+    dense = float(len(sample.scores) * (gate + up + down))
+    return _error_thresholds(
+        sample.scores, sample.energy, sample.active, sample.unit, lambdas, gate / dense, (up + down) / dense
+    )
+
+
+def recall_thresholds(sample: Sample, recalls: NDArray[np.float64]) -> Array:
+    """Thresholds (recalls, f) that keep at least each share of a neuron's active tokens; recalls descend."""
+    thresholds = np.empty((len(recalls), len(sample.scores)), np.float32)
+    for i, (scores, active) in enumerate(zip(sample.scores, sample.active, strict=True)):
+        found = scores[active]
+        if not len(found):
+            thresholds[:, i] = scores[-1]  # never seen active: only beyond every score that was seen
+            continue
+        cut = np.floor((1 - recalls) * len(found) + 1e-9).astype(int)  # that may be missed
+        thresholds[:, i] = np.nextafter(found[np.minimum(cut, len(found) - 1)], np.float32(-np.inf))
+    return thresholds
+
+
+def uniform_thresholds(sample: Sample, recalls: NDArray[np.float64]) -> Array:
+    """Thresholds (recalls, f), the same for every neuron, that keep each share of the layer's active pairs."""
+    found = sample.scores[sample.active]
+    if not len(found):
+        found = sample.scores.ravel()
+    cuts = np.nextafter(np.quantile(found, 1 - recalls, method="lower").astype(np.float32), np.float32(-np.inf))
+    return np.repeat(cuts[:, None], len(sample.scores), 1)
+
+
+def measure_thresholds(sample: Sample, thresholds: Array) -> ThresholdTable:
+    """Error and densities of thresholds (levels, f) on a sample."""
+    missed, predicted, computed = _measure(sample.scores, sample.energy, sample.active, thresholds)
+    f, n = sample.scores.shape
+    error = np.maximum.accumulate(missed / n)
+    return ThresholdTable(thresholds, error, predicted / (n * f), computed / (n * f))
+
+
+def _crossing(values: NDArray[np.float64], limit: float) -> float:
+    """The largest level at which ascending `values` are at most `limit`, linearly between levels."""
+    above = np.flatnonzero(values > limit)
+    if not len(above):
+        return float(len(values) - 1)
+    if above[0] == 0:
+        return 0.0
+    low, high = values[above[0] - 1], values[above[0]]
+    return float(above[0] - 1 + (limit - low) / (high - low))
+
+
+@numba.njit(nogil=True, cache=True)
+def _error_thresholds(scores, energy, active, unit, lambdas, gate_cost, rest_cost):  # type: ignore[no-untyped-def]
+    """Walk the lower convex hull of (cost saved, energy missed) over all cuts of each neuron's sorted scores.
+
+    A cut k misses the k lowest scores. Its objective is missed(k) - lambda * saved(k) plus a constant, so the best cut
+    of every lambda is a vertex of the hull, and vertices are passed in order as lambda grows.
+    """
+    neurons, n = scores.shape
+    out = np.empty((len(lambdas), neurons), np.float32)
+    cuts = np.empty(n + 1, np.int64)
+    saved_at, missed_at = np.empty(n + 1), np.empty(n + 1)
+    for i in range(neurons):
+        saved, missed, top = 0.0, 0.0, 0
+        for k in range(n + 1):
+            if k:
+                saved += gate_cost + (rest_cost if active[i, k - 1] else 0.0)
+                missed += energy[i, k - 1]
+            if 0 < k < n and scores[i, k - 1] == scores[i, k]:
+                continue  # equal scores cannot be separated
+            while top > 1 and (missed - missed_at[top - 1]) * (saved_at[top - 1] - saved_at[top - 2]) <= (
+                missed_at[top - 1] - missed_at[top - 2]
+            ) * (saved - saved_at[top - 1]):
+                top -= 1
+            cuts[top], saved_at[top], missed_at[top] = k, saved, missed
+            top += 1
+        vertex = 0
+        for level in range(len(lambdas)):
+            while vertex + 1 < top and missed_at[vertex + 1] - missed_at[vertex] <= lambdas[level] * (
+                saved_at[vertex + 1] - saved_at[vertex]
+            ):
+                vertex += 1
+            out[level, i] = _threshold(scores[i], cuts[vertex], unit[i])
+    return out
+
+
+@numba.njit(nogil=True, cache=True)
+def _threshold(scores, cut, unit):  # type: ignore[no-untyped-def]
+    """A threshold that misses exactly the `cut` lowest scores."""
+    if cut == 0:
+        return scores[0] - unit
+    if cut == len(scores):
+        return scores[cut - 1]
+    middle = scores[cut - 1] + (scores[cut] - scores[cut - 1]) / np.float32(2)
+    return middle if middle < scores[cut] else scores[cut - 1]
+
+
+@numba.njit(nogil=True, cache=True)
+def _measure(scores, energy, active, thresholds):  # type: ignore[no-untyped-def]
+    """Missed energy, predicted pairs and predicted active pairs at each level, summed over neurons and tokens."""
+    neurons, n = scores.shape
+    missed = np.zeros(len(thresholds))
+    predicted, computed = np.zeros(len(thresholds)), np.zeros(len(thresholds))
+    energy_below, active_below = np.zeros(n + 1), np.zeros(n + 1)
+    for i in range(neurons):
+        for k in range(n):
+            energy_below[k + 1] = energy_below[k] + energy[i, k]
+            active_below[k + 1] = active_below[k] + active[i, k]
+        cuts = np.searchsorted(scores[i], thresholds[:, i], side="right")
+        for level, cut in enumerate(cuts):
+            missed[level] += energy_below[cut]
+            predicted[level] += n - cut
+            computed[level] += active_below[n] - active_below[cut]
+    return missed, predicted, computed
