@@ -101,7 +101,10 @@ def answer_line(completion: Completion) -> str:
     stats = completion.stats
     reused = f", {stats.cached_tokens} reused" if stats.cached_tokens else ""
     end = {"length": "; the length limit was reached", "abort": "; stopped"}.get(completion.finish_reason, "")
+    share = ""
+    if stats.predicted_density is not None and stats.active_density is not None:
+        share = f", FFN {100 * stats.predicted_density:.0f} % predicted and {100 * stats.active_density:.0f} % computed"
     return (
         f"[{stats.prompt_tokens} prompt tokens{reused}, first token after {stats.time_to_first_token:.2f} s; "
-        f"{stats.generated_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{end}]"
+        f"{stats.generated_tokens} tokens, {stats.tokens_per_second:.1f} tokens/s{share}{end}]"
     )

@@ -22,6 +22,7 @@ from svdengine.kernels.predictor import Predictor
 from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
 from svdengine.request import ContextLimit, Generation, Scoring
+from svdengine.residency import arrange_memory
 from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
 from svdengine.sequence import blocks_for
 from svdengine.stream_decoder import StreamDecoder
@@ -43,13 +44,16 @@ def load(
     context: int | None = None,
     kv_dtype: KvDtype = "f16",
     kv_tokens: int | None = None,
+    mlock: bool = False,
+    prefetch: bool = False,
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
     context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
     the KV cache holds for all sequences together, by default one context. kv_dtype: f16 or f32. threads: by default
-    one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own file or from the model file. Raises
-    ModelFileError, DeviceError or RequestError, saying what was found and what to do.
+    one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own file or from the model file. prefetch:
+    read the weights into memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or
+    RequestError, saying what was found and what to do.
     """
     mode = check_ffn(ffn)
     model_file = read_model_file(path)
@@ -61,6 +65,7 @@ def load(
         tokens = limit if kv_tokens is None else kv_tokens
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < limit:
             raise RequestError(f"kv_tokens must be at least the context of {limit}, found {tokens}")
+        arrange_memory(model_file, sparse=mode != "dense", mlock=mlock, prefetch=prefetch)
         executor = create_executor(
             model_file,
             device=device,

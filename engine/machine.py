@@ -63,7 +63,7 @@ def describe_machine(measure: bool = True) -> Machine:
         features=features,
         cores=cores,
         threads=cores,
-        memory_bytes=_memory(),
+        memory_bytes=memory_bytes(),
         bandwidth_gb_per_second=measured_bandwidth(cores) if measure else None,
         accelerators=(_cuda(), _ascend()),
     )
@@ -100,7 +100,8 @@ def _instruction_sets() -> tuple[str, tuple[str, ...]]:
     return active_isa(), tuple(name for name in _INTERESTING if name in found)
 
 
-def _memory() -> int | None:
+def memory_bytes() -> int | None:
+    """Bytes of memory in the machine, where it says."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, ValueError, OSError):

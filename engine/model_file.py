@@ -20,6 +20,7 @@ from svdengine.errors import ModelFileError
 from svdengine.kernels.formats import WeightFormat, stored_parts
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import TensorSpec, tensor_specs
+from svdengine.page_map import Advice
 from svdengine.tensor_file import TensorEntry, TensorFile, TensorHeader, open_regular, quoted, strict_json
 from svdengine.tensor_writer import ALIGNMENT, PAD_PREFIX, Declared
 
@@ -85,6 +86,18 @@ class ModelFile:
     size_bytes: int
     _file: TensorFile = field(repr=False)
     _arrays: dict[str, NDArray[Any]] = field(repr=False)
+
+    def advise(self, names: Iterable[str], advice: Advice) -> None:
+        """Say how arrays will be read; see TensorFile."""
+        self._file.advise(names, advice)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Read arrays into memory, and wait for them."""
+        self._file.prefetch(names)
+
+    def lock(self, names: Iterable[str]) -> None:
+        """Keep arrays in memory until the file is closed. Raises DeviceError when that is not permitted."""
+        self._file.lock(names)
 
     def close(self) -> None:
         """Forget the arrays and unmap the file; arrays that are held elsewhere stay valid."""

@@ -13,7 +13,7 @@ import math
 import mmap
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine import page_map
 from svdengine.errors import ModelFileError
 
 HEADER_LIMIT = 100_000_000  # bytes; the safetensors specification has the same
@@ -86,6 +87,31 @@ class TensorFile:
             return np.empty(entry.shape, DTYPES[entry.dtype])
         count = math.prod(entry.shape)
         return np.frombuffer(self._map, DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
+
+    def advise(self, names: Iterable[str], advice: page_map.Advice) -> None:
+        """Say how tensors will be read: "random" keeps the system from reading ahead. A hint, which may be ignored."""
+        for start, end in self._ranges(names):
+            page_map.advise(self._map, start, end, advice)
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Read tensors into memory, and wait for them."""
+        for start, end in self._ranges(names):
+            page_map.prefetch(self._map, start, end)
+
+    def lock(self, names: Iterable[str]) -> None:
+        """Keep tensors in memory until the file is closed. Raises DeviceError when that is not permitted."""
+        for start, end in self._ranges(names):
+            page_map.lock(self._map, start, end)
+
+    def _ranges(self, names: Iterable[str]) -> list[tuple[int, int]]:
+        """Where tensors lie, in the order of the file; those that are neighbours but for padding make one range."""
+        ranges: list[tuple[int, int]] = []
+        for entry in sorted((self.header.entries[name] for name in names), key=lambda entry: entry.start):
+            if ranges and entry.start - ranges[-1][1] < mmap.PAGESIZE:
+                ranges[-1] = (ranges[-1][0], entry.end)
+            else:
+                ranges.append((entry.start, entry.end))
+        return ranges
 
     def close(self) -> None:
         """Forget the arrays and unmap; arrays that are held elsewhere stay valid and keep the map until they go."""

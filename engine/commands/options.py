@@ -24,17 +24,10 @@ _MODEL_OPTIONS: tuple[Decorator, ...] = (
         help="Where the model runs.",
     ),
     click.option(
-        "--ffn",
-        type=click.Choice(["auto", "dense", "sparse"]),
-        default="auto",
-        show_default=True,
-        help="Compute all FFN neurons, or those that the predictor calls active.",
-    ),
-    click.option(
         "--predictor",
         type=click.Path(path_type=Path),
         metavar="FILE",
-        help="A safetensors file with a predictor.",
+        help="A predictor from `svdengine calibrate`; by default the model's own.",
     ),
     click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core."),
     click.option(
@@ -50,6 +43,15 @@ _MODEL_OPTIONS: tuple[Decorator, ...] = (
         show_default=True,
         help="How keys and values are cached.",
     ),
+    click.option("--prefetch", is_flag=True, help="Read the weights into memory before anything runs."),
+    click.option("--mlock", is_flag=True, help="Keep the weights in memory; the system may have to permit it."),
+)
+
+_SPARSITY_BIAS = click.option(
+    "--sparsity-bias",
+    type=float,
+    metavar="X",
+    help="Shift the predictor's thresholds: above 0, fewer neurons are computed.",
 )
 
 _SAMPLING_OPTIONS: tuple[Decorator, ...] = (
@@ -66,12 +68,30 @@ _SAMPLING_OPTIONS: tuple[Decorator, ...] = (
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
     click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
     click.option("--context-shift", is_flag=True, help="Forget the oldest half of a full context, instead of ending."),
+    _SPARSITY_BIAS,
 )
+
+
+_FIELDS: tuple[str, ...] = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+_FIELDS += ("seed", "max_tokens", "sparsity_bias")
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the MODEL argument and the options of `open_model`."""
-    return _apply(_MODEL_OPTIONS, function)
+    return _apply((*_MODEL_OPTIONS, _ffn_option("auto", "dense", "sparse")), function)
+
+
+def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the same for a measurement, which can run both paths of the FFN, and --sparsity-bias."""
+    return _apply((*_MODEL_OPTIONS, _ffn_option("auto", "dense", "sparse", "both"), _SPARSITY_BIAS), function)
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,25 +100,29 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def open_model(options: dict[str, Any], context: int | None = None) -> LLM:
-    """Load the model that the options name, or the demo model. `context` counts where --context was not given."""
+    """Load the model that the options name, or the demo model. `context` counts where --context was not given.
+
+    With --ffn both, the model is one that can run sparse.
+    """
     from svdengine.llm import load
 
     path = options["model"] if options["model"] is not None else _demo_model()
     return load(
         path,
         options["device"],
-        options["ffn"],
+        "sparse" if options["ffn"] == "both" else options["ffn"],
         options["threads"],
         options["predictor"],
         context=options["context"] or context,
         kv_dtype=options["kv_dtype"],
+        mlock=options["mlock"],
+        prefetch=options["prefetch"],
     )
 
 
 def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:
     """Fields of SamplingParams that were given on the command line; the others stay the model's own."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-    fields = {name: options[name] for name in (*names, "seed", "max_tokens") if options[name] is not None}
+    fields = {name: options[name] for name in _FIELDS if options[name] is not None}
     if options["stop"]:
         fields["stop"] = options["stop"]
     if options["logit_bias"]:
@@ -145,6 +169,16 @@ def _demo_model() -> Path:
             click.echo(f"\r{100 * done // max(total, 1):3d} %" + ("\n" if done >= total else ""), err=True, nl=False)
 
     return demo_model(report, progress)
+
+
+def _ffn_option(*choices: str) -> Decorator:
+    return click.option(
+        "--ffn",
+        type=click.Choice(choices),
+        default="auto",
+        show_default=True,
+        help="Compute all FFN neurons, or those that the predictor calls active; auto chooses by cost.",
+    )
 
 
 def _apply(decorators: tuple[Decorator, ...], function: Callable[..., Any]) -> Callable[..., Any]:
