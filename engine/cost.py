@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 
@@ -22,11 +23,42 @@ def weight_bytes(model_file: ModelFile) -> int:
     """
     total = 0
     for spec in tensor_specs(model_file.config):
-        stored = (model_file.arrays.get(spec.name + suffix) for suffix in _SUFFIXES)
-        size = sum(array.nbytes for array in stored if array is not None)
+        size = stored_bytes(model_file, spec.name)
         whole = spec.name not in _LOOKUPS or (spec.name == "embedding" and model_file.config.tied_embeddings)
         total += size if whole else size // spec.shape[0]
     return total
+
+
+def sparse_weight_bytes(
+    model_file: ModelFile, predictor: Predictor | None, predicted_density: float, active_density: float
+) -> float:
+    """Bytes of weights that one decoded token reads when the FFN is sparse, for shares of neurons between 0 and 1.
+
+    The gate's row is read of every predicted neuron, the others' only of those that prove active. Without a predictor
+    `predicted_density` is 1: all gates are read.
+    """
+    first, *others = ("gate", "up", "down_T") if model_file.config.gated else ("up", "down_T")
+    gate = stored_bytes(model_file, first)
+    rest = sum(stored_bytes(model_file, name) for name in others)
+    small = weight_bytes(model_file) - gate - rest + (predictor_bytes(predictor) if predictor is not None else 0)
+    return small + predicted_density * gate + active_density * rest
+
+
+def predictor_bytes(predictor: Predictor) -> int:
+    """Bytes that the scores of one token read, in all layers."""
+    return sum(layer_predictor_bytes(layer) for layer in predictor.layers)
+
+
+def layer_predictor_bytes(layer: LayerPredictor) -> int:
+    """Bytes that the scores of one token read in one layer."""
+    parts = [*layer.a.values(), *layer.b.values(), *layer.q.values(), layer.bias]
+    return sum(part.nbytes for part in parts)
+
+
+def stored_bytes(model_file: ModelFile, name: str) -> int:
+    """Bytes of a canonical tensor with its scales, in all layers."""
+    parts = (model_file.arrays.get(name + suffix) for suffix in _SUFFIXES)
+    return sum(array.nbytes for array in parts if array is not None)
 
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str = "f16") -> int:

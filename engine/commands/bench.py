@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import model_options, open_model
+from svdengine.commands.options import measuring_options, open_model
 
 if TYPE_CHECKING:
     from svdengine.benchmark import BenchRow
@@ -17,13 +17,18 @@ if TYPE_CHECKING:
 
 
 @click.command("bench")
-@model_options
+@measuring_options
 @click.option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
 @click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each test.")
+@click.option("--faults", is_flag=True, help="Count page faults and disk reads: for a model larger than memory.")
 @click.option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
-def command(pp: int, tg: int, repetitions: int, as_json: bool, **options: Any) -> None:
-    """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg)."""
+def command(pp: int, tg: int, repetitions: int, faults: bool, as_json: bool, **options: Any) -> None:
+    """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg).
+
+    --ffn both measures the dense and the sparse path. MB/token is what a token reads of weights, predictor and KV
+    cache; of the sparse path, with the shares of neurons that the measured tokens took.
+    """
     from svdengine.benchmark import run_benchmark
     from svdengine.machine import measured_bandwidth, usable_cores
 
@@ -31,7 +36,16 @@ def command(pp: int, tg: int, repetitions: int, as_json: bool, **options: Any) -
         raise click.UsageError("there is nothing to measure: --pp and --tg are both 0")
     with open_model(options, context=max(pp, tg, 2)) as llm:
         threads = options["threads"] or usable_cores()
-        rows = run_benchmark(llm, pp, tg, repetitions, _progress if sys.stderr.isatty() else None)
+        rows = run_benchmark(
+            llm,
+            pp,
+            tg,
+            repetitions,
+            _progress if sys.stderr.isatty() else None,
+            paths=("dense", "sparse") if options["ffn"] == "both" else (options["ffn"],),
+            sparsity_bias=options["sparsity_bias"] or 0.0,
+            faults=faults,
+        )
         bandwidth = measured_bandwidth(threads) if llm.executor.name == "cpu" else None
         facts = _facts(llm, threads)
     if as_json:
@@ -54,30 +68,44 @@ def _facts(llm: LLM, threads: int) -> dict[str, Any]:
 
 
 def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None) -> str:
-    """A markdown table that can be pasted."""
-    head = ("model", "size", "params", "backend", "threads", "ffn", "test", "tokens/s", "MB/token", "GB/s", "of memory")
-    cells = [
-        (
-            facts["model"],
-            f"{facts['size_bytes'] / 2**20:.1f} MiB",
-            f"{facts['parameters'] / 1e6:.1f} M",
-            facts["backend"],
-            str(facts["threads"]),
-            row.ffn,
-            row.test,
-            f"{row.tokens_per_second:.2f} ± {row.stddev:.2f}",
-            f"{row.bytes_per_token / 1e6:.2f}",
-            f"{row.gb_per_second:.2f}",
-            f"{100 * row.gb_per_second / bandwidth:.0f} %" if bandwidth else "-",
-        )
-        for row in rows
-    ]
+    """A markdown table that can be pasted. Columns that no row has anything for are left out."""
+    model = {
+        "model": facts["model"],
+        "size": f"{facts['size_bytes'] / 2**20:.1f} MiB",
+        "params": f"{facts['parameters'] / 1e6:.1f} M",
+        "backend": facts["backend"],
+        "threads": str(facts["threads"]),
+    }
+    records = [{**model, **_cells(row, bandwidth)} for row in rows]
+    head = [name for name in records[0] if any(record[name] for record in records)]
+    cells = [[record[name] or "-" for name in head] for record in records]
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    lines = [head, tuple("-" * width for width in widths), *cells]
+    lines = [head, ["-" * width for width in widths], *cells]
     table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
     if bandwidth:
         table += ["", f"The memory of this machine reads {bandwidth:.1f} GB/s with {facts['threads']} threads."]
     return "\n".join(table)
+
+
+def _cells(row: BenchRow, bandwidth: float | None) -> dict[str, str]:
+    """What a row shows; empty where there is nothing to say."""
+
+    def shown(value: float | None, scale: float, form: str) -> str:
+        return "" if value is None else format(scale * value, form)
+
+    return {
+        "ffn": row.ffn,
+        "test": row.test,
+        "tokens/s": f"{row.tokens_per_second:.2f} ± {row.stddev:.2f}",
+        "MB/token": f"{row.bytes_per_token / 1e6:.2f}",
+        "GB/s": f"{row.gb_per_second:.2f}",
+        "of memory": f"{100 * row.gb_per_second / bandwidth:.0f} %" if bandwidth else "",
+        "predicted %": shown(row.predicted_density, 100, ".1f"),
+        "computed %": shown(row.active_density, 100, ".1f"),
+        "faults/token": shown(row.faults_per_token, 1, ".1f"),
+        "major": shown(row.major_faults_per_token, 1, ".1f"),
+        "disk MB/token": shown(row.disk_bytes_per_token, 1e-6, ".2f"),
+    }
 
 
 def _progress(text: str) -> None:

@@ -194,7 +194,7 @@ def test_bench(model: str) -> None:
     for key in ("ffn", "tokens_per_second", "stddev", "bytes_per_token", "gb_per_second"):
         assert all(key in row for row in rows)
     table = run("bench", model, "-p", "8", "-n", "0", "-r", "1").stdout.splitlines()
-    assert len(table) == 3 and {line.count("|") for line in table} == {12}
+    assert len(table) == 3 and len({line.count("|") for line in table}) == 1
     assert run("bench", model, "--pp", "0", "--tg", "0").exit_code == 2
     assert run("bench", model, "--pp", "-1").exit_code == 2
     assert "made for a context" in error_of(run("bench", model, "--pp", "9999"))
