@@ -9,6 +9,7 @@ from svdengine.errors import ModelFileError, RequestError
 from svdengine.kernels.batch import FfnMode
 from svdengine.kernels.predictor import PREFIX, Predictor, predictor_from_arrays
 from svdengine.models.config import RELU_FAMILY, ModelConfig
+from svdengine.predictor_file import check_fingerprint, read_predictor
 
 if TYPE_CHECKING:
     from svdengine.model_file import ModelFile
@@ -31,8 +32,6 @@ def find_predictor(model_file: ModelFile, path: str | Path | None = None) -> Pre
     """
     if path is not None:
         require_relu_family(model_file)
-        from svdengine.predictor_file import read_predictor
-
         return read_predictor(Path(path), model_file)
     arrays = {name: array for name, array in model_file.arrays.items() if name.startswith(PREFIX)}
     if not arrays and "predictor" not in model_file.metadata:
@@ -40,11 +39,13 @@ def find_predictor(model_file: ModelFile, path: str | Path | None = None) -> Pre
     config = model_file.config
     try:
         description = model_file.metadata["predictor"]
-        return predictor_from_arrays(arrays, description, config.layer_count, config.ffn_size, config.hidden_size)
+        predictor = predictor_from_arrays(arrays, description, config.layer_count, config.ffn_size, config.hidden_size)
     except KeyError:
         raise ModelFileError(f"{model_file.path}: holds predictor tensors, but does not describe them") from None
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{model_file.path}: the predictor is damaged: {error}") from error
+    check_fingerprint(predictor, model_file, model_file.path)
+    return predictor
 
 
 def require_predictor(model_file: ModelFile, predictor: Predictor | None) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svdengine.errors import RequestError, SvdEngineError
 
@@ -28,11 +29,32 @@ class Perplexity:
     nll: float  # mean negative log-likelihood, nats a token
 
 
-def measure_perplexity(llm: LLM, text: str, window: int = 512, progress: Progress | None = None) -> Perplexity:
-    """Score `text` in windows that do not overlap, each of at most `window` tokens.
+@dataclass(frozen=True)
+class ScoredText:
+    """A text in windows of tokens, each of which is scored by itself; its first token is not."""
 
-    A window begins with the beginning-of-sequence token where the model uses one. Its first token has nothing before
-    it and is not scored. Raises RequestError when the text has fewer than two tokens, or the window is out of range.
+    windows: list[list[int]]
+    bytes_per_token: float  # of UTF-8
+
+    @property
+    def token_count(self) -> int:
+        """Tokens that are scored."""
+        return sum(len(window) - 1 for window in self.windows)
+
+    def perplexity(self, total: float) -> Perplexity:
+        """From the summed negative log-likelihood of all windows, in nats."""
+        if not math.isfinite(total):
+            raise SvdEngineError("the model gave logits that are not finite; its weights may be damaged")
+        mean = total / self.token_count
+        bits = mean / math.log(2) / self.bytes_per_token
+        return Perplexity(math.exp(min(mean, 700.0)), self.token_count, len(self.windows), bits, mean)
+
+
+def split_text(llm: LLM, text: str, window: int) -> ScoredText:
+    """Cut `text` into windows that do not overlap, each of at most `window` tokens.
+
+    A window begins with the beginning-of-sequence token where the model uses one. Raises RequestError when the text
+    has fewer than two tokens, or the window is out of range.
     """
     if not 2 <= window <= llm.context:
         raise RequestError(f"the window must lie between 2 and the context of {llm.context} tokens, found {window}")
@@ -43,24 +65,29 @@ def measure_perplexity(llm: LLM, text: str, window: int = 512, progress: Progres
     windows = [w for w in windows if len(w) > 1]
     if not windows:
         raise RequestError(f"the text has {len(tokens)} tokens, which is too few to score")
-    total, scored = 0.0, 0
-    for done, ids in enumerate(windows, 1):
-        total += negative_log_likelihood(llm.logits(ids[:-1]), ids[1:])
-        scored += len(ids) - 1
-        if not math.isfinite(total):
-            raise SvdEngineError("the model gave logits that are not finite; its weights may be damaged")
+    return ScoredText(windows, len(text.encode("utf-8", "replace")) / len(tokens))
+
+
+def measure_perplexity(
+    llm: LLM, text: str, window: int = 512, progress: Progress | None = None, sparsity_bias: float = 0.0
+) -> Perplexity:
+    """Score `text` in windows, as `split_text` cuts it."""
+    scored = split_text(llm, text, window)
+    total, tokens = 0.0, 0
+    for done, ids in enumerate(scored.windows, 1):
+        total += negative_log_likelihood(llm.logits(ids[:-1], sparsity_bias=sparsity_bias), ids[1:])
+        tokens += len(ids) - 1
         if progress is not None:
-            progress(done, len(windows), math.exp(min(total / scored, 700.0)))
-    size_bytes = len(text.encode("utf-8", "replace")) * scored / len(tokens)
-    mean = total / scored
-    bits = total / math.log(2) / size_bytes
-    return Perplexity(math.exp(min(mean, 700.0)), scored, len(windows), bits, mean)
+            progress(done, len(scored.windows), math.exp(min(total / tokens, 700.0)))
+    return scored.perplexity(total)
 
 
-def negative_log_likelihood(logits: np.ndarray, targets: list[int]) -> float:
+def negative_log_likelihood(logits: NDArray[np.float32], targets: list[int]) -> float:
     """Sum over rows of -log softmax(logits)[target], in nats; logits: (n, vocabulary) float32."""
-    total = 0.0
-    for row, target in zip(logits, targets, strict=True):
-        shifted = row.astype(np.float64) - float(row.max())
-        total += float(np.log(np.exp(shifted).sum()) - shifted[target])
-    return total
+    return -sum(float(log_softmax(row)[target]) for row, target in zip(logits, targets, strict=True))
+
+
+def log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Logarithms of the probabilities that logits (vocabulary,) stand for."""
+    shifted = row.astype(np.float64) - float(row.max())
+    return shifted - np.log(np.exp(shifted).sum())

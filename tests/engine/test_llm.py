@@ -194,7 +194,7 @@ def test_unusable_requests(llm: LLM, call: Any, message: str) -> None:
         ({"kv_tokens": 5}, "kv_tokens must be at least"),
         ({"ffn": "fast"}, "ffn must be one of"),
         ({"ffn": "sparse"}, "has no predictor"),
-        ({"predictor": "x.safetensors"}, "predictor"),
+        ({"predictor": "x.safetensors"}, "x.safetensors: No such file"),
     ],
 )
 def test_unusable_options(path: Path, options: dict[str, Any], message: str) -> None:

@@ -1,0 +1,32 @@
+"""Predictors for the tiny models of the tests, without calibration."""
+
+from pathlib import Path
+
+import numpy as np
+from model_zoo import random_weights
+from tiny_model import write_tiny_model
+
+from svdengine.kernels.formats import quantize
+from svdengine.kernels.predictor import LayerPredictor, Predictor
+from svdengine.model_file import read_model_file
+from svdengine.models.config import ModelConfig
+from svdengine.predictor_file import model_fingerprint, write_model_with_predictor
+
+
+def tiny_predictor(config: ModelConfig, offset: float = 0.1, fingerprint: str = "") -> Predictor:
+    """The gate itself at full rank: it knows every active neuron, and `offset` adds some that are not."""
+    layers = []
+    for gate in random_weights(config)["gate" if config.gated else "up"]:
+        f, d = gate.shape
+        a, b = quantize(gate, "q8"), quantize(np.eye(d, dtype=np.float32), "q8")
+        bias = np.full(f, offset - config.activation_threshold, np.float32)
+        layers.append(LayerPredictor(d, "q8", 0, a, b, {}, bias, np.ones(f, np.float32)))
+    return Predictor(tuple(layers), {"kind": "svd", "calibrator": "uniform", "fingerprint": fingerprint})
+
+
+def write_sparse_model(path: Path, offset: float = 0.1) -> Path:
+    """A tiny model file with a predictor in it."""
+    write_tiny_model(path)
+    with read_model_file(path) as file:
+        write_model_with_predictor(path, file, tiny_predictor(file.config, offset, model_fingerprint(file)))
+    return path
