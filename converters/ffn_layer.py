@@ -27,7 +27,7 @@ class FfnLayer:
     up: Array | None  # (f, d); None: not gated
     up_bias: Array  # (f,)
     down_norm: Array  # (f,) length of each neuron's row of down_T
-    quantized_inputs: bool  # executors read x in int8, because the weights are
+    input_bits: int  # of x, as executors multiply it with the gate; 0: float32
     row_bytes: tuple[int, int, int]  # stored bytes of one row of gate, up (0: none) and down_T
 
     @property
@@ -41,7 +41,8 @@ class FfnLayer:
 class Neurons:
     """What the neurons of a layer do on n tokens."""
 
-    active: NDArray[np.bool_]  # (n, f) the gate is not zero
+    gates: Array  # (n, f) what a score estimates: above 0 where the neuron is active
+    active: NDArray[np.bool_]  # (n, f)
     energy: Array  # (n, f) (h_i)^2 ||W_down_T[i]||^2 as a share of the token's sum
 
 
@@ -73,7 +74,7 @@ def read_ffn_layer(model_file: ModelFile, layer: int) -> FfnLayer:
         up=layer_matrix(model_file, "up", layer, config.hidden_size) if config.gated else None,
         up_bias=bias("up"),
         down_norm=np.sqrt(np.square(down).sum(1)),
-        quantized_inputs=model_file.formats[name] in ("q8", "q4"),
+        input_bits={"q8": 16, "q4": 8}.get(model_file.formats[name], 0),
         row_bytes=(
             _row_bytes(model_file, name),
             _row_bytes(model_file, "up") if config.gated else 0,
@@ -93,29 +94,29 @@ def layer_matrix(model_file: ModelFile, name: str, layer: int, columns: int) -> 
 
 
 def exact_gates(layer: FfnLayer, x: Array) -> Array:
-    """Pre-activations W_gate x + bias (n, f) of inputs x (n, d), in the arithmetic of executors."""
-    return linear(_inputs(layer, x), layer.gate, layer.gate_bias)
+    """What a score estimates, (n, f), for inputs x (n, d): above 0 where a neuron is active."""
+    return linear(_inputs(layer, x), layer.gate, layer.offset)
 
 
 def run_neurons(layer: FfnLayer, x: Array) -> Neurons:
     """Exact activity and energy of every neuron on FFN inputs x (n, d) float32."""
     config = layer.config
     x = _inputs(layer, x)
-    h = activate(config.activation, linear(x, layer.gate, layer.gate_bias), config.activation_threshold)
+    raw = linear(x, layer.gate, layer.gate_bias)
+    h = activate(config.activation, raw, config.activation_threshold)
     active = h > 0
     if layer.up is not None:
         up = linear(x, layer.up, layer.up_bias)
-        h *= activate("relu", up) if config.activation == "drelu" else up
-    h *= layer.down_norm
-    energy = np.square(h, out=h)
+        h = h * (activate("relu", up) if config.activation == "drelu" else up)
+    energy = np.square(h * layer.down_norm)
     total = energy.sum(1, keepdims=True)
     energy /= np.where(total > 0, total, np.float32(1))
-    return Neurons(active, energy)
+    return Neurons(raw + (layer.offset - layer.gate_bias), active, energy)
 
 
 def _inputs(layer: FfnLayer, x: Array) -> Array:
     x = np.asarray(x, np.float32)
-    return quantize_activations(x) if layer.quantized_inputs else x
+    return quantize_activations(x, layer.input_bits) if layer.input_bits else x
 
 
 def _row_bytes(model_file: ModelFile, name: str) -> int:

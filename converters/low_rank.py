@@ -43,7 +43,7 @@ def _exact(matrix: NDArray[np.float32], moment: NDArray[np.float64] | None, rank
 def _by_iteration(
     matrix: NDArray[np.float32], moment: NDArray[np.float64] | None, rank: int, seed: int
 ) -> NDArray[np.float32]:
-    """Randomised subspace iteration on W C W^T (Halko, Martinsson and Tropp 2011, algorithm 4.4), then Rayleigh-Ritz."""
+    """Subspace iteration on W C W^T (Halko, Martinsson and Tropp 2011, algorithm 4.4), then Rayleigh-Ritz."""
     f, d = matrix.shape
     width = min(rank + _OVERSAMPLING, f, d)
     scale = 1.0 if moment is None else float(np.trace(moment)) / d or 1.0

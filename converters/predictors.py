@@ -102,12 +102,6 @@ def build_predictor(
     return LayerPredictor(rank, factor_format, bits, a, b, q, bias, gate_deviation(gate, statistics))
 
 
-def predictor_bytes(predictor: LayerPredictor) -> int:
-    """Bytes that one token's scores read, thresholds included."""
-    parts = [*predictor.a.values(), *predictor.b.values(), *predictor.q.values(), predictor.bias]
-    return sum(part.nbytes for part in parts)
-
-
 def _factors(gate: Array, basis: Basis, rank: int, factor_format: FactorFormat) -> tuple[Parts, Parts]:
     """A = D^-1 U_r and B = U_r^T D W."""
     u = basis.directions[:, :rank]

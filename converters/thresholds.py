@@ -26,6 +26,7 @@ CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
 # Energy that may be lost for the bytes of one dense FFN; and the levels of the other calibrators.
 LAMBDAS = np.geomspace(1e-6, 10.0, 43)
 RECALLS = 1 - np.geomspace(1e-4, 0.9, 33)
+SLACK = 0.25  # of the spread by which thresholds are lowered, since new tokens miss more than those that were fitted
 
 Array = NDArray[np.float32]
 
@@ -37,7 +38,7 @@ class Sample:
     scores: Array  # (f, n) ascending along n
     energy: Array  # (f, n) in the order of scores
     active: NDArray[np.bool_]  # (f, n) in the order of scores
-    unit: Array  # (f,) one standard deviation of each neuron's gate
+    spread: Array  # (f,) standard deviation of gate - score of each neuron
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class ThresholdTable:
         return low, np.float32(min(max(level - low, 0.0), 1.0))
 
 
-def make_sample(scores: Array, neurons: Neurons, unit: Array) -> Sample:
+def make_sample(scores: Array, neurons: Neurons) -> Sample:
     """Sort scores (n, f) and what the neurons did by score."""
     by_neuron = np.ascontiguousarray(scores.T)
     order = np.argsort(by_neuron, axis=1)
@@ -75,7 +76,7 @@ def make_sample(scores: Array, neurons: Neurons, unit: Array) -> Sample:
         scores=np.take_along_axis(by_neuron, order, 1),
         energy=np.take_along_axis(np.ascontiguousarray(neurons.energy.T), order, 1),
         active=np.take_along_axis(np.ascontiguousarray(neurons.active.T), order, 1),
-        unit=unit,
+        spread=(neurons.gates - scores).std(0),
     )
 
 
@@ -87,7 +88,7 @@ def calibrate_thresholds(
     `row_bytes` are those of a row of gate, up and down, which weigh a wrong prediction against a right one.
     """
     if calibrator == "error":
-        thresholds = error_thresholds(sample, LAMBDAS, row_bytes)
+        thresholds = error_thresholds(sample, LAMBDAS, row_bytes) - np.float32(SLACK) * sample.spread
     elif calibrator == "recall":
         thresholds = recall_thresholds(sample, RECALLS)
     else:
@@ -104,7 +105,7 @@ def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tu
     gate, up, down = row_bytes
     dense = float(len(sample.scores) * (gate + up + down))
     return _error_thresholds(
-        sample.scores, sample.energy, sample.active, sample.unit, lambdas, gate / dense, (up + down) / dense
+        sample.scores, sample.energy, sample.active, sample.spread, lambdas, gate / dense, (up + down) / dense
     )
 
 
@@ -150,7 +151,7 @@ def _crossing(values: NDArray[np.float64], limit: float) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
-def _error_thresholds(scores, energy, active, unit, lambdas, gate_cost, rest_cost):  # type: ignore[no-untyped-def]
+def _error_thresholds(scores, energy, active, spread, lambdas, gate_cost, rest_cost):  # type: ignore[no-untyped-def]
     """Walk the lower convex hull of (cost saved, energy missed) over all cuts of each neuron's sorted scores.
 
     A cut k misses the k lowest scores. Its objective is missed(k) - lambda * saved(k) plus a constant, so the best cut
@@ -180,15 +181,15 @@ def _error_thresholds(scores, energy, active, unit, lambdas, gate_cost, rest_cos
                 saved_at[vertex + 1] - saved_at[vertex]
             ):
                 vertex += 1
-            out[level, i] = _threshold(scores[i], cuts[vertex], unit[i])
+            out[level, i] = _threshold(scores[i], cuts[vertex], spread[i])
     return out
 
 
 @numba.njit(nogil=True, cache=True)
-def _threshold(scores, cut, unit):  # type: ignore[no-untyped-def]
+def _threshold(scores, cut, spread):  # type: ignore[no-untyped-def]
     """A threshold that misses exactly the `cut` lowest scores."""
     if cut == 0:
-        return scores[0] - unit
+        return scores[0] - spread
     if cut == len(scores):
         return scores[cut - 1]
     middle = scores[cut - 1] + (scores[cut] - scores[cut - 1]) / np.float32(2)

@@ -8,12 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
@@ -21,7 +20,6 @@ from svdengine.models.tensors import tensor_specs
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]  # canonical name -> array; of one layer, without the layer axis
-FfnPath = Literal["dense", "sparse", "auto"]
 
 
 class ReferenceExecutor:
@@ -41,7 +39,7 @@ class ReferenceExecutor:
         max_batch_rows: int = 512,
         *,
         predictor: Predictor | None = None,
-        ffn: FfnPath = "dense",
+        ffn: FfnMode = "dense",
     ):
         """Take `weights` as `tensor_specs(config)` names and shapes them: tensors of layers are stacked.
 

@@ -1,0 +1,229 @@
+"""Calibrate a model: statistics of its FFN inputs, a predictor for each layer, and thresholds that meet one budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from svdengine.converters.end_to_end import SparseExecutor, mean_loss, sparse_loss
+from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
+from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
+from svdengine.converters.predictor_quality import mean_auroc, select
+from svdengine.converters.statistics import (
+    Statistics,
+    StatisticsCollector,
+    Windows,
+    collect_statistics,
+    is_held_out,
+)
+from svdengine.converters.thresholds import CALIBRATORS, Calibrator, ThresholdTable, calibrate_thresholds, make_sample
+from svdengine.cost import layer_predictor_bytes
+from svdengine.errors import ConversionError
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, scores
+from svdengine.model_file import ModelFile
+from svdengine.predictor_file import model_fingerprint
+
+Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
+
+MAX_LOSS = 0.005  # the default budget
+_LOSS_STEPS = 7
+_ERROR_RANGE = (1e-5, 0.1)  # of a layer, between which a budget for the loss is searched
+
+
+@dataclass(frozen=True)
+class CalibrationOptions:
+    """What to build, and the one budget that its thresholds meet: by default `max_loss`.
+
+    Raises ConversionError when two budgets are given or a field is out of range.
+    """
+
+    kind: str = "svd"  # svd, svd-naive, lowbit, svd+lowbit, or auto: whichever reads least in each layer
+    rank: int | None = None  # None: chosen for each layer, by modelled bytes a token
+    bits: int | None = None  # of the low-bit part, 1 or 2; None: chosen like the rank
+    factor_format: FactorFormat = "q8"
+    thresholds: Calibrator = "error"
+    max_loss: float | None = None  # rise of the held-out perplexity, as a share: 0.005 is half a percent
+    max_error: float | None = None  # share of the FFN output's energy that is missed, in each layer
+    density: float | None = None  # share of neurons that are predicted, in each layer
+
+    def __post_init__(self) -> None:
+        budgets = [b for b in (self.max_loss, self.max_error, self.density) if b is not None]
+        if len(budgets) > 1:
+            raise ConversionError("give one budget: max_loss, max_error or density")
+        if any(not 0 < b < 1 for b in budgets):
+            raise ConversionError(f"a budget is a share between 0 and 1, found {budgets[0]}")
+        if self.thresholds not in CALIBRATORS:
+            raise ConversionError(f"unknown thresholds {self.thresholds!r}; there are {', '.join(CALIBRATORS)}")
+        if self.factor_format not in get_args(FactorFormat):
+            raise ConversionError(f"the factors can be q8 or q4, found {self.factor_format!r}")
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """The one budget by its name."""
+        for name in ("max_error", "density"):
+            value = getattr(self, name)
+            if value is not None:
+                return {name: value}
+        return {"max_loss": MAX_LOSS if self.max_loss is None else self.max_loss}
+
+
+@dataclass(frozen=True)
+class _LayerWork:
+    """A layer's predictor with zero thresholds, and the thresholds that it may get."""
+
+    predictor: LayerPredictor
+    table: ThresholdTable
+    kind: str
+
+    def at(self, level: float) -> LayerPredictor:
+        return replace(self.predictor, bias=(self.predictor.bias - self.table.at(level)).astype(np.float32))
+
+
+def calibrate(
+    model_file: ModelFile,
+    executor: SparseExecutor,
+    windows: Windows,
+    options: CalibrationOptions | None = None,
+    *,
+    state: Path | None = None,
+    progress: Progress | None = None,
+) -> Predictor:
+    """The predictor of a model, from windows of token ids that resemble what it will read and write.
+
+    One window in five is held out: from these come the errors and densities that are reported, and the loss that
+    bounds them. `state` keeps the statistics of an interrupted pass. Raises ConversionError when the model has no
+    zeros to skip, the text is too short, or a value is not finite.
+    """
+    options = options or CalibrationOptions()
+    require_sparse(model_file.config)
+    try:
+        shapes = candidate_shapes(options.kind, options.rank, options.bits, model_file.config)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+    report = progress or _silent
+    config = model_file.config
+    collector = StatisticsCollector(config.layer_count, config.hidden_size)
+    statistics = collect_statistics(
+        executor, windows, collector, state=state, progress=lambda done, total: report("statistics", done, total)
+    )
+    work = []
+    for index in range(config.layer_count):
+        work.append(_calibrate_layer(model_file, statistics, index, shapes, options))
+        report("layers", index + 1, config.layer_count)
+    held_out = [window for index, window in enumerate(windows) if is_held_out(index) and len(window) > 1]
+    levels, outcome = _meet_budget(executor, work, held_out, options, report)
+    layers = tuple(w.at(level) for w, level in zip(work, levels, strict=True))
+    about = {
+        "kind": options.kind,
+        "thresholds": options.thresholds,
+        "budget": options.budget,
+        "outcome": outcome,
+        "fingerprint": model_fingerprint(model_file),
+        "tokens": statistics.tokens,
+        "table": [_describe_layer(model_file, statistics, i, work[i].kind, layer) for i, layer in enumerate(layers)],
+    }
+    return Predictor(layers, about)
+
+
+def layer_sample(statistics: Statistics, index: int, *, held_out: bool) -> np.ndarray:
+    """FFN inputs (n, d) float32 of one layer."""
+    rows = statistics.held_out if held_out else statistics.fit
+    return rows[index].astype(np.float32)
+
+
+def _calibrate_layer(
+    model_file: ModelFile,
+    statistics: Statistics,
+    index: int,
+    shapes: Sequence[PredictorShape],
+    options: CalibrationOptions,
+) -> _LayerWork:
+    layer = read_ffn_layer(model_file, index)
+    x, held = layer_sample(statistics, index, held_out=False), layer_sample(statistics, index, held_out=True)
+    truth, held_truth = run_neurons(layer, x), run_neurons(layer, held)
+    moments = statistics.layers[index]
+    shape = shapes[0]
+    if len(shapes) > 1:
+        shape = choose_shape(shapes, layer, moments, (x, truth), (held, held_truth), options.factor_format)
+    predictor = build_candidate(shape, layer, moments, options.factor_format)
+    sample, held_sample = make_sample(scores(predictor, x), truth), make_sample(scores(predictor, held), held_truth)
+    table = calibrate_thresholds(options.thresholds, sample, held_sample, layer.row_bytes)
+    return _LayerWork(predictor, table, shape.kind)
+
+
+def _meet_budget(
+    executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, options: CalibrationOptions, report: Progress
+) -> tuple[list[float], dict[str, float]]:
+    """The level of each layer's thresholds, and what the budget came to."""
+    ((name, limit),) = options.budget.items()
+    if name == "max_error":
+        return [w.table.level_of_error(limit) for w in work], {}
+    if name == "density":
+        return [w.table.level_of_density(limit) for w in work], {}
+    return _bisect_loss(executor, work, held_out, limit, report)
+
+
+def _bisect_loss(
+    executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, limit: float, report: Progress
+) -> tuple[list[float], dict[str, float]]:
+    """Find the largest error, the same in every layer, at which the held-out perplexity rises by at most `limit`.
+
+    The error is bisected in its logarithm. When even the smallest costs more, that one is taken.
+    """
+    steps = _LOSS_STEPS + 1
+    dense = mean_loss(executor, held_out)
+    report("loss", 1, steps)
+    low, high = (math.log(error) for error in _ERROR_RANGE)
+    best, rise = low, math.nan
+    for step in range(_LOSS_STEPS):
+        middle = (low + high) / 2
+        levels = [w.table.level_of_error(math.exp(middle)) for w in work]
+        trial = Predictor(tuple(w.at(level) for w, level in zip(work, levels, strict=True)), {})
+        found = math.expm1(sparse_loss(executor, trial, held_out) - dense)
+        if found <= limit:
+            low = best = middle
+            rise = found
+        else:
+            high = middle
+        report("loss", step + 2, steps)
+    levels = [w.table.level_of_error(math.exp(best)) for w in work]
+    outcome = {"error": math.exp(best), "perplexity": math.exp(dense)}
+    return levels, outcome if math.isnan(rise) else {**outcome, "perplexity_rise": rise}
+
+
+def _describe_layer(
+    model_file: ModelFile, statistics: Statistics, index: int, kind: str, predictor: LayerPredictor
+) -> dict[str, Any]:
+    """One row of the report, measured on held-out tokens."""
+    layer = read_ffn_layer(model_file, index)
+    held = layer_sample(statistics, index, held_out=True)
+    truth = run_neurons(layer, held)
+    found = scores(predictor, held)
+    selection = {name: round(value, 6) for name, value in asdict(select(found > 0, truth)).items()}
+    return {
+        "kind": kind,
+        "rank": predictor.rank,
+        "bits": predictor.residual_bits,
+        "auroc": _auroc(found, truth),
+        **selection,
+        "bytes": layer_predictor_bytes(predictor),
+        "dense_bytes": _dense_bytes(layer),
+    }
+
+
+def _auroc(found: np.ndarray, truth: Neurons) -> float | None:
+    area = mean_auroc(found, truth.active)
+    return None if math.isnan(area) else round(area, 6)
+
+
+def _dense_bytes(layer: FfnLayer) -> int:
+    return len(layer.gate) * sum(layer.row_bytes)
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    """Take progress that nobody asked for."""

@@ -1,0 +1,136 @@
+"""Predictors in files: a safetensors file of their own, or inside a copy of the model file.
+
+A predictor file's `__metadata__` holds format, format_version and, as JSON, predictor: how it was made, and the
+fingerprint of the model that it was made for. Its tensors are those of kernels/predictor.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import ModelFileError
+from svdengine.kernels.predictor import PREFIX, Predictor, describe, layer_arrays, predictor_from_arrays
+from svdengine.model_file import ModelFile
+from svdengine.tensor_file import TensorFile
+from svdengine.tensor_writer import PAD_PREFIX, Declared, TensorWriter
+
+PREDICTOR_FORMAT = "svdp-predictor"
+PREDICTOR_VERSION = "1"
+_DTYPE_NAMES = {"int8": "I8", "uint8": "U8", "float16": "F16", "float32": "F32"}
+_EDGE = 4096  # bytes at each end of an array that the fingerprint covers
+_CHUNK = 1 << 24  # elements copied at once
+
+
+def model_fingerprint(model_file: ModelFile) -> str:
+    """A hash of the config and of both ends of every stored matrix, which tells models and dtypes apart quickly."""
+    digest = hashlib.sha256(json.dumps(model_file.config.to_dict(), sort_keys=True).encode())
+    for name in sorted(model_file.arrays):
+        if name.startswith(PREFIX):
+            continue
+        flat = model_file.arrays[name].reshape(-1).view(np.uint8)
+        digest.update(f"{name} {flat.size}\n".encode())
+        digest.update(flat[:_EDGE].tobytes())
+        digest.update(flat[-_EDGE:].tobytes())
+    return digest.hexdigest()
+
+
+def check_fingerprint(predictor: Predictor, model_file: ModelFile, origin: Path) -> None:
+    """Raise ModelFileError when the predictor in the file `origin` was made for another model."""
+    if predictor.about.get("fingerprint") != model_fingerprint(model_file):
+        raise ModelFileError(
+            f"{origin}: the predictor was made for another model than {model_file.path};"
+            f" run: svdengine calibrate {model_file.path}"
+        )
+
+
+def write_predictor(path: Path | str, predictor: Predictor) -> None:
+    """Write a predictor into a file of its own. Raises ModelFileError; then no file is left behind."""
+    arrays = _predictor_arrays(predictor)
+    metadata = {"format": PREDICTOR_FORMAT, "format_version": PREDICTOR_VERSION, "predictor": describe(predictor)}
+    with TensorWriter(Path(path), _declare(arrays), metadata) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+
+
+def read_predictor(path: Path | str, model_file: ModelFile) -> Predictor:
+    """Read and check a predictor file. Raises ModelFileError when it is damaged or was made for another model.
+
+    The arrays are views of a memory map, which lives as long as they do.
+    """
+    path = Path(path)
+    file = TensorFile(path)
+    metadata = file.header.metadata
+    if metadata.get("format") != PREDICTOR_FORMAT:
+        raise ModelFileError(f"{path}: is not a predictor file; svdengine calibrate makes one")
+    if metadata.get("format_version") != PREDICTOR_VERSION:
+        raise ModelFileError(
+            f"{path}: has format version {metadata.get('format_version')!r}, this svdengine reads"
+            f" {PREDICTOR_VERSION!r}; run svdengine calibrate again, or update svdengine"
+        )
+    arrays = {name: array for name, array in file.arrays.items() if not name.startswith(PAD_PREFIX)}
+    stray = next((name for name in arrays if not name.startswith(PREFIX)), None)
+    if stray is not None or "predictor" not in metadata:
+        raise ModelFileError(f"{path}: damaged: {'lacks its description' if stray is None else f'holds {stray!r}'}")
+    config = model_file.config
+    try:
+        predictor = predictor_from_arrays(
+            arrays, metadata["predictor"], config.layer_count, config.ffn_size, config.hidden_size
+        )
+        _check_finite(arrays)
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path}: {error}") from error
+    check_fingerprint(predictor, model_file, path)
+    return predictor
+
+
+def write_model_with_predictor(path: Path | str, model_file: ModelFile, predictor: Predictor) -> None:
+    """Copy a model file with `predictor` in place of its own, if it has one. `path` may be the model file itself.
+
+    Raises ModelFileError when the predictor was made for another model or the file cannot be written; an existing
+    file is replaced only by a complete one.
+    """
+    path = Path(path)
+    check_fingerprint(predictor, model_file, path)
+    source = TensorFile(model_file.path)
+    try:
+        declared: dict[str, Declared] = {
+            name: (entry.shape, entry.dtype)
+            for name, entry in source.header.entries.items()
+            if not name.startswith((PREFIX, PAD_PREFIX))
+        }
+        arrays = _predictor_arrays(predictor)
+        metadata = {**source.header.metadata, "predictor": describe(predictor)}
+        with TensorWriter(path, {**declared, **_declare(arrays)}, metadata) as writer:
+            for name in declared:
+                flat = source.arrays[name].reshape(-1)
+                for start in range(0, flat.size, _CHUNK):
+                    writer.write(name, flat[start : start + _CHUNK], start)
+            for name, array in arrays.items():
+                writer.write(name, array)
+    finally:
+        source.close()
+
+
+def _predictor_arrays(predictor: Predictor) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {}
+    for index, layer in enumerate(predictor.layers):
+        arrays |= layer_arrays(index, layer)
+    return arrays
+
+
+def _declare(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Declared]:
+    return {name: (array.shape, _DTYPE_NAMES[array.dtype.name]) for name, array in arrays.items()}
+
+
+def _check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Scales and thresholds that are not finite would make every score NaN, and every output zero."""
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinity")
