@@ -4,8 +4,9 @@
 
 B (r, d) and A (f, r) are low-rank factors, Q (f, d) a low-bit residual; either may be missing. b holds the calibrated
 thresholds. `unit` is one standard deviation of each neuron's gate, so that one number, the sparsity bias, shifts all
-thresholds at run time: positive is sparser. x is the FFN's input after its norm, in int8 by groups of 32, and B x is
-quantised in the same way before A: thresholds are calibrated in this arithmetic.
+thresholds at run time: positive is sparser. x is the FFN's input after its norm, rounded with a scale per group of
+32: to 16 bits for q8 factors, to 8 for q4 factors and for Q, and B x likewise before A. Thresholds are calibrated in
+this arithmetic.
 """
 
 from __future__ import annotations
@@ -47,26 +48,27 @@ class Predictor:
     about: Mapping[str, Any]  # JSON: kind, calibrator, budget, fingerprint of the model, statistics of each layer
 
 
-def quantize_activations(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """x (n, d) float32 as executors quantise it: int8 by groups of 32 columns, and back."""
+def quantize_activations(x: NDArray[np.float32], bits: int = 16) -> NDArray[np.float32]:
+    """x (n, d) float32 rounded to 8 or 16 bits with a scale for each 32 columns, as executors have it."""
     n, d = x.shape
     padded = np.zeros((n, padded_columns(d)), np.float32)
     padded[:, :d] = x
     groups = padded.reshape(n, -1, 32)
-    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127 if bits == 8 else 127 * 256)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     return (np.rint(groups * inverse) * scale).reshape(n, -1)[:, :d]
 
 
 def scores(layer: LayerPredictor, x: NDArray[np.float32], bias: float = 0.0) -> NDArray[np.float32]:
     """Scores (n, f) float32 of FFN inputs x (n, d) float32; where positive, a neuron is predicted active."""
-    x = quantize_activations(np.asarray(x, np.float32))
+    x = np.asarray(x, np.float32)
     s = np.broadcast_to(layer.bias - np.float32(bias) * layer.unit, (len(x), len(layer.bias)))
     if layer.rank:
-        z = quantize_activations(x @ dequantize(layer.b, layer.factor_format, x.shape[1]).T)
-        s = s + z @ dequantize(layer.a, layer.factor_format, layer.rank).T
+        bits = 16 if layer.factor_format == "q8" else 8
+        z = quantize_activations(x, bits) @ dequantize(layer.b, layer.factor_format, x.shape[1]).T
+        s = s + quantize_activations(z, bits) @ dequantize(layer.a, layer.factor_format, layer.rank).T
     if layer.residual_bits:
-        s = s + x @ dequantize_lowbit(layer.q, layer.residual_bits, x.shape[1]).T
+        s = s + quantize_activations(x, 8) @ dequantize_lowbit(layer.q, layer.residual_bits, x.shape[1]).T
     return np.asarray(s, np.float32)
 
 

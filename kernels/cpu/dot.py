@@ -1,8 +1,8 @@
 """Integer dot products, the only arithmetic that differs between instruction sets, and the inner loops built on them.
 
-Activations are int8 in -127..127. `vpdpbusd` wants one side unsigned, so int8 weights are offset by BIAS in the
-register, and sum(w * a) = sum((w + BIAS) * a) - BIAS * sum(a): the caller subtracts the last term, whose sum over a
-group is made once for all rows.
+Activations are planes of int8 in -127..127 (quantize.py). `vpdpbusd` wants one side unsigned, so int8 weights are
+offset by BIAS in the register, and sum(w * a) = sum((w + BIAS) * a) - BIAS * sum(a): the caller subtracts the last
+term, whose sum over a group is made once for all rows.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from svdengine.kernels.cpu.simd import (
     I16,
     I32,
     I32V,
+    I64,
     ISA,
     address,
     call,
+    emit_prefetch,
     f32x16,
     fused,
     half_to_float,
@@ -121,34 +123,45 @@ def _scaled(builder, total, dots, scales, block):  # type: ignore[no-untyped-def
     return fused(builder, builder.sitofp(dots, F32V), spread, total)
 
 
-@operation(f32x16, f32x16, address, address, f32x16)
-def dot_chunk_q8(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
-    """total + scaled products of 512 columns of int8 weights, less the bias' term. scales: of both sides, by group."""
-    zero = ir.Constant(I32V, [0] * 16)
+def emit_dot_16(builder, weights, high, low):  # type: ignore[no-untyped-def]
+    """Sums of 4 neighbouring products of biased int8 weights with 16-bit activations at two addresses."""
+    dots = emit_dot(builder, ir.Constant(I32V, [0] * 16), weights, load(builder, high, I8V))
+    return emit_dot(builder, builder.shl(dots, ir.Constant(I32V, [8] * 16)), weights, load(builder, low, I8V))
+
+
+@operation(f32x16, f32x16, address, address, address, f32x16, address)
+def dot_chunk_q8(builder, total, weights, high, low, scales, ahead):  # type: ignore[no-untyped-def]
+    """total + scaled products of 512 columns of int8 weights, less the bias' term. scales: of both sides, by group.
+
+    ahead: address of as many bytes that will be wanted next; the hardware alone does not fetch far enough ahead.
+    """
     for block in range(CHUNK // BLOCK):
+        offset = ir.Constant(I64, block * BLOCK)
+        emit_prefetch(builder, builder.add(ahead, offset))
         w = emit_bias(builder, load(builder, weights, I8V, block * BLOCK))
-        dots = emit_dot(builder, zero, w, load(builder, activations, I8V, block * BLOCK))
+        dots = emit_dot_16(builder, w, builder.add(high, offset), builder.add(low, offset))
         total = _scaled(builder, total, dots, scales, block)
     return total
 
 
-@operation(f32x16, f32x16, address, address, f32x16)
-def dot_chunk_q4(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
-    """As `dot_chunk_q8`, for 512 columns of packed 4-bit weights (less the minima's term)."""
+@operation(f32x16, f32x16, address, address, f32x16, address)
+def dot_chunk_q4(builder, total, weights, activations, scales, ahead):  # type: ignore[no-untyped-def]
+    """As `dot_chunk_q8`, for packed 4-bit weights (less the minima's term) and the high plane of activations."""
     zero = ir.Constant(I32V, [0] * 16)
     for block in range(CHUNK // BLOCK):
+        if block % 2 == 0:
+            emit_prefetch(builder, builder.add(ahead, ir.Constant(I64, block * BLOCK // 2)))
         w = emit_nibbles(builder, weights, block * BLOCK // 2)
         dots = emit_dot(builder, zero, w, load(builder, activations, I8V, block * BLOCK))
         total = _scaled(builder, total, dots, scales, block)
     return total
 
 
-@operation(f32x16, f32x16, address, address, f32x16)
-def dot_block_q8(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
+@operation(f32x16, f32x16, address, address, address, f32x16)
+def dot_block_q8(builder, total, weights, high, low, scales):  # type: ignore[no-untyped-def]
     """As `dot_chunk_q8`, for 64 columns; the scales are those of the first two lanes."""
-    zero = ir.Constant(I32V, [0] * 16)
     w = emit_bias(builder, load(builder, weights, I8V))
-    return _scaled(builder, total, emit_dot(builder, zero, w, load(builder, activations, I8V)), scales, 0)
+    return _scaled(builder, total, emit_dot_16(builder, w, high, low), scales, 0)
 
 
 @operation(f32x16, f32x16, address, address, f32x16)

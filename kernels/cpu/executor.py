@@ -13,6 +13,7 @@ from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
 from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.plan import build_model, place_predictor
+from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
 from svdengine.kernels.cpu.step import DENSE, PREDICT, SKIP_ZEROS, Cache, Inputs, Workspace, run
 from svdengine.kernels.cpu.team import Team
@@ -189,7 +190,7 @@ class CpuExecutor:
             return 4 * padded_columns(columns)
 
         def quantized(columns: int) -> int:
-            return padded_columns(columns) * 5 // 4
+            return quantized_bytes(padded_columns(columns))
 
         hidden, attention = stride(model.hidden), stride(model.heads * model.head_dim)
         ffn, kv = stride(model.ffn), stride(model.kv_heads * model.head_dim)

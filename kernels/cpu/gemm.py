@@ -23,6 +23,9 @@ from svdengine.kernels.cpu.simd import (
 )
 from svdengine.kernels.cpu.tile import (
     PANEL,
+    coarse_tile_2,
+    coarse_tile_4,
+    coarse_tile_8,
     float_tile_2,
     float_tile_4,
     float_tile_8,
@@ -138,6 +141,22 @@ def integer_tiles(panel, x, x_stride, columns, out, out_stride, n):
 
 
 @jit
+def coarse_tiles(panel, x, x_stride, columns, out, out_stride, n):
+    """As `integer_tiles`, with the high plane of activations alone."""
+    t = 0
+    while t < n:
+        if n - t > 4:
+            coarse_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 8
+        elif n - t > 2:
+            coarse_tile_4(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 4
+        else:
+            coarse_tile_2(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 2
+
+
+@jit
 def float_tiles(panel, x, x_stride, columns, out, out_stride, n):
     """As `integer_tiles`, for float32 panels and rows."""
     t = 0
@@ -171,7 +190,10 @@ def gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_str
         fill_bias(bias + 4 * row, out + 4 * row, out_stride, n)
         if kind == Q8 or kind == Q4:
             pack_integer_panel(matrix, row, panel, staging)
-            integer_tiles(panel, quantized, quantized_stride, columns, out + 4 * row, out_stride, n)
+            if kind == Q8:
+                integer_tiles(panel, quantized, quantized_stride, columns, out + 4 * row, out_stride, n)
+            else:
+                coarse_tiles(panel, quantized, quantized_stride, columns, out + 4 * row, out_stride, n)
         else:
             for start in range(0, columns, FLOAT_DEPTH):
                 stop = min(columns, start + FLOAT_DEPTH)

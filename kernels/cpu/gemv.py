@@ -1,7 +1,7 @@
 """Matrix times vector: dot products of stored rows with one activation vector, in every weight format.
 
 A matrix is seven integers: addresses of its parts, its format and sizes (plan.py). An activation vector is quantised
-for q8 and q4: int8 values, and per group of 32 a scale and scale * sum of values, all in one buffer (quantize.py).
+for q8 and q4, all in one buffer (quantize.py).
 """
 
 from __future__ import annotations
@@ -30,37 +30,45 @@ from svdengine.kernels.cpu.simd import (
     load_half,
     load_real,
     load_u8_as_f32,
+    prefetch,
     splat_f32,
     store_real,
     sum_lanes,
     zero_f32,
 )
 
+# How far ahead of a stream of rows memory is asked for: beyond the 4 KiB page that the hardware's prefetch stops at.
+STREAM_AHEAD = 6144
 _BIAS = np.float32(BIAS)
+_HIGH = np.float32(256)  # what the high plane of activations counts
 
 
 @jit
-def dot_q8(weights, scales, x, columns):
-    """One q8 row times a quantised vector. x: address of the values; scales and sums follow them."""
-    a_scales = x + columns
+def dot_q8(weights, scales, x, columns, ahead):
+    """One q8 row times a quantised vector at address x."""
+    low = x + columns
+    a_scales = low + columns
     a_sums = a_scales + columns // 8
     total = zero_f32()
     bias = zero_f32()
     for _ in range(columns // 512):
         s = load_f16(scales)
         bias = fma(s, load_f32(a_sums), bias)
-        total = dot_chunk_q8(total, weights, x, s * load_f32(a_scales))
+        total = dot_chunk_q8(total, weights, x, low, s * load_f32(a_scales), weights + ahead)
         weights += 512
         x += 512
+        low += 512
         scales += 32
         a_scales += 64
         a_sums += 64
     for _ in range((columns % 512) // 64):
         s = load_f16_pair(scales)
         bias = fma(s, load_f32_pair(a_sums), bias)
-        total = dot_block_q8(total, weights, x, s * load_f32_pair(a_scales))
+        prefetch(weights + ahead)
+        total = dot_block_q8(total, weights, x, low, s * load_f32_pair(a_scales))
         weights += 64
         x += 64
+        low += 64
         scales += 4
         a_scales += 8
         a_sums += 8
@@ -70,15 +78,15 @@ def dot_q8(weights, scales, x, columns):
 
 
 @jit
-def dot_q4(weights, scales, minima, row, x, columns):
-    """One q4 row times a quantised vector."""
-    a_scales = x + columns
-    a_sums = a_scales + columns // 8
+def dot_q4(weights, scales, minima, row, x, columns, ahead):
+    """One q4 row times the high plane of a quantised vector."""
+    a_scales = x + 2 * columns
+    a_sums = a_scales + columns // 4
     total = zero_f32()
     low = zero_f32()
     for _ in range(columns // 512):
         low = fma(load_u8_as_f32(minima), load_f32(a_sums), low)
-        total = dot_chunk_q4(total, weights, x, load_u8_as_f32(scales) * load_f32(a_scales))
+        total = dot_chunk_q4(total, weights, x, load_u8_as_f32(scales) * load_f32(a_scales), weights + ahead)
         weights += 256
         x += 512
         scales += 16
@@ -87,6 +95,7 @@ def dot_q4(weights, scales, minima, row, x, columns):
         a_sums += 64
     for _ in range((columns % 512) // 64):
         low = fma(load_u8_pair(minima), load_f32_pair(a_sums), low)
+        prefetch(weights + ahead)
         total = dot_block_q4(total, weights, x, load_u8_pair(scales) * load_f32_pair(a_scales))
         weights += 32
         x += 64
@@ -94,7 +103,7 @@ def dot_q4(weights, scales, minima, row, x, columns):
         minima += 2
         a_scales += 8
         a_sums += 8
-    return load_real(row) * sum_lanes(total) - load_real(row + 4) * sum_lanes(low)
+    return load_real(row) * _HIGH * sum_lanes(total) - load_real(row + 4) * sum_lanes(low)
 
 
 @jit
@@ -132,13 +141,13 @@ def dot_bf16(weights, x, columns):
 
 @jit
 def dot_lowbit(matrix, row, x):
-    """One row of a q2 or q1 matrix times a quantised vector."""
+    """One row of a q2 or q1 matrix times the high plane of a quantised vector."""
     columns, kind = matrix[COLUMNS], matrix[FORMAT]
     blocks = columns // 64
     step = 16 if kind == Q2 else 8
     weights, scales = matrix[DATA] + row * blocks * step, matrix[SCALE] + 2 * row * blocks
-    a_scales = x + columns
-    a_sums = a_scales + columns // 8
+    a_scales = x + 2 * columns
+    a_sums = a_scales + columns // 4
     total = zero_f32()
     offset = zero_f32()
     for block in range(blocks):
@@ -150,20 +159,23 @@ def dot_lowbit(matrix, row, x):
             total = dot_block_q1(total, weights + 8 * block, x + 64 * block, scale, pair)
         offset = fma(load_f32_pair(a_sums + 8 * block), splat_f32(scale), offset)
     center = np.float32(1.5) if kind == Q2 else np.float32(0.5)
-    return sum_lanes(total - offset * splat_f32(center))
+    return sum_lanes(total * splat_f32(_HIGH) - offset * splat_f32(center))
 
 
 @jit
-def dot_row(matrix, row, x, quantized):
-    """One row of a matrix times one activation row, float32 at x or quantised as the row's format wants it."""
+def dot_row(matrix, row, x, quantized, ahead):
+    """One row of a matrix times one activation row, float32 at x or quantised as the row's format wants it.
+
+    ahead: how many bytes further on memory will be wanted next.
+    """
     columns, data, scale = matrix[COLUMNS], matrix[DATA], matrix[SCALE]
     kind = matrix[FORMAT]
     groups = columns // 32
     if kind == Q8:
-        return dot_q8(data + row * columns, scale + 2 * row * groups, quantized, columns)
+        return dot_q8(data + row * columns, scale + 2 * row * groups, quantized, columns, ahead)
     if kind == Q4:
         minima, units = matrix[MIN] + row * groups, matrix[ROW] + 8 * row
-        return dot_q4(data + row * columns // 2, scale + row * groups, minima, units, quantized, columns)
+        return dot_q4(data + row * columns // 2, scale + row * groups, minima, units, quantized, columns, ahead)
     if kind == F32:
         return dot_f32(data + 4 * row * columns, x, columns)
     if kind == F16:
@@ -175,4 +187,4 @@ def dot_row(matrix, row, x, quantized):
 def gemv(matrix, bias, x, quantized, out, first, last):
     """out[first..last] = rows first..last of a matrix times one activation row, plus bias."""
     for row in range(first, last):
-        store_real(out + 4 * row, dot_row(matrix, row, x, quantized) + load_real(bias + 4 * row))
+        store_real(out + 4 * row, dot_row(matrix, row, x, quantized, STREAM_AHEAD) + load_real(bias + 4 * row))

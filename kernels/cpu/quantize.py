@@ -1,7 +1,11 @@
-"""Activations as int8 with a scale per group of 32, for the integer dot products.
+"""Activations in integers with a scale per group of 32, for the integer dot products.
 
-A quantised row of C columns is one buffer: C int8 values, then C / 32 float32 scales, then C / 32 float32 sums
-(scale * sum of the group's values, which the weights' biases and minima multiply). 5 C / 4 bytes.
+An activation is 16 bits, 256 * high + low in two int8 planes. int8 weights are multiplied with both: reading them costs
+more than the second product, and rounding activations to 8 bits would cost more quality than rounding the weights.
+Weights of 4 bits or fewer, whose own rounding is coarser, are multiplied with the high plane alone.
+
+A quantised row of C columns is one buffer: C high bytes, C low bytes, then per group of 32 a float32 scale, the scaled
+sum of the 16-bit values, and that of the high plane (the weights' biases and minima multiply these).
 """
 
 from __future__ import annotations
@@ -11,9 +15,11 @@ import numpy as np
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
     absolute_f32,
+    fma,
     load_f32,
     max_lanes,
     maximum_f32,
+    minimum_f32,
     round_f32,
     splat_f32,
     store_real,
@@ -21,18 +27,41 @@ from svdengine.kernels.cpu.simd import (
     sum_lanes,
 )
 
+LARGEST = np.float32(127 * 256)
+_STEP = np.float32(256)
+_LOWEST = np.float32(-127)  # -128 would overflow where weights lend activations their sign
+
+
+def quantized_bytes(columns: int) -> int:
+    """Size of a quantised row of `columns`, a multiple of 64, rounded up to whole cache lines."""
+    return -(-(2 * columns + 3 * columns // 8) // 64) * 64
+
 
 @jit
 def quantize_groups(x, out, columns, first, last):
     """Quantise columns first..last (multiples of 32) of a float32 row at address x into the buffer at `out`."""
+    scales = out + 2 * columns
+    sums = scales + columns // 8
+    high_sums = sums + columns // 8
     for start in range(first, last, 32):
         a = load_f32(x + 4 * start)
         b = load_f32(x + 4 * start + 64)
-        scale = max_lanes(maximum_f32(absolute_f32(a), absolute_f32(b))) / np.float32(127)
+        scale = max_lanes(maximum_f32(absolute_f32(a), absolute_f32(b))) / LARGEST
         inverse = splat_f32(np.float32(1) / scale if scale > 0 else np.float32(0))
         a = round_f32(a * inverse)
         b = round_f32(b * inverse)
-        store_whole_i8(out + start, a)
-        store_whole_i8(out + start + 16, b)
-        store_real(out + columns + start // 8, scale)
-        store_real(out + columns + columns // 8 + start // 8, scale * sum_lanes(a + b))
+        high_a = round_f32(a * splat_f32(np.float32(1) / _STEP))
+        high_b = round_f32(b * splat_f32(np.float32(1) / _STEP))
+        low_a = maximum_f32(fma(high_a, splat_f32(-_STEP), a), splat_f32(_LOWEST))
+        low_b = maximum_f32(fma(high_b, splat_f32(-_STEP), b), splat_f32(_LOWEST))
+        # 128 does not fit: half a step that rounded down to the even number below.
+        low_a = minimum_f32(low_a, splat_f32(-_LOWEST))
+        low_b = minimum_f32(low_b, splat_f32(-_LOWEST))
+        store_whole_i8(out + start, high_a)
+        store_whole_i8(out + start + 16, high_b)
+        store_whole_i8(out + columns + start, low_a)
+        store_whole_i8(out + columns + start + 16, low_b)
+        high = sum_lanes(high_a + high_b) * _STEP
+        store_real(scales + start // 8, scale)
+        store_real(sums + start // 8, scale * (high + sum_lanes(low_a + low_b)))
+        store_real(high_sums + start // 8, scale * high)

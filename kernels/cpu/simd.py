@@ -209,6 +209,12 @@ def maximum_f32(builder, a, b):  # type: ignore[no-untyped-def]
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
+@operation(f32x16, f32x16, f32x16)
+def minimum_f32(builder, a, b):  # type: ignore[no-untyped-def]
+    """Smaller of each lane."""
+    return builder.select(builder.fcmp_ordered("<", a, b), a, b)
+
+
 @operation(f32x16, f32x16)
 def absolute_f32(builder, a):  # type: ignore[no-untyped-def]
     """|a|."""
@@ -304,14 +310,19 @@ def store_half(builder, at, x):  # type: ignore[no-untyped-def]
     store(builder, at, float_to_half(builder, x))
 
 
-@operation(types.void, address)
-def prefetch(builder, at):  # type: ignore[no-untyped-def]
-    """Ask for the cache line of an address."""
+def emit_prefetch(builder: ir.IRBuilder, at: ir.Value) -> None:
+    """Ask for the cache line of an address; it need not exist."""
     pointer = builder.inttoptr(at, I8.as_pointer())
-    hints = [ir.Constant(I32, value) for value in (0, 3, 1)]  # read, keep, data
+    hints = [ir.Constant(I32, value) for value in (0, 2, 1)]  # read, into the second level, data
     name = "llvm.prefetch.p0" if "p0i8" not in str(pointer.type) else "llvm.prefetch.p0i8"
     function = declare(builder, name, ir.VoidType(), [pointer.type, I32, I32, I32])
     builder.call(function, [pointer, *hints])
+
+
+@operation(types.void, address)
+def prefetch(builder, at):  # type: ignore[no-untyped-def]
+    """Ask for the cache line of an address; it need not exist."""
+    emit_prefetch(builder, at)
 
 
 def _binary(emit_name: str) -> Any:

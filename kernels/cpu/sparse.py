@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.gemv import dot_lowbit, dot_row
+from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_lowbit, dot_row
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.plan import (
     BIAS_VECTOR,
@@ -55,7 +55,7 @@ def project(model, layer, quantized, z, first, last):
     """z[first..last] = B x of a layer's predictor."""
     matrix = model.matrices[layer * LAYER_MATRICES + FACTOR_B]
     for row in range(first, last):
-        store_real(z + 4 * row, dot_row(matrix, row, quantized, quantized))
+        store_real(z + 4 * row, dot_row(matrix, row, quantized, quantized, STREAM_AHEAD))
 
 
 @jit
@@ -72,7 +72,7 @@ def list_neurons(model, layer, quantized, z, shift, neurons, first, last):
     for i in range(first, last):
         score = bias[i] - shift * unit[i]
         if low_rank:
-            score += dot_row(a, i, z, z)
+            score += dot_row(a, i, z, z, STREAM_AHEAD)
         if low_bit:
             score += dot_lowbit(q, i, quantized)
         # Written always and counted when wanted: no branch to mispredict.
@@ -134,15 +134,15 @@ def gate_chunk(model, layer, x, quantized, neurons, count, active, hidden):
     up, down = model.matrices[base + UP], model.matrices[base + DOWN]
     gate_bytes, up_bytes, down_bytes = row_bytes(gate), row_bytes(up), row_bytes(down)
     threshold = np.float32(model.threshold)
-    ahead = 4 if gate_bytes <= 1024 else 1
-    for k in range(min(ahead, count)):
+    # A row is fetched while the row so many places before it is computed.
+    places = 4 if gate_bytes <= 1024 else 1
+    for k in range(min(places, count)):
         fetch_row(gate, load_int(neurons + 4 * k), gate_bytes)
     found = 0
     for k in range(count):
-        if k + ahead < count:
-            fetch_row(gate, load_int(neurons + 4 * (k + ahead)), gate_bytes)
         i = load_int(neurons + 4 * k)
-        g = dot_row(gate, i, x, quantized) + load_real(gate[BIAS_VECTOR] + 4 * i)
+        following = load_int(neurons + 4 * min(k + places, count - 1))
+        g = dot_row(gate, i, x, quantized, (following - i) * gate_bytes) + load_real(gate[BIAS_VECTOR] + 4 * i)
         g = activate_real(g, model.activation, threshold)
         if g != _ZERO:
             store_int(active + 4 * found, i)
@@ -163,7 +163,7 @@ def up_chunk(model, layer, x, quantized, active, found, hidden):
     for k in range(found):
         i = load_int(active + 4 * k)
         fetch_row(down, i, down_bytes)
-        u = dot_row(up, i, x, quantized) + load_real(up[BIAS_VECTOR] + 4 * i)
+        u = dot_row(up, i, x, quantized, 0) + load_real(up[BIAS_VECTOR] + 4 * i)
         if model.activation == DRELU:
             u = max(u, _ZERO)
         store_real(hidden + 4 * k, load_real(hidden + 4 * k) * u)

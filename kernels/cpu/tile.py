@@ -70,30 +70,39 @@ def _accumulate(builder, out, out_stride, totals):  # type: ignore[no-untyped-de
         store(builder, target, builder.fadd(load(builder, target, F32V), total))
 
 
-def integer_tile(count: int) -> Any:
-    """out (count, 16) += panel (16 rows) times `count` quantised activation rows."""
+def integer_tile(count: int, planes: int) -> Any:
+    """out (count, 16) += panel (16 rows) times `count` quantised activation rows, both planes or the high one."""
 
     @operation(types.void, address, address, index, index, address, index)
     def tile(builder, panel, x, x_stride, columns, out, out_stride):  # type: ignore[no-untyped-def]
         """Panel: for each group of 32 columns, 16 scales, 16 minima, then 8 vectors of 16 rows x 4 columns."""
         groups = builder.lshr(columns, ir.Constant(I64, 5))
         rows = _rows(builder, x, x_stride, count)
-        sums = builder.lshr(columns, ir.Constant(I64, 3))
+        sums = builder.mul(builder.lshr(columns, ir.Constant(I64, 3)), ir.Constant(I64, 1 if planes == 2 else 2))
+        factors = builder.mul(columns, ir.Constant(I64, 2))
+        low_rows = [builder.add(row, columns) for row in rows]
+        unit = ir.Constant(F32, 1.0 if planes == 2 else 256.0)
 
         def body(group, totals):  # type: ignore[no-untyped-def]
             at = _at(builder, panel, group, 640)
             values = _at(builder, ir.Constant(I64, 0), group, 32)
-            dots = [ir.Constant(I32V, [0] * 16)] * count
+            dots, low_dots = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
             for step in range(8):
                 w = load(builder, at, I8V, 128 + 64 * step)
                 for t in range(count):
                     four = load(builder, builder.add(rows[t], values), I32, 4 * step)
                     dots[t] = emit_dot(builder, dots[t], w, builder.bitcast(splat(builder, four), I8V))
+                    if planes == 2:
+                        four = load(builder, builder.add(low_rows[t], values), I32, 4 * step)
+                        low_dots[t] = emit_dot(builder, low_dots[t], w, builder.bitcast(splat(builder, four), I8V))
+            if planes == 2:
+                eight = ir.Constant(I32V, [8] * 16)
+                dots = [builder.add(builder.shl(h, eight), low) for h, low in zip(dots, low_dots, strict=True)]
             scales, minima = load(builder, at, F32V), load(builder, at, F32V, 64)
             results = []
             for t in range(count):
-                scale_at = builder.add(builder.add(rows[t], columns), _at(builder, ir.Constant(I64, 0), group, 4))
-                a_scale = splat(builder, load(builder, scale_at, F32))
+                scale_at = builder.add(builder.add(rows[t], factors), _at(builder, ir.Constant(I64, 0), group, 4))
+                a_scale = splat(builder, builder.fmul(load(builder, scale_at, F32), unit))
                 a_sum = splat(builder, load(builder, builder.add(scale_at, sums), F32))
                 product = builder.fmul(scales, a_scale)
                 total = fused(builder, builder.sitofp(dots[t], F32V), product, totals[t])
@@ -153,5 +162,6 @@ def transpose_words(builder, source, stride, to):  # type: ignore[no-untyped-def
         store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
 
 
-integer_tile_8, integer_tile_4, integer_tile_2 = integer_tile(8), integer_tile(4), integer_tile(2)
+integer_tile_8, integer_tile_4, integer_tile_2 = (integer_tile(t, 2) for t in (8, 4, 2))
+coarse_tile_8, coarse_tile_4, coarse_tile_2 = (integer_tile(t, 1) for t in (8, 4, 2))
 float_tile_8, float_tile_4, float_tile_2 = float_tile(8), float_tile(4), float_tile(2)

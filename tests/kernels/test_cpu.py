@@ -89,7 +89,7 @@ def test_float32_agrees_with_the_reference(name: str) -> None:
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_every_format_agrees_with_its_dequantised_weights(name: str, weight_format: WeightFormat) -> None:
     tokens = random_tokens(ZOO[name], LENGTH)
-    bound = 4e-4 if weight_format in ("q8", "q4") else 1e-9
+    bound = {"q8": 1e-6, "q4": 4e-4}.get(weight_format, 1e-9)
     with executors(ZOO[name], weight_format) as (cpu, reference):
         expected = run_in_chunks(reference, tokens, [LENGTH])
         for sizes in ([LENGTH], [1] * LENGTH):
@@ -104,7 +104,8 @@ def test_the_number_of_threads_changes_nothing_but_rounding(weight_format: Weigh
         with executors(ZOO["llama"], weight_format, threads) as (cpu, _):
             results.append(run_in_chunks(cpu, tokens, [20, *[1] * 17]))
     for result in results[1:]:
-        assert relative_error(result, results[0]) < 1e-5
+        # A sum in another order may round an activation to the next of its 65,025 levels.
+        assert relative_error(result, results[0]) < (2e-4 if weight_format == "q8" else 1e-5)
 
 
 def test_half_precision_cache_stays_close() -> None:

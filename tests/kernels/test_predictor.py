@@ -1,0 +1,154 @@
+"""Low-bit formats, scores against a plain computation, files of arrays, and the sparse FFN of the reference."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_zoo import block_table, make_batch, random_tokens, random_weights, relative_error, zoo
+
+from svdengine.kernels.batch import Batch
+from svdengine.kernels.formats import dequantize, quantize
+from svdengine.kernels.lowbit import dequantize_lowbit, quantize_lowbit
+from svdengine.kernels.predictor import (
+    LayerPredictor,
+    Predictor,
+    describe,
+    layer_arrays,
+    predictor_from_arrays,
+    scores,
+)
+from svdengine.kernels.reference import ReferenceExecutor, ffn, sparse_ffn
+from svdengine.models.config import ModelConfig
+
+SPARSE = sorted(name for name, config in zoo().items() if config.sparse_ffn)
+
+
+def layer_predictor(f: int, d: int, rank: int = 8, bits: int = 2, seed: int = 0, factors: str = "q8") -> LayerPredictor:
+    random = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    a = quantize(normal(f, rank), factors) if rank else {}  # type: ignore[arg-type]
+    b = quantize(normal(rank, d) * 0.1, factors) if rank else {}  # type: ignore[arg-type]
+    q = quantize_lowbit(normal(f, d) * 0.1, bits) if bits else {}
+    return LayerPredictor(rank, factors, bits, a, b, q, normal(f), np.abs(normal(f)) + 0.5)  # type: ignore[arg-type]
+
+
+def predictor_for(config: ModelConfig, shift: float = 0.0) -> Predictor:
+    layers = [layer_predictor(config.ffn_size, config.hidden_size, seed=i) for i in range(config.layer_count)]
+    return Predictor(tuple(replace(p, bias=p.bias + np.float32(shift)) for p in layers), {"kind": "test"})
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 200), bits=st.sampled_from([1, 2]), seed=st.integers(0, 99))
+def test_lowbit_is_close_and_of_the_right_size(rows: int, columns: int, bits: int, seed: int) -> None:
+    matrix = np.random.default_rng(seed).standard_normal((rows, columns)).astype(np.float32)
+    parts = quantize_lowbit(matrix, bits)
+    padded = -(-columns // 64) * 64
+    assert parts[""].shape == (rows, padded * bits // 8) and parts[".scale"].shape == (rows, padded // 64)
+    found = dequantize_lowbit(parts, bits, columns)
+    assert found.shape == matrix.shape and np.isfinite(found).all()
+    assert np.square(found - matrix).sum() <= np.square(matrix).sum()
+    again = dequantize_lowbit(quantize_lowbit(found, bits), bits, columns)
+    assert np.square(again - found).sum() <= 0.02 * np.square(found).sum() + 1e-9
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_padding_changes_nothing(bits: int) -> None:
+    matrix = np.random.default_rng(1).standard_normal((4, 64)).astype(np.float32)
+    wide = np.concatenate([matrix, matrix[:, :1]], 1)
+    whole = dequantize_lowbit(quantize_lowbit(wide, bits), bits, 65)
+    np.testing.assert_array_equal(whole[:, :64], dequantize_lowbit(quantize_lowbit(matrix, bits), bits, 64))
+    np.testing.assert_allclose(whole[:, 64], matrix[:, 0], rtol=2e-3)
+    assert not dequantize_lowbit(quantize_lowbit(np.zeros((2, 70), np.float32), bits), bits, 70).any()
+
+
+@pytest.mark.parametrize(("rank", "bits"), [(8, 0), (70, 0), (0, 1), (0, 2), (16, 2)])
+@pytest.mark.parametrize("factors", ["q8", "q4"])
+def test_scores_are_the_plain_sum(rank: int, bits: int, factors: str) -> None:
+    layer = layer_predictor(33, 90, rank, bits, factors=factors)
+    x = np.random.default_rng(5).standard_normal((7, 90)).astype(np.float32)
+    plain = layer.bias - np.float32(0.5) * layer.unit
+    if rank:
+        plain = plain + x @ (dequantize(layer.a, factors, rank) @ dequantize(layer.b, factors, 90)).T  # type: ignore[arg-type]
+    if bits:
+        plain = plain + x @ dequantize_lowbit(layer.q, bits, 90).T
+    assert relative_error(scores(layer, x, 0.5), plain) < 0.02
+
+
+def test_arrays_and_description_rebuild_the_predictor() -> None:
+    config = zoo()["llama_relu_tied"]
+    predictor = predictor_for(config)
+    arrays = {name: a for i, layer in enumerate(predictor.layers) for name, a in layer_arrays(i, layer).items()}
+    sizes = config.layer_count, config.ffn_size, config.hidden_size
+    found = predictor_from_arrays(arrays, describe(predictor), *sizes)
+    x = np.ones((2, config.hidden_size), np.float32)
+    np.testing.assert_array_equal(scores(found.layers[1], x), scores(predictor.layers[1], x))
+    assert found.about["kind"] == "test"
+    with pytest.raises(ValueError, match=r"predictor\.1\.unit: found nothing"):
+        predictor_from_arrays({k: v for k, v in arrays.items() if k != "predictor.1.unit"}, describe(found), *sizes)
+    with pytest.raises(ValueError, match=r"unexpected predictor tensor predictor\.9"):
+        predictor_from_arrays({**arrays, "predictor.9": arrays["predictor.0.unit"]}, describe(found), *sizes)
+    with pytest.raises(ValueError, match="does not describe 3 layers"):
+        predictor_from_arrays(arrays, describe(predictor), 3, *sizes[1:])
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_sparse_is_dense_when_everything_is_predicted(name: str) -> None:
+    config = zoo()[name]
+    batch = make_batch([(random_tokens(config, 21), 0)], [block_table(21)])
+    weights = random_weights(config)
+    dense = ReferenceExecutor(config, weights).forward(batch)
+    everything = ReferenceExecutor(config, weights, predictor=predictor_for(config, np.inf), ffn="sparse")
+    assert relative_error(everything.forward(batch), dense) < 1e-5
+    some = ReferenceExecutor(config, weights, predictor=predictor_for(config), ffn="sparse")
+    assert relative_error(some.forward(batch), dense) > 1e-3
+    biased = Batch(**{**vars(batch), "sparsity_bias": np.array([-1e9], np.float32)})
+    assert relative_error(some.forward(biased), dense) < 1e-5
+
+
+@pytest.mark.parametrize("name", SPARSE)
+def test_neurons_that_are_not_predicted_contribute_nothing(name: str) -> None:
+    config = zoo()[name]
+    weights = {key: a[0] for key, a in random_weights(config).items() if a.shape[0] == config.layer_count}
+    layer = predictor_for(config).layers[0]
+    x = np.random.default_rng(3).standard_normal((1, config.hidden_size)).astype(np.float32)
+    out = scores(layer, x)[0] <= 0
+    assert 0 < out.sum() < len(out)
+    expected = sparse_ffn(config, weights, x, layer, np.float32(0))
+    zeroed = {**weights, "down_T": np.where(out[:, None], 0, weights["down_T"])}
+    np.testing.assert_allclose(expected, ffn(config, zeroed, x), atol=1e-5)
+    broken = {**weights, "up": np.where(out[:, None], np.float32(np.nan), weights["up"])}
+    np.testing.assert_array_equal(sparse_ffn(config, broken, x, layer, np.float32(0)), expected)
+
+
+def test_each_sequence_has_its_own_bias() -> None:
+    config = zoo()["llama_relu_tied"]
+    tokens, tables = random_tokens(config, 9), [[0], [1]]
+    executor = ReferenceExecutor(config, random_weights(config), predictor=predictor_for(config), ffn="sparse")
+    both = make_batch([(tokens, 0), (tokens, 0)], tables)
+    found = executor.forward(Batch(**{**vars(both), "sparsity_bias": np.array([0.0, 0.7], np.float32)}))
+    for bias, rows in ((0.0, found[:9]), (0.7, found[9:])):
+        alone = Batch(**{**vars(make_batch([(tokens, 0)], [[0]])), "sparsity_bias": np.array([bias], np.float32)})
+        assert relative_error(rows, executor.forward(alone)) < 1e-5
+    assert relative_error(found[:9], found[9:]) > 1e-3
+
+
+def test_ffn_inputs_are_what_the_ffn_read_and_leave_no_trace() -> None:
+    config = zoo()["falcon_7b_relu"]
+    batch = make_batch([(random_tokens(config, 9), 0)], [[0]])
+    executor = ReferenceExecutor(config, random_weights(config), predictor=predictor_for(config), ffn="sparse")
+    before = executor.forward(batch)
+    x = executor.ffn_inputs(batch)
+    assert x.shape == (config.layer_count, 9, config.hidden_size) and executor.ffn == "sparse"
+    np.testing.assert_array_equal(executor.forward(batch), before)
+
+
+def test_sparse_without_a_predictor_is_refused() -> None:
+    config = zoo()["llama_relu_tied"]
+    executor = ReferenceExecutor(config, random_weights(config), ffn="sparse")
+    with pytest.raises(ValueError, match="needs a predictor"):
+        executor.forward(make_batch([([1], 0)], [[0]]))
