@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "generate": "Complete prompts.",
     "convert": "Turn a checkpoint into a model file.",
+    "calibrate": "Make the predictor that lets a model run sparse.",
     "inspect": "Show what is in a model file.",
     "bench": "Measure tokens a second.",
     "eval": "Measure the quality of a model on a text.",

@@ -1,0 +1,144 @@
+"""svdengine calibrate: make the predictor that lets a model's FFNs run sparse."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from svdengine.kernels.predictor import Predictor
+
+KINDS = ("svd", "svd-naive", "lowbit", "svd+lowbit", "auto")
+THRESHOLDS = ("error", "recall", "uniform")
+_BUDGETS = ("max_loss", "max_error", "density")
+
+
+class RankOrAuto(click.ParamType):
+    """A whole number of at least 1, or auto, which is None."""
+
+    name = "rank"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """Parse what was typed."""
+        if value is None or value == "auto":
+            return None
+        try:
+            rank = int(value)
+        except ValueError:
+            rank = 0
+        if rank < 1:
+            self.fail(f"{value!r} is neither auto nor a whole number above 0", param, ctx)
+        return rank
+
+
+@click.command("calibrate")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the predictor to a .safetensors file, or a copy of the model with it to a .svdp file.",
+)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text, or chats in a .jsonl file.")
+@click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of it to use.  [default: 16384]")
+@click.option("--predictor", "kind", type=click.Choice(KINDS), default="svd", show_default=True, help="Its kind.")
+@click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the SVD.")
+@click.option(
+    "--bits", type=click.Choice(["1", "2", "auto"]), default="auto", show_default=True, help="Of the residual."
+)
+@click.option(
+    "--factors", type=click.Choice(["q8", "q4"]), default="q8", show_default=True, help="How factors are stored."
+)
+@click.option("--thresholds", type=click.Choice(THRESHOLDS), default="error", show_default=True, help="Calibrator.")
+@click.option("--max-loss", type=float, metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
+@click.option("--max-error", type=float, metavar="X", help="Budget: share of each FFN's output energy that is missed.")
+@click.option("--density", type=float, metavar="X", help="Budget: share of neurons that are predicted active.")
+@click.option("--state", type=click.Path(path_type=Path), metavar="FILE", help="Go on from here after an interruption.")
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]), default="auto", help="Where."
+)
+@click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(model: Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Make a predictor for MODEL, a .svdp file, and write it into that file.
+
+    The text should be like what the model will read and write; without --text, the model writes it itself. One
+    window of text in five is held out, and the table that is printed is measured on it. At most one budget may be
+    given. The file is replaced only when all is done; with -o it is left as it is.
+    """
+    from svdengine.predictor_table import predictor_lines, predictor_report
+
+    if sum(options[name] is not None for name in _BUDGETS) > 1:
+        raise click.UsageError("give one budget: --max-loss, --max-error or --density")
+    predictor = calibrate_file(model, output or model, options)
+    report = predictor_report(predictor)
+    if as_json:
+        click.echo(json.dumps({"file": str(output or model), **report}, indent=2))
+        return
+    click.echo("\n".join(predictor_lines(report)))
+    click.echo(f"written to {output or model}", err=True)
+
+
+def calibrate_file(model: Path, output: Path, options: dict[str, Any]) -> Predictor:
+    """Calibrate a model file as the options of the command say, and write what came of it."""
+    from svdengine.converters.calibration import CalibrationOptions, calibrate
+    from svdengine.converters.calibration_text import TOKENS, WINDOW
+    from svdengine.ffn_path import require_relu_family
+    from svdengine.llm import load
+    from svdengine.model_file import read_model_file
+    from svdengine.predictor_file import write_model_with_predictor, write_predictor
+
+    wanted = CalibrationOptions(
+        kind=options["kind"],
+        rank=options["rank"],
+        bits=None if options["bits"] == "auto" else int(options["bits"]),
+        factor_format=options["factors"],
+        thresholds=options["thresholds"],
+        **{name: options[name] for name in _BUDGETS},
+    )
+    with read_model_file(model) as file:
+        require_relu_family(file)
+        context = min(WINDOW, file.config.max_position)
+    _check_writable(output)
+    progress = _progress if sys.stderr.isatty() else None
+    state = options["state"]
+    with load(model, options["device"], "dense", options["threads"], context=context, kv_tokens=8 * context) as llm:
+        windows = _windows(llm, options["text"], options["tokens"] or TOKENS, context)
+        executor: Any = llm.executor
+        predictor = calibrate(llm.model_file, executor, windows, wanted, state=state, progress=progress)
+        if output.suffix == ".svdp" or output == model:
+            write_model_with_predictor(output, llm.model_file, predictor)
+        else:
+            write_predictor(output, predictor)
+    if state is not None:
+        state.unlink(missing_ok=True)
+    return predictor
+
+
+def _windows(llm: Any, text: Path | None, tokens: int, window: int) -> list[list[int]]:
+    from svdengine.converters.calibration_text import chat_windows, sampled_windows, text_windows
+
+    if text is not None:
+        return (chat_windows if text.suffix == ".jsonl" else text_windows)(llm, text, tokens, window)
+    report = (lambda done, total: _progress("writing text", done, total)) if sys.stderr.isatty() else None
+    return sampled_windows(llm, tokens, window, progress=report)
+
+
+def _check_writable(output: Path) -> None:
+    """Find out before the work what can be found out."""
+    from svdengine.errors import ModelFileError
+
+    if not output.parent.is_dir():
+        raise ModelFileError(f"{output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise ModelFileError(f"{output}: the folder cannot be written to; use -o FILE to write elsewhere")
+
+
+def _progress(stage: str, done: int, total: int) -> None:
+    click.echo(f"\r{stage} {done}/{total}  " + ("\n" if done >= total else ""), err=True, nl=False)
