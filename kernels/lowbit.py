@@ -18,24 +18,41 @@ BLOCK = 64  # columns that share a scale
 
 def quantize_lowbit(matrix: NDArray[np.float32], bits: int) -> Parts:
     """Store a (rows, columns) float32 matrix in 1 or 2 bits, with the scales of least squared error."""
+    scale = lowbit_scales(matrix, bits)
+    return pack_lowbit(lowbit_codes(matrix, scale, bits), scale, bits)
+
+
+def lowbit_scales(matrix: NDArray[np.float32], bits: int) -> NDArray[np.float16]:
+    """The scale of least squared error for every block of columns: (rows, blocks). Padding does not weigh in."""
     rows, columns = matrix.shape
-    w = np.zeros((rows, padded_columns(columns)), np.float32)
-    w[:, :columns] = matrix
-    blocks = w.reshape(rows, -1, BLOCK)
+    blocks = _padded(matrix).reshape(rows, -1, BLOCK)
+    inside = _padded(np.ones((1, columns), np.float32)).reshape(-1, BLOCK)
     if bits == 1:
-        # The best scale of +-s/2 is twice the mean magnitude. Padding must not weigh in.
-        counts = np.minimum(columns - np.arange(0, w.shape[1], BLOCK), BLOCK)
-        scale = (2 * np.abs(blocks).sum(-1) / counts).astype(np.float16)
-        code = (blocks > 0).astype(np.uint8)
-        packed = np.packbits(code.reshape(rows, -1), axis=1, bitorder="little")
+        scale = 2 * np.abs(blocks).sum(-1) / inside.sum(-1)  # of +-s/2: twice the mean magnitude
     else:
-        scale = _scales_of_two_bits(blocks)
-        code = _two_bit_codes(blocks, scale.astype(np.float32))
-        quarters = code.reshape(rows, -1, 4, BLOCK // 4)
-        packed = (quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6).reshape(
-            rows, -1
-        )
-    return {"": np.ascontiguousarray(packed), ".scale": scale}
+        # Alternate between codes and least-squares scales, from the best step for a normal distribution.
+        scale = np.sqrt(np.square(blocks).sum(-1) / inside.sum(-1)) * np.float32(0.996)
+        for _ in range(4):
+            levels = (_two_bit_codes(blocks, scale) - np.float32(1.5)) * inside
+            scale = np.abs((levels * blocks).sum(-1)) / np.square(levels).sum(-1)
+    return scale.astype(np.float16)
+
+
+def lowbit_codes(matrix: NDArray[np.float32], scale: NDArray[np.float16], bits: int) -> NDArray[np.uint8]:
+    """The nearest code of every weight of (rows, columns) for positive scales, padded: (rows, C)."""
+    blocks = _padded(matrix).reshape(len(matrix), -1, BLOCK)
+    code = (blocks > 0).astype(np.uint8) if bits == 1 else _two_bit_codes(blocks, scale.astype(np.float32))
+    return code.reshape(len(matrix), -1)
+
+
+def pack_lowbit(code: NDArray[np.uint8], scale: NDArray[np.float16], bits: int) -> Parts:
+    """The stored parts of codes (rows, C) and scales (rows, C / 64)."""
+    if bits == 1:
+        packed = np.packbits(code, axis=1, bitorder="little")
+    else:
+        quarters = code.reshape(len(code), -1, 4, BLOCK // 4)
+        packed = quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6
+    return {"": np.ascontiguousarray(packed.reshape(len(code), -1)), ".scale": scale}
 
 
 def dequantize_lowbit(parts: Parts, bits: int, columns: int) -> NDArray[np.float32]:
@@ -55,11 +72,8 @@ def _two_bit_codes(blocks: NDArray[np.float32], scale: NDArray[np.float32]) -> N
     return np.clip(np.floor(blocks * inverse[..., None]) + 2, 0, 3).astype(np.uint8)
 
 
-def _scales_of_two_bits(blocks: NDArray[np.float32]) -> NDArray[np.float16]:
-    """Alternate between codes and least-squares scales, from the best step for a normal distribution."""
-    scale = np.sqrt((blocks * blocks).mean(-1)) * np.float32(0.996)
-    for _ in range(4):
-        levels = _two_bit_codes(blocks, scale) - np.float32(1.5)
-        power = (levels * levels).sum(-1)
-        scale = np.abs((levels * blocks).sum(-1)) / power
-    return scale.astype(np.float16)
+def _padded(matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+    rows, columns = matrix.shape
+    padded = np.zeros((rows, padded_columns(columns)), np.float32)
+    padded[:, :columns] = matrix
+    return padded

@@ -15,7 +15,7 @@ from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.plan import build_model, place_predictor
 from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
-from svdengine.kernels.cpu.step import DENSE, PREDICT, SKIP_ZEROS, Cache, Inputs, Workspace, run
+from svdengine.kernels.cpu.step import DENSE, PREDICT, SKIP_ZEROS, STAGES, Cache, Inputs, Workspace, run
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor
@@ -67,7 +67,9 @@ class CpuExecutor:
         tables = _rope(config, self.context)
         self._model, self._keep = build_model(config, arrays, formats, tables)
         self._cache = self._allocate_cache(kv_dtype)
-        self._inputs = _inputs(max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)), self.threads)
+        self._inputs = _inputs(
+            max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)), self.threads, config.layer_count
+        )
         self._work = self._allocate_workspace()
         self._kept_predictor: list[NDArray] = []
         self.predictor = predictor
@@ -153,6 +155,7 @@ class CpuExecutor:
                 raise ValueError(f"a {name} lies outside 0..{limit - 1}")
         inputs = self._inputs
         inputs.sizes[:3] = n, wanted, self._mode(n)
+        inputs.claims[:] = 0
         inputs.tokens[:n] = batch.tokens
         inputs.positions[:n] = batch.positions
         inputs.sequences[:n] = batch.sequences
@@ -224,7 +227,7 @@ def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArr
     return rope_tables(config, np.arange(context))
 
 
-def _inputs(rows: int, blocks: int, threads: int) -> Inputs:
+def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
     def ints(*shape: int) -> NDArray[np.int32]:
         return np.zeros(shape, np.int32)
 
@@ -236,6 +239,7 @@ def _inputs(rows: int, blocks: int, threads: int) -> Inputs:
         block_tables=ints(rows, blocks),
         logit_rows=ints(rows),
         sparsity_bias=np.zeros(rows, np.float32),
+        claims=np.zeros(layers * STAGES + 1, np.int64),
         counts=np.zeros((threads, COUNTS), np.int64),
     )
 

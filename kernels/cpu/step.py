@@ -58,6 +58,7 @@ from svdengine.kernels.cpu.sparse import (
 from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, barrier, exchange, fetch_add, load_shared, wait_for_work
 
 DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
+ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claimed; the lm_head's comes after all layers
 NEURON_UNIT = 16  # neurons are shared out in multiples of it
 
 
@@ -118,6 +119,7 @@ class Inputs(NamedTuple):
     block_tables: NDArray[np.int32]
     logit_rows: NDArray[np.int32]
     sparsity_bias: NDArray[np.float32]  # of each sequence
+    claims: NDArray[np.int64]  # (layers * STAGES + 1,) zeros when a step begins
     counts: NDArray[np.int64]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows
 
 
@@ -128,6 +130,23 @@ def share(count, unit, member, threads):
     first = units * member // threads * unit
     last = units * (member + 1) // threads * unit
     return min(first, count), min(last, count)
+
+
+@jit
+def claim(counter, count, unit, member, threads, turn):
+    """This member's next part of `count` items, first and last, empty at the end; unit: divides all parts but the last.
+
+    Three quarters are shared out beforehand, on turn 0; the rest goes in small pieces to whoever is ready, since cores
+    are not equally fast at every moment. counter: address of a count that starts at 0.
+    """
+    if threads == 1:
+        return (0, count) if turn == 0 else (0, 0)
+    each = count // unit * 3 // 4 // threads * unit
+    if turn == 0 and each > 0:
+        return member * each, (member + 1) * each
+    piece = max(unit, count // 128 // unit * unit)
+    first = each * threads + fetch_add(counter, 1) * piece
+    return min(first, count), min(first + piece, count)
 
 
 @jit
@@ -153,6 +172,25 @@ def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride,
         gemv(matrix, bias, x, quantized, out, first, last)
     else:
         gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
+
+
+@jit
+def matmul_together(
+    matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, count, scratch, member, threads, counter
+):
+    """As `matmul`, for rows 0..count, which all members share."""
+    turn = 0
+    first, last = claim(counter, count, 16, member, threads, turn)
+    while first < last:
+        matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
+        turn += 1
+        first, last = claim(counter, count, 16, member, threads, turn)
+
+
+@jit
+def counter_of(inputs, layer, stage):
+    """Address of the claims of one stage of a layer."""
+    return inputs.claims.ctypes.data + 8 * (layer * STAGES + stage)
 
 
 @jit
@@ -350,7 +388,7 @@ def attention(model, work, cache, inputs, layer, n, member, threads):
 
 
 @jit
-def project_attention(model, work, layer, n, member, threads, sync):
+def project_attention(model, work, inputs, layer, n, member, threads, sync):
     """attention_add = output projection of the attention rows."""
     own = member if n == 1 else 0
     first, last = rows_of(n, member, threads)
@@ -368,22 +406,21 @@ def project_attention(model, work, layer, n, member, threads, sync):
                 model.attention_stride, 0, model.attention_stride,
             )  # fmt: skip
         ready(n, sync, threads)
-    first, last = share(model.hidden, 16, member, threads)
-    matmul(
+    matmul_together(
         model.matrices[layer * LAYER_MATRICES + O], work.attention + own * work.attention_stride, work.attention_stride,
         work.attention_q + own * work.attention_q_stride, work.attention_q_stride,
-        n, work.attention_add, work.hidden_stride, first, last, work.scratch + member * work.scratch_stride,
+        n, work.attention_add, work.hidden_stride, model.hidden, work.scratch + member * work.scratch_stride,
+        member, threads, counter_of(inputs, layer, ATTENTION_STAGE),
     )  # fmt: skip
 
 
 @jit
-def ffn_hidden(model, work, layer, normed, n, member, threads):
-    """act(gate) * up of this member's neurons, and its quantised form; both stay with the neurons' owner."""
+def ffn_hidden(model, work, layer, normed, n, member, threads, first, last):
+    """act(gate) * up of neurons first..last, and its quantised form for a down that reads all of it."""
     own = member if n == 1 else 0
     x = normed + own * work.hidden_stride
     quantized = work.hidden_q + own * work.hidden_q_stride
     scratch = work.scratch + member * work.scratch_stride
-    first, last = share(model.ffn, NEURON_UNIT if model.transposed_down else 32, member, threads)
     base = layer * LAYER_MATRICES
     if model.gated:
         matmul(
@@ -394,7 +431,7 @@ def ffn_hidden(model, work, layer, normed, n, member, threads):
         model.matrices[base + UP], x, work.hidden_stride, quantized, work.hidden_q_stride,
         n, work.up, work.ffn_stride, first, last, scratch,
     )  # fmt: skip
-    padded = model.ffn_stride if member == threads - 1 else last
+    padded = model.ffn_stride if last == model.ffn else last
     for row in range(n):
         gate = work.gate + row * work.ffn_stride
         up = work.up + row * work.ffn_stride
@@ -405,30 +442,38 @@ def ffn_hidden(model, work, layer, normed, n, member, threads):
 
 
 @jit
-def ffn(model, work, layer, normed, n, member, threads, sync):
+def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
     """ffn_add = FFN(normed), dense. Returns in how many parts decode leaves the result."""
-    ffn_hidden(model, work, layer, normed, n, member, threads)
     matrix = model.matrices[layer * LAYER_MATRICES + DOWN]
     scratch = work.scratch + member * work.scratch_stride
     if model.transposed_down and n == 1:
         # A neuron's row goes straight from its owner into the owner's partial sum.
         first, last = share(model.ffn, NEURON_UNIT, member, threads)
+        ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
         out = work.ffn_add + member * work.hidden_stride
         start_sum(out, matrix[BIAS_VECTOR], model.hidden_stride, member == 0)
         add_range(matrix, work.gate, first, last, out)
         barrier(sync, threads)
         return threads
+    turn = 0
+    counter = counter_of(inputs, layer, UP_STAGE)
+    first, last = claim(counter, model.ffn, 32, member, threads, turn)
+    while first < last:
+        ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
+        turn += 1
+        first, last = claim(counter, model.ffn, 32, member, threads, turn)
     barrier(sync, threads)
-    first, last = share(model.hidden, 16, member, threads)
     if model.transposed_down:
+        first, last = share(model.hidden, 16, member, threads)
         gemm_transposed(
             matrix, matrix[BIAS_VECTOR], work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride,
             model.ffn_stride, first, last, scratch,
         )  # fmt: skip
     else:
-        matmul(
+        matmul_together(
             matrix, work.gate, work.ffn_stride, work.ffn_q, work.ffn_q_stride,
-            n, work.ffn_add, work.hidden_stride, first, last, scratch,
+            n, work.ffn_add, work.hidden_stride, model.hidden, scratch,
+            member, threads, counter_of(inputs, layer, DOWN_STAGE),
         )  # fmt: skip
     barrier(sync, threads)
     return 1
@@ -518,7 +563,7 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     barrier(sync, threads)
     attention(model, work, cache, inputs, layer, n, member, threads)
     barrier(sync, threads)
-    project_attention(model, work, layer, n, member, threads, sync)
+    project_attention(model, work, inputs, layer, n, member, threads, sync)
     barrier(sync, threads)
     normed = work.normed
     if model.parallel:
@@ -533,7 +578,7 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     parts = 1
     if inputs.sizes[2] == DENSE:
         ready(n, sync, threads)
-        parts = ffn(model, work, layer, normed, n, member, threads, sync)
+        parts = ffn(model, work, inputs, layer, normed, n, member, threads, sync)
     elif n == 1:
         parts = sparse_together(model, work, inputs, layer, normed, member, threads, sync)
     else:
@@ -562,12 +607,12 @@ def logits(model, work, inputs, n, wanted, member, threads, sync):
             quantize_groups(y, work.hidden_q + row * work.hidden_q_stride, model.hidden_stride, 0, model.hidden_stride)
     ready(wanted, sync, threads)
     own = member if wanted == 1 else 0
-    first, last = share(model.vocabulary, 16, member, threads)
-    matmul(
+    matmul_together(
         model.matrices[model.layers * LAYER_MATRICES + LM_HEAD],
         work.normed + own * work.hidden_stride, work.hidden_stride,
         work.hidden_q + own * work.hidden_q_stride, work.hidden_q_stride,
-        wanted, work.logits, work.logits_stride, first, last, work.scratch + member * work.scratch_stride,
+        wanted, work.logits, work.logits_stride, model.vocabulary, work.scratch + member * work.scratch_stride,
+        member, threads, counter_of(inputs, model.layers, 0),
     )  # fmt: skip
     barrier(sync, threads)
 
