@@ -95,9 +95,9 @@ def modelled_bytes(predictor: LayerPredictor, layer: FfnLayer, fit: Tokens, held
 
 
 def _ranks(shares: Sequence[float], config: ModelConfig) -> list[int]:
-    """Multiples of 64, what factors are padded to, nearest to the shares of d; or all of a narrow model."""
+    """Multiples of 64, which factors are padded to, nearest to the shares of d; all of d in a narrower model."""
     d, most = config.hidden_size, min(config.hidden_size, config.ffn_size)
-    return sorted({min(max(64 * round(share * d / 64), 32), most) for share in shares})
+    return sorted({min(max(64 * round(share * d / 64), 64), most) for share in shares})
 
 
 def _first(tokens: Tokens) -> Tokens:

@@ -98,7 +98,7 @@ def mean_auroc(found: Array, active: NDArray[np.bool_]) -> float:
 
 def energy_kept(found: Array, energy: Array, share: float) -> float:
     """Share of all energy (n, f) in the given share of pairs that have the highest scores (n, f)."""
-    count = round(share * found.size)
-    best = np.argpartition(found.ravel(), found.size - count)[found.size - count :] if count else []
+    count = max(1, round(share * found.size))
+    best = np.argpartition(found.ravel(), found.size - count)[found.size - count :]
     total = float(energy.sum(dtype=np.float64))
     return float(energy.ravel()[best].sum(dtype=np.float64)) / total if total else 1.0

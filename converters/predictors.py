@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 
 from svdengine.converters.ffn_layer import FfnLayer
 from svdengine.converters.low_rank import leading_directions
+from svdengine.converters.lowbit_fit import fit_lowbit
 from svdengine.converters.statistics import LayerStatistics
 from svdengine.kernels.formats import Parts, dequantize, quantize
-from svdengine.kernels.lowbit import dequantize_lowbit, quantize_lowbit
+from svdengine.kernels.lowbit import dequantize_lowbit
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor
 
 PredictorKind = Literal["svd", "svd-naive", "lowbit", "svd+lowbit"]
@@ -54,7 +55,7 @@ def gate_deviation(gate: Array, statistics: LayerStatistics) -> Array:
     variance = np.maximum(((gate @ covariance) * gate).sum(1), 0)
     deviation = np.sqrt(variance)
     floor = 1e-4 * float(deviation.mean()) or 1e-6
-    return np.maximum(deviation, np.float32(floor))
+    return np.maximum(deviation, np.float32(floor)).astype(np.float32)
 
 
 def find_basis(kind: str, gate: Array, statistics: LayerStatistics, rank: int) -> Basis:
@@ -64,7 +65,7 @@ def find_basis(kind: str, gate: Array, statistics: LayerStatistics, rank: int) -
     """
     if kind == "svd-naive":
         return Basis(leading_directions(gate, None, rank), np.ones(len(gate), np.float32))
-    weights = 1 / gate_deviation(gate, statistics)
+    weights = np.float32(1) / gate_deviation(gate, statistics)
     return Basis(leading_directions(gate * weights[:, None], statistics.covariance, rank), weights)
 
 
@@ -94,7 +95,7 @@ def build_predictor(
         a, b = _factors(gate, basis or find_basis(kind, gate, statistics, rank), rank, factor_format)
         left = gate - dequantize(a, factor_format, rank) @ dequantize(b, factor_format, gate.shape[1])
     if bits:
-        q = quantize_lowbit(left, bits)
+        q = fit_lowbit(left, statistics.covariance, bits)
         left = left - dequantize_lowbit(q, bits, gate.shape[1])
     bias = layer.offset.astype(np.float32)
     if kind != "svd-naive":

@@ -77,7 +77,7 @@ def needed_tokens(hidden_size: int) -> int:
 class Reservoir:
     """A uniform sample of rows, the same tokens in every layer: those of smallest random priority.
 
-    Priorities depend only on the seed and the token's index, so that an interrupted pass goes on to the same sample.
+    Priorities depend only on the seed and on how many rows came before, so that an interrupted pass ends as any other.
     """
 
     def __init__(self, layers: int, rows: int, hidden_size: int, seed: int) -> None:
@@ -89,7 +89,7 @@ class Reservoir:
     def add(self, inputs: NDArray[np.float32]) -> None:
         """Offer the rows (layers, n, d) of the next n tokens."""
         n = inputs.shape[1]
-        fresh = np.random.Generator(np.random.Philox(key=self._seed, counter=[0, 0, 0, self.seen])).random(n)
+        fresh = np.random.default_rng((self._seed, self.seen)).random(n)
         self.seen += n
         merged = np.concatenate([self.priorities, fresh])
         kept = np.argsort(merged, kind="stable")[: len(self.priorities)]

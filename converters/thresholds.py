@@ -25,7 +25,7 @@ CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
 
 # Energy that may be lost for the bytes of one dense FFN; and the levels of the other calibrators.
 LAMBDAS = np.geomspace(1e-6, 10.0, 43)
-RECALLS = 1 - np.geomspace(1e-4, 0.9, 33)
+RECALLS = 1 - np.concatenate([[0.0], np.geomspace(1e-5, 0.9, 64)])
 SLACK = 0.25  # of the spread by which thresholds are lowered, since new tokens miss more than those that were fitted
 
 Array = NDArray[np.float32]
@@ -189,7 +189,7 @@ def _error_thresholds(scores, energy, active, spread, lambdas, gate_cost, rest_c
 def _threshold(scores, cut, spread):  # type: ignore[no-untyped-def]
     """A threshold that misses exactly the `cut` lowest scores."""
     if cut == 0:
-        return scores[0] - spread
+        return min(scores[0] - spread, np.nextafter(scores[0], np.float32(-np.inf)))
     if cut == len(scores):
         return scores[cut - 1]
     middle = scores[cut - 1] + (scores[cut] - scores[cut - 1]) / np.float32(2)

@@ -52,8 +52,10 @@ def test_lowbit_is_close_and_of_the_right_size(rows: int, columns: int, bits: in
     found = dequantize_lowbit(parts, bits, columns)
     assert found.shape == matrix.shape and np.isfinite(found).all()
     assert np.square(found - matrix).sum() <= np.square(matrix).sum()
-    again = dequantize_lowbit(quantize_lowbit(found, bits), bits, columns)
-    assert np.square(again - found).sum() <= 0.02 * np.square(found).sum() + 1e-9
+    best = np.square(found - matrix).sum()
+    for factor in (0.8, 1.25):  # no other scale is better for the same codes
+        other = {**parts, ".scale": (parts[".scale"] * np.float16(factor)).astype(np.float16)}
+        assert best <= np.square(dequantize_lowbit(other, bits, columns) - matrix).sum() * 1.001
 
 
 @pytest.mark.parametrize("bits", [1, 2])
