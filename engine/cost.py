@@ -37,11 +37,15 @@ def sparse_weight_bytes(
     The gate's row is read of every predicted neuron, the others' only of those that prove active. Without a predictor
     `predicted_density` is 1: all gates are read.
     """
-    first, *others = ("gate", "up", "down_T") if model_file.config.gated else ("up", "down_T")
-    gate = stored_bytes(model_file, first)
-    rest = sum(stored_bytes(model_file, name) for name in others)
+    gate = stored_bytes(model_file, "gate" if model_file.config.gated else "up")
+    rest = ffn_bytes(model_file) - gate
     small = weight_bytes(model_file) - gate - rest + (predictor_bytes(predictor) if predictor is not None else 0)
     return small + predicted_density * gate + active_density * rest
+
+
+def ffn_bytes(model_file: ModelFile) -> int:
+    """Bytes of the matrices of all FFNs."""
+    return sum(stored_bytes(model_file, name) for name in ("gate", "up", "down_T", "down"))
 
 
 def predictor_bytes(predictor: Predictor) -> int:

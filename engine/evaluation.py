@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,8 @@ from svdengine.perplexity import Perplexity, log_softmax, split_text
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
+    from svdengine.predictor_study import PredictorStudy
+    from svdengine.task_scores import PairedScore, TaskScore
 
 Progress = Callable[[int, int, float], None]  # windows done, windows in all, dense perplexity so far
 
@@ -41,6 +43,19 @@ class PathComparison:
     dense: Perplexity
     dense_bytes_per_token: float
     sparse: tuple[SparseScore, ...]  # in the order of the biases that were asked for
+
+
+@dataclass
+class Measurements:
+    """All that one evaluation found; what was not asked for is empty."""
+
+    ffn: str  # dense, sparse, auto, or both
+    sparsity_bias: float
+    perplexity: Perplexity | None = None  # of one path
+    comparison: PathComparison | None = None  # of both
+    study: PredictorStudy | None = None
+    tasks: list[TaskScore] = field(default_factory=list)
+    pairs: list[PairedScore] = field(default_factory=list)
 
 
 @dataclass

@@ -7,11 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
-from svdengine.evaluation import PathComparison, SparseScore
+from svdengine.cost import ffn_bytes, parameter_count
+from svdengine.evaluation import Measurements, PathComparison, SparseScore
 from svdengine.predictor_study import OWN, PredictorStudy, mean_aurocs
+from svdengine.predictor_table import predictor_report
 from svdengine.svg_chart import Series, histogram, line_chart
 from svdengine.task_scores import TaskScore
+
+if TYPE_CHECKING:
+    from svdengine.llm import LLM
 
 
 @dataclass(frozen=True)
@@ -20,20 +26,37 @@ class Report:
 
     title: str
     facts: tuple[tuple[str, str], ...]  # of the model and its predictor
-    study: PredictorStudy | None = None
-    comparison: PathComparison | None = None  # its sparse scores at several biases, in ascending order
-    tasks: tuple[TaskScore, ...] = ()
+    found: Measurements  # its sparse scores at several biases, in ascending order
+
+
+def make_report(llm: LLM, found: Measurements) -> Report:
+    """A report about a loaded model."""
+    config, file = llm.config, llm.model_file
+    formats = "/".join(sorted(set(file.formats.values())))
+    facts = [
+        ("model", f"{config.family}, {parameter_count(config) / 1e6:.0f} M parameters in {formats}"),
+        ("FFN", f"{config.layer_count} layers of {config.ffn_size} neurons, {config.activation}"),
+    ]
+    if llm.predictor is not None:
+        noted = predictor_report(llm.predictor)
+        share = 100 * noted["totals"]["bytes"] / ffn_bytes(file)
+        facts.append(("predictor", f"{noted['kind']}; thresholds by {noted['thresholds']}"))
+        facts.append(("its size", f"{noted['totals']['bytes'] / 1e6:.1f} MB, {share:.1f} % of the FFN's weights"))
+        budget = ", ".join(f"{name} {value:g}" for name, value in noted["budget"].items())
+        facts += [("budget", budget)] if budget else []
+    return Report(file.path.name, tuple(facts), found)
 
 
 def render_report(report: Report) -> str:
     """The page, as HTML."""
-    parts = [f"<h1>{escape(report.title)}</h1>", _tiles(report), _facts(report.facts)]
-    if report.comparison is not None:
-        parts.append(_speed_section(report.comparison))
-    if report.study is not None:
-        parts += [_auroc_section(report.study), *_neuron_section(report.study), *_density_section(report.study)]
-    if report.tasks:
-        parts.append(_task_section(report.tasks))
+    found = report.found
+    parts = [f"<h1>{escape(report.title)}</h1>", _tiles(found), _facts(report.facts)]
+    if found.comparison is not None:
+        parts.append(_speed_section(found.comparison))
+    if found.study is not None:
+        parts += [_auroc_section(found.study), *_neuron_section(found.study), *_density_section(found.study)]
+    if found.tasks:
+        parts.append(_task_section(found.tasks))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -46,7 +69,7 @@ def _style() -> str:
     return files("svdengine").joinpath("report.css").read_text(encoding="utf-8")
 
 
-def _tiles(report: Report) -> str:
+def _tiles(report: Measurements) -> str:
     """The figures that matter most, large."""
     tiles = []
     zero = _unshifted(report.comparison)

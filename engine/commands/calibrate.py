@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from svdengine.commands.options import check_writable
 
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
@@ -105,7 +106,7 @@ def calibrate_file(model: Path, output: Path, options: dict[str, Any]) -> Predic
     with read_model_file(model) as file:
         require_relu_family(file)
         context = min(WINDOW, file.config.max_position)
-    _check_writable(output)
+    check_writable(output)
     progress = _progress if sys.stderr.isatty() else None
     state = options["state"]
     with load(model, options["device"], "dense", options["threads"], context=context, kv_tokens=8 * context) as llm:
@@ -128,16 +129,6 @@ def _windows(llm: Any, text: Path | None, tokens: int, window: int) -> list[list
         return (chat_windows if text.suffix == ".jsonl" else text_windows)(llm, text, tokens, window)
     report = (lambda done, total: _progress("writing text", done, total)) if sys.stderr.isatty() else None
     return sampled_windows(llm, tokens, window, progress=report)
-
-
-def _check_writable(output: Path) -> None:
-    """Find out before the work what can be found out."""
-    from svdengine.errors import ModelFileError
-
-    if not output.parent.is_dir():
-        raise ModelFileError(f"{output}: there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise ModelFileError(f"{output}: the folder cannot be written to; use -o FILE to write elsewhere")
 
 
 def _progress(stage: str, done: int, total: int) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import measuring_options, open_model, read_text
+from svdengine.commands.options import check_writable, measuring_options, open_model, read_text
 
 if TYPE_CHECKING:
+    from svdengine.evaluation import Measurements
     from svdengine.llm import LLM
+    from svdengine.tasks import Task
+
+REPORT_BIASES = (-0.4, -0.2, 0.0, 0.2, 0.4, 0.8)  # of the page's curve of error against speed
 
 
 @click.command("eval")
@@ -22,8 +28,23 @@ if TYPE_CHECKING:
 @click.option("--perplexity", "text_file", type=click.Path(path_type=Path), metavar="FILE", help="Score this text.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens scored at a time.")
 @click.option("--tasks", "task_file", type=click.Path(path_type=Path), metavar="FILE", help="Tasks, one JSON a line.")
+@click.option("--predictors", is_flag=True, help="Compare predictors, layer by layer, on the text of --perplexity.")
+@click.option(
+    "--report",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write an HTML page: predictors, densities, and error against speed, on the text of --perplexity.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(text_file: Path | None, window: int, task_file: Path | None, as_json: bool, **options: Any) -> None:
+def command(
+    text_file: Path | None,
+    window: int,
+    task_file: Path | None,
+    predictors: bool,
+    report: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure MODEL, a .svdp file: perplexity on a UTF-8 text, and the share of tasks that it gets right.
 
     \b
@@ -38,38 +59,81 @@ def command(text_file: Path | None, window: int, task_file: Path | None, as_json
 
     if text_file is None and task_file is None:
         raise click.UsageError("there is nothing to measure: give --perplexity FILE or --tasks FILE")
-    text = read_text(text_file) if text_file is not None else None
+    if (predictors or report is not None) and text_file is None:
+        raise click.UsageError("--predictors and --report need a text: --perplexity FILE")
+    if report is not None:
+        check_writable(report)
+    text = read_text(text_file) if text_file is not None else ""
     tasks = read_tasks(task_file) if task_file is not None else []
-    record: dict[str, Any] = {}
     with open_model(options) as llm:
-        if text is not None:
-            record |= _score_text(llm, text, window, options)
-        if tasks:
-            record |= _score_tasks(llm, tasks, options)
+        if report is not None and llm.predictor is not None:
+            options["ffn"] = "both"
+        found = _measure(
+            llm, text, window, tasks, options, study=predictors or report is not None, curve=report is not None
+        )
+        if report is not None:
+            _write_report(llm, report, found)
+    record = _record(found)
     click.echo(json.dumps(record) if as_json else "\n".join(_lines(record)))
 
 
-def _score_text(llm: LLM, text: str, window: int, options: dict[str, Any]) -> dict[str, Any]:
-    from svdengine.evaluation import compare_paths
+def _measure(
+    llm: LLM, text: str, window: int, tasks: list[Task], options: dict[str, Any], *, study: bool, curve: bool
+) -> Measurements:
+    """All that was asked for. With `curve`, sparse execution is measured at several biases."""
+    from svdengine.evaluation import Measurements, compare_paths
     from svdengine.perplexity import measure_perplexity
-
-    progress = _progress if sys.stderr.isatty() else None
-    bias = options["sparsity_bias"] or 0.0
-    if options["ffn"] != "both":
-        return {"ffn": llm.ffn, **asdict(measure_perplexity(llm, text, window, progress, bias))}
-    found = compare_paths(llm, text, window, (bias,), progress)
-    sparse = asdict(found.sparse[0])
-    dense = {**asdict(found.dense), "bytes_per_token": found.dense_bytes_per_token}
-    return {"ffn": "both", **sparse.pop("score"), **sparse, "dense": dense}
-
-
-def _score_tasks(llm: LLM, tasks: list[Any], options: dict[str, Any]) -> dict[str, Any]:
+    from svdengine.predictor_study import study_predictors
     from svdengine.task_scores import score_tasks
 
-    paths = ("dense", "sparse") if options["ffn"] == "both" else (llm.ffn,)
-    progress = _tasks_progress if sys.stderr.isatty() else None
-    scores, pairs = score_tasks(llm, tasks, paths, options["sparsity_bias"] or 0.0, progress)
-    return {"tasks": [asdict(score) for score in scores], "paired": [asdict(pair) for pair in pairs]}
+    shown, bias, both = sys.stderr.isatty(), options["sparsity_bias"] or 0.0, options["ffn"] == "both"
+    found = Measurements(ffn="both" if both else llm.ffn, sparsity_bias=bias)
+    if text and both:
+        biases = sorted({bias, *REPORT_BIASES}) if curve else [bias]
+        found.comparison = compare_paths(llm, text, window, biases, _perplexity_progress if shown else None)
+    elif text:
+        found.perplexity = measure_perplexity(llm, text, window, _perplexity_progress if shown else None, bias)
+    if study:
+        found.study = study_predictors(llm, text, _progress if shown else None)
+    if tasks:
+        paths = ("dense", "sparse") if both else (llm.ffn,)
+        report = partial(_progress, "tasks") if shown else None
+        found.tasks, found.pairs = score_tasks(llm, tasks, paths, bias, report)
+    return found
+
+
+def _write_report(llm: LLM, path: Path, found: Measurements) -> None:
+    from svdengine.report import make_report, render_report
+
+    path.write_text(render_report(make_report(llm, found)), encoding="utf-8")
+    click.echo(f"written to {path}", err=True)
+
+
+def _record(found: Measurements) -> dict[str, Any]:
+    """What is printed, in plain JSON types."""
+    from svdengine.predictor_study import mean_aurocs
+
+    record: dict[str, Any] = {"ffn": found.ffn}
+    if found.perplexity is not None:
+        record |= asdict(found.perplexity)
+    if found.comparison is not None:
+        sparse = asdict(next(s for s in found.comparison.sparse if s.sparsity_bias == found.sparsity_bias))
+        dense = {**asdict(found.comparison.dense), "bytes_per_token": found.comparison.dense_bytes_per_token}
+        record |= {**sparse.pop("score"), **sparse, "dense": dense}
+    if found.tasks:
+        record |= {"tasks": [asdict(score) for score in found.tasks], "paired": [asdict(pair) for pair in found.pairs]}
+    if found.study is not None:
+        layers = [
+            {"layer": x.layer, "active_density": x.active_density, "auroc": _finite(x.auroc)}
+            for x in found.study.layers
+        ]
+        record["predictors"] = {"layers": layers, "mean": _finite(mean_aurocs(found.study))}
+    return record
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _lines(record: dict[str, Any]) -> Iterator[str]:
@@ -100,6 +164,18 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
             f"{pair['task']}: {pair['both']} right on both paths, {pair['only_dense']} only dense, "
             f"{pair['only_sparse']} only sparse, {pair['neither']} on neither"
         )
+    if "predictors" in record:
+        yield from _study_lines(record["predictors"])
+
+
+def _study_lines(study: dict[str, Any]) -> Iterator[str]:
+    """AUROC of each predictor in each layer."""
+    names = list(study["mean"])
+    for number, name in enumerate(names, 1):
+        yield f"[{number}] {name}"
+    yield f"{'AUROC':<7}" + "".join(f"{f'[{number}]':>8}" for number in range(1, len(names) + 1))
+    for title, row in [*((str(x["layer"]), x["auroc"]) for x in study["layers"]), ("mean", study["mean"])]:
+        yield f"{title:<7}" + "".join("       -" if row[name] is None else f"{row[name]:>8.3f}" for name in names)
 
 
 def _perplexity_line(score: dict[str, Any]) -> str:
@@ -109,10 +185,10 @@ def _perplexity_line(score: dict[str, Any]) -> str:
     )
 
 
-def _progress(done: int, total: int, perplexity: float) -> None:
+def _perplexity_progress(done: int, total: int, perplexity: float) -> None:
     end = "\n" if done == total else ""
     click.echo(f"\r{done}/{total} windows, perplexity so far {perplexity:.4f}  {end}", err=True, nl=False)
 
 
-def _tasks_progress(done: int, total: int) -> None:
-    click.echo(f"\r{done}/{total} tasks" + ("\n" if done == total else ""), err=True, nl=False)
+def _progress(what: str, done: int, total: int) -> None:
+    click.echo(f"\r{what} {done}/{total}" + ("\n" if done == total else ""), err=True, nl=False)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path, as_json: bool) -> None:
-    """Show the config, the tokenizer and the tensors of MODEL, a .svdp file."""
+    """Show the config, the tokenizer, the tensors and the predictor of MODEL, a .svdp file."""
     from svdengine.model_file import read_model_file
 
     with read_model_file(model) as file:
@@ -29,7 +29,8 @@ def command(model: Path, as_json: bool) -> None:
 
 
 def _report(file: ModelFile) -> dict[str, Any]:
-    from svdengine.model_file import PREDICTOR_PREFIX
+    from svdengine.ffn_path import find_predictor
+    from svdengine.predictor_table import predictor_report
 
     tensors = _tensors(file)
     parameters = sum(tensor["parameters"] for tensor in tensors)
@@ -38,7 +39,7 @@ def _report(file: ModelFile) -> dict[str, Any]:
     tokenizer["special_tokens"] = len(tokenizer["special_tokens"])
     tokenizer["bytes"] = len(file.tokenizer_bytes)
     tokenizer["chat_template"] = file.chat_template is not None
-    predictor = {name: list(a.shape) for name, a in file.arrays.items() if name.startswith(PREDICTOR_PREFIX)}
+    predictor = find_predictor(file)
     return {
         "file": str(file.path),
         "config": file.config.to_dict(),
@@ -46,7 +47,7 @@ def _report(file: ModelFile) -> dict[str, Any]:
         "generation": dict(file.generation),
         "provenance": _json_or_text(file.metadata.get("provenance", "{}")),
         "tensors": tensors,
-        "predictor": predictor or None,
+        "predictor": predictor_report(predictor) if predictor is not None else None,
         "totals": {
             "parameters": parameters,
             "weight_bytes": weight_bytes,
@@ -80,6 +81,8 @@ def _tensors(file: ModelFile) -> list[dict[str, Any]]:
 
 
 def _tables(report: dict[str, Any]) -> list[str]:
+    from svdengine.predictor_table import predictor_lines
+
     totals = report["totals"]
     lines = [report["file"], "", "config"]
     lines += _pairs(_stated(report["config"]))
@@ -90,8 +93,7 @@ def _tables(report: dict[str, Any]) -> list[str]:
     for tensor in report["tensors"]:
         shape = " x ".join(map(str, tensor["shape"]))
         lines.append(f"{tensor['name']:<24}{tensor['format']:<8}{shape:<22}{tensor['bytes'] / 1e6:>10.2f}")
-    predictor = report["predictor"]
-    lines += ["", f"predictor: {f'{len(predictor)} tensors' if predictor else 'none'}"]
+    lines += ["", *(predictor_lines(report["predictor"]) if report["predictor"] else ["predictor: none"]), ""]
     provenance = report["provenance"]
     if isinstance(provenance, dict) and "source" in provenance:
         lines.append(

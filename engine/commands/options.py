@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -149,6 +150,16 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise RequestError(f"{path} is empty")
     return text
+
+
+def check_writable(output: Path) -> None:
+    """Find out before the work whether there is a folder to write to. Raises RequestError."""
+    from svdengine.errors import RequestError
+
+    if not output.parent.is_dir():
+        raise RequestError(f"{output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise RequestError(f"{output}: the folder {output.parent} cannot be written to")
 
 
 def printable(text: str) -> str:
