@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from svdengine.kernels.predictor import Predictor
 
 Logits = NDArray[np.float32]  # (rows asked for, vocabulary)
 
@@ -49,12 +52,22 @@ class Executor(Protocol):
     name: str  # cpu, cuda, ascend, reference
     block_count: int  # KV blocks in the pool
     max_batch_rows: int  # most rows that one forward takes
+    ffn: FfnMode  # how the next steps run their FFNs: every neuron, those predicted active, or what costs less
+    predictor: Predictor | None  # of the sparse path
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step and return the logits of `batch.logit_rows`, (m, vocabulary) float32.
 
         The array may be the executor's own buffer: it holds until the next call.
         """
+        ...
+
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        ...
+
+    def reset_neuron_counts(self) -> None:
+        """Start counting anew."""
         ...
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, barrier, exchange, f
 
 DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
 ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claimed; the lm_head's comes after all layers
+PIECE = 32768  # weights
 NEURON_UNIT = 16  # neurons are shared out in multiples of it
 
 
@@ -133,18 +134,19 @@ def share(count, unit, member, threads):
 
 
 @jit
-def claim(counter, count, unit, member, threads, turn):
-    """This member's next part of `count` items, first and last, empty at the end; unit: divides all parts but the last.
+def claim(counter, count, columns, unit, member, threads, turn):
+    """This member's next part of `count` rows, first and last, empty at the end; unit: divides all parts but the last.
 
-    Three quarters are shared out beforehand, on turn 0; the rest goes in small pieces to whoever is ready, since cores
-    are not equally fast at every moment. counter: address of a count that starts at 0.
+    Three quarters are shared out beforehand, on turn 0; the rest goes in pieces to whoever is ready, since cores are
+    not equally fast at every moment. A piece has at least PIECE weights: what is fetched ahead at its end is another
+    member's. counter: address of a count that starts at 0.
     """
     if threads == 1:
         return (0, count) if turn == 0 else (0, 0)
     each = count // unit * 3 // 4 // threads * unit
     if turn == 0 and each > 0:
         return member * each, (member + 1) * each
-    piece = max(unit, count // 128 // unit * unit)
+    piece = max(PIECE // columns, count // 128) // unit * unit + unit
     first = each * threads + fetch_add(counter, 1) * piece
     return min(first, count), min(first + piece, count)
 
@@ -180,11 +182,11 @@ def matmul_together(
 ):
     """As `matmul`, for rows 0..count, which all members share."""
     turn = 0
-    first, last = claim(counter, count, 16, member, threads, turn)
+    first, last = claim(counter, count, matrix[COLUMNS], 16, member, threads, turn)
     while first < last:
         matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
         turn += 1
-        first, last = claim(counter, count, 16, member, threads, turn)
+        first, last = claim(counter, count, matrix[COLUMNS], 16, member, threads, turn)
 
 
 @jit
@@ -457,11 +459,11 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         return threads
     turn = 0
     counter = counter_of(inputs, layer, UP_STAGE)
-    first, last = claim(counter, model.ffn, 32, member, threads, turn)
+    first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
     while first < last:
         ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
         turn += 1
-        first, last = claim(counter, model.ffn, 32, member, threads, turn)
+        first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
     barrier(sync, threads)
     if model.transposed_down:
         first, last = share(model.hidden, 16, member, threads)
