@@ -101,7 +101,7 @@ class Reservoir:
 
     def sample(self) -> NDArray[np.float16]:
         """The rows sampled so far: (layers, at most the capacity, d)."""
-        return self.rows[:, : min(self.seen, len(self.priorities))]
+        return self.rows[:, np.isfinite(self.priorities)]
 
 
 class StatisticsCollector:

@@ -12,7 +12,7 @@ import numpy as np
 
 from svdengine.cost import kv_read_bytes, sparse_weight_bytes, weight_bytes
 from svdengine.kernels.batch import Batch, Executor, Logits, NeuronCounts
-from svdengine.neurons import active_density, counts_of, predicted_density, since
+from svdengine.neurons import active_density, predicted_density, since
 from svdengine.page_faults import PageFaults, page_faults
 from svdengine.sequence import blocks_for
 
@@ -137,7 +137,7 @@ def _repeat(
     """Run a test `repetitions` times, after once that does not count."""
     run()
     rates = []
-    neurons = counts_of(executor)
+    neurons = executor.neuron_counts()
     pages = page_faults() if faults else None
     for number in range(repetitions):
         if report is not None:
@@ -146,7 +146,7 @@ def _repeat(
         run()
         rates.append(tokens / (time.perf_counter() - begin))
     found = page_faults().since(pages) if pages is not None else None
-    return Trial(tokens, rates, since(neurons, counts_of(executor)), found)
+    return Trial(tokens, rates, since(neurons, executor.neuron_counts()), found)
 
 
 def _prompt(count: int, vocab_size: int) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from svdengine.block_pool import BlockPool
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.batch import Executor, FfnMode, Logits, NeuronCounts
-from svdengine.neurons import counts_of, since
+from svdengine.neurons import since
 from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
 from svdengine.scheduler import Scheduler, Step
@@ -32,14 +32,14 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return
-        before = counts_of(self.executor)
+        before = self.executor.neuron_counts()
         try:
             logits = self.executor.forward(step.batch)
         except BaseException as error:
             self._fail_all(error)
             raise
         self.scheduler.advance(step)
-        self.postprocess(step, logits, since(before, counts_of(self.executor)))
+        self.postprocess(step, logits, since(before, self.executor.neuron_counts()))
 
     def postprocess(self, step: Step, logits: Logits, neurons: NeuronCounts) -> None:
         """Hand each request its rows of the logits, (rows asked for, vocabulary), and the neurons of the whole step."""

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from svdengine.benchmark import bytes_per_token
 from svdengine.kernels.batch import NeuronCounts
-from svdengine.neurons import NO_NEURONS, active_density, add, counts_of, predicted_density, since
+from svdengine.neurons import NO_NEURONS, active_density, add, predicted_density, since
 from svdengine.perplexity import Perplexity, log_softmax, split_text
 
 if TYPE_CHECKING:
@@ -83,9 +83,9 @@ def compare_paths(
             dense = llm.logits(ids[:-1])
             llm.ffn = "sparse"
             for bias, sums in zip(biases, totals, strict=True):
-                start = counts_of(llm.executor)
+                start = llm.executor.neuron_counts()
                 sparse = llm.logits(ids[:-1], sparsity_bias=bias)
-                sums.neurons = add(sums.neurons, since(start, counts_of(llm.executor)))
+                sums.neurons = add(sums.neurons, since(start, llm.executor.neuron_counts()))
                 _add(sums, dense, sparse, ids[1:])
             dense_nll -= sum(float(log_softmax(row)[target]) for row, target in zip(dense, ids[1:], strict=True))
             tokens += len(ids) - 1

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from svdengine.kernels.batch import Executor, NeuronCounts
+from svdengine.kernels.batch import NeuronCounts
 
 NO_NEURONS = NeuronCounts(0, 0, 0)
-
-
-def counts_of(executor: Executor) -> NeuronCounts:
-    """What an executor counted since its last reset; nothing where it has no sparse path."""
-    count = getattr(executor, "neuron_counts", None)
-    return count() if count is not None else NO_NEURONS
 
 
 def add(a: NeuronCounts, b: NeuronCounts) -> NeuronCounts:

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
@@ -47,6 +47,7 @@ class ReferenceExecutor:
         """
         self.predictor, self.ffn = predictor, ffn
         self._ffn_inputs: list[Array] | None = None
+        self._counts = np.zeros(3, np.int64)  # predicted, active, total
         config.validate()
         self.config = config
         self.block_count = block_count
@@ -93,6 +94,14 @@ class ReferenceExecutor:
         finally:
             self.ffn, self._ffn_inputs = path, None
 
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        return NeuronCounts(*map(int, self._counts))
+
+    def reset_neuron_counts(self) -> None:
+        """Start counting anew."""
+        self._counts[:] = 0
+
     def close(self) -> None:
         """Nothing to give back."""
 
@@ -105,7 +114,7 @@ class ReferenceExecutor:
         if self.predictor is None:
             raise ValueError("ffn='sparse' needs a predictor")
         bias = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
-        return sparse_ffn(self.config, self.layers[layer], x, self.predictor.layers[layer], bias)
+        return sparse_ffn(self.config, self.layers[layer], x, self.predictor.layers[layer], bias, self._counts)
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
@@ -155,13 +164,19 @@ def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
 
 
 def sparse_ffn(
-    config: ModelConfig, weights: Weights, x: Array, predictor: LayerPredictor, bias: Array | np.float32
+    config: ModelConfig,
+    weights: Weights,
+    x: Array,
+    predictor: LayerPredictor,
+    bias: Array | np.float32,
+    counts: NDArray[np.int64] | None = None,
 ) -> Array:
     """The FFN computed only on the neurons that the predictor names: (n, d) -> (n, d).
 
     `bias` (n, 1) shifts the thresholds of a row, in units of the predictor. P are the neurons whose score is positive;
     Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold. An
     executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
+    `counts` (3,) is added the sizes of P and Q, and n times f.
     """
     # P: predicted from the scores. (n, f)
     predicted = scores(predictor, x) - bias * predictor.unit > 0
@@ -172,6 +187,8 @@ def sparse_ffn(
         config.activation, linear(x, weights[name], weights.get(f"{name}.bias")), config.activation_threshold
     )
     active = predicted & (gate > 0)
+    if counts is not None:
+        counts += predicted.sum(), active.sum(), predicted.size
 
     # h: act(gate x) * (up x) on Q.
     neurons = gate
