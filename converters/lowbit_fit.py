@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.formats import Parts, padded_columns
-from svdengine.kernels.lowbit import BLOCK, lowbit_codes, lowbit_scales, pack_lowbit
+from svdengine.kernels.lowbit import BLOCK, lowbit_scales, pack_lowbit
 
 Array = NDArray[np.float32]
 
@@ -41,16 +41,23 @@ def _carry_errors(matrix: Array, weights: Array, bits: int) -> NDArray[np.uint8]
     middle = np.float32((1 << bits) - 1) / 2
     for start in range(0, d, BLOCK):
         block = np.ascontiguousarray(left[:, start : start + BLOCK].T)  # (columns, f)
-        scale = lowbit_scales(block.T, bits)
-        step = scale[:, 0].astype(np.float32)
+        step = lowbit_scales(block.T, bits)[:, 0].astype(np.float32)
         errors = np.empty_like(block)
         for j in range(len(block)):
-            code = lowbit_codes(block[j][:, None], scale, bits)[:, 0]
+            code = _nearest_codes(block[j], step, bits)
             codes[:, start + j] = code
             errors[j] = (block[j] - (code - middle) * step) / weights[start + j, start + j]
             block[j + 1 :] -= weights[start + j, start + j + 1 : start + len(block), None] * errors[j]
         left[:, start + BLOCK :] -= errors.T @ weights[start : start + BLOCK, start + BLOCK :]
     return codes
+
+
+def _nearest_codes(column: Array, step: Array, bits: int) -> NDArray[np.float32]:
+    """Codes of one column (f,) for the scales (f,) of its rows."""
+    if bits == 1:
+        return (column > 0).astype(np.float32)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
+    return np.clip(np.floor(column * inverse) + 2, 0, 3)
 
 
 def _fit_scales(
@@ -71,8 +78,10 @@ def _fit_scales(
         right = (target.reshape(-1, blocks, BLOCK) * by_block).sum(-1, dtype=np.float64)
         gram = np.empty((len(levels), blocks, blocks))
         for b in range(blocks):
-            seen = by_block[:, b] @ c[b * BLOCK : (b + 1) * BLOCK]  # (rows, C)
-            gram[:, b] = (seen.reshape(-1, blocks, BLOCK) * by_block).sum(-1)
+            seen = by_block[:, b] @ c[b * BLOCK : (b + 1) * BLOCK, b * BLOCK :]  # (rows, columns from this block on)
+            gram[:, b, b:] = gram[:, b:, b] = np.einsum(
+                "rbj,rbj->rb", seen.reshape(-1, blocks - b, BLOCK), by_block[:, b:]
+            )
         gram += 1e-6 * np.trace(gram, axis1=1, axis2=2)[:, None, None] / blocks * np.eye(blocks) + 1e-30 * np.eye(
             blocks
         )
