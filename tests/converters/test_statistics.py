@@ -68,6 +68,8 @@ def test_samples_hold_rows_of_their_own_part_and_no_row_twice() -> None:
 def test_a_short_text_is_kept_whole() -> None:
     statistics = collect_statistics(executor_of(), WINDOWS, collector_of(fit_rows=5000))
     assert statistics.fit.shape[1] == 320
+    rows = inputs_of(held_out=False)
+    np.testing.assert_allclose(np.sort(statistics.fit, 1), np.sort(rows, 1), atol=5e-3)
 
 
 def test_reservoirs_are_uniform() -> None:
