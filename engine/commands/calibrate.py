@@ -50,9 +50,7 @@ class RankOrAuto(click.ParamType):
 @click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of it to use.  [default: 16384]")
 @click.option("--predictor", "kind", type=click.Choice(KINDS), default="svd", show_default=True, help="Its kind.")
 @click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the SVD.")
-@click.option(
-    "--bits", type=click.Choice(["1", "2", "auto"]), default="auto", show_default=True, help="Of the residual."
-)
+@click.option("--bits", type=click.IntRange(1, 2), metavar="1|2", help="Of the low-bit residual.  [default: auto]")
 @click.option(
     "--factors", type=click.Choice(["q8", "q4"]), default="q8", show_default=True, help="How factors are stored."
 )
@@ -77,7 +75,7 @@ def command(model: Path, output: Path | None, as_json: bool, **options: Any) -> 
 
     if sum(options[name] is not None for name in _BUDGETS) > 1:
         raise click.UsageError("give one budget: --max-loss, --max-error or --density")
-    predictor = calibrate_file(model, output or model, options)
+    predictor = calibrate_file(model, output or model, **options)
     report = predictor_report(predictor)
     if as_json:
         click.echo(json.dumps({"file": str(output or model), **report}, indent=2))
@@ -86,7 +84,22 @@ def command(model: Path, output: Path | None, as_json: bool, **options: Any) -> 
     click.echo(f"written to {output or model}", err=True)
 
 
-def calibrate_file(model: Path, output: Path, options: dict[str, Any]) -> Predictor:
+def calibrate_file(
+    model: Path,
+    output: Path,
+    *,
+    kind: str = "svd",
+    rank: int | None = None,
+    bits: int | None = None,
+    factors: str = "q8",
+    thresholds: str = "error",
+    text: Path | None = None,
+    tokens: int | None = None,
+    state: Path | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    **budget: float | None,
+) -> Predictor:
     """Calibrate a model file as the options of the command say, and write what came of it."""
     from svdengine.converters.calibration import CalibrationOptions, calibrate
     from svdengine.converters.calibration_text import TOKENS, WINDOW
@@ -95,22 +108,15 @@ def calibrate_file(model: Path, output: Path, options: dict[str, Any]) -> Predic
     from svdengine.model_file import read_model_file
     from svdengine.predictor_file import write_model_with_predictor, write_predictor
 
-    wanted = CalibrationOptions(
-        kind=options["kind"],
-        rank=options["rank"],
-        bits=None if options["bits"] == "auto" else int(options["bits"]),
-        factor_format=options["factors"],
-        thresholds=options["thresholds"],
-        **{name: options[name] for name in _BUDGETS},
-    )
+    shape: Any = {"kind": kind, "rank": rank, "bits": bits, "factor_format": factors, "thresholds": thresholds}
+    wanted = CalibrationOptions(**{**shape, **budget})
     with read_model_file(model) as file:
         require_relu_family(file)
         context = min(WINDOW, file.config.max_position)
     check_writable(output)
     progress = _progress if sys.stderr.isatty() else None
-    state = options["state"]
-    with load(model, options["device"], "dense", options["threads"], context=context, kv_tokens=8 * context) as llm:
-        windows = _windows(llm, options["text"], options["tokens"] or TOKENS, context)
+    with load(model, device, "dense", threads, context=context, kv_tokens=8 * context) as llm:
+        windows = _windows(llm, text, tokens or TOKENS, context)
         executor: Any = llm.executor
         predictor = calibrate(llm.model_file, executor, windows, wanted, state=state, progress=progress)
         if output.suffix == ".svdp" or output == model:

@@ -1,12 +1,15 @@
-"""svdengine convert: a checkpoint becomes a model file."""
+"""svdengine convert: a checkpoint becomes a model file, with a predictor where its FFNs can run sparse."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import click
+
+from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, calibrate_file
 
 DTYPES = ("f32", "f16", "bf16", "q8", "q4")
 
@@ -16,14 +19,41 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .svdp file.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="q8", show_default=True, help="How weights are stored.")
 @click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
-def command(source: Path, output: Path, dtype: str, activation: str | None) -> None:
-    """Convert SRC, a Hugging Face folder or a .gguf file, into a model file."""
+@click.option(
+    "--predictor",
+    "kind",
+    type=click.Choice([*KINDS, "none"]),
+    help="The predictor's kind; by default svd, and none for a model outside the ReLU family.",
+)
+@click.option(
+    "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the predictor's SVD."
+)
+@click.option(
+    "--calibration",
+    "thresholds",
+    type=click.Choice(THRESHOLDS),
+    default="error",
+    show_default=True,
+    help="How its thresholds are chosen.",
+)
+@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To calibrate on; see `calibrate`.")
+def command(source: Path, output: Path, dtype: str, activation: str | None, kind: str | None, **options: Any) -> None:
+    """Convert SRC, a Hugging Face folder or a .gguf file, into a model file.
+
+    A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with its own defaults, once the
+    weights are written. If that is interrupted, the model file is complete without one.
+    """
     from typing import cast
 
     from svdengine.converters import convert
+    from svdengine.converters.conversion import open_checkpoint
+    from svdengine.ffn_path import why_not_sparse
     from svdengine.kernels.formats import WeightFormat
 
     begin = time.perf_counter()
+    config = open_checkpoint(source, activation).config
+    if kind not in (None, "none") and not config.sparse_ffn:
+        raise click.UsageError(f"--predictor {kind}: {why_not_sparse(config)}")
     with click.progressbar(length=1, label=f"Converting to {dtype}", file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -32,5 +62,17 @@ def command(source: Path, output: Path, dtype: str, activation: str | None) -> N
 
         convert(source, output, cast(WeightFormat, dtype), activation, progress)
         bar.update(max(0, (bar.length or 0) - bar.pos))
+    if config.sparse_ffn and kind != "none":
+        _calibrate(output, kind or "svd", options)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)
+
+
+def _calibrate(output: Path, kind: str, options: dict[str, Any]) -> None:
+    from svdengine.errors import ConversionError, SvdEngineError
+
+    click.echo(f"Calibrating a predictor ({kind}); --predictor none leaves it out", err=True)
+    try:
+        calibrate_file(output, output, kind=kind, **options)
+    except SvdEngineError as error:
+        raise ConversionError(f"{output} is complete, but has no predictor: {error}") from error

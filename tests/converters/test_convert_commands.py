@@ -4,18 +4,25 @@ import json
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click import Command
+from click.testing import CliRunner, Result
 from small_checkpoints import write_hf
 
 from svdengine.commands.convert import command as convert_command
 from svdengine.commands.inspect import command as inspect_command
-from svdengine.errors import SvdEngineError
+from svdengine.errors import ConversionError, SvdEngineError
+
+
+def run(command: Command, *arguments: str) -> Result:
+    environment = {"SVDENGINE_DEVICE": "reference"}
+    return CliRunner(env=environment).invoke(command, list(arguments), catch_exceptions=False)
 
 
 def test_convert_and_inspect(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     output = str(tmp_path / "m.svdp")
-    done = CliRunner().invoke(convert_command, [str(tmp_path / "hf"), "-o", output, "--dtype", "q4"])
+    arguments = [str(tmp_path / "hf"), "-o", output, "--dtype", "q4", "--predictor", "none"]
+    done = CliRunner().invoke(convert_command, arguments)
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
     assert "MB in" in done.stderr
@@ -29,6 +36,34 @@ def test_convert_and_inspect(tmp_path: Path) -> None:
     assert {tensor["name"]: tensor["format"] for tensor in report["tensors"]}["embedding"] == "q8"
     assert report["config"]["layer_count"] == 3
     assert report["predictor"] is None
+
+
+def test_a_relu_model_gets_a_predictor(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf")
+    output, text = str(tmp_path / "m.svdp"), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 100, encoding="utf-8")
+    arguments = [str(tmp_path / "hf"), "-o", output, "--rank", "16", "--calibration", "recall", "--text", str(text)]
+    done = run(convert_command, *arguments)
+    assert done.exit_code == 0, done.output
+    assert "Calibrating a predictor (svd)" in done.stderr
+    report = json.loads(run(inspect_command, output, "--json").stdout)["predictor"]
+    assert (report["kind"], report["thresholds"]) == ("svd", "recall")
+    assert [layer["rank"] for layer in report["layers"]] == [16] * 3
+    assert "predictor: svd; thresholds: recall" in run(inspect_command, output).stdout
+    text.write_text("short", encoding="utf-8")
+    with pytest.raises(ConversionError, match="is complete, but has no predictor: the calibration text has"):
+        run(convert_command, *arguments)
+    assert json.loads(run(inspect_command, output, "--json").stdout)["predictor"] is None
+
+
+def test_a_model_outside_the_relu_family_gets_none(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf", hidden_act="silu")
+    arguments = (str(tmp_path / "hf"), "-o", str(tmp_path / "m.svdp"))
+    asked = run(convert_command, *arguments, "--predictor", "svd")
+    assert asked.exit_code == 2 and "needs a ReLU-family activation" in asked.stderr
+    assert not (tmp_path / "m.svdp").exists()
+    done = run(convert_command, *arguments)
+    assert done.exit_code == 0 and "predictor" not in done.stderr
 
 
 def test_wrong_usage_and_errors(tmp_path: Path) -> None:

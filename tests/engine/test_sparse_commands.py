@@ -1,0 +1,198 @@
+"""The command line of sparse models: calibrate, inspect, eval, bench, chat and generate."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_model import write_tiny_model
+from tiny_predictor import write_sparse_model
+
+from svdengine.cli import main
+
+TEXT = "once upon a time there was a user and a system, hello world. what is 2 + 2? the assistant says: 4. " * 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sparse")
+    write_sparse_model(folder / "sparse.svdp")
+    write_tiny_model(folder / "dense.svdp")
+    write_tiny_model(folder / "silu.svdp", activation="silu")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "short.txt").write_text(TEXT[:300], encoding="utf-8")
+    return folder
+
+
+def run(*arguments: Any, text: str = "") -> Result:
+    return CliRunner(env={"SVDENGINE_DEVICE": "reference"}).invoke(main, list(map(str, arguments)), input=text)
+
+
+def done(*arguments: Any, text: str = "") -> Result:
+    result = run(*arguments, text=text)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def error_of(*arguments: Any) -> str:
+    result = run(*arguments)
+    assert result.exit_code == 1 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    return result.stderr
+
+
+def test_calibrate_to_its_own_file(folder: Path, tmp_path: Path) -> None:
+    before = (folder / "dense.svdp").read_bytes()
+    made, common = tmp_path / "p.safetensors", ("--text", folder / "text.txt", "--rank", 24, "--density", 0.6)
+    table = done("calibrate", folder / "dense.svdp", "-o", made, *common).stdout.splitlines()
+    assert table[0] == "predictor: svd; thresholds: error; budget: density 0.6"
+    assert [line.split()[0] for line in table[-4:]] == ["layer", "0", "1", "total"]
+    assert table[-3].split()[1:3] == ["24", "0"] and (folder / "dense.svdp").read_bytes() == before
+    generated = done("generate", folder / "dense.svdp", "-p", "hello", "--predictor", made, "--ffn", "sparse", "--json")
+    assert json.loads(generated.stdout)["stats"]["predicted_density"] == pytest.approx(0.6, abs=0.2)
+    other = write_tiny_model(tmp_path / "other.svdp", tied_embeddings=False)
+    assert "made for another model" in error_of("generate", other, "-p", "hello", "--predictor", made)
+
+
+def test_calibrate_in_place_and_to_a_copy(folder: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "m.svdp")
+    chats = tmp_path / "chats.jsonl"
+    turn = {"role": "user", "content": TEXT[:400]}
+    chats.write_text("\n".join(json.dumps([turn, {**turn, "role": "assistant"}]) for _ in range(8)), encoding="utf-8")
+    arguments = ("calibrate", model, "--text", chats, "--predictor", "lowbit", "--bits", 1, "--max-error", 0.01)
+    report = json.loads(done(*arguments, "--json", "-o", tmp_path / "copy.svdp").stdout)
+    assert report["kind"] == "lowbit" and report["budget"] == {"max_error": 0.01} and len(report["layers"]) == 2
+    assert report["totals"]["bytes"] == sum(layer["bytes"] for layer in report["layers"])
+    assert json.loads(done("inspect", model, "--json").stdout)["predictor"] is None
+    done(*arguments)
+    assert model.read_bytes() == (tmp_path / "copy.svdp").read_bytes()
+    shown = done("inspect", model).stdout
+    assert "predictor: lowbit; thresholds: error; budget: max_error 0.01" in shown and "AUROC" in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "copy.svdp", "m.svdp"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("silu.svdp",), "needs a ReLU-family activation"),
+        (("missing.svdp",), "missing.svdp: No such file"),
+        (("dense.svdp", "--text", "none.txt"), "none.txt: cannot be read"),
+        (("dense.svdp", "--text", "short.txt"), "the calibration text has"),
+        (("dense.svdp", "-o", "nowhere/p.safetensors"), "there is no folder nowhere"),
+        (("dense.svdp", "--max-loss", "2"), "a budget is a share between 0 and 1"),
+        (("dense.svdp", "--rank", "91"), "rank"),
+    ],
+)
+def test_what_cannot_be_calibrated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    assert message in error_of("calibrate", *arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--max-loss", "0.01", "--density", "0.2"), ("--rank", "0"), ("--rank", "x"), ("--bits", "3")]
+)
+def test_calibrate_wrong_usage(folder: Path, arguments: tuple[str, ...]) -> None:
+    assert run("calibrate", folder / "dense.svdp", *arguments).exit_code == 2
+
+
+def test_eval_of_both_paths(folder: Path) -> None:
+    arguments = ("eval", folder / "sparse.svdp", "--perplexity", folder / "short.txt", "--window", 40)
+    both = json.loads(done(*arguments, "--ffn", "both", "--json").stdout)
+    dense = json.loads(done(*arguments, "--ffn", "dense", "--json").stdout)
+    sparse = json.loads(done(*arguments, "--ffn", "sparse", "--json").stdout)
+    assert both["dense"]["perplexity"] == pytest.approx(dense["perplexity"])
+    assert both["perplexity"] == pytest.approx(sparse["perplexity"]) and both["tokens"] == dense["tokens"]
+    assert both["agreement"] > 0.9 and 0 <= both["mean_kl"] < 1e-3
+    assert 0.4 < both["active_density"] < both["predicted_density"] < 0.7
+    sparser = json.loads(done(*arguments, "--ffn", "both", "--sparsity-bias", 1, "--json").stdout)
+    assert sparser["mean_kl"] > both["mean_kl"] and sparser["bytes_per_token"] < both["bytes_per_token"]
+    text = done(*arguments, "--ffn", "both").stdout
+    assert "sparse against dense: perplexity" in text and "% predicted" in text
+    for wrong in (("--ffn", "both"), ("--ffn", "sparse")):
+        failed = error_of("eval", folder / "dense.svdp", "--perplexity", folder / "short.txt", *wrong)
+        assert "svdengine calibrate" in failed
+    assert run("eval", folder / "sparse.svdp", "--predictors").exit_code == 2
+
+
+def test_eval_of_tasks(folder: Path, tmp_path: Path) -> None:
+    tasks = tmp_path / "tasks.jsonl"
+    tasks.write_text('{"prompt": "hello", "choices": [" world", " user"], "answer": 0}\n' * 2, encoding="utf-8")
+    common = ("eval", folder / "sparse.svdp", "--tasks", tasks)
+    record = json.loads(done(*common, "--ffn", "both", "--json").stdout)
+    assert [(score["ffn"], score["count"]) for score in record["tasks"]] == [("dense", 2), ("sparse", 2)]
+    lines = done(*common, "--ffn", "both").stdout.splitlines()
+    assert lines[0].startswith("choice, dense: ") and "right on both paths" in lines[2]
+    assert json.loads(done(*common, "--json").stdout)["paired"] == []
+    tasks.write_text('{"prompt": "hello"}\n', encoding="utf-8")
+    assert "tasks.jsonl, line 1: expected either" in error_of(*common)
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed, and collects what the page would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.fetched: list[str] = []
+        self.count: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+        self.fetched += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.count[tag] = self.count.get(tag, 0) + 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def read_page(path: Path) -> Page:
+    page = Page()
+    text = path.read_text(encoding="utf-8")
+    page.feed(text)
+    assert page.open == [] and page.fetched == [] and "url(" not in text and "<script" not in text
+    assert "nan" not in text.split("</style>")[1].lower().replace("nanomet", "")
+    return page
+
+
+def test_the_page(folder: Path, tmp_path: Path) -> None:
+    common = ("eval", folder / "sparse.svdp", "--perplexity", folder / "text.txt", "--window", 64, "--json")
+    record = json.loads(done(*common, "--report", tmp_path / "page.html").stdout)
+    assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
+    assert next(iter(record["predictors"]["mean"])) == "this model's"
+    page = read_page(tmp_path / "page.html")
+    assert page.count["svg"] == 4 and page.count["table"] == 3
+    arguments = ("eval", folder / "dense.svdp", "--perplexity", folder / "text.txt", "--report", tmp_path / "two.html")
+    lines = done(*arguments).stdout.splitlines()
+    assert lines[0].startswith("perplexity") and lines[-1].startswith("mean")
+    assert read_page(tmp_path / "two.html").count["svg"] == 1
+    assert "no folder" in error_of(*common, "--report", tmp_path / "no" / "page.html")
+    assert "ReLU-family" in error_of(
+        "eval", folder / "silu.svdp", "--perplexity", folder / "text.txt", "--window", 64, "--predictors"
+    )
+
+
+def test_bench_of_both_paths(folder: Path) -> None:
+    common = ("bench", folder / "sparse.svdp", "--pp", 0, "--tg", 4, "-r", 1, "--ffn", "both")
+    dense, sparse = json.loads(done(*common, "--json").stdout)
+    assert (dense["ffn"], sparse["ffn"]) == ("dense", "sparse") and dense["faults_per_token"] is None
+    assert dense["predicted_density"] is None and 0.4 < sparse["predicted_density"] < 0.7
+    table = done(*common, "--faults").stdout
+    assert "predicted %" in table and "faults/token" in table
+    assert "predicted %" not in done(*common[:-1], "dense").stdout
+
+
+def test_answers_say_what_was_computed(folder: Path) -> None:
+    greedy = ("--temperature", 0, "-n", 4, "--ignore-eos")
+    sparse = done("chat", folder / "sparse.svdp", "--ffn", "sparse", *greedy, text="hello\n").stderr
+    assert "% predicted and" in sparse and "% computed]" in sparse.replace("; the length limit was reached", "")
+    assert "% predicted" not in done("chat", folder / "sparse.svdp", "--ffn", "dense", *greedy, text="hello\n").stderr
+    none = ("generate", folder / "sparse.svdp", "--ffn", "sparse", "-p", "hello", "--json", "--sparsity-bias", 50)
+    assert json.loads(done(*none, *greedy).stdout)["stats"]["predicted_density"] == 0
+    assert "sparsity_bias must lie between" in error_of(*none[:-1], 1000)
