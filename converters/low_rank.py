@@ -50,8 +50,9 @@ def _by_iteration(
     c = None if moment is None else (moment / scale).astype(np.float32)
 
     def apply(q: NDArray[np.float32]) -> NDArray[np.float32]:
-        inner = matrix.T @ q
-        return matrix @ (inner if c is None else c @ inner)
+        inner: NDArray[np.float32] = matrix.T @ q
+        product: NDArray[np.float32] = matrix @ (inner if c is None else c @ inner)
+        return product
 
     q = matrix @ np.random.default_rng(seed).standard_normal((d, width)).astype(np.float32)
     q = np.linalg.qr(q)[0]

@@ -89,7 +89,7 @@ class Reservoir:
     def add(self, inputs: NDArray[np.float32]) -> None:
         """Offer the rows (layers, n, d) of the next n tokens."""
         n = inputs.shape[1]
-        fresh = np.random.default_rng((self._seed, self.seen)).random(n)
+        fresh = np.random.default_rng((self._seed, self.seen)).random((n,))
         self.seen += n
         merged = np.concatenate([self.priorities, fresh])
         kept = np.argsort(merged, kind="stable")[: len(self.priorities)]

@@ -51,7 +51,8 @@ def pack_lowbit(code: NDArray[np.uint8], scale: NDArray[np.float16], bits: int) 
         packed = np.packbits(code, axis=1, bitorder="little")
     else:
         quarters = code.reshape(len(code), -1, 4, BLOCK // 4)
-        packed = quarters[:, :, 0] | quarters[:, :, 1] << 2 | quarters[:, :, 2] << 4 | quarters[:, :, 3] << 6
+        shifted = quarters << np.array([0, 2, 4, 6], np.uint8)[:, None]
+        packed = np.bitwise_or.reduce(shifted, axis=2)
     return {"": np.ascontiguousarray(packed.reshape(len(code), -1)), ".scale": scale}
 
 
