@@ -51,8 +51,9 @@ def _by_iteration(
 
     def apply(q: NDArray[np.float32]) -> NDArray[np.float32]:
         inner: NDArray[np.float32] = matrix.T @ q
-        product: NDArray[np.float32] = matrix @ (inner if c is None else c @ inner)
-        return product
+        if c is not None:
+            inner = c @ inner
+        return matrix @ inner
 
     q = matrix @ np.random.default_rng(seed).standard_normal((d, width)).astype(np.float32)
     q = np.linalg.qr(q)[0]
