@@ -97,16 +97,14 @@ def _speed_section(comparison: PathComparison) -> str:
     points = [(s.bytes_per_token / 1e6, _rise(s.score.perplexity, comparison)) for s in comparison.sparse]
     dense = comparison.dense_bytes_per_token / 1e6
     series = [
-        Series(
-            "sparse, by sparsity bias", tuple(points), labels=tuple(f"{s.sparsity_bias:+g}" for s in comparison.sparse)
-        ),
+        Series("sparse, by sparsity bias", tuple(points), labels=tuple(_bias(s) for s in comparison.sparse)),
         Series("dense", ((dense, 0.0),), labels=("dense",)),
     ]
     chart = line_chart(series, "MB of weights read for a token", "perplexity rise, %")
     head = ("bias", "perplexity", "rise", "agreement", "KL, nats", "predicted", "computed", "MB/token")
     rows = [
         (
-            f"{s.sparsity_bias:+g}",
+            _bias(s),
             f"{s.score.perplexity:.4f}",
             f"{_rise(s.score.perplexity, comparison):+.2f} %",
             f"{100 * s.agreement:.2f} %",
@@ -231,6 +229,10 @@ def _unshifted(comparison: PathComparison | None) -> SparseScore | None:
     """The score as calibrated."""
     scores = comparison.sparse if comparison is not None else ()
     return min(scores, key=lambda score: abs(score.sparsity_bias), default=None)
+
+
+def _bias(score: SparseScore) -> str:
+    return f"{score.sparsity_bias:+g}" if score.sparsity_bias else "0"
 
 
 def _rise(perplexity: float, comparison: PathComparison) -> float:
