@@ -203,13 +203,14 @@ def collect_statistics(
 ) -> Statistics:
     """Run `windows` through `source` and return their statistics.
 
-    With `state`, progress is kept in that file now and then and taken up from it. Raises ConversionError on inputs
+    With `state`, progress is kept in that file now and then and taken up from it; after a whole pass it holds the
+    result, from which other predictors can be made at once. Raises ConversionError on inputs
     that are not finite, on too few tokens, and on a state file of another text.
     """
     fingerprint = windows_fingerprint(windows)
     if state is not None and state.exists():
         collector.load(state, fingerprint)
-    saved = time.monotonic()
+    saved, first = time.monotonic(), collector.windows_done
     try:
         for index in range(collector.windows_done, len(windows)):
             inputs = np.concatenate([source.ffn_inputs(b) for b in window_batches(windows[index], source)], 1)
@@ -220,10 +221,9 @@ def collect_statistics(
             if state is not None and time.monotonic() - saved > _SAVE_SECONDS:
                 collector.save(state, fingerprint)
                 saved = time.monotonic()
-    except KeyboardInterrupt:
-        if state is not None:
+    finally:
+        if state is not None and collector.windows_done > first:
             collector.save(state, fingerprint)
-        raise
     return collector.result()
 
 

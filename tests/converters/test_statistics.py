@@ -110,6 +110,7 @@ def test_an_interrupted_pass_ends_as_one_that_was_not(tmp_path: Path) -> None:
     )
     assert done[0] == 4
     same(resumed, whole)
+    same(collect_statistics(executor_of(), WINDOWS, collector_of(), state=state, progress=pytest.fail), whole)
 
 
 def test_a_state_of_another_text_or_size_is_refused(tmp_path: Path) -> None:
