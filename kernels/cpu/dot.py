@@ -31,7 +31,6 @@ from svdengine.kernels.cpu.simd import (
     load,
     operation,
     shuffle,
-    splat,
     store,
 )
 
@@ -188,24 +187,6 @@ def emit_one_bit(builder, at):  # type: ignore[no-untyped-def]
     """8 packed bytes as 64 values in 0..1, lowest bit first."""
     bits = builder.bitcast(load(builder, at, ir.IntType(64)), ir.VectorType(ir.IntType(1), 64))
     return builder.zext(bits, I8V)
-
-
-def _low_bit_block(builder, total, codes, activations, scale, a_scales):  # type: ignore[no-untyped-def]
-    """total + codes * activations, each group's scale times the block's one."""
-    dots = emit_dot(builder, ir.Constant(I32V, [0] * 16), codes, load(builder, activations, I8V))
-    return _scaled(builder, total, dots, builder.fmul(a_scales, splat(builder, scale)), 0)
-
-
-@operation(f32x16, f32x16, address, address, types.float32, f32x16)
-def dot_block_q2(builder, total, weights, activations, scale, a_scales):  # type: ignore[no-untyped-def]
-    """total + scaled products of 64 columns of two-bit codes (less the offset's term)."""
-    return _low_bit_block(builder, total, emit_two_bits(builder, weights), activations, scale, a_scales)
-
-
-@operation(f32x16, f32x16, address, address, types.float32, f32x16)
-def dot_block_q1(builder, total, weights, activations, scale, a_scales):  # type: ignore[no-untyped-def]
-    """As `dot_block_q2`, for one-bit codes."""
-    return _low_bit_block(builder, total, emit_one_bit(builder, weights), activations, scale, a_scales)
 
 
 def _two_lanes(builder, pair):  # type: ignore[no-untyped-def]

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
 from svdengine.kernels.cpu.compilation import compile_entry
-from svdengine.kernels.cpu.plan import build_model, place_predictor
+from svdengine.kernels.cpu.place import place_predictor
+from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
 from svdengine.kernels.cpu.step import DENSE, PREDICT, SKIP_ZEROS, STAGES, Cache, Inputs, Workspace, run
@@ -205,7 +206,7 @@ class CpuExecutor:
             "q": attention, "k": kv, "v": kv, "attention": attention,
             "attention_q": quantized(model.heads * model.head_dim), "attention_add": hidden, "ffn_add": hidden,
             "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": hidden, "z_q": quantized(model.hidden),
-            "neurons": ffn,
+            "neurons": ffn + 64,
         }  # fmt: skip
         buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
         buffers["scratch"] = _aligned(self.threads * scratch)
@@ -214,7 +215,7 @@ class CpuExecutor:
         strides = {
             "hidden_stride": hidden, "hidden_q_stride": sizes["hidden_q"], "q_stride": attention, "kv_stride": kv,
             "attention_stride": attention, "attention_q_stride": sizes["attention_q"], "ffn_stride": ffn,
-            "ffn_q_stride": sizes["ffn_q"], "neurons_stride": ffn,
+            "ffn_q_stride": sizes["ffn_q"], "neurons_stride": ffn + 64,
             "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
         }  # fmt: skip
         addresses = {name: buffer.ctypes.data for name, buffer in buffers.items()}

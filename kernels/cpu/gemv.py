@@ -10,8 +10,6 @@ import numpy as np
 
 from svdengine.kernels.cpu.dot import (
     BIAS,
-    dot_block_q1,
-    dot_block_q2,
     dot_block_q4,
     dot_block_q8,
     dot_chunk_q4,
@@ -21,17 +19,15 @@ from svdengine.kernels.cpu.dot import (
     load_u8_pair,
 )
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import COLUMNS, DATA, F16, F32, FORMAT, MIN, Q2, Q4, Q8, ROW, SCALE
+from svdengine.kernels.cpu.plan import COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
 from svdengine.kernels.cpu.simd import (
     fma,
     load_bf16,
     load_f16,
     load_f32,
-    load_half,
     load_real,
     load_u8_as_f32,
     prefetch,
-    splat_f32,
     store_real,
     sum_lanes,
     zero_f32,
@@ -137,29 +133,6 @@ def dot_bf16(weights, x, columns):
         a = fma(load_bf16(weights + i), load_f32(x + 2 * i), a)
         b = fma(load_bf16(weights + i + 32), load_f32(x + 2 * i + 64), b)
     return sum_lanes(a + b)
-
-
-@jit
-def dot_lowbit(matrix, row, x):
-    """One row of a q2 or q1 matrix times the high plane of a quantised vector."""
-    columns, kind = matrix[COLUMNS], matrix[FORMAT]
-    blocks = columns // 64
-    step = 16 if kind == Q2 else 8
-    weights, scales = matrix[DATA] + row * blocks * step, matrix[SCALE] + 2 * row * blocks
-    a_scales = x + 2 * columns
-    a_sums = a_scales + columns // 4
-    total = zero_f32()
-    offset = zero_f32()
-    for block in range(blocks):
-        scale = load_half(scales + 2 * block)
-        pair = load_f32_pair(a_scales + 8 * block)
-        if kind == Q2:
-            total = dot_block_q2(total, weights + 16 * block, x + 64 * block, scale, pair)
-        else:
-            total = dot_block_q1(total, weights + 8 * block, x + 64 * block, scale, pair)
-        offset = fma(load_f32_pair(a_sums + 8 * block), splat_f32(scale), offset)
-    center = np.float32(1.5) if kind == Q2 else np.float32(0.5)
-    return sum_lanes(total * splat_f32(_HIGH) - offset * splat_f32(center))
 
 
 @jit

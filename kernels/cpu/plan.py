@@ -12,8 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, padded_columns, stored_parts
-from svdengine.kernels.lowbit import BLOCK
-from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 
 F32, F16, BF16, Q8, Q4 = range(5)  # codes of WEIGHT_FORMATS, in its order
@@ -107,66 +105,6 @@ def build_model(
         matrices[count + slot, BIAS_VECTOR] = zeros.ctypes.data
     model = _model(config, specs, arrays, formats, matrices, formats[head], rope_tables)
     return model, keep
-
-
-def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
-    """Put a predictor where compiled code reads it, or take it out. Returns the arrays that must outlive it.
-
-    Raises ValueError when it does not fit the model.
-    """
-    keep: list[NDArray] = []
-    kinds = slice(FACTOR_A, RESIDUAL + 1)
-    for layer in range(model.layers):
-        model.matrices[layer * LAYER_MATRICES :][kinds] = 0
-    if predictor is None:
-        return keep
-    if len(predictor.layers) != model.layers:
-        raise ValueError(f"the predictor has {len(predictor.layers)} layers, the model {model.layers}")
-    for i, layer_predictor in enumerate(predictor.layers):
-        base = i * LAYER_MATRICES
-        if layer_predictor.bias.shape != (model.ffn,) or layer_predictor.unit.shape != (model.ffn,):
-            raise ValueError(f"layer {i} of the predictor is not made for {model.ffn} neurons")
-        model.predictor_bias[i, : model.ffn], model.predictor_unit[i, : model.ffn] = (
-            layer_predictor.bias,
-            layer_predictor.unit,
-        )
-        rank, factors = layer_predictor.rank, layer_predictor.factor_format
-        if rank:
-            for kind, parts, rows, columns in (
-                (FACTOR_A, layer_predictor.a, model.ffn, rank),
-                (FACTOR_B, layer_predictor.b, rank, model.hidden),
-            ):
-                expected = stored_parts(factors, rows, columns)
-                model.matrices[base + kind, :BIAS_VECTOR] = _part_fields(
-                    parts, expected, WEIGHT_FORMATS.index(factors), rows, columns, keep
-                )
-        if layer_predictor.residual_bits:
-            bits, c = layer_predictor.residual_bits, padded_columns(model.hidden)
-            expected = {"": ((model.ffn, c * bits // 8), "U8"), ".scale": ((model.ffn, c // BLOCK), "F16")}
-            model.matrices[base + RESIDUAL, :BIAS_VECTOR] = _part_fields(
-                layer_predictor.q, expected, Q2 if bits == 2 else Q1, model.ffn, model.hidden, keep
-            )
-    return keep
-
-
-def _part_fields(
-    parts: Mapping[str, NDArray],
-    expected: Mapping[str, tuple[tuple[int, int], str]],
-    code: int,
-    rows: int,
-    columns: int,
-    keep: list[NDArray],
-) -> NDArray[np.int64]:
-    """(BIAS_VECTOR,) addresses and sizes of one matrix of a predictor."""
-    fields = np.zeros(BIAS_VECTOR, np.int64)
-    fields[FORMAT], fields[ROWS], fields[COLUMNS] = code, rows, padded_columns(columns)
-    for suffix, (shape, dtype) in expected.items():
-        array = np.ascontiguousarray(parts[suffix])
-        if array.shape != shape or array.dtype != _DTYPES[dtype]:
-            raise ValueError(f"a predictor's part is {array.dtype} {array.shape}, expected {dtype} {shape}")
-        keep.append(array)
-        fields[_FIELDS[suffix]] = array.ctypes.data
-    return fields
 
 
 _FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_lowbit, dot_row
+from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_row
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.plan import (
     BIAS_VECTOR,
@@ -25,6 +25,7 @@ from svdengine.kernels.cpu.plan import (
     FORMAT,
     GATE,
     LAYER_MATRICES,
+    Q2,
     Q4,
     Q8,
     RELU2,
@@ -34,11 +35,21 @@ from svdengine.kernels.cpu.plan import (
 )
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.rows import add_four
+from svdengine.kernels.cpu.score import (
+    FACTOR_BYTES,
+    NEURONS,
+    RESIDUAL_BYTES,
+    add_factor_scores,
+    add_residual_scores_1,
+    add_residual_scores_2,
+    list_positive,
+)
 from svdengine.kernels.cpu.simd import (
     load_f32,
     load_int,
     load_real,
     prefetch,
+    splat_f32,
     store_f32,
     store_int,
     store_real,
@@ -47,6 +58,7 @@ from svdengine.kernels.cpu.simd import (
 
 CHUNK = 64  # listed neurons between gate, up and down: their rows wait in the second-level cache
 PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8  # counters of a thread, on a cache line of their own
+RESIDUAL_BYTES_2, RESIDUAL_BYTES_1 = RESIDUAL_BYTES[2], RESIDUAL_BYTES[1]
 _ZERO = np.float32(0)
 
 
@@ -59,25 +71,43 @@ def project(model, layer, quantized, z, first, last):
 
 
 @jit
-def list_neurons(model, layer, quantized, z, shift, neurons, first, last):
-    """List the neurons of first..last whose score is positive; returns how many.
+def add_row_scores(total, factor, first, z, scratch):
+    """total + A z of 16 neurons from `first`, for factors that are not in panels."""
+    for lane in range(NEURONS):
+        row = min(first + lane, factor[ROWS] - 1)
+        store_real(scratch + 4 * lane, dot_row(factor, row, z, z, STREAM_AHEAD))
+    return total + load_f32(scratch)
 
-    quantized: the FFN's input; z: B x, quantised. shift: the sparsity bias. neurons: address of int32.
+
+@jit
+def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
+    """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
+
+    quantized: the FFN's input; z: B x, quantised. shift: the sparsity bias. neurons: address of int32, with room for
+    all of first..last and 16 more.
     """
     base = layer * LAYER_MATRICES
     a, q = model.matrices[base + FACTOR_A], model.matrices[base + RESIDUAL]
-    bias, unit = model.predictor_bias[layer], model.predictor_unit[layer]
-    low_rank, low_bit = a[ROWS] > 0, q[ROWS] > 0
+    bias, unit = model.predictor_bias[layer].ctypes.data, model.predictor_unit[layer].ctypes.data
+    groups, blocks = a[COLUMNS] // 32, q[COLUMNS] // 64
+    factor_bytes = groups * FACTOR_BYTES
+    residual_bytes = blocks * (RESIDUAL_BYTES_2 if q[FORMAT] == Q2 else RESIDUAL_BYTES_1)
     count = 0
-    for i in range(first, last):
-        score = bias[i] - shift * unit[i]
-        if low_rank:
-            score += dot_row(a, i, z, z, STREAM_AHEAD)
-        if low_bit:
-            score += dot_lowbit(q, i, quantized)
-        # Written always and counted when wanted: no branch to mispredict.
-        store_int(neurons + 4 * count, i)
-        count += 1 if score > _ZERO else 0
+    for i in range(first, last, NEURONS):
+        panel = i // NEURONS
+        score = load_f32(bias + 4 * i) - load_f32(unit + 4 * i) * splat_f32(shift)
+        if groups > 0:
+            if a[FORMAT] == Q8:
+                score = add_factor_scores(score, a[DATA] + panel * factor_bytes, groups, z)
+            else:
+                score = add_row_scores(score, a, i, z, scratch)
+        if blocks > 0:
+            at = q[DATA] + panel * residual_bytes
+            if q[FORMAT] == Q2:
+                score = add_residual_scores_2(score, at, blocks, quantized)
+            else:
+                score = add_residual_scores_1(score, at, blocks, quantized)
+        count += list_positive(score, i, neurons + 4 * count)
     return count
 
 
@@ -212,7 +242,7 @@ def sparse_row(model, layer, x, quantized, z, z_quantized, neurons, shift, predi
         columns = model.matrices[base + FACTOR_A, COLUMNS]
         clear_padding(z, rank, columns)
         quantize_groups(z, z_quantized, columns, 0, columns)
-        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, 0, model.ffn)
+        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, 0, model.ffn, scratch)
     else:
         for i in range(count):
             store_int(neurons + 4 * i, i)

@@ -489,6 +489,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     quantized = work.hidden_q + member * work.hidden_q_stride
     first, last = share(model.ffn, NEURON_UNIT, member, threads)
     count, total = last - first, model.ffn
+    scratch = work.scratch + member * work.scratch_stride
     if inputs.sizes[2] == PREDICT:
         rank, columns = model.matrices[base + FACTOR_B, ROWS], model.matrices[base + FACTOR_A, COLUMNS]
         z_quantized = work.z_q + member * work.hidden_q_stride
@@ -500,7 +501,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
             quantize_groups(work.z, z_quantized, columns, 0, columns)
         neurons = work.neurons + 4 * first
         shift = inputs.sparsity_bias[inputs.sequences[0]]
-        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, first, last)
+        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, first, last, scratch)
     else:
         for i in range(first, last):
             store_int(work.neurons + 4 * i, i)
@@ -518,7 +519,6 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
         a, b = max(first, start) - start, min(last, start + listed) - start
         if a < b:
             at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
-            scratch = work.scratch + member * work.scratch_stride
             active += compute_listed(model, layer, x, quantized, at, b - a, out, scratch)
         start += listed
     count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
