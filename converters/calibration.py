@@ -107,9 +107,14 @@ def calibrate(
         raise ConversionError(str(error)) from error
     report = progress or _silent
     config = model_file.config
-    collector = StatisticsCollector(config.layer_count, config.hidden_size)
+    fingerprint = model_fingerprint(model_file)
     statistics = collect_statistics(
-        executor, windows, collector, state=state, progress=lambda done, total: report("statistics", done, total)
+        executor,
+        windows,
+        StatisticsCollector(config.layer_count, config.hidden_size),
+        model=fingerprint,
+        state=state,
+        progress=lambda done, total: report("statistics", done, total),
     )
     work = []
     for index in range(config.layer_count):
@@ -123,7 +128,7 @@ def calibrate(
         "thresholds": options.thresholds,
         "budget": options.budget,
         "outcome": outcome,
-        "fingerprint": model_fingerprint(model_file),
+        "fingerprint": fingerprint,
         "tokens": statistics.tokens,
         "table": [_describe_layer(model_file, statistics, i, work[i].kind, layer) for i, layer in enumerate(layers)],
     }

@@ -198,31 +198,33 @@ def collect_statistics(
     windows: Windows,
     collector: StatisticsCollector,
     *,
+    model: str = "",
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
     """Run `windows` through `source` and return their statistics.
 
     With `state`, progress is kept in that file now and then and taken up from it; after a whole pass it holds the
-    result, from which other predictors can be made at once. Raises ConversionError on inputs
-    that are not finite, on too few tokens, and on a state file of another text.
+    result, from which other predictors can be made at once. `model`, the model's fingerprint, tells such files apart.
+    Raises ConversionError on inputs that are not finite, on too few tokens, and on a state file of another text.
     """
-    fingerprint = windows_fingerprint(windows)
+    fingerprint = f"{model} {windows_fingerprint(windows)}"
     if state is not None and state.exists():
         collector.load(state, fingerprint)
-    saved, first = time.monotonic(), collector.windows_done
+    saved, first, whole = time.monotonic(), collector.windows_done, True
     try:
         for index in range(collector.windows_done, len(windows)):
             inputs = np.concatenate([source.ffn_inputs(b) for b in window_batches(windows[index], source)], 1)
+            whole = False  # an interruption must not leave a state with half a window
             collector.add(inputs, is_held_out(index))
-            collector.windows_done = index + 1
+            collector.windows_done, whole = index + 1, True
             if progress is not None:
                 progress(index + 1, len(windows))
             if state is not None and time.monotonic() - saved > _SAVE_SECONDS:
                 collector.save(state, fingerprint)
                 saved = time.monotonic()
     finally:
-        if state is not None and collector.windows_done > first:
+        if state is not None and whole and collector.windows_done > first:
             collector.save(state, fingerprint)
     return collector.result()
 

@@ -118,6 +118,9 @@ def test_a_state_of_another_text_or_size_is_refused(tmp_path: Path) -> None:
     collector_of().save(state, "somebody else's")
     with pytest.raises(ConversionError, match="another text or model"):
         collect_statistics(executor_of(), WINDOWS, collector_of(), state=state)
+    collect_statistics(executor_of(), WINDOWS, collector_of(), model="one", state=tmp_path / "one")
+    with pytest.raises(ConversionError, match="another text or model"):
+        collect_statistics(executor_of(), WINDOWS, collector_of(), model="other", state=tmp_path / "one")
     collector_of(fit_rows=7).save(state, "mine")
     with pytest.raises(ConversionError, match="another text or model"):
         collector_of().load(state, "mine")
