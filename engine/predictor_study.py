@@ -88,8 +88,8 @@ def _gather(llm: LLM, text: str, progress: Progress | None) -> Statistics:
     source: Any = llm.executor
     if not hasattr(source, "ffn_inputs"):
         raise RequestError(f"the device {source.name} cannot show what its FFNs read; use --device cpu")
-    size = min(WINDOW, llm.context)
     tokens = llm.tokenizer.encode(text, bos=False)
+    size = min(WINDOW, llm.context, max(2, len(tokens) // 10))  # so that a short text has windows to hold out
     windows = [tokens[at : at + size] for at in range(0, len(tokens), size)]
     windows = [window for window in windows if len(window) > 1]
     config = llm.config

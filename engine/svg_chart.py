@@ -133,6 +133,7 @@ def _frame(axes: Axes, x_label: str, y_label: str, x_format: Format, y_format: F
 
 def _line(axes: Axes, number: int, series: Series, x_format: Format, y_format: Format) -> str:
     path, drawing, marks = "", False, ""
+    labelled: list[Point] = []
     for i, point in enumerate(series.points):
         if not all(map(math.isfinite, point)):
             drawing = False
@@ -143,7 +144,9 @@ def _line(axes: Axes, number: int, series: Series, x_format: Format, y_format: F
         title = f"{series.name}: {x_format(point[0])}, {y_format(point[1])}"
         marks += f'<circle class="point c{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
         marks += f"<title>{escape(title)}</title></circle>"
-        if i < len(series.labels) and series.labels[i]:
+        crowded = any(abs(x - left) < 34 and abs(y - top) < 16 for left, top in labelled)
+        if i < len(series.labels) and series.labels[i] and not crowded:
+            labelled.append((x, y))
             end = x > WIDTH - RIGHT - 70
             marks += f'<text class="label" x="{x + (-7 if end else 7):.1f}" y="{y - 7:.1f}"'
             marks += f' text-anchor="{"end" if end else "start"}">{escape(series.labels[i])}</text>'

@@ -13,6 +13,7 @@ from svdengine.commands.options import check_writable
 
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
+    from svdengine.models.config import ModelConfig
 
 KINDS = ("svd", "svd-naive", "lowbit", "svd+lowbit", "auto")
 THRESHOLDS = ("error", "recall", "uniform")
@@ -112,6 +113,7 @@ def calibrate_file(
     wanted = CalibrationOptions(**{**shape, **budget})
     with read_model_file(model) as file:
         require_relu_family(file)
+        _check_shape(kind, rank, bits, file.config)
         context = min(WINDOW, file.config.max_position)
     check_writable(output)
     progress = _progress if sys.stderr.isatty() else None
@@ -126,6 +128,17 @@ def calibrate_file(
     if state is not None:
         state.unlink(missing_ok=True)
     return predictor
+
+
+def _check_shape(kind: str, rank: int | None, bits: int | None, config: ModelConfig) -> None:
+    """Find out before the work whether there can be such a predictor."""
+    from svdengine.converters.predictor_choice import candidate_shapes
+    from svdengine.errors import ConversionError
+
+    try:
+        candidate_shapes(kind, rank, bits, config)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
 
 
 def _windows(llm: Any, text: Path | None, tokens: int, window: int) -> list[list[int]]:

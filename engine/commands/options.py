@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-_MODEL_OPTIONS: tuple[Decorator, ...] = (
+_MODEL: tuple[Decorator, ...] = (
     click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]"),
     click.option(
         "--device",
@@ -24,6 +24,9 @@ _MODEL_OPTIONS: tuple[Decorator, ...] = (
         show_default=True,
         help="Where the model runs.",
     ),
+)
+
+_EXECUTION: tuple[Decorator, ...] = (
     click.option(
         "--predictor",
         type=click.Path(path_type=Path),
@@ -87,12 +90,18 @@ _FIELDS += ("seed", "max_tokens", "sparsity_bias")
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the MODEL argument and the options of `open_model`."""
-    return _apply((*_MODEL_OPTIONS, _ffn_option("auto", "dense", "sparse")), function)
+    return _apply((*_MODEL, _ffn_option("auto", "dense", "sparse"), *_EXECUTION), function)
 
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the same for a measurement, which can run both paths of the FFN, and --sparsity-bias."""
-    return _apply((*_MODEL_OPTIONS, _ffn_option("auto", "dense", "sparse", "both"), _SPARSITY_BIAS), function)
+    options: tuple[Decorator, ...] = (
+        *_MODEL,
+        _ffn_option("auto", "dense", "sparse", "both"),
+        *_EXECUTION,
+        _SPARSITY_BIAS,
+    )
+    return _apply(options, function)
 
 
 def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:

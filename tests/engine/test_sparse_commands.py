@@ -162,13 +162,21 @@ def read_page(path: Path) -> Page:
 
 
 def test_the_page(folder: Path, tmp_path: Path) -> None:
-    common = ("eval", folder / "sparse.svdp", "--perplexity", folder / "text.txt", "--window", 64, "--json")
+    (tmp_path / "text.txt").write_text(TEXT[: len(TEXT) // 3], encoding="utf-8")
+    common = ("eval", folder / "sparse.svdp", "--perplexity", tmp_path / "text.txt", "--window", 64, "--json")
     record = json.loads(done(*common, "--report", tmp_path / "page.html").stdout)
     assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
     assert next(iter(record["predictors"]["mean"])) == "this model's"
     page = read_page(tmp_path / "page.html")
     assert page.count["svg"] == 4 and page.count["table"] == 3
-    arguments = ("eval", folder / "dense.svdp", "--perplexity", folder / "text.txt", "--report", tmp_path / "two.html")
+    arguments = (
+        "eval",
+        folder / "dense.svdp",
+        "--perplexity",
+        tmp_path / "text.txt",
+        "--report",
+        tmp_path / "two.html",
+    )
     lines = done(*arguments).stdout.splitlines()
     assert lines[0].startswith("perplexity") and lines[-1].startswith("mean")
     assert read_page(tmp_path / "two.html").count["svg"] == 1
