@@ -114,7 +114,7 @@ def _quantize_q4(w: NDArray[np.float32]) -> Parts:
     groups = _by_group(w)
     low = np.maximum(-groups.min(-1), 0)  # what is subtracted; 0 stays representable
     step = (np.maximum(groups.max(-1), 0) + low) / np.float32(15)
-    row = np.stack([step.max(1), low.max(1)], 1) / np.float32(255)
+    row = (np.stack([step.max(1), low.max(1)], 1) / np.float32(255)).astype(np.float32)
 
     def relative(values: NDArray[np.float32], unit: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.rint(np.divide(values, unit[:, None], out=np.zeros_like(values), where=unit[:, None] > 0))
@@ -136,7 +136,8 @@ def _quantize_q4(w: NDArray[np.float32]) -> Parts:
 
 def _pack_nibbles(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
     halves = q.reshape(len(q), -1, 2, 32)
-    return (halves[:, :, 0] | (halves[:, :, 1] << 4)).reshape(len(q), -1)
+    packed: NDArray[np.uint8] = halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))
+    return packed.reshape(len(q), -1)
 
 
 def _unpack_nibbles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,7 +128,7 @@ def _layout(layout: Any, hidden_size: int) -> tuple[int, FactorFormat, int]:
         raise ValueError(f"a predictor's rank must lie in 0..{hidden_size}, found {rank!r}")
     if factors not in get_args(FactorFormat) or type(bits) is not int or bits not in (0, 1, 2):
         raise ValueError(f"found predictor factors {factors!r} with a residual of {bits!r} bits")
-    return rank, factors, bits
+    return rank, cast(FactorFormat, factors), bits
 
 
 def _stored(rank: int, factors: WeightFormat, bits: int, f: int, d: int) -> dict[str, tuple[tuple[int, ...], str]]:

@@ -34,7 +34,7 @@ QUERIES = 4  # most queries in a tile
 _ZERO = ir.Constant(F32V, [0.0] * 16)
 
 
-def _stored(builder, at, half, offset=0):  # type: ignore[no-untyped-def]
+def _stored(builder, at, half, offset=0):
     if half:
         return half_to_float(builder, load(builder, at, ir.VectorType(F16, 16), offset))
     return load(builder, at, F32V, offset)
@@ -44,19 +44,19 @@ def score_tile(count: int, half: bool) -> Any:
     """scores[t, 0..16] of `count` queries with the keys of a block."""
 
     @operation(types.void, address, address, index, address, index)
-    def tile(builder, queries, keys, key_dim, scores, stride):  # type: ignore[no-untyped-def]
+    def tile(builder, queries, keys, key_dim, scores, stride):
         """queries: (key_dim, count) float32, scaled; key_dim: a multiple of 4. stride: bytes from query to query."""
         unroll = 4 if count == 1 else 2  # enough sums in flight to hide the latency of one
         size = 32 if half else 64
 
-        def step(at, query, totals, lane):  # type: ignore[no-untyped-def]
+        def step(at, query, totals, lane):
             key = _stored(builder, at, half, size * lane)
             return [
                 fused(builder, key, splat(builder, load(builder, query, F32, 4 * (count * lane + t))), totals[t])
                 for t in range(count)
             ]
 
-        def whole(i, totals):  # type: ignore[no-untyped-def]
+        def whole(i, totals):
             at = builder.add(keys, builder.mul(i, ir.Constant(I64, size * unroll)))
             query = builder.add(queries, builder.mul(i, ir.Constant(I64, 4 * count * unroll)))
             parts = [step(at, query, totals[u * count : (u + 1) * count], u) for u in range(unroll)]
@@ -77,13 +77,13 @@ def value_tile(count: int, half: bool, vectors: int) -> Any:
     """sums[t, columns] += weights[t, tokens] times the values of a block, 16 * `vectors` columns."""
 
     @operation(types.void, address, index, address, index, index, address, index)
-    def tile(builder, weights, weight_stride, values, value_bytes, tokens, sums, sum_stride):  # type: ignore[no-untyped-def]
+    def tile(builder, weights, weight_stride, values, value_bytes, tokens, sums, sum_stride):
         """weights, values: at the first of `tokens` (1..16) tokens. value_bytes: from one token to the next."""
         rows = [builder.add(sums, builder.mul(sum_stride, ir.Constant(I64, t))) for t in range(count)]
         lines = [builder.add(weights, builder.mul(weight_stride, ir.Constant(I64, t))) for t in range(count)]
         start = [load(builder, rows[t], F32V, 64 * v) for t in range(count) for v in range(vectors)]
 
-        def body(token, totals):  # type: ignore[no-untyped-def]
+        def body(token, totals):
             at = builder.add(values, builder.mul(token, value_bytes))
             offset = builder.mul(token, ir.Constant(I64, 4))
             loaded = [_stored(builder, at, half, (32 if half else 64) * v) for v in range(vectors)]
@@ -103,11 +103,11 @@ def value_tile(count: int, half: bool, vectors: int) -> Any:
 
 
 @operation(f32x16, f32x16, index, index, index, types.float32)
-def mask_outside(builder, scores, start, low, high, masked):  # type: ignore[no-untyped-def]
+def mask_outside(builder, scores, start, low, high, masked):
     """Scores of the 16 positions from `start`; `masked` where a position is not in low..high."""
     lanes = ir.Constant(I32V, list(range(16)))
 
-    def from_start(bound):  # type: ignore[no-untyped-def]
+    def from_start(bound):
         return splat(builder, builder.trunc(builder.sub(bound, start), I32))
 
     seen = builder.and_(

@@ -39,12 +39,12 @@ BLOCK = 64  # columns in one vector of bytes
 CHUNK = 512  # columns whose scales fill one vector
 
 
-def _pieces(builder, vector, lanes):  # type: ignore[no-untyped-def]
+def _pieces(builder, vector, lanes):
     """Split a vector into pieces of `lanes`."""
     return [shuffle(builder, vector, vector, list(range(s, s + lanes))) for s in range(0, vector.type.count, lanes)]
 
 
-def _joined(builder, pieces):  # type: ignore[no-untyped-def]
+def _joined(builder, pieces):
     while len(pieces) > 1:
         count = pieces[0].type.count
         pieces = [
@@ -53,7 +53,7 @@ def _joined(builder, pieces):  # type: ignore[no-untyped-def]
     return pieces[0]
 
 
-def emit_dot(builder, total, weights, activations):  # type: ignore[no-untyped-def]
+def emit_dot(builder, total, weights, activations):
     """total (16 int32) + sums of 4 neighbouring products. weights: 64 bytes, biased by BIAS; activations: 64 int8."""
     if ISA == isa.AVX512:
         w, a = builder.bitcast(weights, I32V), builder.bitcast(activations, I32V)
@@ -84,7 +84,7 @@ def emit_dot(builder, total, weights, activations):  # type: ignore[no-untyped-d
     return total
 
 
-def _dot_avx2(builder, weights, activations):  # type: ignore[no-untyped-def]
+def _dot_avx2(builder, weights, activations):
     """|w| * (a with w's sign): pairs fit int16, since neither side holds -128."""
     words, sums = ir.VectorType(I16, 16), ir.VectorType(I32, 8)
     ones = ir.Constant(words, [1] * 16)
@@ -97,12 +97,12 @@ def _dot_avx2(builder, weights, activations):  # type: ignore[no-untyped-def]
     return _joined(builder, results)
 
 
-def emit_bias(builder, weights):  # type: ignore[no-untyped-def]
+def emit_bias(builder, weights):
     """int8 weights as `emit_dot` wants them."""
     return builder.xor(weights, ir.Constant(I8V, [128] * 64)) if BIAS else weights
 
 
-def emit_nibbles(builder, at, offset=0):  # type: ignore[no-untyped-def]
+def emit_nibbles(builder, at, offset=0):
     """32 packed bytes as 64 values in 0..15: the low halves, then the high halves."""
     packed = load(builder, at, ir.VectorType(I8, 32), offset)
     both = shuffle(builder, packed, packed, list(range(32)) * 2)
@@ -116,20 +116,20 @@ def emit_nibbles(builder, at, offset=0):  # type: ignore[no-untyped-def]
     return shuffle(builder, low, high, list(range(64)))
 
 
-def _scaled(builder, total, dots, scales, block):  # type: ignore[no-untyped-def]
+def _scaled(builder, total, dots, scales, block):
     """total + dots * (the scales of the block's two groups)."""
     spread = shuffle(builder, scales, scales, [2 * block] * 8 + [2 * block + 1] * 8)
     return fused(builder, builder.sitofp(dots, F32V), spread, total)
 
 
-def emit_dot_16(builder, weights, high, low):  # type: ignore[no-untyped-def]
+def emit_dot_16(builder, weights, high, low):
     """Sums of 4 neighbouring products of biased int8 weights with 16-bit activations at two addresses."""
     dots = emit_dot(builder, ir.Constant(I32V, [0] * 16), weights, load(builder, high, I8V))
     return emit_dot(builder, builder.shl(dots, ir.Constant(I32V, [8] * 16)), weights, load(builder, low, I8V))
 
 
 @operation(f32x16, f32x16, address, address, address, f32x16, address)
-def dot_chunk_q8(builder, total, weights, high, low, scales, ahead):  # type: ignore[no-untyped-def]
+def dot_chunk_q8(builder, total, weights, high, low, scales, ahead):
     """total + scaled products of 512 columns of int8 weights, less the bias' term. scales: of both sides, by group.
 
     ahead: address of as many bytes that will be wanted next; the hardware alone does not fetch far enough ahead.
@@ -144,7 +144,7 @@ def dot_chunk_q8(builder, total, weights, high, low, scales, ahead):  # type: ig
 
 
 @operation(f32x16, f32x16, address, address, f32x16, address)
-def dot_chunk_q4(builder, total, weights, activations, scales, ahead):  # type: ignore[no-untyped-def]
+def dot_chunk_q4(builder, total, weights, activations, scales, ahead):
     """As `dot_chunk_q8`, for packed 4-bit weights (less the minima's term) and the high plane of activations."""
     zero = ir.Constant(I32V, [0] * 16)
     for block in range(CHUNK // BLOCK):
@@ -157,21 +157,21 @@ def dot_chunk_q4(builder, total, weights, activations, scales, ahead):  # type: 
 
 
 @operation(f32x16, f32x16, address, address, address, f32x16)
-def dot_block_q8(builder, total, weights, high, low, scales):  # type: ignore[no-untyped-def]
+def dot_block_q8(builder, total, weights, high, low, scales):
     """As `dot_chunk_q8`, for 64 columns; the scales are those of the first two lanes."""
     w = emit_bias(builder, load(builder, weights, I8V))
     return _scaled(builder, total, emit_dot_16(builder, w, high, low), scales, 0)
 
 
 @operation(f32x16, f32x16, address, address, f32x16)
-def dot_block_q4(builder, total, weights, activations, scales):  # type: ignore[no-untyped-def]
+def dot_block_q4(builder, total, weights, activations, scales):
     """As `dot_chunk_q4`, for 64 columns; the scales are those of the first two lanes."""
     zero = ir.Constant(I32V, [0] * 16)
     w = emit_nibbles(builder, weights)
     return _scaled(builder, total, emit_dot(builder, zero, w, load(builder, activations, I8V)), scales, 0)
 
 
-def emit_two_bits(builder, at):  # type: ignore[no-untyped-def]
+def emit_two_bits(builder, at):
     """16 packed bytes as 64 values in 0..3: the lowest bit pairs of all bytes first."""
     packed = load(builder, at, ir.VectorType(I8, 16))
     if ISA != isa.AVX512:
@@ -183,42 +183,42 @@ def emit_two_bits(builder, at):  # type: ignore[no-untyped-def]
     return builder.and_(builder.bitcast(shifted, I8V), ir.Constant(I8V, [3] * 64))
 
 
-def emit_one_bit(builder, at):  # type: ignore[no-untyped-def]
+def emit_one_bit(builder, at):
     """8 packed bytes as 64 values in 0..1, lowest bit first."""
     bits = builder.bitcast(load(builder, at, ir.IntType(64)), ir.VectorType(ir.IntType(1), 64))
     return builder.zext(bits, I8V)
 
 
-def _two_lanes(builder, pair):  # type: ignore[no-untyped-def]
+def _two_lanes(builder, pair):
     """Two float32 in lanes 0 and 1, zeros after them."""
     return shuffle(builder, pair, ir.Constant(pair.type, [0.0, 0.0]), [0, 1] + [2] * 14)
 
 
 @operation(f32x16, address)
-def load_f32_pair(builder, at):  # type: ignore[no-untyped-def]
+def load_f32_pair(builder, at):
     """Two float32, then zeros."""
     return _two_lanes(builder, load(builder, at, ir.VectorType(F32, 2)))
 
 
 @operation(f32x16, address)
-def load_f16_pair(builder, at):  # type: ignore[no-untyped-def]
+def load_f16_pair(builder, at):
     """Two float16, widened, then zeros."""
     return _two_lanes(builder, half_to_float(builder, load(builder, at, ir.VectorType(F16, 2))))
 
 
 @operation(f32x16, address)
-def load_u8_pair(builder, at):  # type: ignore[no-untyped-def]
+def load_u8_pair(builder, at):
     """Two unsigned bytes, converted, then zeros."""
     return _two_lanes(builder, builder.uitofp(load(builder, at, ir.VectorType(I8, 2)), ir.VectorType(F32, 2)))
 
 
 @operation(types.void, address, address)
-def copy_biased(builder, to, at):  # type: ignore[no-untyped-def]
+def copy_biased(builder, to, at):
     """64 int8 weights to 64 bytes as `emit_dot` wants them."""
     store(builder, to, emit_bias(builder, load(builder, at, I8V)))
 
 
 @operation(types.void, address, address)
-def unpack_nibbles(builder, to, at):  # type: ignore[no-untyped-def]
+def unpack_nibbles(builder, to, at):
     """32 packed bytes to 64 bytes in 0..15."""
     store(builder, to, emit_nibbles(builder, at))

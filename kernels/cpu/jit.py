@@ -42,12 +42,13 @@ def kernel_cache_directory() -> Path:
 
 @contextmanager
 def _numba_cache_in(directory: Path) -> Iterator[None]:
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(directory)
+    config: Any = numba.config
+    before = config.CACHE_DIR
+    config.CACHE_DIR = str(directory)
     try:
         yield
     finally:
-        numba.config.CACHE_DIR = before
+        config.CACHE_DIR = before
 
 
 def jit(function: Callable[..., Any]) -> Any:

@@ -35,11 +35,11 @@ from svdengine.kernels.cpu.tile import loop
 ROWS = 4  # added in one pass over the columns
 
 
-def _unsigned(builder, bytes_):  # type: ignore[no-untyped-def]
+def _unsigned(builder, bytes_):
     return builder.uitofp(bytes_, F32V)
 
 
-def _float_weights(kind: int, builder, at):  # type: ignore[no-untyped-def]
+def _float_weights(kind: int, builder, at):
     """Four vectors: the 64 weights of a block of a float row."""
     size = {F32: 4, F16: 2, BF16: 2}[kind]
     vectors = []
@@ -59,11 +59,11 @@ def float_rows(kind: int) -> Any:
     block_bytes = {F32: 256, F16: 128, BF16: 128}[kind]
 
     @operation(types.void, address, address, address, address, address, real, real, real, real, index)
-    def add(builder, out, w0, w1, w2, w3, h0, h1, h2, h3, blocks):  # type: ignore[no-untyped-def]
+    def add(builder, out, w0, w1, w2, w3, h0, h1, h2, h3, blocks):
         """w: addresses of the rows; blocks: of 64 columns."""
         weights = [splat(builder, h) for h in (h0, h1, h2, h3)]
 
-        def body(i, _):  # type: ignore[no-untyped-def]
+        def body(i, _):
             to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
             offset = builder.mul(i, ir.Constant(I64, block_bytes))
             totals = [load(builder, to, F32V, 64 * v) for v in range(4)]
@@ -83,10 +83,10 @@ def float_rows(kind: int) -> Any:
     types.void, address, address, address, address, address, address, address, address, address, real, real, real, real,
     index,
 )  # fmt: skip
-def add_q8(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, h0, h1, h2, h3, blocks):  # type: ignore[no-untyped-def]
+def add_q8(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, h0, h1, h2, h3, blocks):
     """The sum for q8 rows; s: addresses of the rows' scales."""
 
-    def body(i, _):  # type: ignore[no-untyped-def]
+    def body(i, _):
         to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
         columns, groups = builder.mul(i, ir.Constant(I64, 64)), builder.mul(i, ir.Constant(I64, 4))
         totals = [load(builder, to, F32V, 64 * v) for v in range(4)]
@@ -109,13 +109,13 @@ def add_q8(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, h0, h1, h2, h3, blocks)
     types.void, address, address, address, address, address, address, address, address, address, index,
     real, real, real, real, real, real, real, real, index,
 )  # fmt: skip
-def add_q4(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, minima, h0, h1, h2, h3, m0, m1, m2, m3, blocks):  # type: ignore[no-untyped-def]
+def add_q4(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, minima, h0, h1, h2, h3, m0, m1, m2, m3, blocks):
     """The sum for q4 rows; h: weights times the rows' units of scale, m: times those of the minima.
 
     minima: bytes from a row's scales to its minima.
     """
 
-    def body(i, _):  # type: ignore[no-untyped-def]
+    def body(i, _):
         to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
         columns, groups = builder.mul(i, ir.Constant(I64, 32)), builder.mul(i, ir.Constant(I64, 2))
         totals = [load(builder, to, F32V, 64 * v) for v in range(4)]

@@ -85,32 +85,32 @@ def residual_panels(packed: NDArray[np.uint8], scales: NDArray[np.float16], bits
     return _with_scales(scales, again.reshape(len(tiles), blocks, -1))
 
 
-def _at(builder, base, i, step):  # type: ignore[no-untyped-def]
+def _at(builder, base, i, step):
     return builder.add(base, builder.mul(i, ir.Constant(I64, step)))
 
 
-def _scales(builder, at):  # type: ignore[no-untyped-def]
+def _scales(builder, at):
     return half_to_float(builder, load(builder, at, ir.VectorType(F16, 16)))
 
 
-def _float(builder, at, offset=0):  # type: ignore[no-untyped-def]
+def _float(builder, at, offset=0):
     return splat(builder, load(builder, at, F32, offset))
 
 
-def _four(builder, at, offset):  # type: ignore[no-untyped-def]
+def _four(builder, at, offset):
     """Four neighbouring activations, for every neuron."""
     return builder.bitcast(splat(builder, load(builder, at, I32, offset)), I8V)
 
 
 @operation(f32x16, f32x16, address, index, address)
-def add_factor_scores(builder, total, panel, groups, z):  # type: ignore[no-untyped-def]
+def add_factor_scores(builder, total, panel, groups, z):
     """total + A z of a panel; z: a quantised row of `groups` (at least 1) groups of 32, both planes."""
     columns = builder.mul(groups, ir.Constant(I64, GROUP))
     low = builder.add(z, columns)
     factors = builder.add(low, columns)
     sums = builder.add(factors, builder.mul(groups, ir.Constant(I64, 4)))
 
-    def body(group, totals):  # type: ignore[no-untyped-def]
+    def body(group, totals):
         at = _at(builder, panel, group, FACTOR_BYTES)
         high_at, low_at = _at(builder, z, group, GROUP), _at(builder, low, group, GROUP)
         high_dots, low_dots = (ir.Constant(I32V, [0] * 16) for _ in range(2))
@@ -135,13 +135,13 @@ def residual_scores(bits: int) -> Any:
     center = 1.5 if bits == 2 else 0.5
 
     @operation(f32x16, f32x16, address, index, address)
-    def add(builder, total, panel, blocks, x):  # type: ignore[no-untyped-def]
+    def add(builder, total, panel, blocks, x):
         """total + Q x of a panel; x: a quantised row of `blocks` blocks of 64, of which the high plane is read."""
         columns = builder.mul(blocks, ir.Constant(I64, BLOCK))
         factors = builder.add(x, builder.mul(columns, ir.Constant(I64, 2)))
         sums = builder.add(factors, builder.mul(blocks, ir.Constant(I64, 16)))
 
-        def body(block, totals):  # type: ignore[no-untyped-def]
+        def body(block, totals):
             at, x_at = _at(builder, panel, block, RESIDUAL_BYTES[bits]), _at(builder, x, block, BLOCK)
             factors_at, sums_at = _at(builder, factors, block, 8), _at(builder, sums, block, 8)
             product = ir.Constant(F32V, [0.0] * 16)
@@ -165,7 +165,7 @@ add_residual_scores_2, add_residual_scores_1 = residual_scores(2), residual_scor
 
 
 @operation(types.int64, f32x16, types.int64, address)
-def list_positive(builder, scores, first, neurons):  # type: ignore[no-untyped-def]
+def list_positive(builder, scores, first, neurons):
     """Store first + lane, int32, for every lane whose score is positive, close together; gives how many."""
     positive = builder.fcmp_ordered(">", scores, ir.Constant(F32V, [0.0] * 16))
     numbers = builder.add(splat(builder, builder.trunc(first, I32)), ir.Constant(I32V, list(range(16))))

@@ -138,8 +138,8 @@ def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., ir.Value 
         # An intrinsic's typing function needs named parameters, as many as the operation has.
         exec(f"def {emit.__name__}(typing_context, {parameters}):\n    return signature, codegen", scope)
         function = scope[emit.__name__]
-        function.__doc__ = emit.__doc__  # type: ignore[attr-defined]
-        function.__module__ = emit.__module__  # type: ignore[attr-defined]
+        function.__doc__ = emit.__doc__
+        function.__module__ = emit.__module__
         return intrinsic(function)
 
     return decorate
@@ -149,80 +149,80 @@ address, index, real = types.int64, types.int64, types.float32
 
 
 @operation(f32x16, address)
-def load_f32(builder, at):  # type: ignore[no-untyped-def]
+def load_f32(builder, at):
     """16 float32."""
     return load(builder, at, F32V)
 
 
 @operation(types.void, address, f32x16)
-def store_f32(builder, at, value):  # type: ignore[no-untyped-def]
+def store_f32(builder, at, value):
     """16 float32."""
     store(builder, at, value)
 
 
 @operation(f32x16, address)
-def load_f16(builder, at):  # type: ignore[no-untyped-def]
+def load_f16(builder, at):
     """16 float16, widened."""
     return half_to_float(builder, load(builder, at, ir.VectorType(F16, 16)))
 
 
 @operation(f32x16, address)
-def load_bf16(builder, at):  # type: ignore[no-untyped-def]
+def load_bf16(builder, at):
     """16 bfloat16, widened."""
     wide = builder.zext(load(builder, at, ir.VectorType(I16, 16)), I32V)
     return builder.bitcast(builder.shl(wide, ir.Constant(I32V, [16] * 16)), F32V)
 
 
 @operation(f32x16, address)
-def load_u8_as_f32(builder, at):  # type: ignore[no-untyped-def]
+def load_u8_as_f32(builder, at):
     """16 unsigned bytes, converted."""
     return builder.uitofp(load(builder, at, ir.VectorType(I8, 16)), F32V)
 
 
 @operation(f32x16, address)
-def load_i8_as_f32(builder, at):  # type: ignore[no-untyped-def]
+def load_i8_as_f32(builder, at):
     """16 signed bytes, converted."""
     return builder.sitofp(load(builder, at, ir.VectorType(I8, 16)), F32V)
 
 
 @operation(f32x16, real)
-def splat_f32(builder, x):  # type: ignore[no-untyped-def]
+def splat_f32(builder, x):
     """x in every lane."""
     return splat(builder, x)
 
 
 @operation(f32x16)
-def zero_f32(builder):  # type: ignore[no-untyped-def]
+def zero_f32(builder):
     """0 in every lane."""
     return ir.Constant(F32V, [0.0] * 16)
 
 
 @operation(f32x16, f32x16, f32x16, f32x16)
-def fma(builder, a, b, c):  # type: ignore[no-untyped-def]
+def fma(builder, a, b, c):
     """a * b + c."""
     return fused(builder, a, b, c)
 
 
 @operation(f32x16, f32x16, f32x16)
-def maximum_f32(builder, a, b):  # type: ignore[no-untyped-def]
+def maximum_f32(builder, a, b):
     """Larger of each lane."""
     return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
 
 @operation(f32x16, f32x16, f32x16)
-def minimum_f32(builder, a, b):  # type: ignore[no-untyped-def]
+def minimum_f32(builder, a, b):
     """Smaller of each lane."""
     return builder.select(builder.fcmp_ordered("<", a, b), a, b)
 
 
 @operation(f32x16, f32x16)
-def absolute_f32(builder, a):  # type: ignore[no-untyped-def]
+def absolute_f32(builder, a):
     """|a|."""
     return call(builder, "llvm.fabs.v16f32", F32V, [a])
 
 
 @operation(real, f32x16)
-def sum_lanes(builder, a):  # type: ignore[no-untyped-def]
+def sum_lanes(builder, a):
     """Sum over the lanes, pairwise."""
     for half in (8, 4, 2, 1):
         a = builder.fadd(shuffle(builder, a, a, list(range(half))), shuffle(builder, a, a, list(range(half, 2 * half))))
@@ -230,13 +230,13 @@ def sum_lanes(builder, a):  # type: ignore[no-untyped-def]
 
 
 @operation(real, f32x16)
-def first_lane(builder, a):  # type: ignore[no-untyped-def]
+def first_lane(builder, a):
     """Lane 0."""
     return builder.extract_element(a, ir.Constant(I32, 0))
 
 
 @operation(real, f32x16)
-def max_lanes(builder, a):  # type: ignore[no-untyped-def]
+def max_lanes(builder, a):
     """Largest lane."""
     for half in (8, 4, 2, 1):
         low, high = (shuffle(builder, a, a, list(range(s, s + half))) for s in (0, half))
@@ -245,7 +245,7 @@ def max_lanes(builder, a):  # type: ignore[no-untyped-def]
 
 
 @operation(f32x16, f32x16)
-def exp_f32(builder, x):  # type: ignore[no-untyped-def]
+def exp_f32(builder, x):
     """e^x to about 1e-7 relative; the argument is clamped to the range of normal numbers."""
 
     def constant(value: float) -> ir.Constant:
@@ -267,19 +267,19 @@ def exp_f32(builder, x):  # type: ignore[no-untyped-def]
 
 
 @operation(f32x16, f32x16)
-def round_f32(builder, a):  # type: ignore[no-untyped-def]
+def round_f32(builder, a):
     """To the nearest whole number, ties to even."""
     return call(builder, "llvm.rint.v16f32", F32V, [a])
 
 
 @operation(types.void, address, f32x16)
-def store_whole_i8(builder, at, value):  # type: ignore[no-untyped-def]
+def store_whole_i8(builder, at, value):
     """16 whole numbers in -128..127 as int8."""
     store(builder, at, builder.trunc(builder.fptosi(value, I32V), ir.VectorType(I8, 16)))
 
 
 @operation(f32x16, address, address)
-def load_nibbles_as_f32(builder, at, shift):  # type: ignore[no-untyped-def]
+def load_nibbles_as_f32(builder, at, shift):
     """16 bytes' low halves (shift 0) or high halves (shift 4), converted."""
     packed = load(builder, at, ir.VectorType(I8, 16))
     packed = builder.lshr(packed, splat(builder, builder.trunc(shift, I8)))
@@ -287,25 +287,25 @@ def load_nibbles_as_f32(builder, at, shift):  # type: ignore[no-untyped-def]
 
 
 @operation(real, address)
-def load_real(builder, at):  # type: ignore[no-untyped-def]
+def load_real(builder, at):
     """One float32."""
     return load(builder, at, F32)
 
 
 @operation(types.void, address, real)
-def store_real(builder, at, x):  # type: ignore[no-untyped-def]
+def store_real(builder, at, x):
     """One float32."""
     store(builder, at, x)
 
 
 @operation(real, address)
-def load_half(builder, at):  # type: ignore[no-untyped-def]
+def load_half(builder, at):
     """One float16, widened."""
     return half_to_float(builder, load(builder, at, F16))
 
 
 @operation(types.void, address, real)
-def store_half(builder, at, x):  # type: ignore[no-untyped-def]
+def store_half(builder, at, x):
     """One float16, rounded to nearest even."""
     store(builder, at, float_to_half(builder, x))
 
@@ -320,14 +320,14 @@ def emit_prefetch(builder: ir.IRBuilder, at: ir.Value) -> None:
 
 
 @operation(types.void, address)
-def prefetch(builder, at):  # type: ignore[no-untyped-def]
+def prefetch(builder, at):
     """Ask for the cache line of an address; it need not exist."""
     emit_prefetch(builder, at)
 
 
 def _binary(emit_name: str) -> Any:
     @operation(f32x16, f32x16, f32x16)
-    def binary(builder, a, b):  # type: ignore[no-untyped-def]
+    def binary(builder, a, b):
         """Lane by lane."""
         return getattr(builder, emit_name)(a, b)
 
@@ -336,7 +336,7 @@ def _binary(emit_name: str) -> Any:
 
 def _overload(python_operator: Any, implementation: Any) -> None:
     @overload(python_operator)
-    def choose(a, b):  # type: ignore[no-untyped-def]
+    def choose(a, b):
         if a is f32x16 and b is f32x16:
             return lambda a, b: implementation(a, b)
         return None
@@ -352,30 +352,30 @@ for _operator, _name in (
 
 
 @operation(f32x16, f32x16, f32x16, f32x16, f32x16)
-def select_greater(builder, a, b, then, otherwise):  # type: ignore[no-untyped-def]
+def select_greater(builder, a, b, then, otherwise):
     """`then` where a > b, else `otherwise`."""
     return builder.select(builder.fcmp_ordered(">", a, b), then, otherwise)
 
 
 @operation(f32x16, f32x16, f32x16)
-def copy_sign(builder, size, sign):  # type: ignore[no-untyped-def]
+def copy_sign(builder, size, sign):
     """Size of the first, sign of the second."""
     return call(builder, "llvm.copysign.v16f32", F32V, [size, sign])
 
 
 @operation(real, address)
-def load_u8_as_real(builder, at):  # type: ignore[no-untyped-def]
+def load_u8_as_real(builder, at):
     """One unsigned byte, converted."""
     return builder.uitofp(load(builder, at, I8), F32)
 
 
 @operation(types.int64, address)
-def load_int(builder, at):  # type: ignore[no-untyped-def]
+def load_int(builder, at):
     """One int32, widened."""
     return builder.sext(load(builder, at, I32), I64)
 
 
 @operation(types.void, address, types.int64)
-def store_int(builder, at, value):  # type: ignore[no-untyped-def]
+def store_int(builder, at, value):
     """One int32."""
     store(builder, at, builder.trunc(value, I32))

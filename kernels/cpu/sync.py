@@ -28,25 +28,25 @@ if _WINDOWS:
 
 
 @operation(types.int64, address, types.int64)
-def fetch_add(builder, at, value):  # type: ignore[no-untyped-def]
+def fetch_add(builder, at, value):
     """Atomically add to the int64 at an address; gives what it held before."""
     return builder.atomic_rmw("add", builder.inttoptr(at, I64.as_pointer()), value, "seq_cst")
 
 
 @operation(types.int64, address, types.int64)
-def exchange(builder, at, value):  # type: ignore[no-untyped-def]
+def exchange(builder, at, value):
     """Atomically store an int64; gives what it held before."""
     return builder.atomic_rmw("xchg", builder.inttoptr(at, I64.as_pointer()), value, "seq_cst")
 
 
 @operation(types.int64, address)
-def load_shared(builder, at):  # type: ignore[no-untyped-def]
+def load_shared(builder, at):
     """Atomically load an int64."""
     return builder.load_atomic(builder.inttoptr(at, I64.as_pointer()), "seq_cst", 8)
 
 
 @operation(types.void)
-def pause(builder):  # type: ignore[no-untyped-def]
+def pause(builder):
     """Tell the core that this is a spin loop."""
     if _ARM:
         call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
@@ -55,7 +55,7 @@ def pause(builder):  # type: ignore[no-untyped-def]
 
 
 @operation(types.void)
-def nap(builder):  # type: ignore[no-untyped-def]
+def nap(builder):
     """Sleep for a moment."""
     if _WINDOWS:
         call(builder, "Sleep", ir.VoidType(), [ir.Constant(I32, 1)])

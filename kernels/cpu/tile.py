@@ -57,15 +57,15 @@ def loop(
     return results
 
 
-def _at(builder, base, index_value, step):  # type: ignore[no-untyped-def]
+def _at(builder, base, index_value, step):
     return builder.add(base, builder.mul(index_value, ir.Constant(I64, step)))
 
 
-def _rows(builder, base, stride, count):  # type: ignore[no-untyped-def]
+def _rows(builder, base, stride, count):
     return [builder.add(base, builder.mul(stride, ir.Constant(I64, t))) for t in range(count)]
 
 
-def _accumulate(builder, out, out_stride, totals):  # type: ignore[no-untyped-def]
+def _accumulate(builder, out, out_stride, totals):
     for target, total in zip(_rows(builder, out, out_stride, len(totals)), totals, strict=True):
         store(builder, target, builder.fadd(load(builder, target, F32V), total))
 
@@ -74,7 +74,7 @@ def integer_tile(count: int, planes: int) -> Any:
     """out (count, 16) += panel (16 rows) times `count` quantised activation rows, both planes or the high one."""
 
     @operation(types.void, address, address, index, index, address, index)
-    def tile(builder, panel, x, x_stride, columns, out, out_stride):  # type: ignore[no-untyped-def]
+    def tile(builder, panel, x, x_stride, columns, out, out_stride):
         """Panel: for each group of 32 columns, 16 scales, 16 minima, then 8 vectors of 16 rows x 4 columns."""
         groups = builder.lshr(columns, ir.Constant(I64, 5))
         rows = _rows(builder, x, x_stride, count)
@@ -83,7 +83,7 @@ def integer_tile(count: int, planes: int) -> Any:
         low_rows = [builder.add(row, columns) for row in rows]
         unit = ir.Constant(F32, 1.0 if planes == 2 else 256.0)
 
-        def body(group, totals):  # type: ignore[no-untyped-def]
+        def body(group, totals):
             at = _at(builder, panel, group, 640)
             values = _at(builder, ir.Constant(I64, 0), group, 32)
             dots, low_dots = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
@@ -119,11 +119,11 @@ def float_tile(count: int) -> Any:
     """out (count, 16) += panel (16 rows, float32) times `count` float32 activation rows."""
 
     @operation(types.void, address, address, index, index, address, index)
-    def tile(builder, panel, x, x_stride, columns, out, out_stride):  # type: ignore[no-untyped-def]
+    def tile(builder, panel, x, x_stride, columns, out, out_stride):
         """Panel: one vector of 16 rows a column."""
         rows = _rows(builder, x, x_stride, count)
 
-        def body(four, totals):  # type: ignore[no-untyped-def]
+        def body(four, totals):
             totals = list(totals)
             at = _at(builder, panel, four, 256)
             offset = _at(builder, ir.Constant(I64, 0), four, 16)
@@ -141,7 +141,7 @@ def float_tile(count: int) -> Any:
     return tile
 
 
-def _transposed(builder, vectors):  # type: ignore[no-untyped-def]
+def _transposed(builder, vectors):
     """16 vectors of 16 lanes, transposed in four rounds of interleaving."""
     low = [lane for pair in zip(range(8), range(16, 24), strict=True) for lane in pair]
     high = [lane + 8 for lane in low]
@@ -155,7 +155,7 @@ def _transposed(builder, vectors):  # type: ignore[no-untyped-def]
 
 
 @operation(types.void, address, index, address)
-def transpose_words(builder, source, stride, to):  # type: ignore[no-untyped-def]
+def transpose_words(builder, source, stride, to):
     """16 rows of 16 4-byte words, `stride` bytes apart, to 16 vectors whose lanes are the rows."""
     rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, PANEL)]
     for i, vector in enumerate(_transposed(builder, rows)):
