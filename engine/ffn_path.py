@@ -9,7 +9,7 @@ from svdengine.errors import ModelFileError, RequestError
 from svdengine.kernels.batch import FfnMode
 from svdengine.kernels.predictor import PREFIX, Predictor, predictor_from_arrays
 from svdengine.models.config import RELU_FAMILY, ModelConfig
-from svdengine.predictor_file import check_fingerprint, read_predictor
+from svdengine.predictor_file import check_fingerprint, check_finite, read_predictor
 
 if TYPE_CHECKING:
     from svdengine.model_file import ModelFile
@@ -40,6 +40,7 @@ def find_predictor(model_file: ModelFile, path: str | Path | None = None) -> Pre
     try:
         description = model_file.metadata["predictor"]
         predictor = predictor_from_arrays(arrays, description, config.layer_count, config.ffn_size, config.hidden_size)
+        check_finite(arrays)
     except KeyError:
         raise ModelFileError(f"{model_file.path}: holds predictor tensors, but does not describe them") from None
     except (ValueError, RecursionError) as error:

@@ -83,7 +83,7 @@ def read_predictor(path: Path | str, model_file: ModelFile) -> Predictor:
         predictor = predictor_from_arrays(
             arrays, metadata["predictor"], config.layer_count, config.ffn_size, config.hidden_size
         )
-        _check_finite(arrays)
+        check_finite(arrays)
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path}: {error}") from error
     check_fingerprint(predictor, model_file, path)
@@ -129,8 +129,8 @@ def _declare(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Declared]:
     return {name: (array.shape, _DTYPE_NAMES[array.dtype.name]) for name, array in arrays.items()}
 
 
-def _check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Scales and thresholds that are not finite would make every score NaN, and every output zero."""
+def check_finite(arrays: Mapping[str, NDArray[Any]]) -> None:
+    """Raise ValueError on scales or thresholds that are not finite: they would make every score NaN."""
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise ValueError(f"{name} holds NaN or infinity")

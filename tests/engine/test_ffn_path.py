@@ -115,22 +115,24 @@ def test_a_model_without_predictor_is_told_to_calibrate(tmp_path: Path) -> None:
             svdengine.load(silu, device="reference", **options)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("damage", ["no description", "no json", "wrong rank", "missing"])
+@pytest.mark.parametrize("damage", ["no description", "no json", "wrong rank", "missing", "not finite"])
 def test_a_damaged_predictor_is_refused(path: Path, tmp_path: Path, damage: str) -> None:
     file = TensorFile(path)
-    metadata = dict(file.header.metadata)
+    metadata, arrays = dict(file.header.metadata), dict(file.arrays)
     tensors = {n: (e.shape, e.dtype) for n, e in file.header.entries.items() if not n.startswith("__pad.")}
     if damage == "no description":
         del metadata["predictor"]
     elif damage == "no json":
         metadata["predictor"] = "{"
+    elif damage == "not finite":
+        arrays["predictor.1.bias"] = np.full_like(arrays["predictor.1.bias"], np.nan)
     elif damage == "wrong rank":
         metadata["predictor"] = metadata["predictor"].replace('"rank": 90', '"rank": 9')
     else:
         del tensors["predictor.1.A"]
     with TensorWriter(tmp_path / "bad.svdp", tensors, metadata) as writer:
         for name in tensors:
-            writer.write(name, file.arrays[name])
+            writer.write(name, arrays[name])
     with pytest.raises(ModelFileError, match="predictor"):
         svdengine.load(tmp_path / "bad.svdp", device="reference")
 
