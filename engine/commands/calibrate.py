@@ -49,9 +49,11 @@ class RankOrAuto(click.ParamType):
 )
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text, or chats in a .jsonl file.")
 @click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of it to use.  [default: 16384]")
-@click.option("--predictor", "kind", type=click.Choice(KINDS), default="svd", show_default=True, help="Its kind.")
+@click.option("--predictor", "kind", type=click.Choice(KINDS), default="lowbit", show_default=True, help="Its kind.")
 @click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the SVD.")
-@click.option("--bits", type=click.IntRange(1, 2), metavar="1|2", help="Of the low-bit residual.  [default: auto]")
+@click.option(
+    "--bits", type=click.IntRange(1, 2), default=2, show_default=True, metavar="1|2", help="Of the low-bit residual."
+)
 @click.option(
     "--factors", type=click.Choice(["q8", "q4"]), default="q8", show_default=True, help="How factors are stored."
 )
@@ -89,9 +91,9 @@ def calibrate_file(
     model: Path,
     output: Path,
     *,
-    kind: str = "svd",
+    kind: str = "lowbit",
     rank: int | None = None,
-    bits: int | None = None,
+    bits: int | None = 2,
     factors: str = "q8",
     thresholds: str = "error",
     text: Path | None = None,

@@ -42,14 +42,14 @@ def test_a_relu_model_gets_a_predictor(tmp_path: Path) -> None:
     write_hf(tmp_path / "hf")
     output, text = str(tmp_path / "m.svdp"), tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 100, encoding="utf-8")
-    arguments = [str(tmp_path / "hf"), "-o", output, "--rank", "16", "--calibration", "recall", "--text", str(text)]
+    arguments = [str(tmp_path / "hf"), "-o", output, "--calibration", "recall", "--text", str(text)]
     done = run(convert_command, *arguments)
     assert done.exit_code == 0, done.output
-    assert "Calibrating a predictor (svd)" in done.stderr
+    assert "Calibrating a predictor (lowbit)" in done.stderr
     report = json.loads(run(inspect_command, output, "--json").stdout)["predictor"]
-    assert (report["kind"], report["thresholds"]) == ("svd", "recall")
-    assert [layer["rank"] for layer in report["layers"]] == [16] * 3
-    assert "predictor: svd; thresholds: recall" in run(inspect_command, output).stdout
+    assert (report["kind"], report["thresholds"]) == ("lowbit", "recall")
+    assert [(layer["rank"], layer["residual_bits"]) for layer in report["layers"]] == [(0, 2)] * 3
+    assert "predictor: lowbit; thresholds: recall" in run(inspect_command, output).stdout
     text.write_text("short", encoding="utf-8")
     with pytest.raises(ConversionError, match="is complete, but has no predictor: the calibration text has"):
         run(convert_command, *arguments)
