@@ -16,8 +16,9 @@ from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
-from svdengine.kernels.cpu.step import DENSE, PREDICT, SKIP_ZEROS, STAGES, Cache, Inputs, Workspace, run
+from svdengine.kernels.cpu.step import run
 from svdengine.kernels.cpu.team import Team
+from svdengine.kernels.cpu.workspace import DENSE, PREDICT, SKIP_ZEROS, STAGES, Cache, Inputs, Workspace
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.rope import rope_tables

@@ -1,0 +1,162 @@
+"""The FFN stage of a layer, dense or conditional."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from svdengine.kernels.cpu.elementwise import activate_row, copy_row
+from svdengine.kernels.cpu.gemm import gemm_transposed
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
+from svdengine.kernels.cpu.quantize import quantize_groups
+from svdengine.kernels.cpu.rows import add_range
+from svdengine.kernels.cpu.sharing import NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
+from svdengine.kernels.cpu.simd import store_int
+from svdengine.kernels.cpu.sparse import (
+    LISTED,
+    clear_padding,
+    compute_listed,
+    count_neurons,
+    list_neurons,
+    project,
+    sparse_row,
+    start_sum,
+)
+from svdengine.kernels.cpu.sync import barrier
+from svdengine.kernels.cpu.workspace import DOWN_STAGE, PREDICT, UP_STAGE
+
+
+@jit
+def ffn_hidden(model, work, layer, normed, n, member, threads, first, last):
+    """act(gate) * up of neurons first..last, and its quantised form for a down that reads all of it."""
+    own = member if n == 1 else 0
+    x = normed + own * work.hidden_stride
+    quantized = work.hidden_q + own * work.hidden_q_stride
+    scratch = work.scratch + member * work.scratch_stride
+    base = layer * LAYER_MATRICES
+    if model.gated:
+        matmul(
+            model.matrices[base + GATE], x, work.hidden_stride, quantized, work.hidden_q_stride,
+            n, work.gate, work.ffn_stride, first, last, scratch,
+        )  # fmt: skip
+    matmul(
+        model.matrices[base + UP], x, work.hidden_stride, quantized, work.hidden_q_stride,
+        n, work.up, work.ffn_stride, first, last, scratch,
+    )  # fmt: skip
+    padded = model.ffn_stride if last == model.ffn else last
+    for row in range(n):
+        gate = work.gate + row * work.ffn_stride
+        up = work.up + row * work.ffn_stride
+        threshold = np.float32(model.threshold)
+        activate_row(gate, up, gate, model.activation, threshold, model.gated, first, padded)
+        if model.quantized and not model.transposed_down:
+            quantize_groups(gate, work.ffn_q + row * work.ffn_q_stride, model.ffn_stride, first, padded)
+
+
+@jit
+def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
+    """ffn_add = FFN(normed), dense. Returns in how many parts decode leaves the result."""
+    matrix = model.matrices[layer * LAYER_MATRICES + DOWN]
+    scratch = work.scratch + member * work.scratch_stride
+    if model.transposed_down and n == 1:
+        # A neuron's row goes straight from its owner into the owner's partial sum.
+        first, last = share(model.ffn, NEURON_UNIT, member, threads)
+        ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
+        out = work.ffn_add + member * work.hidden_stride
+        start_sum(out, matrix[BIAS_VECTOR], model.hidden_stride, member == 0)
+        add_range(matrix, work.gate, first, last, out)
+        barrier(sync, threads)
+        return threads
+    turn = 0
+    counter = counter_of(inputs, layer, UP_STAGE)
+    first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
+    while first < last:
+        ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
+        turn += 1
+        first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
+    barrier(sync, threads)
+    if model.transposed_down:
+        first, last = share(model.hidden, 16, member, threads)
+        gemm_transposed(
+            matrix, matrix[BIAS_VECTOR], work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride,
+            model.ffn_stride, first, last, scratch,
+        )  # fmt: skip
+    else:
+        matmul_together(
+            matrix, work.gate, work.ffn_stride, work.ffn_q, work.ffn_q_stride,
+            n, work.ffn_add, work.hidden_stride, model.hidden, scratch,
+            member, threads, counter_of(inputs, layer, DOWN_STAGE),
+        )  # fmt: skip
+    barrier(sync, threads)
+    return 1
+
+
+@jit
+def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
+    """The conditional FFN of one row by all threads; each leaves a part of ffn_add. Returns how many parts."""
+    base = layer * LAYER_MATRICES
+    x = normed + member * work.hidden_stride
+    quantized = work.hidden_q + member * work.hidden_q_stride
+    first, last = share(model.ffn, NEURON_UNIT, member, threads)
+    count, total = last - first, model.ffn
+    scratch = work.scratch + member * work.scratch_stride
+    if inputs.sizes[2] == PREDICT:
+        rank, columns = model.matrices[base + FACTOR_B, ROWS], model.matrices[base + FACTOR_A, COLUMNS]
+        z_quantized = work.z_q + member * work.hidden_q_stride
+        if rank > 0:
+            a, b = share(rank, 4, member, threads)
+            project(model, layer, quantized, work.z, a, b)
+            barrier(sync, threads)
+            clear_padding(work.z, rank, columns)
+            quantize_groups(work.z, z_quantized, columns, 0, columns)
+        neurons = work.neurons + 4 * first
+        shift = inputs.sparsity_bias[inputs.sequences[0]]
+        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, first, last, scratch)
+    else:
+        for i in range(first, last):
+            store_int(work.neurons + 4 * i, i)
+    inputs.counts[member, LISTED] = count
+    barrier(sync, threads)
+    total = 0
+    for other in range(threads):
+        total += inputs.counts[other, LISTED]
+    first, last = share(total, NEURON_UNIT, member, threads)
+    out = work.ffn_add + member * work.hidden_stride
+    start_sum(out, model.matrices[base + DOWN, BIAS_VECTOR], model.hidden_stride, member == 0)
+    start, active = 0, 0
+    for other in range(threads):
+        listed = inputs.counts[other, LISTED]
+        a, b = max(first, start) - start, min(last, start + listed) - start
+        if a < b:
+            at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
+            active += compute_listed(model, layer, x, quantized, at, b - a, out, scratch)
+        start += listed
+    count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
+    barrier(sync, threads)
+    return threads
+
+
+@jit
+def sparse_rows(model, work, inputs, layer, normed, n, member, threads):
+    """The conditional FFN of several rows: each has its own list, and a thread does whole rows."""
+    first, last = share(n, 1, member, threads)
+    predict = inputs.sizes[2] == PREDICT
+    for row in range(first, last):
+        sparse_row(
+            model, layer, normed + row * work.hidden_stride, work.hidden_q + row * work.hidden_q_stride,
+            work.z + member * work.hidden_stride, work.z_q + member * work.hidden_q_stride,
+            work.neurons + member * work.neurons_stride, inputs.sparsity_bias[inputs.sequences[row]], predict,
+            work.ffn_add + row * work.hidden_stride, work.scratch + member * work.scratch_stride,
+            inputs.counts, member,
+        )  # fmt: skip
+
+
+@jit
+def keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads):
+    """Copy the FFN's inputs to where the caller finds them, when it asked for them."""
+    kept = inputs.sizes[3]  # (layers, n, hidden_stride)
+    if kept != 0 and n > 1:
+        first, last = share(n, 1, member, threads)
+        for row in range(first, last):
+            to = kept + (layer * n + row) * work.hidden_stride
+            copy_row(normed + row * work.hidden_stride, to, model.hidden_stride)

@@ -1,0 +1,88 @@
+"""How the threads of a team share the rows of a product, of a batch, and of the residual stream.
+
+A step of one row (decode) keeps the residual stream in a private copy a thread: norms and quantisation are so short
+that all threads do them rather than wait for one. A step of several rows shares the rows out instead.
+"""
+
+from __future__ import annotations
+
+from svdengine.kernels.cpu.gemm import gemm
+from svdengine.kernels.cpu.gemv import gemv
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS
+from svdengine.kernels.cpu.sync import barrier, fetch_add
+from svdengine.kernels.cpu.workspace import STAGES
+
+PIECE = 32768  # weights
+NEURON_UNIT = 16  # neurons are shared out in multiples of it
+
+
+@jit
+def share(count, unit, member, threads):
+    """This member's part of `count` items, in multiples of `unit`."""
+    units = (count + unit - 1) // unit
+    first = units * member // threads * unit
+    last = units * (member + 1) // threads * unit
+    return min(first, count), min(last, count)
+
+
+@jit
+def claim(counter, count, columns, unit, member, threads, turn):
+    """This member's next part of `count` rows, first and last, empty at the end; unit: divides all parts but the last.
+
+    Three quarters are shared out beforehand, on turn 0; the rest goes in pieces to whoever is ready, since cores are
+    not equally fast at every moment. A piece has at least PIECE weights: what is fetched ahead at its end is another
+    member's. counter: address of a count that starts at 0.
+    """
+    if threads == 1:
+        return (0, count) if turn == 0 else (0, 0)
+    each = count // unit * 3 // 4 // threads * unit
+    if turn == 0 and each > 0:
+        return member * each, (member + 1) * each
+    piece = max(PIECE // columns, count // 128) // unit * unit + unit
+    first = each * threads + fetch_add(counter, 1) * piece
+    return min(first, count), min(first + piece, count)
+
+
+@jit
+def rows_of(n, member, threads):
+    """The rows of the residual stream that a member owns: first, last. In decode, its private copy."""
+    if n == 1:
+        return member, member + 1
+    return share(n, 1, member, threads)
+
+
+@jit
+def ready(n, sync, threads):
+    """Rows that other members made are complete; in decode every member made its own."""
+    if n > 1:
+        barrier(sync, threads)
+
+
+@jit
+def counter_of(inputs, layer, stage):
+    """Address of the claims of one stage of a layer."""
+    return inputs.claims.ctypes.data + 8 * (layer * STAGES + stage)
+
+
+@jit
+def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch):
+    """out[:, first..last] = x times rows first..last of a matrix, plus its bias."""
+    bias = matrix[BIAS_VECTOR]
+    if n == 1:
+        gemv(matrix, bias, x, quantized, out, first, last)
+    else:
+        gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
+
+
+@jit
+def matmul_together(
+    matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, count, scratch, member, threads, counter
+):
+    """As `matmul`, for rows 0..count, which all members share."""
+    turn = 0
+    first, last = claim(counter, count, matrix[COLUMNS], 16, member, threads, turn)
+    while first < last:
+        matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
+        turn += 1
+        first, last = claim(counter, count, matrix[COLUMNS], 16, member, threads, turn)

@@ -1,0 +1,72 @@
+"""What a step works on besides the model: its buffers, the KV block pool, and the batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
+ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claimed; the lm_head's comes after all layers
+
+
+class Workspace(NamedTuple):
+    """Addresses of the buffers of a step. A row is as wide as its stride, in bytes."""
+
+    x: int  # residual stream
+    hidden_stride: int
+    normed: int
+    second: int  # input of a parallel FFN that has a norm of its own
+    hidden_q: int  # quantised `normed`
+    hidden_q_stride: int
+    q: int
+    q_stride: int
+    k: int
+    v: int
+    kv_stride: int
+    attention: int
+    attention_stride: int
+    attention_q: int
+    attention_q_stride: int
+    partial: int  # in decode: running sums of each head over a thread's part of the context
+    attention_add: int  # what attention adds to x
+    ffn_add: int  # what the FFN adds; with neuron-major down, one row a thread in decode
+    gate: int
+    up: int
+    ffn_stride: int
+    ffn_q: int
+    ffn_q_stride: int
+    z: int  # B x of the predictor, one row a thread; in decode all share the first
+    z_q: int
+    neurons: int  # lists of neurons, int32, likewise
+    neurons_stride: int
+    logits: int
+    logits_stride: int
+    scratch: int  # one a thread
+    scratch_stride: int
+
+
+class Cache(NamedTuple):
+    """The KV block pool: [layer][kv head][block][...], keys dimension-major and values token-major."""
+
+    keys: int
+    values: int
+    key_head: int  # bytes of one block of one head
+    value_head: int
+    blocks: int
+    half: bool
+
+
+class Inputs(NamedTuple):
+    """The batch, in arrays that live as long as the executor."""
+
+    sizes: NDArray[np.int64]  # (4,) rows, rows whose logits are wanted, FFN mode, address for the FFNs' inputs or 0
+    tokens: NDArray[np.int32]
+    positions: NDArray[np.int32]
+    sequences: NDArray[np.int32]
+    block_tables: NDArray[np.int32]
+    logit_rows: NDArray[np.int32]
+    sparsity_bias: NDArray[np.float32]  # of each sequence
+    claims: NDArray[np.int64]  # (layers * STAGES + 1,) zeros when a step begins
+    counts: NDArray[np.int64]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows
