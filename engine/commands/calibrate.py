@@ -137,6 +137,8 @@ def _check_shape(kind: str, rank: int | None, bits: int | None, config: ModelCon
     from svdengine.converters.predictor_choice import candidate_shapes
     from svdengine.errors import ConversionError
 
+    if kind == "lowbit" and rank is not None:
+        raise ConversionError("a lowbit predictor has no rank: leave --rank out, or choose --predictor svd")
     try:
         candidate_shapes(kind, rank, bits, config)
     except ValueError as error:

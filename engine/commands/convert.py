@@ -23,7 +23,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "none"]),
-    help="The predictor's kind; by default lowbit, and none for a model outside the ReLU family.",
+    help="The predictor's kind; by default lowbit (svd with --rank), and none for a model outside the ReLU family.",
 )
 @click.option(
     "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the predictor's SVD."
@@ -63,7 +63,7 @@ def command(source: Path, output: Path, dtype: str, activation: str | None, kind
         convert(source, output, cast(WeightFormat, dtype), activation, progress)
         bar.update(max(0, (bar.length or 0) - bar.pos))
     if config.sparse_ffn and kind != "none":
-        _calibrate(output, kind or "lowbit", options)
+        _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)
 

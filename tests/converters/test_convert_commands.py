@@ -48,7 +48,7 @@ def test_a_relu_model_gets_a_predictor(tmp_path: Path) -> None:
     assert "Calibrating a predictor (lowbit)" in done.stderr
     report = json.loads(run(inspect_command, output, "--json").stdout)["predictor"]
     assert (report["kind"], report["thresholds"]) == ("lowbit", "recall")
-    assert [(layer["rank"], layer["residual_bits"]) for layer in report["layers"]] == [(0, 2)] * 3
+    assert [(layer["rank"], layer["bits"]) for layer in report["layers"]] == [(0, 2)] * 3
     assert "predictor: lowbit; thresholds: recall" in run(inspect_command, output).stdout
     text.write_text("short", encoding="utf-8")
     with pytest.raises(ConversionError, match="is complete, but has no predictor: the calibration text has"):

@@ -44,8 +44,10 @@ def error_of(*arguments: Any) -> str:
 
 def test_calibrate_to_its_own_file(folder: Path, tmp_path: Path) -> None:
     before = (folder / "dense.svdp").read_bytes()
-    made, common = tmp_path / "p.safetensors", ("--text", folder / "text.txt", "--rank", 24, "--density", 0.6)
-    table = done("calibrate", folder / "dense.svdp", "-o", made, *common).stdout.splitlines()
+    made, common = tmp_path / "p.safetensors", ("--text", folder / "text.txt", "--density", 0.6)
+    table = done(
+        "calibrate", folder / "dense.svdp", "-o", made, "--predictor", "svd", "--rank", 24, *common
+    ).stdout.splitlines()
     assert table[0] == "predictor: svd; thresholds: error; budget: density 0.6"
     assert [line.split()[0] for line in table[-4:]] == ["layer", "0", "1", "total"]
     assert table[-3].split()[1:3] == ["24", "0"] and (folder / "dense.svdp").read_bytes() == before
@@ -81,7 +83,8 @@ def test_calibrate_in_place_and_to_a_copy(folder: Path, tmp_path: Path) -> None:
         (("dense.svdp", "--text", "short.txt"), "the calibration text has"),
         (("dense.svdp", "-o", "nowhere/p.safetensors"), "there is no folder nowhere"),
         (("dense.svdp", "--max-loss", "2"), "a budget is a share between 0 and 1"),
-        (("dense.svdp", "--rank", "91"), "rank"),
+        (("dense.svdp", "--rank", "64"), "a lowbit predictor has no rank"),
+        (("dense.svdp", "--predictor", "svd", "--rank", "91"), "rank"),
     ],
 )
 def test_what_cannot_be_calibrated(
