@@ -160,8 +160,15 @@ def test_perplexity_agrees_with_llama_cpp(
     assert perplexities(dtype) == pytest.approx(recorded[kind]["perplexity"], rel=tolerance)
 
 
-def test_8_bits_cost_little_perplexity(converted: Convert, recorded: dict[str, Any]) -> None:
-    """On the recorded text and a licence: on either alone, chance is as large as what is measured."""
+@pytest.mark.xfail(
+    strict=True, reason="q8 weights cost 0.39 % on this text alone, and 0.17 % on one nine times as long"
+)
+def test_8_bits_cost_little_perplexity(perplexities: Callable[[str], float]) -> None:
+    assert perplexities("q8") == pytest.approx(perplexities("f32"), rel=0.003)
+
+
+def test_8_bits_cost_little_perplexity_on_more_text(converted: Convert, recorded: dict[str, Any]) -> None:
+    """On the recorded text and a licence together."""
     licence = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
     with read_model_file(converted("q8")) as file:
         tokens = Tokenizer(file.tokenizer_info, file.tokenizer_bytes).encode(licence)
