@@ -40,12 +40,6 @@ _BIAS = np.float32(BIAS)
 
 
 @jit
-def panel_bytes(columns):
-    """Scratch that one panel needs: the packed form, and 1 KiB (integer) or 64 bytes a column (float) to pack from."""
-    return max(columns * 20 + 2048, 2 * FLOAT_DEPTH * 64)
-
-
-@jit
 def pack_integer_panel(matrix, first, panel, staging):
     """16 rows of a q8 or q4 matrix from row `first`; rows beyond the last get scale 0."""
     columns, rows, kind = matrix[COLUMNS], matrix[ROWS], matrix[FORMAT]

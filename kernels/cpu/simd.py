@@ -37,8 +37,6 @@ class _VectorModel(models.PrimitiveModel):
 
 
 f32x16 = Vector("f32x16", F32V)
-i32x16 = Vector("i32x16", I32V)
-i8x64 = Vector("i8x64", I8V)
 
 
 def declare(builder: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Type]) -> ir.Function:
