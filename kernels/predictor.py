@@ -1,12 +1,13 @@
 """The sparsity predictor: which FFN neurons of a token are worth computing, from a cheap score.
 
-    s = A (B x) + Q x + b - bias * unit        neuron i is predicted active when s_i > 0
+    s = A act(B x) + Q x + b - bias * unit        neuron i is predicted active when s_i > 0
 
-B (r, d) and A (f, r) are low-rank factors, Q (f, d) a low-bit residual; either may be missing. b holds the calibrated
-thresholds. `unit` is one standard deviation of each neuron's gate, so that one number, the sparsity bias, shifts all
-thresholds at run time: positive is sparser. x is the FFN's input after its norm, rounded with a scale per group of
-32: to 16 bits for q8 factors, to 8 for q4 factors and for Q, and B x likewise before A. Thresholds are calibrated in
-this arithmetic.
+B (r, d) and A (f, r) are factors, Q (f, d) a low-bit residual; either may be missing. act is the identity, which makes
+A B a matrix of low rank, or ReLU, which makes a trained network of one hidden layer (converters/powerinfer.py); only
+the latter may have a rank above d. b holds the calibrated thresholds. `unit` is one standard deviation of each neuron's
+gate, or of its score where that is in other units, so that one number, the sparsity bias, shifts all thresholds at run
+time: positive is sparser. x is the FFN's input after its norm, rounded with a scale per group of 32: to 16 bits for q8
+factors, to 8 for q4 factors and for Q, and act(B x) likewise before A. Thresholds are calibrated in this arithmetic.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ FactorFormat = Literal["q8", "q4"]
 class LayerPredictor:
     """The predictor of one layer. Parts are stored arrays by suffix, as kernels/formats.py and lowbit.py say."""
 
-    rank: int  # r; 0: no factors
+    rank: int  # r, the width of the hidden layer where there is one; 0: no factors
     factor_format: FactorFormat
     residual_bits: int  # of Q: 0 (none), 1 or 2
     a: Parts  # (f, r)
@@ -38,6 +39,7 @@ class LayerPredictor:
     q: Parts  # (f, d)
     bias: NDArray[np.float32]  # (f,)
     unit: NDArray[np.float32]  # (f,)
+    relu: bool = False  # between B and A
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,11 @@ class Predictor:
 
     layers: tuple[LayerPredictor, ...]
     about: Mapping[str, Any]  # JSON: kind, calibrator, budget, fingerprint of the model, statistics of each layer
+
+
+def largest_rank(hidden_size: int, ffn_size: int, relu: bool) -> int:
+    """The largest rank that a predictor may have, which executors make room for."""
+    return max(hidden_size, ffn_size) if relu else hidden_size
 
 
 def quantize_activations(x: NDArray[np.float32], bits: int = 16) -> NDArray[np.float32]:
@@ -66,6 +73,7 @@ def scores(layer: LayerPredictor, x: NDArray[np.float32], bias: float = 0.0) -> 
     if layer.rank:
         bits = 16 if layer.factor_format == "q8" else 8
         z = quantize_activations(x, bits) @ dequantize(layer.b, layer.factor_format, x.shape[1]).T
+        z = np.maximum(z, 0) if layer.relu else z
         s = s + quantize_activations(z, bits) @ dequantize(layer.a, layer.factor_format, layer.rank).T
     if layer.residual_bits:
         s = s + quantize_activations(x, 8) @ dequantize_lowbit(layer.q, layer.residual_bits, x.shape[1]).T
@@ -84,8 +92,12 @@ def layer_arrays(index: int, layer: LayerPredictor) -> dict[str, NDArray]:
 
 def describe(predictor: Predictor) -> str:
     """The JSON that goes beside the arrays as metadata `predictor`."""
-    layers = [{"rank": p.rank, "factors": p.factor_format, "residual_bits": p.residual_bits} for p in predictor.layers]
-    return json.dumps({**predictor.about, "layers": layers})
+    return json.dumps({**predictor.about, "layers": [_describe_layer(layer) for layer in predictor.layers]})
+
+
+def _describe_layer(layer: LayerPredictor) -> dict[str, Any]:
+    layout = {"rank": layer.rank, "factors": layer.factor_format, "residual_bits": layer.residual_bits}
+    return {**layout, "relu": True} if layer.relu else layout
 
 
 def predictor_from_arrays(
@@ -99,8 +111,8 @@ def predictor_from_arrays(
     expected: dict[str, tuple[tuple[int, ...], str]] = {}
     shapes = []
     for index, layout in enumerate(layouts):
-        rank, factors, bits = _layout(layout, hidden_size)
-        shapes.append((rank, factors, bits))
+        rank, factors, bits, relu = _layout(layout, hidden_size, ffn_size)
+        shapes.append((rank, factors, bits, relu))
         expected |= {
             f"{PREFIX}{index}.{name}": value
             for name, value in _stored(rank, factors, bits, ffn_size, hidden_size).items()
@@ -120,15 +132,20 @@ def predictor_from_arrays(
 _NUMPY = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
 
-def _layout(layout: Any, hidden_size: int) -> tuple[int, FactorFormat, int]:
+def _layout(layout: Any, hidden_size: int, ffn_size: int) -> tuple[int, FactorFormat, int, bool]:
+    """Rank, format of the factors, bits of the residual, and whether there is a ReLU: none where that is not said."""
     if not isinstance(layout, dict):
         raise ValueError("a layer of the predictor is not described by an object")
     rank, factors, bits = layout.get("rank"), layout.get("factors"), layout.get("residual_bits")
-    if type(rank) is not int or not 0 <= rank <= hidden_size:
-        raise ValueError(f"a predictor's rank must lie in 0..{hidden_size}, found {rank!r}")
+    relu = layout.get("relu", False)
+    if type(relu) is not bool:
+        raise ValueError(f"a predictor's relu must be true or false, found {relu!r}")
+    least, most = int(relu), largest_rank(hidden_size, ffn_size, relu)
+    if type(rank) is not int or not least <= rank <= most:
+        raise ValueError(f"a predictor's rank must lie in {least}..{most}, found {rank!r}")
     if factors not in get_args(FactorFormat) or type(bits) is not int or bits not in (0, 1, 2):
         raise ValueError(f"found predictor factors {factors!r} with a residual of {bits!r} bits")
-    return rank, cast(FactorFormat, factors), bits
+    return rank, cast(FactorFormat, factors), bits, relu
 
 
 def _stored(rank: int, factors: WeightFormat, bits: int, f: int, d: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -143,10 +160,12 @@ def _stored(rank: int, factors: WeightFormat, bits: int, f: int, d: int) -> dict
     return stored
 
 
-def _layer(arrays: Mapping[str, NDArray], prefix: str, rank: int, factors: FactorFormat, bits: int) -> LayerPredictor:
+def _layer(
+    arrays: Mapping[str, NDArray], prefix: str, rank: int, factors: FactorFormat, bits: int, relu: bool
+) -> LayerPredictor:
     def parts(name: str) -> Parts:
         suffixes = ("", ".scale", ".min", ".row")
         return {s: arrays[prefix + name + s] for s in suffixes if prefix + name + s in arrays}
 
     bias, unit = arrays[prefix + "bias"], arrays[prefix + "unit"]
-    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit)
+    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit, relu)

@@ -20,7 +20,7 @@ from svdengine.kernels.cpu.step import run
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import DENSE, PREDICT, SKIP_ZEROS, STAGES, Cache, Inputs, Workspace
 from svdengine.kernels.formats import WeightFormat, padded_columns
-from svdengine.kernels.predictor import Predictor
+from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
 
@@ -199,6 +199,7 @@ class CpuExecutor:
 
         hidden, attention = stride(model.hidden), stride(model.heads * model.head_dim)
         ffn, kv = stride(model.ffn), stride(model.kv_heads * model.head_dim)
+        rank = largest_rank(model.hidden, model.ffn, relu=True)  # predictors come later
         widest = padded_columns(max(model.hidden, model.ffn, model.heads * model.head_dim))
         scratch = max(24 * widest + 8192, 1 << 18)
         self._logits = _aligned(rows * stride(model.vocabulary)).view(np.float32).reshape(rows, -1)
@@ -206,7 +207,7 @@ class CpuExecutor:
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
             "q": attention, "k": kv, "v": kv, "attention": attention,
             "attention_q": quantized(model.heads * model.head_dim), "attention_add": hidden, "ffn_add": hidden,
-            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": hidden, "z_q": quantized(model.hidden),
+            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
             "neurons": ffn + 64,
         }  # fmt: skip
         buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
@@ -216,7 +217,8 @@ class CpuExecutor:
         strides = {
             "hidden_stride": hidden, "hidden_q_stride": sizes["hidden_q"], "q_stride": attention, "kv_stride": kv,
             "attention_stride": attention, "attention_q_stride": sizes["attention_q"], "ffn_stride": ffn,
-            "ffn_q_stride": sizes["ffn_q"], "neurons_stride": ffn + 64,
+            "ffn_q_stride": sizes["ffn_q"], "z_stride": sizes["z"], "z_q_stride": sizes["z_q"],
+            "neurons_stride": ffn + 64,
             "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
         }  # fmt: skip
         addresses = {name: buffer.ctypes.data for name, buffer in buffers.items()}

@@ -102,7 +102,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     scratch = work.scratch + member * work.scratch_stride
     if inputs.sizes[2] == PREDICT:
         rank, columns = model.matrices[base + FACTOR_B, ROWS], model.matrices[base + FACTOR_A, COLUMNS]
-        z_quantized = work.z_q + member * work.hidden_q_stride
+        z_quantized = work.z_q + member * work.z_q_stride
         if rank > 0:
             a, b = share(rank, 4, member, threads)
             project(model, layer, quantized, work.z, a, b)
@@ -144,7 +144,7 @@ def sparse_rows(model, work, inputs, layer, normed, n, member, threads):
     for row in range(first, last):
         sparse_row(
             model, layer, normed + row * work.hidden_stride, work.hidden_q + row * work.hidden_q_stride,
-            work.z + member * work.hidden_stride, work.z_q + member * work.hidden_q_stride,
+            work.z + member * work.z_stride, work.z_q + member * work.z_q_stride,
             work.neurons + member * work.neurons_stride, inputs.sparsity_bias[inputs.sequences[row]], predict,
             work.ffn_add + row * work.hidden_stride, work.scratch + member * work.scratch_stride,
             inputs.counts, member,

@@ -27,7 +27,7 @@ from svdengine.kernels.cpu.plan import (
 from svdengine.kernels.cpu.score import factor_panels, residual_panels
 from svdengine.kernels.formats import WEIGHT_FORMATS, padded_columns, stored_parts
 from svdengine.kernels.lowbit import BLOCK
-from svdengine.kernels.predictor import LayerPredictor, Predictor
+from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
 
 _NEVER = np.float32(-1e30)  # the threshold of neurons that only fill up a panel
 _FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
@@ -56,8 +56,12 @@ def _place_layer(
     f, d, rank, factors = model.ffn, model.hidden, predictor.rank, predictor.factor_format
     if predictor.bias.shape != (f,) or predictor.unit.shape != (f,):
         raise ValueError(f"layer {layer} of the predictor is not made for {f} neurons")
+    most = largest_rank(d, f, predictor.relu)
+    if not 0 <= rank <= most:
+        raise ValueError(f"layer {layer} of the predictor has rank {rank}, which must lie in 0..{most}")
     model.predictor_bias[layer] = _NEVER
     model.predictor_bias[layer, :f], model.predictor_unit[layer, :f] = predictor.bias, predictor.unit
+    model.predictor_relu[layer] = predictor.relu
     if rank:
         code = WEIGHT_FORMATS.index(factors)
         parts = _checked(predictor.a, stored_parts(factors, f, rank))

@@ -70,6 +70,7 @@ class Model(NamedTuple):
     head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
     predictor_bias: NDArray[np.float32]  # (layers, ffn_stride)
     predictor_unit: NDArray[np.float32]  # (layers, ffn_stride)
+    predictor_relu: NDArray[np.int64]  # (layers,) whether there is a ReLU between the factors
     positions: NDArray[np.float32]  # (max_position or 1, hidden_stride)
     cos: NDArray[np.float32]  # (context, head_dim / 2)
     sin: NDArray[np.float32]
@@ -229,6 +230,7 @@ def _model(
         head_norm=head_norm,
         predictor_bias=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
         predictor_unit=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
+        predictor_relu=np.zeros(config.layer_count, np.int64),
         positions=positions,
         cos=rope_tables[0],
         sin=rope_tables[1],

@@ -1,6 +1,6 @@
 """The conditional FFN: score neurons, list those predicted active, and compute only these.
 
-    P = neurons whose score is positive         scores: a low-rank and a low-bit product (kernels/predictor.py)
+    P = neurons whose score is positive         scores: products with factors and low-bit rows (kernels/predictor.py)
     Q = neurons of P whose exact gate is not 0   the gate's rows of P are read, those of up and down only for Q
 
 A list is cut into equal parts, one a thread, so that threads share the work and not the neurons. Without a predictor
@@ -64,10 +64,12 @@ _ZERO = np.float32(0)
 
 @jit
 def project(model, layer, quantized, z, first, last):
-    """z[first..last] = B x of a layer's predictor."""
+    """z[first..last] = B x of a layer's predictor, or its ReLU where the predictor has one."""
     matrix = model.matrices[layer * LAYER_MATRICES + FACTOR_B]
+    relu = model.predictor_relu[layer]
     for row in range(first, last):
-        store_real(z + 4 * row, dot_row(matrix, row, quantized, quantized, STREAM_AHEAD))
+        value = dot_row(matrix, row, quantized, quantized, STREAM_AHEAD)
+        store_real(z + 4 * row, _ZERO if relu and value < _ZERO else value)
 
 
 @jit
@@ -83,7 +85,7 @@ def add_row_scores(total, factor, first, z, scratch):
 def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
     """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
 
-    quantized: the FFN's input; z: B x, quantised. shift: the sparsity bias. neurons: address of int32, with room for
+    quantized: the FFN's input; z: what `project` made, quantised. shift: the sparsity bias. neurons: address of int32, with room for
     all of first..last and 16 more.
     """
     base = layer * LAYER_MATRICES

@@ -37,8 +37,10 @@ class Workspace(NamedTuple):
     ffn_stride: int
     ffn_q: int
     ffn_q_stride: int
-    z: int  # B x of the predictor, one row a thread; in decode all share the first
+    z: int  # hidden values of the predictor, one row a thread; in decode all share the first
+    z_stride: int
     z_q: int
+    z_q_stride: int
     neurons: int  # lists of neurons, int32, likewise
     neurons_stride: int
     logits: int

@@ -47,6 +47,30 @@ def make_predictor(
     return Predictor(tuple(layers), {"kind": "test"})
 
 
+def make_network(
+    config: ModelConfig, rank: int, threshold: float, bits: int = 0, factors: WeightFormat = "q8"
+) -> Predictor:
+    """Random networks of one hidden layer; every neuron's bias is `threshold`."""
+    random = np.random.default_rng(0)
+    f, d = config.ffn_size, config.hidden_size
+
+    def layer() -> LayerPredictor:
+        a, b, q = (random.standard_normal(shape, np.float32) for shape in ((f, rank), (rank, d), (f, d)))
+        return LayerPredictor(
+            rank=rank,
+            factor_format=factors,
+            residual_bits=bits,
+            a=quantize(a * rank**-0.5, factors),
+            b=quantize(b * d**-0.5, factors),
+            q=quantize_lowbit(q * d**-0.5, bits) if bits else {},
+            bias=np.full(f, threshold, np.float32),
+            unit=np.ones(f, np.float32),
+            relu=True,
+        )
+
+    return Predictor(tuple(layer() for _ in range(config.layer_count)), {"kind": "test"})
+
+
 @contextmanager
 def executor(
     config: ModelConfig, weight_format: WeightFormat, predictor: Predictor | None, threads: int = 2
@@ -73,6 +97,8 @@ def test_with_every_neuron_listed_sparse_equals_dense_bit_for_bit(name: str, thr
     with executor(ZOO[name], "q8", make_predictor(ZOO[name], 8, 2, threshold=1e9), threads) as cpu:
         np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
         assert cpu.neuron_counts().predicted == cpu.neuron_counts().total > cpu.neuron_counts().active > 0
+        cpu.predictor = make_network(ZOO[name], 150, threshold=1e9)
+        np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
@@ -111,9 +137,22 @@ def test_with_no_neuron_listed_the_ffn_is_its_bias(name: str) -> None:
 )
 def test_lists_are_those_of_the_definition(rank: int, bits: int, factors: WeightFormat) -> None:
     config = replace(ZOO["llama_relu_tied"], layer_count=1)
-    predictor = make_predictor(config, rank, bits, 0.0, factors)
+    check_lists(config, make_predictor(config, rank, bits, 0.0, factors))
+
+
+@pytest.mark.parametrize(("rank", "bits", "factors"), [(8, 0, "q8"), (70, 2, "q8"), (150, 0, "q8"), (150, 0, "q4")])
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_lists_of_a_hidden_layer_are_those_of_the_definition(
+    rank: int, bits: int, factors: WeightFormat, threads: int
+) -> None:
+    config = replace(ZOO["llama_relu_tied"], layer_count=1)
+    check_lists(config, make_network(config, rank, 0.0, bits, factors), threads)
+
+
+def check_lists(config: ModelConfig, predictor: Predictor, threads: int = 2) -> None:
+    """Compare how many neurons are listed with the scores of the definition, in prefill and, token by token, decode."""
     tokens = random_tokens(config, LENGTH)
-    with executor(config, "q8", predictor) as cpu:
+    with executor(config, "q8", predictor, threads) as cpu:
         x = cpu.ffn_inputs(make_batch([(tokens, 0)], [block_table(LENGTH)]))
         assert x.shape == (1, LENGTH, config.hidden_size)
         for bias in (0.0, 0.7, -0.4):
@@ -125,6 +164,19 @@ def test_lists_are_those_of_the_definition(rank: int, bits: int, factors: Weight
             # A score that is zero but for rounding may fall on either side.
             assert abs(cpu.neuron_counts().predicted - expected.sum()) <= 3
             assert cpu.neuron_counts().total == LENGTH * config.ffn_size
+        together = scores(predictor.layers[0], x[0]) > 0
+        cpu.reset_neuron_counts()
+        decode(cpu, tokens, "sparse")
+        assert abs(cpu.neuron_counts().predicted - together.sum()) <= 3
+
+
+def test_a_rank_for_which_there_is_no_room_is_refused() -> None:
+    config = ZOO["llama_relu_tied"]
+    with (
+        executor(config, "q8", None) as cpu,
+        pytest.raises(ValueError, match=r"layer 0 of the predictor has rank 151, which must lie in 0\.\.150"),
+    ):
+        cpu.predictor = make_network(config, 151, 0.0)
 
 
 def test_rows_of_a_batch_equal_rows_alone() -> None:

@@ -1,5 +1,6 @@
 """Low-bit formats, scores against a plain computation, files of arrays, and the sparse FFN of the reference."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,9 @@ from svdengine.models.config import ModelConfig
 SPARSE = sorted(name for name, config in zoo().items() if config.sparse_ffn)
 
 
-def layer_predictor(f: int, d: int, rank: int = 8, bits: int = 2, seed: int = 0, factors: str = "q8") -> LayerPredictor:
+def layer_predictor(
+    f: int, d: int, rank: int = 8, bits: int = 2, seed: int = 0, factors: str = "q8", relu: bool = False
+) -> LayerPredictor:
     random = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
@@ -34,7 +37,7 @@ def layer_predictor(f: int, d: int, rank: int = 8, bits: int = 2, seed: int = 0,
     a = quantize(normal(f, rank), factors) if rank else {}  # type: ignore[arg-type]
     b = quantize(normal(rank, d) * 0.1, factors) if rank else {}  # type: ignore[arg-type]
     q = quantize_lowbit(normal(f, d) * 0.1, bits) if bits else {}
-    return LayerPredictor(rank, factors, bits, a, b, q, normal(f), np.abs(normal(f)) + 0.5)  # type: ignore[arg-type]
+    return LayerPredictor(rank, factors, bits, a, b, q, normal(f), np.abs(normal(f)) + 0.5, relu)  # type: ignore[arg-type]
 
 
 def predictor_for(config: ModelConfig, shift: float = 0.0) -> Predictor:
@@ -79,6 +82,36 @@ def test_scores_are_the_plain_sum(rank: int, bits: int, factors: str) -> None:
     if bits:
         plain = plain + x @ dequantize_lowbit(layer.q, bits, 90).T
     assert relative_error(scores(layer, x, 0.5), plain) < 0.02
+
+
+@pytest.mark.parametrize("factors", ["q8", "q4"])
+def test_scores_of_a_hidden_layer_are_those_of_a_network(factors: str) -> None:
+    layer = layer_predictor(33, 90, 120, 0, factors=factors, relu=True)  # wider than its input
+    x = np.random.default_rng(5).standard_normal((7, 90)).astype(np.float32)
+    hidden = np.maximum(x @ dequantize(layer.b, factors, 90).T, 0)  # type: ignore[arg-type]
+    plain = hidden @ dequantize(layer.a, factors, 120).T + layer.bias - np.float32(0.5) * layer.unit  # type: ignore[arg-type]
+    assert relative_error(scores(layer, x, 0.5), plain) < 0.02
+    assert relative_error(scores(replace(layer, relu=False), x, 0.5), plain) > 0.3
+
+
+def test_a_hidden_layer_is_described_and_a_file_that_does_not_say_has_none() -> None:
+    predictor = Predictor((layer_predictor(33, 20, 30, 0, relu=True), layer_predictor(33, 20, 8, 0)), {})
+    arrays = {name: a for i, layer in enumerate(predictor.layers) for name, a in layer_arrays(i, layer).items()}
+    described = json.loads(describe(predictor))
+    assert [layer.get("relu") for layer in described["layers"]] == [True, None]
+    found = predictor_from_arrays(arrays, describe(predictor), 2, 33, 20)
+    assert [layer.relu for layer in found.layers] == [True, False]
+    x = np.random.default_rng(5).standard_normal((3, 20)).astype(np.float32)
+    np.testing.assert_array_equal(scores(found.layers[0], x), scores(predictor.layers[0], x))
+    for change, message in (
+        ({"relu": 1}, "relu must be true or false, found 1"),
+        ({"relu": False}, r"rank must lie in 0\.\.20, found 30"),
+        ({"rank": 34}, r"rank must lie in 1\.\.33, found 34"),
+        ({"rank": 0}, r"rank must lie in 1\.\.33, found 0"),
+    ):
+        layers = [{**described["layers"][0], **change}, described["layers"][1]]
+        with pytest.raises(ValueError, match=message):
+            predictor_from_arrays(arrays, json.dumps({"layers": layers}), 2, 33, 20)
 
 
 def test_arrays_and_description_rebuild_the_predictor() -> None:
