@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import numpy as np
@@ -73,7 +74,6 @@ class RandomWeights:
     """
 
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
-        self._config = config
         self._seed = seed
         self._specs = {spec.name: spec for spec in tensor_specs(config)}
         longest = max(spec.shape[-1] for spec in self._specs.values())
@@ -110,8 +110,14 @@ def _deviation(spec: TensorSpec) -> float:
 
 def write_svdp(path: Path, config: ModelConfig, dtype: WeightFormat, seed: int = 0) -> None:
     """Write a model without tokenizer: it reads token ids. Raises ModelFileError when `path` cannot be written."""
-    weights = RandomWeights(config, seed)
     provenance = {"source": "random weights", "seed": seed, "dtype": dtype}
+    write_weights(path, config, dtype, RandomWeights(config, seed), provenance)
+
+
+def write_weights(
+    path: Path, config: ModelConfig, dtype: WeightFormat, weights: RandomWeights, provenance: Mapping[str, Any]
+) -> None:
+    """As `write_svdp`, one layer of one tensor at a time, for any weights of the config."""
     with ModelWriter(path, config, dtype, provenance=provenance) as writer:
         for spec in tensor_specs(config):
             for layer in range(spec.shape[0] if spec.stacked else 1):
@@ -129,35 +135,40 @@ def shape_config(shape: str, layers: int | None = None, activation: str = "silu"
     return config
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="svdengine.tools.random_model", description="Write a model of random weights."
-    )
+def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """A command line that takes a shape, a format, a seed and the file to write."""
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="number of layers (default: 8)")
+    parser.add_argument("--dtype", choices=WEIGHT_FORMATS, default="q8", help="of the .svdp file (default: q8)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = shape_parser("svdengine.tools.random_model", "Write a model of random weights.")
     parser.add_argument(
         "--activation", default="silu", help="of the FFN: silu, relu, fatrelu, drelu, ... (default: silu)"
     )
-    parser.add_argument("--dtype", choices=WEIGHT_FORMATS, default="q8", help="of the .svdp file (default: q8)")
     parser.add_argument(
         "--gguf", choices=GGUF_TYPES, help="also write the same weights as OUTPUT with the suffix .gguf"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT")
     options = parser.parse_args(arguments)
     try:
         config = shape_config(options.shape, options.layers, options.activation)
-        _announced(options.output, lambda: write_svdp(options.output, config, options.dtype, options.seed))
+        announced(options.output, lambda: write_svdp(options.output, config, options.dtype, options.seed))
         if options.gguf is not None:
             gguf = options.output.with_suffix(".gguf")
             weights = RandomWeights(config, options.seed)
-            _announced(gguf, lambda: write_gguf(gguf, config, options.gguf, weights.tensor))
+            announced(gguf, lambda: write_gguf(gguf, config, options.gguf, weights.tensor))
     except (SvdEngineError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def _announced(path: Path, write: Callable[[], None]) -> None:
+def announced(path: Path, write: Callable[[], None]) -> None:
+    """Write a file and say how large it is."""
     write()
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
 
