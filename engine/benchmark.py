@@ -4,32 +4,40 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from svdengine.cost import kv_read_bytes, sparse_weight_bytes, weight_bytes
 from svdengine.kernels.batch import Batch, Executor, Logits, NeuronCounts
-from svdengine.neurons import active_density, predicted_density, since
+from svdengine.neurons import active_density, add, predicted_density, since
 from svdengine.page_faults import PageFaults, page_faults
 from svdengine.sequence import blocks_for
 
 if TYPE_CHECKING:
+    from svdengine.kernels.cpu.ffn_block import FfnBlocks
     from svdengine.llm import LLM
 
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One test. A pp test reads a prompt, a tg test decodes one sequence, greedily."""
+    """One test: pp reads a prompt, tg decodes one sequence, greedily, and ffn runs the FFNs of all layers alone.
 
-    test: str  # pp512, tg128
+    The ffn test runs the compiled stages of decoding on what enters the FFNs when a prompt is read, one token at a
+    time; its tokens a second are what decoding would reach if nothing else cost time.
+    """
+
+    test: str  # pp512, tg128, ffn128
     ffn: str  # the path that was asked for: dense, sparse or auto
     tokens_per_second: float
     stddev: float  # of tokens_per_second over the repetitions
     bytes_per_token: float  # of weights, predictor and KV cache that must be read
     gb_per_second: float  # bytes_per_token times tokens_per_second, in 1e9 bytes
+    speedup: float | None = None  # tokens_per_second against those of the dense path, measured in turn; None: no other
     predicted_density: float | None = None  # share of FFN neurons predicted active; None: nothing ran sparse
     active_density: float | None = None  # share of FFN neurons computed in full
     faults_per_token: float | None = None  # page faults of all kinds; None: not asked for
@@ -38,13 +46,21 @@ class BenchRow:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """The repetitions of one test."""
+class Workload:
+    """What is repeated. `run` goes once through all tokens."""
 
-    tokens: int  # of one repetition
-    rates: list[float]  # tokens a second
-    neurons: NeuronCounts  # of all repetitions
-    faults: PageFaults | None  # of all repetitions
+    name: str
+    tokens: int
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What one repetition took."""
+
+    seconds: float
+    neurons: NeuronCounts
+    faults: PageFaults | None
 
 
 def run_benchmark(
@@ -60,22 +76,18 @@ def run_benchmark(
 ) -> list[BenchRow]:
     """Time a prompt of `pp` tokens and `tg` decoded tokens; 0 leaves a test out. `llm` must be idle.
 
-    The tests run once for each of the FFN's `paths`, by default for the one that is set. `faults` counts page faults.
+    The tests run on each of the FFN's `paths`, by default the one that is set; where there are several, on a CPU, the
+    FFNs are also timed alone, for `tg` tokens. Paths take turns, since a machine's speed drifts; but not with
+    `faults`, which counts page faults: then what one path leaves in memory would be another's.
     """
-    before, executor = llm.ffn, llm.executor
-    bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
-    prompt = _prompt(pp, llm.config.vocab_size)
-    tests: list[tuple[str, int, Callable[[], None]]] = []
-    if pp:
-        tests.append((f"pp{pp}", pp, lambda: _read_prompt(executor, prompt, bias)))
-    if tg:
-        tests.append((f"tg{tg}", tg, lambda: _decode(executor, tg, bias)))
+    before = llm.ffn
+    paths = paths or (before,)
     rows = []
     try:
-        for path in paths or (before,):
-            llm.ffn = path
-            for name, tokens, run in tests:
-                rows.append(_row(llm, name, path, _repeat(executor, run, tokens, repetitions, report, faults)))
+        with _tests(llm, pp, tg, sparsity_bias, alone=len(paths) > 1 and not faults) as tests:
+            for test in tests:
+                done = _repeat(llm, test, paths, repetitions, report, faults)
+                rows += [_row(llm, test, path, done[path], done.get("dense")) for path in paths]
     finally:
         llm.ffn = before
     return rows
@@ -96,57 +108,106 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
 
 
-def _row(llm: LLM, test: str, path: str, trial: Trial) -> BenchRow:
-    config, tokens = llm.config, trial.tokens
-    mean = statistics.fmean(trial.rates)
-    if test.startswith("pp"):
+@contextmanager
+def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> Iterator[list[Workload]]:
+    """The tests that were asked for; `alone`: the FFNs by themselves too, where the executor can."""
+    executor = llm.executor
+    bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
+    prompt = _prompt(pp, llm.config.vocab_size)
+    tests = []
+    if pp:
+        tests.append(Workload(f"pp{pp}", pp, lambda: _read_prompt(executor, prompt, bias)))
+    if tg:
+        tests.append(Workload(f"tg{tg}", tg, lambda: _decode(executor, tg, bias)))
+    if not (tg and alone and executor.name == "cpu"):
+        yield tests
+        return
+    from svdengine.kernels.cpu.executor import CpuExecutor
+    from svdengine.kernels.cpu.ffn_block import FfnBlocks
+
+    count = min(max(tg, 2), executor.max_batch_rows, llm.context)
+    blocks = FfnBlocks(cast(CpuExecutor, executor), _batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
+    try:
+        yield [*tests, Workload(f"ffn{tg}", tg, lambda: _run_blocks(blocks, tg, sparsity_bias))]
+    finally:
+        blocks.close()
+
+
+def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: list[Repetition] | None) -> BenchRow:
+    count = test.tokens * len(done)
+    rates = [test.tokens / repetition.seconds for repetition in done]
+    mean = statistics.fmean(rates)
+    neurons = reduce(add, (repetition.neurons for repetition in done))
+    size = _size_of(llm, test, neurons, count)
+    row = BenchRow(
+        test=test.name,
+        ffn=path,
+        tokens_per_second=mean,
+        stddev=statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        bytes_per_token=size,
+        gb_per_second=size * mean / 1e9,
+        predicted_density=predicted_density(neurons),
+        active_density=active_density(neurons),
+    )
+    if dense is not None and dense is not done:
+        row = replace(row, speedup=_median_seconds(dense) / _median_seconds(done))
+    faults = [repetition.faults for repetition in done if repetition.faults is not None]
+    if not faults:
+        return row
+    return replace(
+        row,
+        faults_per_token=sum(found.minor + found.major for found in faults) / count,
+        major_faults_per_token=sum(found.major for found in faults) / count,
+        disk_bytes_per_token=sum(found.disk_bytes for found in faults) / count,
+    )
+
+
+def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> float:
+    """Bytes that each of `count` tokens reads in a test."""
+    config, tokens = llm.config, test.tokens
+    if test.name.startswith("ffn"):
+        return bytes_per_token(llm, neurons, count) - sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)
+    if test.name.startswith("pp"):
         steps = -(-tokens // llm.executor.max_batch_rows)
         kv = kv_read_bytes(config, tokens, llm.kv_dtype) / tokens
     else:
         steps, kv = tokens, kv_read_bytes(config, (tokens + 1) / 2, llm.kv_dtype)
-    size = kv + bytes_per_token(llm, trial.neurons, tokens * len(trial.rates), steps / tokens)
-    row = BenchRow(
-        test=test,
-        ffn=path,
-        tokens_per_second=mean,
-        stddev=statistics.stdev(trial.rates) if len(trial.rates) > 1 else 0.0,
-        bytes_per_token=size,
-        gb_per_second=size * mean / 1e9,
-        predicted_density=predicted_density(trial.neurons),
-        active_density=active_density(trial.neurons),
-    )
-    if trial.faults is None:
-        return row
-    count = tokens * len(trial.rates)
-    return replace(
-        row,
-        faults_per_token=(trial.faults.minor + trial.faults.major) / count,
-        major_faults_per_token=trial.faults.major / count,
-        disk_bytes_per_token=trial.faults.disk_bytes / count,
-    )
+    return kv + bytes_per_token(llm, neurons, count, steps / tokens)
+
+
+def _median_seconds(done: list[Repetition]) -> float:
+    return statistics.median(repetition.seconds for repetition in done)
 
 
 def _repeat(
-    executor: Executor,
-    run: Callable[[], None],
-    tokens: int,
+    llm: LLM,
+    test: Workload,
+    paths: Sequence[str],
     repetitions: int,
     report: Callable[[str], None] | None,
     faults: bool,
-) -> Trial:
-    """Run a test `repetitions` times, after once that does not count."""
-    run()
-    rates = []
+) -> dict[str, list[Repetition]]:
+    """Run a test `repetitions` times on each path, after once that does not count."""
+    order = [path for path in paths for _ in range(repetitions)] if faults else [*paths] * repetitions
+    done: dict[str, list[Repetition]] = {}
+    for number, path in enumerate(order):
+        if report is not None:
+            report(f"{test.name} {number + 1}/{len(order)}")
+        llm.ffn = path
+        if path not in done:
+            test.run()
+        done.setdefault(path, []).append(_measured(llm.executor, test.run, faults))
+    return done
+
+
+def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
     neurons = executor.neuron_counts()
     pages = page_faults() if faults else None
-    for number in range(repetitions):
-        if report is not None:
-            report(f"{number + 1}/{repetitions}")
-        begin = time.perf_counter()
-        run()
-        rates.append(tokens / (time.perf_counter() - begin))
+    begin = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - begin
     found = page_faults().since(pages) if pages is not None else None
-    return Trial(tokens, rates, since(neurons, executor.neuron_counts()), found)
+    return Repetition(seconds, since(neurons, executor.neuron_counts()), found)
 
 
 def _prompt(count: int, vocab_size: int) -> np.ndarray:
@@ -166,17 +227,24 @@ def _decode(executor: Executor, count: int, bias: np.ndarray | None) -> None:
         token = int(logits[0].argmax())
 
 
+def _run_blocks(blocks: FfnBlocks, count: int, bias: float) -> None:
+    for token in range(count):
+        blocks.run(token % blocks.rows, bias)
+
+
 def _forward(executor: Executor, tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Logits:
-    """One step of a single sequence that fills blocks 0, 1, ... of the pool."""
+    return executor.forward(_batch(tokens, start, bias, last=last))
+
+
+def _batch(tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Batch:
+    """One step of a single sequence that fills blocks 0, 1, ... of the pool; `last`: with the last token's logits."""
     end = start + len(tokens)
-    return executor.forward(
-        Batch(
-            tokens=tokens,
-            positions=np.arange(start, end, dtype=np.int32),
-            sequences=np.zeros(len(tokens), np.int32),
-            block_tables=np.arange(blocks_for(end), dtype=np.int32)[None],
-            context_lengths=np.array([end], np.int32),
-            logit_rows=np.array([len(tokens) - 1] if last else [], np.int32),
-            sparsity_bias=bias,
-        )
+    return Batch(
+        tokens=tokens,
+        positions=np.arange(start, end, dtype=np.int32),
+        sequences=np.zeros(len(tokens), np.int32),
+        block_tables=np.arange(blocks_for(end), dtype=np.int32)[None],
+        context_lengths=np.array([end], np.int32),
+        logit_rows=np.array([len(tokens) - 1] if last else [], np.int32),
+        sparsity_bias=bias,
     )

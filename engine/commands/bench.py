@@ -21,13 +21,16 @@ if TYPE_CHECKING:
 @click.option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
 @click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each test.")
-@click.option("--faults", is_flag=True, help="Count page faults and disk reads: for a model larger than memory.")
+@click.option(
+    "--faults", is_flag=True, help="Count page faults and what storage reads, for a model larger than memory."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
 def command(pp: int, tg: int, repetitions: int, faults: bool, as_json: bool, **options: Any) -> None:
     """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg).
 
-    --ffn both measures the dense and the sparse path. MB/token is what a token reads of weights, predictor and KV
-    cache; of the sparse path, with the shares of neurons that the measured tokens took.
+    --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
+    what a token reads of weights, predictor and KV cache; of the sparse path, with the shares of neurons that the
+    measured tokens took.
     """
     from svdengine.benchmark import run_benchmark
     from svdengine.machine import measured_bandwidth, usable_cores
@@ -97,6 +100,7 @@ def _cells(row: BenchRow, bandwidth: float | None) -> dict[str, str]:
         "ffn": row.ffn,
         "test": row.test,
         "tokens/s": f"{row.tokens_per_second:.2f} ± {row.stddev:.2f}",
+        "of dense": shown(row.speedup, 1, ".2f"),
         "MB/token": f"{row.bytes_per_token / 1e6:.2f}",
         "GB/s": f"{row.gb_per_second:.2f}",
         "of memory": f"{100 * row.gb_per_second / bandwidth:.0f} %" if bandwidth else "",

@@ -11,7 +11,7 @@ from tiny_predictor import tiny_predictor, write_sparse_model
 import svdengine
 from svdengine import LLM, ModelFileError, RequestError, SamplingParams
 from svdengine.benchmark import bytes_per_token, run_benchmark
-from svdengine.cost import predictor_bytes, sparse_weight_bytes, stored_bytes, weight_bytes
+from svdengine.cost import ffn_bytes, predictor_bytes, sparse_weight_bytes, stored_bytes, weight_bytes
 from svdengine.kernels.batch import NeuronCounts
 from svdengine.model_file import read_model_file
 from svdengine.predictor_file import model_fingerprint, write_predictor
@@ -158,3 +158,17 @@ def test_benchmark_of_both_paths(llm: LLM) -> None:
     assert rows[1].bytes_per_token < rows[0].bytes_per_token + predictor_bytes(llm.predictor)  # type: ignore[arg-type]
     assert all(row.faults_per_token is not None and row.faults_per_token >= 0 for row in rows)
     assert llm.ffn == "sparse"
+
+
+def test_benchmark_of_the_ffns_alone(tmp_path: Path) -> None:
+    path = write_sparse_model(tmp_path / "m.svdp")
+    with svdengine.load(path, device="cpu", context=128, threads=1) as llm:
+        rows = run_benchmark(llm, 3, 4, 2, paths=("dense", "sparse"))
+        assert [(row.test, row.ffn) for row in rows] == [
+            (test, ffn) for test in ("pp3", "tg4", "ffn4") for ffn in ("dense", "sparse")
+        ]
+        dense, sparse = rows[4:]
+        assert dense.bytes_per_token == ffn_bytes(llm.model_file) and dense.active_density is None
+        assert sparse.active_density == pytest.approx(rows[3].active_density, abs=0.1)
+        assert dense.speedup is None and sparse.speedup is not None and sparse.speedup > 0
+        assert [row.test for row in run_benchmark(llm, 0, 4, 1)] == ["tg4"] and llm.ffn == "auto"

@@ -80,7 +80,7 @@ def test_shares_that_cannot_be_are_refused(fields: dict[str, float]) -> None:
 
 def test_models_without_relu_gates_and_ranks_too_large_are_refused() -> None:
     for config in (TINY, replace(CONFIG, activation="drelu"), replace(CONFIG, hidden_size=128, head_dim=32)):
-        with pytest.raises(ValueError, match="planted in|expected at most 96"):
+        with pytest.raises(ValueError, match=r"planted in|expected at most 96"):
             PlantedWeights(config, Sparsity(rank=128))
 
 
@@ -91,5 +91,5 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with read_model_file(tmp_path / "m.svdp") as file:
         found = find_predictor(file)
         assert found is not None and found.layers[0].rank == 8 and found.about["kind"] == "svd"
-    with pytest.raises(SystemExit, match="error: found 0.15 predicted and 0.5 active"):
+    with pytest.raises(SystemExit, match=r"error: found 0.15 predicted and 0.5 active"):
         planted_model.main(["--active", "0.5", "-o", str(tmp_path / "n.svdp")])
