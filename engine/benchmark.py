@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -119,14 +119,14 @@ def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> Ite
         tests.append(Workload(f"pp{pp}", pp, lambda: _read_prompt(executor, prompt, bias)))
     if tg:
         tests.append(Workload(f"tg{tg}", tg, lambda: _decode(executor, tg, bias)))
-    if not (tg and alone and executor.name == "cpu"):
-        yield tests
-        return
     from svdengine.kernels.cpu.executor import CpuExecutor
     from svdengine.kernels.cpu.ffn_block import FfnBlocks
 
+    if not (tg and alone and isinstance(executor, CpuExecutor)):
+        yield tests
+        return
     count = min(max(tg, 2), executor.max_batch_rows, llm.context)
-    blocks = FfnBlocks(cast(CpuExecutor, executor), _batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
+    blocks = FfnBlocks(executor, _batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
     try:
         yield [*tests, Workload(f"ffn{tg}", tg, lambda: _run_blocks(blocks, tg, sparsity_bias))]
     finally:

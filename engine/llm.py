@@ -21,6 +21,7 @@ from svdengine.kernels.batch import Executor
 from svdengine.kernels.predictor import Predictor
 from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
+from svdengine.paged_executor import PagedExecutor
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.residency import arrange_memory
 from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
@@ -65,7 +66,7 @@ def load(
         tokens = limit if kv_tokens is None else kv_tokens
         if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < limit:
             raise RequestError(f"kv_tokens must be at least the context of {limit}, found {tokens}")
-        arrange_memory(model_file, sparse=mode != "dense", mlock=mlock, prefetch=prefetch)
+        fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
         executor = create_executor(
             model_file,
             device=device,
@@ -76,6 +77,8 @@ def load(
             predictor=found,
             ffn=mode,
         )
+        if not fits:
+            executor = PagedExecutor(executor, model_file)
         return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, predictor=found)
     except BaseException:
         model_file.close()

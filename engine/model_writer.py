@@ -16,7 +16,7 @@ from svdengine.kernels.formats import Parts, WeightFormat, quantize
 from svdengine.model_file import CHAT_TEMPLATE, FORMAT, FORMAT_VERSION, TokenizerInfo, stored_tensors
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
-from svdengine.tensor_writer import Declared, TensorWriter
+from svdengine.tensor_writer import PAGE, Declared, TensorWriter, size_of
 
 _CHUNK = 1 << 22  # elements of float32 that are quantised at once
 
@@ -75,6 +75,8 @@ class ModelWriter:
         tensors: dict[str, Declared] = {}
         for name, spec in self._specs.items():
             tensors.update(stored_tensors(spec, self._formats.get(name, "f32")))
+        # Those of whole pages come first and begin on one: a row of a page's size then lies in one page, not in two.
+        tensors = dict(sorted(tensors.items(), key=lambda item: size_of(item[1]) % PAGE != 0))
         tensors.update(extra or {})
         texts = tokenizer.tensors()
         tensors.update({name: ((len(text),), "U8") for name, text in texts.items()})

@@ -21,6 +21,7 @@ from svdengine.errors import ModelFileError
 from svdengine.tensor_file import DTYPES, HEADER_LIMIT
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+PAGE = 4096  # bytes: where the data begins, so that tensors of whole pages that come first begin on one
 PAD_PREFIX = "__pad."  # tensors that fill up to the next aligned offset, since safetensors forbids holes
 
 Declared = tuple[tuple[int, ...], str]  # shape, safetensors dtype
@@ -115,7 +116,7 @@ class TensorWriter:
 
     def _finish(self) -> None:
         for name, (shape, dtype) in self._tensors.items():
-            expected = math.prod(shape) * DTYPES[dtype].itemsize
+            expected = size_of((shape, dtype))
             if self._written[name] != expected:
                 raise ValueError(f"tensor {name!r}: {self._written[name]} of {expected} bytes were written")
         try:
@@ -141,19 +142,25 @@ class TensorWriter:
         return ModelFileError(f"{self.path}: cannot write: {error.strerror or error}")
 
 
+def size_of(declared: Declared) -> int:
+    """Bytes of a tensor."""
+    shape, dtype = declared
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
 def _layout(tensors: Mapping[str, Declared], metadata: Mapping[str, str]) -> tuple[dict[str, int], bytes, int]:
     """Where each tensor starts in the file, the header with its length in front, and the size of the file."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset, pads = 0, 0
     for name, (shape, dtype) in tensors.items():
-        end = offset + math.prod(shape) * DTYPES[dtype].itemsize
+        end = offset + size_of((shape, dtype))
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = -(-end // ALIGNMENT) * ALIGNMENT
         if offset != end:
             header[f"{PAD_PREFIX}{pads}"] = {"dtype": "U8", "shape": [offset - end], "data_offsets": [end, offset]}
             pads += 1
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % PAGE)
     if len(text) > HEADER_LIMIT:
         raise ModelFileError(f"the header would take {len(text)} bytes; the limit is {HEADER_LIMIT}")
     begin = 8 + len(text)
