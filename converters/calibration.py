@@ -12,6 +12,7 @@ import numpy as np
 
 from svdengine.converters.end_to_end import SparseExecutor, mean_loss, sparse_loss
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
+from svdengine.converters.powerinfer import POWERINFER, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
 from svdengine.converters.predictor_quality import mean_auroc, select
 from svdengine.converters.statistics import (
@@ -42,11 +43,13 @@ class CalibrationOptions:
     Raises ConversionError when two budgets are given or a field is out of range.
     """
 
-    kind: str = "svd"  # svd, svd-naive, lowbit, svd+lowbit, or auto: whichever reads least in each layer
+    # svd, svd-naive, lowbit, svd+lowbit; auto: whichever reads least in each layer; powerinfer: trained, from `source`
+    kind: str = "svd"
+    source: Path | None = None  # the GGUF file of trained predictors
     rank: int | None = None  # None: chosen for each layer, by modelled bytes a token
     bits: int | None = None  # of the low-bit part, 1 or 2; None: chosen like the rank
     factor_format: FactorFormat = "q8"
-    thresholds: Calibrator = "error"
+    thresholds: Calibrator = "error"  # trained: as `source` means them, which meets no budget
     max_loss: float | None = None  # rise of the held-out perplexity, as a share: 0.005 is half a percent
     max_error: float | None = None  # share of the FFN output's energy that is missed, in each layer
     density: float | None = None  # share of neurons that are predicted, in each layer
@@ -57,6 +60,12 @@ class CalibrationOptions:
             raise ConversionError("give one budget: max_loss, max_error or density")
         if any(not 0 < b < 1 for b in budgets):
             raise ConversionError(f"a budget is a share between 0 and 1, found {budgets[0]}")
+        if (self.kind == POWERINFER) != (self.source is not None):
+            raise ConversionError(f"a {POWERINFER} predictor, and no other, is read from a GGUF file (--from)")
+        if self.kind == POWERINFER and self.rank is not None:
+            raise ConversionError(f"the rank of a {POWERINFER} predictor is that of its file: leave --rank out")
+        if self.thresholds == "trained" and (self.kind != POWERINFER or budgets):
+            raise ConversionError(f"trained thresholds are those of a {POWERINFER} predictor, and meet no budget")
         if self.thresholds not in CALIBRATORS:
             raise ConversionError(f"unknown thresholds {self.thresholds!r}; there are {', '.join(CALIBRATORS)}")
         if self.factor_format not in get_args(FactorFormat):
@@ -64,7 +73,9 @@ class CalibrationOptions:
 
     @property
     def budget(self) -> dict[str, float]:
-        """The one budget by its name."""
+        """The one budget by its name; none for trained thresholds."""
+        if self.thresholds == "trained":
+            return {}
         for name in ("max_error", "density"):
             value = getattr(self, name)
             if value is not None:
@@ -101,10 +112,7 @@ def calibrate(
     """
     options = options or CalibrationOptions()
     require_sparse(model_file.config)
-    try:
-        shapes = candidate_shapes(options.kind, options.rank, options.bits, model_file.config)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    candidates = find_candidates(model_file, options)
     report = progress or _silent
     config = model_file.config
     fingerprint = model_fingerprint(model_file)
@@ -118,7 +126,7 @@ def calibrate(
     )
     work = []
     for index in range(config.layer_count):
-        work.append(_calibrate_layer(model_file, statistics, index, shapes, options))
+        work.append(_calibrate_layer(model_file, statistics, index, candidates, options))
         report("layers", index + 1, config.layer_count)
     held_out = [window for index, window in enumerate(windows) if is_held_out(index) and len(window) > 1]
     levels, outcome = _meet_budget(executor, work, held_out, options, report)
@@ -135,6 +143,16 @@ def calibrate(
     return Predictor(layers, about)
 
 
+def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | PowerInferFile:
+    """The shapes that a layer's predictor may have, or the file that has them all. Raises ConversionError."""
+    if options.source is not None:
+        return open_powerinfer(options.source, model_file, options.thresholds == "trained")
+    try:
+        return candidate_shapes(options.kind, options.rank, options.bits, model_file.config)
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
+
+
 def layer_sample(statistics: Statistics, index: int, *, held_out: bool) -> np.ndarray:
     """FFN inputs (n, d) float32 of one layer."""
     rows = statistics.held_out if held_out else statistics.fit
@@ -145,26 +163,33 @@ def _calibrate_layer(
     model_file: ModelFile,
     statistics: Statistics,
     index: int,
-    shapes: Sequence[PredictorShape],
+    candidates: Sequence[PredictorShape] | PowerInferFile,
     options: CalibrationOptions,
 ) -> _LayerWork:
     layer = read_ffn_layer(model_file, index)
     x, held = layer_sample(statistics, index, held_out=False), layer_sample(statistics, index, held_out=True)
     truth, held_truth = run_neurons(layer, x), run_neurons(layer, held)
-    moments = statistics.layers[index]
-    shape = shapes[0]
-    if len(shapes) > 1:
-        shape = choose_shape(shapes, layer, moments, (x, truth), (held, held_truth), options.factor_format)
-    predictor = build_candidate(shape, layer, moments, options.factor_format)
-    sample, held_sample = make_sample(scores(predictor, x), truth), make_sample(scores(predictor, held), held_truth)
-    table = calibrate_thresholds(options.thresholds, sample, held_sample, layer.row_bytes)
-    return _LayerWork(predictor, table, shape.kind)
+    if isinstance(candidates, PowerInferFile):
+        kind, name = options.kind, f"{candidates.gguf.path}, layer {index}"
+        predictor = build_network(candidates.read_layer(index), x, options.factor_format, name)
+    else:
+        moments, shape = statistics.layers[index], candidates[0]
+        if len(candidates) > 1:
+            shape = choose_shape(candidates, layer, moments, (x, truth), (held, held_truth), options.factor_format)
+        kind, predictor = shape.kind, build_candidate(shape, layer, moments, options.factor_format)
+    sample, held_sample = (
+        make_sample(scores(predictor, rows), neurons, estimates=options.source is None)
+        for rows, neurons in ((x, truth), (held, held_truth))
+    )
+    return _LayerWork(predictor, calibrate_thresholds(options.thresholds, sample, held_sample, layer.row_bytes), kind)
 
 
 def _meet_budget(
     executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, options: CalibrationOptions, report: Progress
 ) -> tuple[list[float], dict[str, float]]:
     """The level of each layer's thresholds, and what the budget came to."""
+    if not options.budget:
+        return [0.0] * len(work), {}
     ((name, limit),) = options.budget.items()
     if name == "max_error":
         return [w.table.level_of_error(limit) for w in work], {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -61,12 +61,12 @@ class GgufFile:
             ) from error
 
 
-def read_gguf(path: Path) -> GgufFile:
-    """Read and check the header of a GGUF file. Raises ConversionError."""
+def read_gguf(path: Path, magics: Collection[bytes] = (b"GGUF",)) -> GgufFile:
+    """Read and check the header of a GGUF file, which begins with one of `magics`. Raises ConversionError."""
     import_gguf()
     try:
         with open_regular(path) as stream:
-            return _parse(path, _Reader(stream, path.stat().st_size))
+            return _parse(path, _Reader(stream, path.stat().st_size), magics)
     except ModelFileError as error:
         raise ConversionError(str(error)) from error
     except ValueError as error:
@@ -140,8 +140,8 @@ def _code(kind: int) -> str:
     return _SCALARS[kind]
 
 
-def _parse(path: Path, reader: _Reader) -> GgufFile:
-    if reader.take(4) != b"GGUF":
+def _parse(path: Path, reader: _Reader, magics: Collection[bytes]) -> GgufFile:
+    if reader.take(4) not in magics:
         raise ValueError("neither a folder nor a GGUF file")
     version: int = reader.number("I")
     if version not in (2, 3):

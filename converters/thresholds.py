@@ -4,6 +4,7 @@
              over the calibration tokens: an exact one-dimensional problem, solved for every lambda at once
     recall   for each neuron, the threshold that keeps a share of its active tokens
     uniform  one threshold for all neurons of a layer
+    trained  0, which a trained predictor learned to separate by
 
 A calibrator gives a ThresholdTable of a layer, from which a budget picks. Energy is that of
 converters/ffn_layer.py: a neuron's share of a token's squared FFN output.
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters.ffn_layer import Neurons
 
-Calibrator = Literal["error", "recall", "uniform"]
+Calibrator = Literal["error", "recall", "uniform", "trained"]
 CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
 
 # Energy that may be lost for the bytes of one dense FFN; and the levels of the other calibrators.
@@ -38,7 +39,7 @@ class Sample:
     scores: Array  # (f, n) ascending along n
     energy: Array  # (f, n) in the order of scores
     active: NDArray[np.bool_]  # (f, n) in the order of scores
-    spread: Array  # (f,) standard deviation of gate - score of each neuron
+    spread: Array  # (f,) standard deviation of each neuron's score about what its gate makes of it
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,18 @@ class ThresholdTable:
         return low, np.float32(min(max(level - low, 0.0), 1.0))
 
 
-def make_sample(scores: Array, neurons: Neurons) -> Sample:
-    """Sort scores (n, f) and what the neurons did by score."""
+def make_sample(scores: Array, neurons: Neurons, estimates: bool = True) -> Sample:
+    """Sort scores (n, f) and what the neurons did by score.
+
+    `estimates` says whether a score estimates the gate itself; if not, it has units of its own.
+    """
     by_neuron = np.ascontiguousarray(scores.T)
     order = np.argsort(by_neuron, axis=1)
     return Sample(
         scores=np.take_along_axis(by_neuron, order, 1),
         energy=np.take_along_axis(np.ascontiguousarray(neurons.energy.T), order, 1),
         active=np.take_along_axis(np.ascontiguousarray(neurons.active.T), order, 1),
-        spread=(neurons.gates - scores).std(0),
+        spread=(neurons.gates - scores).std(0) if estimates else _unexplained(scores, neurons.gates),
     )
 
 
@@ -91,6 +95,8 @@ def calibrate_thresholds(
         thresholds = error_thresholds(sample, LAMBDAS, row_bytes) - np.float32(SLACK) * sample.spread
     elif calibrator == "recall":
         thresholds = recall_thresholds(sample, RECALLS)
+    elif calibrator == "trained":
+        thresholds = np.zeros((2, len(sample.scores)), np.float32)
     else:
         thresholds = uniform_thresholds(sample, RECALLS)
     return measure_thresholds(held_out, thresholds)
@@ -137,6 +143,14 @@ def measure_thresholds(sample: Sample, thresholds: Array) -> ThresholdTable:
     f, n = sample.scores.shape
     error = np.maximum.accumulate(missed / n)
     return ThresholdTable(thresholds, error, predicted / (n * f), computed / (n * f))
+
+
+def _unexplained(scores: Array, gates: Array) -> Array:
+    """Standard deviation (f,) of what is left of each neuron's scores (n, f) by a line through its gates (n, f)."""
+    s, g = scores - scores.mean(0), gates - gates.mean(0)
+    variance = np.square(g).mean(0)
+    slope = np.divide((s * g).mean(0), variance, out=np.zeros_like(variance), where=variance > 0)
+    return (s - slope * g).std(0)
 
 
 def _crossing(values: NDArray[np.float64], limit: float) -> float:

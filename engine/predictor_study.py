@@ -124,7 +124,7 @@ def _scorers(layer: FfnLayer, statistics: LayerStatistics, own: LayerPredictor |
     if own is not None:
         yield OWN, scorer_of(own)
     hidden = layer.gate.shape[1]
-    rank = own.rank if own is not None and own.rank else max(1, hidden // 8)
+    rank = min(own.rank, *layer.gate.shape) if own is not None and own.rank else max(1, hidden // 8)
     bits = own.residual_bits if own is not None and own.residual_bits else 2
     for kind in ("svd", "svd-naive"):
         basis = find_basis(kind, layer.gate, statistics, rank)

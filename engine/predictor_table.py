@@ -44,6 +44,7 @@ def predictor_report(predictor: Predictor) -> dict[str, Any]:
             {
                 "layer": index,
                 "rank": layer.rank,
+                "relu": layer.relu,
                 "bits": layer.residual_bits,
                 "factors": layer.factor_format,
                 "bytes": layer_predictor_bytes(layer),
@@ -66,7 +67,8 @@ def predictor_report(predictor: Predictor) -> dict[str, Any]:
 
 def predictor_lines(report: Mapping[str, Any]) -> list[str]:
     """The report as text."""
-    budget = ", ".join(f"{name} {value:g}" for name, value in report["budget"].items()) or "unknown"
+    none = "none" if report["thresholds"] == "trained" else "unknown"
+    budget = ", ".join(f"{name} {value:g}" for name, value in report["budget"].items()) or none
     lines = [f"predictor: {report['kind']}; thresholds: {report['thresholds']}; budget: {budget}"]
     if report["outcome"]:
         lines.append("outcome: " + ", ".join(f"{name} {value:.4g}" for name, value in report["outcome"].items()))

@@ -12,8 +12,9 @@ import click
 from svdengine.commands.options import check_writable
 
 if TYPE_CHECKING:
+    from svdengine.converters.calibration import CalibrationOptions
     from svdengine.kernels.predictor import Predictor
-    from svdengine.models.config import ModelConfig
+    from svdengine.model_file import ModelFile
 
 KINDS = ("svd", "svd-naive", "lowbit", "svd+lowbit", "auto")
 THRESHOLDS = ("error", "recall", "uniform")
@@ -49,7 +50,17 @@ class RankOrAuto(click.ParamType):
 )
 @click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text, or chats in a .jsonl file.")
 @click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of it to use.  [default: 16384]")
-@click.option("--predictor", "kind", type=click.Choice(KINDS), default="lowbit", show_default=True, help="Its kind.")
+@click.option(
+    "--predictor",
+    "kind",
+    type=click.Choice([*KINDS, "powerinfer"]),
+    default="lowbit",
+    show_default=True,
+    help="Its kind; powerinfer: trained ones, out of a GGUF file.",
+)
+@click.option(
+    "--from", "source", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file with trained predictors."
+)
 @click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the SVD.")
 @click.option(
     "--bits", type=click.IntRange(1, 2), default=2, show_default=True, metavar="1|2", help="Of the low-bit residual."
@@ -57,7 +68,13 @@ class RankOrAuto(click.ParamType):
 @click.option(
     "--factors", type=click.Choice(["q8", "q4"]), default="q8", show_default=True, help="How factors are stored."
 )
-@click.option("--thresholds", type=click.Choice(THRESHOLDS), default="error", show_default=True, help="Calibrator.")
+@click.option(
+    "--thresholds",
+    type=click.Choice([*THRESHOLDS, "trained"]),
+    default="error",
+    show_default=True,
+    help="Calibrator; trained: as a powerinfer predictor was trained, with no budget.",
+)
 @click.option("--max-loss", type=float, metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
 @click.option("--max-error", type=float, metavar="X", help="Budget: share of each FFN's output energy that is missed.")
 @click.option("--density", type=float, metavar="X", help="Budget: share of neurons that are predicted active.")
@@ -92,6 +109,7 @@ def calibrate_file(
     output: Path,
     *,
     kind: str = "lowbit",
+    source: Path | None = None,
     rank: int | None = None,
     bits: int | None = 2,
     factors: str = "q8",
@@ -111,11 +129,11 @@ def calibrate_file(
     from svdengine.model_file import read_model_file
     from svdengine.predictor_file import write_model_with_predictor, write_predictor
 
-    shape: Any = {"kind": kind, "rank": rank, "bits": bits, "factor_format": factors, "thresholds": thresholds}
-    wanted = CalibrationOptions(**{**shape, **budget})
+    shape: Any = {"kind": kind, "source": source, "rank": rank, "bits": bits, "factor_format": factors}
+    wanted = CalibrationOptions(**{**shape, "thresholds": thresholds, **budget})
     with read_model_file(model) as file:
         require_relu_family(file)
-        _check_shape(kind, rank, bits, file.config)
+        _check_candidates(file, wanted)
         context = min(WINDOW, file.config.max_position)
     check_writable(output)
     progress = _progress if sys.stderr.isatty() else None
@@ -132,17 +150,14 @@ def calibrate_file(
     return predictor
 
 
-def _check_shape(kind: str, rank: int | None, bits: int | None, config: ModelConfig) -> None:
+def _check_candidates(file: ModelFile, wanted: CalibrationOptions) -> None:
     """Find out before the work whether there can be such a predictor."""
-    from svdengine.converters.predictor_choice import candidate_shapes
+    from svdengine.converters.calibration import find_candidates
     from svdengine.errors import ConversionError
 
-    if kind == "lowbit" and rank is not None:
+    if wanted.kind == "lowbit" and wanted.rank is not None:
         raise ConversionError("a lowbit predictor has no rank: leave --rank out, or choose --predictor svd")
-    try:
-        candidate_shapes(kind, rank, bits, config)
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
+    find_candidates(file, wanted)
 
 
 def _windows(llm: Any, text: Path | None, tokens: int, window: int) -> list[list[int]]:

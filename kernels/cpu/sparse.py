@@ -85,8 +85,8 @@ def add_row_scores(total, factor, first, z, scratch):
 def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
     """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
 
-    quantized: the FFN's input; z: what `project` made, quantised. shift: the sparsity bias. neurons: address of int32, with room for
-    all of first..last and 16 more.
+    quantized: the FFN's input; z: what `project` made, quantised. shift: the sparsity bias. neurons: address of int32,
+    with room for all of first..last and 16 more.
     """
     base = layer * LAYER_MATRICES
     a, q = model.matrices[base + FACTOR_A], model.matrices[base + RESIDUAL]

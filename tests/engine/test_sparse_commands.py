@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_model import write_tiny_model
+from tiny_model import tiny_config, write_tiny_model
 from tiny_predictor import write_sparse_model
 
 from svdengine.cli import main
@@ -72,6 +72,63 @@ def test_calibrate_in_place_and_to_a_copy(folder: Path, tmp_path: Path) -> None:
     shown = done("inspect", model).stdout
     assert "predictor: lowbit; thresholds: error; budget: max_error 0.01" in shown and "AUROC" in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "copy.svdp", "m.svdp"]
+
+
+def write_networks(path: Path, layers: int = 2, rank: int = 100) -> Path:
+    """Trained predictors that know nothing, for the tiny model."""
+    import gguf
+    import numpy as np
+
+    random, config = np.random.default_rng(0), tiny_config()
+    writer = gguf.GGUFWriter(path, "llama")
+    for layer in range(layers):
+        for name, shape in (("fc1", (rank, config.hidden_size)), ("fc2", (config.ffn_size, rank))):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", random.standard_normal(shape).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_calibrate_with_trained_predictors(folder: Path, tmp_path: Path) -> None:
+    source, model = write_networks(tmp_path / "p.gguf"), write_tiny_model(tmp_path / "m.svdp")
+    common = ("calibrate", model, "--predictor", "powerinfer", "--from", source, "--text", folder / "text.txt")
+    lines = done(*common, "--thresholds", "trained").stdout.splitlines()
+    assert lines[0] == "predictor: powerinfer; thresholds: trained; budget: none"
+    assert [line.split()[1] for line in lines[-3:-1]] == ["100", "100"]
+    shown = json.loads(done("inspect", model, "--json").stdout)["predictor"]
+    assert shown["kind"] == "powerinfer" and all(layer["relu"] for layer in shown["layers"])
+    short = ("--perplexity", folder / "short.txt", "--window", 40, "--json")
+    trained = json.loads(done("eval", model, "--ffn", "both", *short).stdout)
+    sparser = json.loads(done("eval", model, "--ffn", "both", "--sparsity-bias", 1, *short).stdout)
+    assert 0.1 < sparser["predicted_density"] < trained["predicted_density"] < 0.9
+    made = tmp_path / "p.safetensors"
+    report = json.loads(done(*common, "-o", made, "--density", 0.7, "--json").stdout)
+    assert report["thresholds"] == "error" and report["totals"]["predicted_density"] == pytest.approx(0.7, abs=0.1)
+    page = tmp_path / "page.html"
+    own = ("eval", model, "--perplexity", folder / "text.txt", "--window", 64, "--predictor", made, "--report", page)
+    assert json.loads(done(*own, "--json").stdout)["predictors"]["mean"]["svd, rank 90"] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--predictor", "powerinfer"), "is read from a GGUF file (--from)"),
+        (("--from", "p.gguf"), "is read from a GGUF file (--from)"),
+        (("--predictor", "powerinfer", "--from", "missing.gguf"), "missing.gguf: No such file"),
+        (("--predictor", "powerinfer", "--from", "dense.svdp"), "neither a folder nor a GGUF file"),
+        (("--predictor", "powerinfer", "--from", "one.gguf"), "has predictors for 1 layers"),
+        (("--predictor", "powerinfer", "--from", "p.gguf", "--rank", "8"), "leave --rank out"),
+        (("--thresholds", "trained"), "trained thresholds are those of a powerinfer predictor"),
+    ],
+)
+def test_what_is_no_trained_predictor(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(folder)
+    write_networks(folder / "one.gguf", layers=1)
+    assert message in error_of("calibrate", "dense.svdp", *arguments)
 
 
 @pytest.mark.parametrize(
