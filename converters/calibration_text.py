@@ -60,6 +60,20 @@ _QUESTIONS = (
 )
 
 
+def file_windows(llm: LLM, paths: Sequence[Path], tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:
+    """Windows of text files and, by the suffix .jsonl, of files of chats, in random order: the same share of each file.
+
+    Raises ConversionError as `text_windows` and `chat_windows` do.
+    """
+    share = max(1, tokens // len(paths))
+    windows: list[list[int]] = []
+    for path in paths:
+        windows += (chat_windows if path.suffix == ".jsonl" else text_windows)(llm, path, share, window)
+    # Every fifth window is held out: in random order these come from all files.
+    order = np.random.default_rng(0).permutation(len(windows)) if len(paths) > 1 else range(len(windows))
+    return [windows[i] for i in order]
+
+
 def text_windows(llm: LLM, path: Path, tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:
     """Windows of a text file (UTF-8), spread evenly over it when it has more than `tokens` tokens.
 

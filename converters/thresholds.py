@@ -74,14 +74,10 @@ def make_sample(scores: Array, neurons: Neurons, estimates: bool = True) -> Samp
 
     `estimates` says whether a score estimates the gate itself; if not, it has units of its own.
     """
-    by_neuron = np.ascontiguousarray(scores.T)
-    order = np.argsort(by_neuron, axis=1)
-    return Sample(
-        scores=np.take_along_axis(by_neuron, order, 1),
-        energy=np.take_along_axis(np.ascontiguousarray(neurons.energy.T), order, 1),
-        active=np.take_along_axis(np.ascontiguousarray(neurons.active.T), order, 1),
-        spread=(neurons.gates - scores).std(0) if estimates else _unexplained(scores, neurons.gates),
-    )
+    by_neuron, energy, active = (np.array(v.T, order="C") for v in (scores, neurons.energy, neurons.active))
+    _sort_rows(by_neuron, energy, active)
+    spread = (neurons.gates - scores).std(0) if estimates else _unexplained(scores, neurons.gates)
+    return Sample(by_neuron, energy, active, spread)
 
 
 def calibrate_thresholds(
@@ -162,6 +158,40 @@ def _crossing(values: NDArray[np.float64], limit: float) -> float:
         return 0.0
     low, high = values[above[0] - 1], values[above[0]]
     return float(above[0] - 1 + (limit - low) / (high - low))
+
+
+@numba.njit(nogil=True, cache=True)
+def _sort_rows(scores, energy, active):  # type: ignore[no-untyped-def]
+    """Sort each row of scores, and the rows beside it alike: a radix sort of 11 bits a pass.
+
+    A float's bits ascend with it once those of negative numbers are inverted and the sign of the others is set.
+    """
+    f, n = scores.shape
+    keys, order = np.empty((2, n), np.uint32), np.empty((2, n), np.int32)
+    kept, kept_energy, kept_active = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_)
+    starts = np.empty(2049, np.int64)
+    sign, everything, mask = np.uint32(0x80000000), np.uint32(0xFFFFFFFF), np.uint32(2047)
+    for i in range(f):
+        bits = scores[i].view(np.uint32)
+        for j in range(n):
+            keys[0, j] = bits[j] ^ (everything if bits[j] & sign else sign)
+            order[0, j] = j
+        for turn in range(3):
+            source, target, shift = turn % 2, 1 - turn % 2, np.uint32(11 * turn)
+            starts[:] = 0
+            for j in range(n):
+                starts[((keys[source, j] >> shift) & mask) + 1] += 1
+            for digit in range(2048):
+                starts[digit + 1] += starts[digit]
+            for j in range(n):
+                digit = (keys[source, j] >> shift) & mask
+                keys[target, starts[digit]] = keys[source, j]
+                order[target, starts[digit]] = order[source, j]
+                starts[digit] += 1
+        kept[:], kept_energy[:], kept_active[:] = scores[i], energy[i], active[i]
+        for j in range(n):
+            at = order[1, j]
+            scores[i, j], energy[i, j], active[i, j] = kept[at], kept_energy[at], kept_active[at]
 
 
 @numba.njit(nogil=True, cache=True)

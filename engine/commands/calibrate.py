@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,13 @@ class RankOrAuto(click.ParamType):
     metavar="FILE",
     help="Write the predictor to a .safetensors file, or a copy of the model with it to a .svdp file.",
 )
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="UTF-8 text, or chats in a .jsonl file.")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="UTF-8 text, or chats in a .jsonl file. Give several files by repeating it: each gets the same share.",
+)
 @click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of it to use.  [default: 16384]")
 @click.option(
     "--predictor",
@@ -114,7 +121,7 @@ def calibrate_file(
     bits: int | None = 2,
     factors: str = "q8",
     thresholds: str = "error",
-    text: Path | None = None,
+    text: Sequence[Path] = (),
     tokens: int | None = None,
     state: Path | None = None,
     device: str = "auto",
@@ -160,11 +167,11 @@ def _check_candidates(file: ModelFile, wanted: CalibrationOptions) -> None:
     find_candidates(file, wanted)
 
 
-def _windows(llm: Any, text: Path | None, tokens: int, window: int) -> list[list[int]]:
-    from svdengine.converters.calibration_text import chat_windows, sampled_windows, text_windows
+def _windows(llm: Any, text: Sequence[Path], tokens: int, window: int) -> list[list[int]]:
+    from svdengine.converters.calibration_text import file_windows, sampled_windows
 
-    if text is not None:
-        return (chat_windows if text.suffix == ".jsonl" else text_windows)(llm, text, tokens, window)
+    if text:
+        return file_windows(llm, text, tokens, window)
     report = (lambda done, total: _progress("writing text", done, total)) if sys.stderr.isatty() else None
     return sampled_windows(llm, tokens, window, progress=report)
 

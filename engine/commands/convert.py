@@ -36,7 +36,9 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
     show_default=True,
     help="How its thresholds are chosen.",
 )
-@click.option("--text", type=click.Path(path_type=Path), metavar="FILE", help="To calibrate on; see `calibrate`.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="To calibrate on; see `calibrate`."
+)
 def command(source: Path, output: Path, dtype: str, activation: str | None, kind: str | None, **options: Any) -> None:
     """Convert SRC, a Hugging Face folder or a .gguf file, into a model file.
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from svdengine.converters.calibration_text import chat_windows, sampled_windows, text_windows
+from svdengine.converters.calibration_text import chat_windows, file_windows, sampled_windows, text_windows
+from svdengine.converters.statistics import is_held_out
 from svdengine.errors import ConversionError, RequestError
 from svdengine.sampling import SamplingParams
 
@@ -52,6 +53,17 @@ def test_a_text_is_cut_and_spread_over_its_length(tmp_path: Path) -> None:
     whole = text_windows(model(add_bos=True), path, tokens=10_000, window=64)
     assert all(w[0] == 1 and len(w) <= 64 for w in whole)
     assert [t for w in whole for t in w[1:]] == list(range(200, 1200))
+
+
+def test_files_share_the_tokens_and_the_held_out_windows(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c", "d", "e")]
+    for path in paths:
+        path.write_text(path.name * 1000)
+    windows = file_windows(model(), paths, tokens=1000, window=20)
+    assert [sum(w[0] == ord(p.name) for w in windows) for p in paths] == [10] * 5
+    held_out = [w for i, w in enumerate(windows) if is_held_out(i)]
+    assert len({w[0] for w in held_out}) > 2
+    assert windows == file_windows(model(), paths, tokens=1000, window=20)
 
 
 def test_chats_are_written_by_the_template(tmp_path: Path) -> None:
