@@ -114,6 +114,10 @@ class CpuExecutor:
             self.ffn = mode
         return kept.reshape(model.layers, n, -1)[:, :, : model.hidden]
 
+    def read_ahead(self, gap: int) -> None:
+        """Have steps ask the system for listed FFN rows before they read them, up to `gap` apart at once; 0: do not."""
+        self._inputs.sizes[4] = gap
+
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
@@ -236,7 +240,7 @@ def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
         return np.zeros(shape, np.int32)
 
     return Inputs(
-        sizes=np.zeros(4, np.int64),
+        sizes=np.zeros(5, np.int64),
         tokens=ints(rows),
         positions=ints(rows),
         sequences=ints(rows),

@@ -129,7 +129,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
         a, b = max(first, start) - start, min(last, start + listed) - start
         if a < b:
             at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
-            active += compute_listed(model, layer, x, quantized, at, b - a, out, scratch)
+            active += compute_listed(model, layer, x, quantized, at, b - a, inputs.sizes[4], out, scratch)
         start += listed
     count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
     barrier(sync, threads)
@@ -146,7 +146,7 @@ def sparse_rows(model, work, inputs, layer, normed, n, member, threads):
             model, layer, normed + row * work.hidden_stride, work.hidden_q + row * work.hidden_q_stride,
             work.z + member * work.z_stride, work.z_q + member * work.z_q_stride,
             work.neurons + member * work.neurons_stride, inputs.sparsity_bias[inputs.sequences[row]], predict,
-            work.ffn_add + row * work.hidden_stride, work.scratch + member * work.scratch_stride,
+            inputs.sizes[4], work.ffn_add + row * work.hidden_stride, work.scratch + member * work.scratch_stride,
             inputs.counts, member,
         )  # fmt: skip
 

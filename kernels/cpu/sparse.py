@@ -13,6 +13,7 @@ import numpy as np
 
 from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_row
 from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.page_ahead import ask_for_rows
 from svdengine.kernels.cpu.plan import (
     BIAS_VECTOR,
     COLUMNS,
@@ -202,14 +203,26 @@ def up_chunk(model, layer, x, quantized, active, found, hidden):
 
 
 @jit
-def compute_listed(model, layer, x, quantized, neurons, count, out, scratch):
-    """out += the FFN of `count` listed neurons of one input. Returns how many were active."""
-    down = model.matrices[layer * LAYER_MATRICES + DOWN]
+def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch):
+    """out += the FFN of `count` listed neurons of one input. Returns how many were active.
+
+    gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (page_ahead.py).
+    """
+    base = layer * LAYER_MATRICES
+    down = model.matrices[base + DOWN]
+    if gap > 0:
+        gate = model.matrices[base + (GATE if model.gated else UP)]
+        ask_for_rows(gate, row_bytes(gate), neurons, count, gap)
     active, hidden = scratch, scratch + 4 * CHUNK
     total = 0
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         found = gate_chunk(model, layer, x, quantized, neurons + 4 * start, size, active, hidden)
+        if gap > 0:
+            ask_for_rows(down, row_bytes(down), active, found, gap)
+            if model.gated:
+                up = model.matrices[base + UP]
+                ask_for_rows(up, row_bytes(up), active, found, gap)
         if model.gated:
             up_chunk(model, layer, x, quantized, active, found, hidden)
         add_listed(down, active, hidden, found, out)
@@ -233,7 +246,7 @@ def count_neurons(counts, member, predicted, active, total):
 
 
 @jit
-def sparse_row(model, layer, x, quantized, z, z_quantized, neurons, shift, predict, out, scratch, counts, member):
+def sparse_row(model, layer, x, quantized, z, z_quantized, neurons, shift, predict, gap, out, scratch, counts, member):
     """out = the conditional FFN of one input, by one thread alone."""
     base = layer * LAYER_MATRICES
     start_sum(out, model.matrices[base + DOWN, BIAS_VECTOR], model.hidden_stride, True)
@@ -248,7 +261,7 @@ def sparse_row(model, layer, x, quantized, z, z_quantized, neurons, shift, predi
     else:
         for i in range(count):
             store_int(neurons + 4 * i, i)
-    active = compute_listed(model, layer, x, quantized, neurons, count, out, scratch)
+    active = compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch)
     count_neurons(counts, member, count, active, model.ffn)
 
 

@@ -63,7 +63,7 @@ class Cache(NamedTuple):
 class Inputs(NamedTuple):
     """The batch, in arrays that live as long as the executor."""
 
-    sizes: NDArray[np.int64]  # (4,) rows, rows whose logits are wanted, FFN mode, address for the FFNs' inputs or 0
+    sizes: NDArray[np.int64]  # (5,) rows, rows with logits, FFN mode, address for the FFNs' inputs or 0, gap
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     sequences: NDArray[np.int32]
