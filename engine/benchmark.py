@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from svdengine.page_faults import PageFaults, page_faults
 from svdengine.sequence import blocks_for
 
 if TYPE_CHECKING:
-    from svdengine.kernels.cpu.ffn_block import FfnBlocks
+    from svdengine.kernels.cpu.executor import CpuExecutor
     from svdengine.llm import LLM
 
 
@@ -84,10 +83,9 @@ def run_benchmark(
     paths = paths or (before,)
     rows = []
     try:
-        with _tests(llm, pp, tg, sparsity_bias, alone=len(paths) > 1 and not faults) as tests:
-            for test in tests:
-                done = _repeat(llm, test, paths, repetitions, report, faults)
-                rows += [_row(llm, test, path, done[path], done.get("dense")) for path in paths]
+        for test in _tests(llm, pp, tg, sparsity_bias, alone=len(paths) > 1 and not faults):
+            done = _repeat(llm, test, paths, repetitions, report, faults)
+            rows += [_row(llm, test, path, done[path], done.get("dense")) for path in paths]
     finally:
         llm.ffn = before
     return rows
@@ -108,8 +106,7 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
 
 
-@contextmanager
-def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> Iterator[list[Workload]]:
+def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> list[Workload]:
     """The tests that were asked for; `alone`: the FFNs by themselves too, where the executor can."""
     executor = llm.executor
     bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
@@ -120,17 +117,12 @@ def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> Ite
     if tg:
         tests.append(Workload(f"tg{tg}", tg, lambda: _decode(executor, tg, bias)))
     from svdengine.kernels.cpu.executor import CpuExecutor
-    from svdengine.kernels.cpu.ffn_block import FfnBlocks
 
-    if not (tg and alone and isinstance(executor, CpuExecutor)):
-        yield tests
-        return
-    count = min(max(tg, 2), executor.max_batch_rows, llm.context)
-    blocks = FfnBlocks(executor, _batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
-    try:
-        yield [*tests, Workload(f"ffn{tg}", tg, lambda: _run_blocks(blocks, tg, sparsity_bias))]
-    finally:
-        blocks.close()
+    if tg and alone and isinstance(executor, CpuExecutor):
+        count = min(max(tg, 2), executor.max_batch_rows, llm.context)
+        inputs = executor.ffn_inputs(_batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
+        tests.append(Workload(f"ffn{tg}", tg, lambda: _run_ffns(executor, inputs, tg, sparsity_bias)))
+    return tests
 
 
 def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: list[Repetition] | None) -> BenchRow:
@@ -227,9 +219,10 @@ def _decode(executor: Executor, count: int, bias: np.ndarray | None) -> None:
         token = int(logits[0].argmax())
 
 
-def _run_blocks(blocks: FfnBlocks, count: int, bias: float) -> None:
+def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float) -> None:
+    """Run all layers' FFNs on `inputs` (layers, n, hidden), one token at a time, `count` times."""
     for token in range(count):
-        blocks.run(token % blocks.rows, bias)
+        executor.run_ffns(inputs[:, token % inputs.shape[1], None], sparsity_bias=bias)
 
 
 def _forward(executor: Executor, tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Logits:

@@ -49,6 +49,20 @@ class Predictor:
     layers: tuple[LayerPredictor, ...]
     about: Mapping[str, Any]  # JSON: kind, calibrator, budget, fingerprint of the model, statistics of each layer
 
+    @property
+    def densities(self) -> tuple[float, float]:
+        """Shares of neurons that are predicted, and predicted and active, as calibration measured them.
+
+        Where it did not, shares that are typical of models of the ReLU family.
+        """
+        return self._mean("predicted_density", 0.25), self._mean("computed_density", 0.15)
+
+    def _mean(self, name: str, otherwise: float) -> float:
+        table = self.about.get("table")
+        rows = [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
+        shares = [row[name] for row in rows if isinstance(row.get(name), float) and 0 <= row[name] <= 1]
+        return sum(shares) / len(shares) if shares else otherwise
+
 
 def largest_rank(hidden_size: int, ffn_size: int, relu: bool) -> int:
     """The largest rank that a predictor may have, which executors make room for."""

@@ -12,13 +12,31 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
 from svdengine.kernels.cpu.compilation import compile_entry
+from svdengine.kernels.cpu.ffn_costs import FfnCosts, measure_ffn_costs
 from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
 from svdengine.kernels.cpu.step import run
 from svdengine.kernels.cpu.team import Team
-from svdengine.kernels.cpu.workspace import DENSE, PREDICT, SKIP_ZEROS, STAGES, Cache, Inputs, Workspace
+from svdengine.kernels.cpu.workspace import (
+    DENSE,
+    GAP,
+    KEPT,
+    MODE,
+    N_ROWS,
+    ONLY_FFNS,
+    PREDICT,
+    SIZES,
+    SKIP_ZEROS,
+    SOURCE,
+    SOURCE_LAYER,
+    STAGES,
+    WANTED,
+    Cache,
+    Inputs,
+    Workspace,
+)
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
@@ -68,6 +86,8 @@ class CpuExecutor:
         self._config = config
         tables = _rope(config, self.context)
         self._model, self._keep = build_model(config, arrays, formats, tables)
+        names = (name + suffix for name in ("gate", "up", "down_T") for suffix in ("", ".scale", ".min", ".row"))
+        self._ffn_bytes = sum(arrays[name].nbytes for name in names if name in arrays)
         self._cache = self._allocate_cache(kv_dtype)
         self._inputs = _inputs(
             max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)), self.threads, config.layer_count
@@ -85,8 +105,7 @@ class CpuExecutor:
         if self._team is None:
             raise ValueError("the executor is closed")
         self._load(batch)
-        with self._team.awake():
-            run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
+        self._run()
         return self._logits[: len(batch.logit_rows), : self._config.vocab_size]
 
     @property
@@ -98,6 +117,17 @@ class CpuExecutor:
     def predictor(self, predictor: Predictor | None) -> None:
         self._kept_predictor = place_predictor(self._model, predictor)
         self._predictor = predictor
+        self._costs: FfnCosts | None = None
+
+    @property
+    def ffn_costs(self) -> FfnCosts:
+        """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
+        if self._costs is None:
+            model, counts = self._model, self._inputs.counts.copy()
+            layer_bytes = self._ffn_bytes / model.layers
+            self._costs = measure_ffn_costs(self, model.layers, model.ffn, layer_bytes, model.hidden)
+            self._inputs.counts[:] = counts
+        return self._costs
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         """Run a dense step of at least two rows; what entered the FFN of every layer, (layers, n, hidden) float32."""
@@ -106,17 +136,48 @@ class CpuExecutor:
             raise ValueError("a step that keeps the FFN's inputs needs at least 2 rows")
         kept = _aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
         mode, self.ffn = self.ffn, "dense"
-        self._inputs.sizes[3] = kept.ctypes.data
+        self._inputs.sizes[KEPT] = kept.ctypes.data
         try:
             self.forward(batch)
         finally:
-            self._inputs.sizes[3] = 0
+            self._inputs.sizes[KEPT] = 0
             self.ffn = mode
         return kept.reshape(model.layers, n, -1)[:, :, : model.hidden]
 
     def read_ahead(self, gap: int) -> None:
         """Have steps ask the system for listed FFN rows before they read them, up to `gap` apart at once; 0: do not."""
-        self._inputs.sizes[4] = gap
+        self._inputs.sizes[GAP] = gap
+
+    def run_ffns(
+        self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
+    ) -> NDArray[np.float32]:
+        """Run FFNs without the rest of a step: the sum of what those of the first `layers` give, (n, hidden) float32.
+
+        `inputs` are what enters them after the norm, (n, hidden) for all or (layers, n, hidden) for each. The result is
+        the executor's own buffer: it holds until the next call.
+        """
+        if self._team is None:
+            raise ValueError("the executor is closed")
+        model = self._model
+        layers, n = model.layers if layers is None else layers, inputs.shape[-2]
+        if not 1 <= layers <= model.layers or not 1 <= n <= self.max_batch_rows or inputs.shape[-1] != model.hidden:
+            raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
+        if inputs.ndim == 3 and len(inputs) < layers:
+            raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+        source = _aligned(4 * (inputs.size // model.hidden) * model.hidden_stride).view(np.float32)
+        source.reshape(*inputs.shape[:-1], -1)[..., : model.hidden] = inputs
+        sizes = self._inputs.sizes
+        sizes[[N_ROWS, WANTED, MODE]] = n, 0, self._mode(n)
+        sizes[SOURCE], sizes[SOURCE_LAYER] = source.ctypes.data, 4 * n * model.hidden_stride * (inputs.ndim == 3)
+        self._inputs.claims[:] = 0
+        self._inputs.sequences[:n] = 0
+        self._inputs.sparsity_bias[0] = sparsity_bias
+        sizes[ONLY_FFNS] = layers
+        try:
+            self._run()
+        finally:
+            sizes[ONLY_FFNS] = 0
+        return self._residual[:n, : model.hidden]
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
@@ -132,6 +193,11 @@ class CpuExecutor:
         if self._team is not None:
             self._team.close()
             self._team = None
+
+    def _run(self) -> None:
+        assert self._team is not None
+        with self._team.awake():
+            run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
 
     def _compile(self, team: Team) -> None:
         state = (self._model, self._work, self._cache, self._inputs)
@@ -160,7 +226,7 @@ class CpuExecutor:
             if values.size and not (values.min() >= 0 and values.max() < limit):
                 raise ValueError(f"a {name} lies outside 0..{limit - 1}")
         inputs = self._inputs
-        inputs.sizes[:3] = n, wanted, self._mode(n)
+        inputs.sizes[[N_ROWS, WANTED, MODE]] = n, wanted, self._mode(n)
         inputs.claims[:] = 0
         inputs.tokens[:n] = batch.tokens
         inputs.positions[:n] = batch.positions
@@ -173,11 +239,11 @@ class CpuExecutor:
         """How a step of n rows runs its FFNs."""
         if self.ffn == "dense" or not self._model.transposed_down:
             return DENSE
+        if self._predictor is None:
+            return SKIP_ZEROS if n == 1 or self.ffn == "sparse" else DENSE
         if self.ffn == "sparse":
-            return PREDICT if self._predictor is not None else SKIP_ZEROS
-        if n > 1:
-            return DENSE
-        return PREDICT if self._predictor is not None else SKIP_ZEROS
+            return PREDICT
+        return PREDICT if self.ffn_costs.prefers_sparse(n, *self._predictor.densities) else DENSE
 
     def _allocate_cache(self, kv_dtype: KvDtype) -> Cache:
         """The block pool; untouched pages cost no memory."""
@@ -215,6 +281,7 @@ class CpuExecutor:
             "neurons": ffn + 64,
         }  # fmt: skip
         buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
+        self._residual = buffers["x"].view(np.float32).reshape(rows, -1)
         buffers["scratch"] = _aligned(self.threads * scratch)
         buffers["partial"] = _aligned(self.threads * model.heads * (4 * model.value_stride + 64))
         self._keep += [*buffers.values(), self._logits]
@@ -240,7 +307,7 @@ def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
         return np.zeros(shape, np.int32)
 
     return Inputs(
-        sizes=np.zeros(5, np.int64),
+        sizes=np.zeros(SIZES, np.int64),
         tokens=ints(rows),
         positions=ints(rows),
         sequences=ints(rows),

@@ -19,11 +19,11 @@ from svdengine.kernels.cpu.sparse import (
     count_neurons,
     list_neurons,
     project,
-    sparse_row,
     start_sum,
 )
+from svdengine.kernels.cpu.sparse_batch import sparse_batch
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import DOWN_STAGE, PREDICT, UP_STAGE
+from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, GAP, KEPT, MODE, PREDICT, UP_STAGE
 
 
 @jit
@@ -100,7 +100,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     first, last = share(model.ffn, NEURON_UNIT, member, threads)
     count, total = last - first, model.ffn
     scratch = work.scratch + member * work.scratch_stride
-    if inputs.sizes[2] == PREDICT:
+    if inputs.sizes[MODE] == PREDICT:
         rank, columns = model.matrices[base + FACTOR_B, ROWS], model.matrices[base + FACTOR_A, COLUMNS]
         z_quantized = work.z_q + member * work.z_q_stride
         if rank > 0:
@@ -129,7 +129,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
         a, b = max(first, start) - start, min(last, start + listed) - start
         if a < b:
             at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
-            active += compute_listed(model, layer, x, quantized, at, b - a, inputs.sizes[4], out, scratch)
+            active += compute_listed(model, layer, x, quantized, at, b - a, inputs.sizes[GAP], out, scratch)
         start += listed
     count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
     barrier(sync, threads)
@@ -137,24 +137,20 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
 
 
 @jit
-def sparse_rows(model, work, inputs, layer, normed, n, member, threads):
-    """The conditional FFN of several rows: each has its own list, and a thread does whole rows."""
-    first, last = share(n, 1, member, threads)
-    predict = inputs.sizes[2] == PREDICT
-    for row in range(first, last):
-        sparse_row(
-            model, layer, normed + row * work.hidden_stride, work.hidden_q + row * work.hidden_q_stride,
-            work.z + member * work.z_stride, work.z_q + member * work.z_q_stride,
-            work.neurons + member * work.neurons_stride, inputs.sparsity_bias[inputs.sequences[row]], predict,
-            inputs.sizes[4], work.ffn_add + row * work.hidden_stride, work.scratch + member * work.scratch_stride,
-            inputs.counts, member,
-        )  # fmt: skip
+def any_ffn(model, work, inputs, layer, normed, n, member, threads, sync):
+    """ffn_add = FFN(normed) of n rows, as the step's mode says. Returns in how many parts decode leaves the result."""
+    if inputs.sizes[MODE] == DENSE:
+        return ffn(model, work, inputs, layer, normed, n, member, threads, sync)
+    if n == 1:
+        return sparse_together(model, work, inputs, layer, normed, member, threads, sync)
+    sparse_batch(model, work, inputs, layer, normed, n, member, threads, sync)
+    return 1
 
 
 @jit
 def keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads):
     """Copy the FFN's inputs to where the caller finds them, when it asked for them."""
-    kept = inputs.sizes[3]  # (layers, n, hidden_stride)
+    kept = inputs.sizes[KEPT]  # (layers, n, hidden_stride)
     if kept != 0 and n > 1:
         first, last = share(n, 1, member, threads)
         for row in range(first, last):

@@ -148,44 +148,48 @@ add_f32, add_f16, add_bf16 = float_rows(F32), float_rows(F16), float_rows(BF16)
 @jit
 def add_range(matrix, weights, first, last, out):
     """out += weights[i] times row i, for rows first..last. weights: address of floats."""
+    columns = matrix[COLUMNS]
     whole = first + (last - first) // ROWS * ROWS
     for i in range(first, whole, ROWS):
         at = weights + 4 * i
         add_four(
             matrix, i, i + 1, i + 2, i + 3,
-            load_real(at), load_real(at + 4), load_real(at + 8), load_real(at + 12), out,
+            load_real(at), load_real(at + 4), load_real(at + 8), load_real(at + 12), out, 0, columns,
         )  # fmt: skip
     for i in range(whole, last):
         zero = np.float32(0)
-        add_four(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out)
+        add_four(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out, 0, columns)
 
 
 @jit
-def add_four(matrix, r0, r1, r2, r3, h0, h1, h2, h3, out):
-    """out (columns) += h0 * row r0 + ... + h3 * row r3 of a matrix."""
-    columns, kind, data = matrix[COLUMNS], matrix[FORMAT], matrix[DATA]
-    blocks = columns // 64
+def add_four(matrix, r0, r1, r2, r3, h0, h1, h2, h3, out, first, last):
+    """out[first..last] += h0 * row r0 + ... + h3 * row r3 of a matrix, in these columns, multiples of 64."""
+    columns, kind = matrix[COLUMNS], matrix[FORMAT]
+    blocks = (last - first) // 64
+    out += 4 * first
     if kind == Q8:
-        scale, groups = matrix[SCALE], 2 * (columns // 32)
+        data, scale, groups = matrix[DATA] + first, matrix[SCALE] + first // 16, columns // 16
         add_q8(
             out, data + r0 * columns, data + r1 * columns, data + r2 * columns, data + r3 * columns,
             scale + r0 * groups, scale + r1 * groups, scale + r2 * groups, scale + r3 * groups,
             h0, h1, h2, h3, blocks,
         )  # fmt: skip
     elif kind == Q4:
-        scale, groups, half, unit = matrix[SCALE], columns // 32, columns // 2, matrix[ROW]
+        data, scale, groups, half = matrix[DATA] + first // 2, matrix[SCALE] + first // 32, columns // 32, columns // 2
+        unit = matrix[ROW]
         u0, u1, u2, u3 = unit + 8 * r0, unit + 8 * r1, unit + 8 * r2, unit + 8 * r3
         add_q4(
             out, data + r0 * half, data + r1 * half, data + r2 * half, data + r3 * half,
-            scale + r0 * groups, scale + r1 * groups, scale + r2 * groups, scale + r3 * groups, matrix[MIN] - scale,
+            scale + r0 * groups, scale + r1 * groups, scale + r2 * groups, scale + r3 * groups,
+            matrix[MIN] - matrix[SCALE],
             h0 * load_real(u0), h1 * load_real(u1), h2 * load_real(u2), h3 * load_real(u3),
             h0 * load_real(u0 + 4), h1 * load_real(u1 + 4), h2 * load_real(u2 + 4), h3 * load_real(u3 + 4), blocks,
         )  # fmt: skip
     elif kind == F32:
-        size = 4 * columns
+        data, size = matrix[DATA] + 4 * first, 4 * columns
         add_f32(out, data + r0 * size, data + r1 * size, data + r2 * size, data + r3 * size, h0, h1, h2, h3, blocks)
     else:
-        size = 2 * columns
+        data, size = matrix[DATA] + 2 * first, 2 * columns
         w0, w1, w2, w3 = data + r0 * size, data + r1 * size, data + r2 * size, data + r3 * size
         if kind == F16:
             add_f16(out, w0, w1, w2, w3, h0, h1, h2, h3, blocks)

@@ -34,7 +34,6 @@ from svdengine.kernels.cpu.plan import (
     ROWS,
     UP,
 )
-from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.rows import add_four
 from svdengine.kernels.cpu.score import (
     FACTOR_BYTES,
@@ -83,33 +82,39 @@ def add_row_scores(total, factor, first, z, scratch):
 
 
 @jit
-def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
-    """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
+def score_neurons(model, layer, quantized, z, shift, first, scratch):
+    """Scores of 16 neurons from `first`, a multiple of 16.
 
-    quantized: the FFN's input; z: what `project` made, quantised. shift: the sparsity bias. neurons: address of int32,
-    with room for all of first..last and 16 more.
+    quantized: the FFN's input; z: what `project` made, quantised. shift: the sparsity bias.
     """
     base = layer * LAYER_MATRICES
     a, q = model.matrices[base + FACTOR_A], model.matrices[base + RESIDUAL]
     bias, unit = model.predictor_bias[layer].ctypes.data, model.predictor_unit[layer].ctypes.data
     groups, blocks = a[COLUMNS] // 32, q[COLUMNS] // 64
-    factor_bytes = groups * FACTOR_BYTES
-    residual_bytes = blocks * (RESIDUAL_BYTES_2 if q[FORMAT] == Q2 else RESIDUAL_BYTES_1)
+    panel = first // NEURONS
+    score = load_f32(bias + 4 * first) - load_f32(unit + 4 * first) * splat_f32(shift)
+    if groups > 0:
+        if a[FORMAT] == Q8:
+            score = add_factor_scores(score, a[DATA] + panel * groups * FACTOR_BYTES, groups, z)
+        else:
+            score = add_row_scores(score, a, first, z, scratch)
+    if blocks > 0:
+        if q[FORMAT] == Q2:
+            score = add_residual_scores_2(score, q[DATA] + panel * blocks * RESIDUAL_BYTES_2, blocks, quantized)
+        else:
+            score = add_residual_scores_1(score, q[DATA] + panel * blocks * RESIDUAL_BYTES_1, blocks, quantized)
+    return score
+
+
+@jit
+def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
+    """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
+
+    The arguments are those of `score_neurons`; neurons: address of int32, with room for all of first..last and 16 more.
+    """
     count = 0
     for i in range(first, last, NEURONS):
-        panel = i // NEURONS
-        score = load_f32(bias + 4 * i) - load_f32(unit + 4 * i) * splat_f32(shift)
-        if groups > 0:
-            if a[FORMAT] == Q8:
-                score = add_factor_scores(score, a[DATA] + panel * factor_bytes, groups, z)
-            else:
-                score = add_row_scores(score, a, i, z, scratch)
-        if blocks > 0:
-            at = q[DATA] + panel * residual_bytes
-            if q[FORMAT] == Q2:
-                score = add_residual_scores_2(score, at, blocks, quantized)
-            else:
-                score = add_residual_scores_1(score, at, blocks, quantized)
+        score = score_neurons(model, layer, quantized, z, shift, i, scratch)
         count += list_positive(score, i, neurons + 4 * count)
     return count
 
@@ -144,8 +149,8 @@ def activate_real(x, kind, threshold):
 
 
 @jit
-def add_listed(down, neurons, hidden, count, out):
-    """out += hidden[k] times down's row of neuron k, for `count` listed neurons, four at a time."""
+def add_listed(down, neurons, hidden, count, out, first, last):
+    """out[first..last] += hidden[k] times down's row of neuron k, for `count` listed neurons, four at a time."""
     for k in range(0, count, 4):
         r0 = load_int(neurons + 4 * k)
         r1, r2, r3 = r0, r0, r0
@@ -156,7 +161,7 @@ def add_listed(down, neurons, hidden, count, out):
             r2, h2 = load_int(neurons + 4 * k + 8), load_real(hidden + 4 * k + 8)
         if k + 3 < count:
             r3, h3 = load_int(neurons + 4 * k + 12), load_real(hidden + 4 * k + 12)
-        add_four(down, r0, r1, r2, r3, load_real(hidden + 4 * k), h1, h2, h3, out)
+        add_four(down, r0, r1, r2, r3, load_real(hidden + 4 * k), h1, h2, h3, out, first, last)
 
 
 @jit
@@ -189,13 +194,14 @@ def gate_chunk(model, layer, x, quantized, neurons, count, active, hidden):
 
 
 @jit
-def up_chunk(model, layer, x, quantized, active, found, hidden):
-    """hidden *= up of the active neurons; their rows of down are fetched on the way."""
+def up_chunk(model, layer, x, quantized, active, found, hidden, fetch_down):
+    """hidden *= up of the active neurons; on the way their rows of down are fetched, if they come next."""
     up, down = model.matrices[layer * LAYER_MATRICES + UP], model.matrices[layer * LAYER_MATRICES + DOWN]
     down_bytes = row_bytes(down)
     for k in range(found):
         i = load_int(active + 4 * k)
-        fetch_row(down, i, down_bytes)
+        if fetch_down:
+            fetch_row(down, i, down_bytes)
         u = dot_row(up, i, x, quantized, 0) + load_real(up[BIAS_VECTOR] + 4 * i)
         if model.activation == DRELU:
             u = max(u, _ZERO)
@@ -224,8 +230,8 @@ def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch
                 up = model.matrices[base + UP]
                 ask_for_rows(up, row_bytes(up), active, found, gap)
         if model.gated:
-            up_chunk(model, layer, x, quantized, active, found, hidden)
-        add_listed(down, active, hidden, found, out)
+            up_chunk(model, layer, x, quantized, active, found, hidden, True)
+        add_listed(down, active, hidden, found, out, 0, down[COLUMNS])
         total += found
     return total
 
@@ -243,26 +249,6 @@ def count_neurons(counts, member, predicted, active, total):
     counts[member, PREDICTED] += predicted
     counts[member, ACTIVE] += active
     counts[member, TOTAL] += total
-
-
-@jit
-def sparse_row(model, layer, x, quantized, z, z_quantized, neurons, shift, predict, gap, out, scratch, counts, member):
-    """out = the conditional FFN of one input, by one thread alone."""
-    base = layer * LAYER_MATRICES
-    start_sum(out, model.matrices[base + DOWN, BIAS_VECTOR], model.hidden_stride, True)
-    count = model.ffn
-    if predict:
-        rank = model.matrices[base + FACTOR_B, ROWS]
-        project(model, layer, quantized, z, 0, rank)
-        columns = model.matrices[base + FACTOR_A, COLUMNS]
-        clear_padding(z, rank, columns)
-        quantize_groups(z, z_quantized, columns, 0, columns)
-        count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, 0, model.ffn, scratch)
-    else:
-        for i in range(count):
-            store_int(neurons + 4 * i, i)
-    active = compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch)
-    count_neurons(counts, member, count, active, model.ffn)
 
 
 @jit

@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.attention_stage import attention, place_keys, project_attention, project_qkv
-from svdengine.kernels.cpu.elementwise import add_row, layer_norm, rms_norm, scale_row
-from svdengine.kernels.cpu.ffn_stage import ffn, keep_ffn_inputs, sparse_rows, sparse_together
+from svdengine.kernels.cpu.elementwise import add_row, copy_row, layer_norm, rms_norm, scale_row
+from svdengine.kernels.cpu.ffn_stage import any_ffn, keep_ffn_inputs
 from svdengine.kernels.cpu.gemm import load_weights
 from svdengine.kernels.cpu.jit import entry, jit
 from svdengine.kernels.cpu.plan import EMBEDDING, LAYER_MATRICES, LM_HEAD
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul_together, ready, rows_of
-from svdengine.kernels.cpu.simd import load_real, store_f32, store_real
+from svdengine.kernels.cpu.simd import load_real, store_f32, store_real, zero_f32
 from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, barrier, exchange, fetch_add, load_shared, wait_for_work
-from svdengine.kernels.cpu.workspace import DENSE, PREDICT
+from svdengine.kernels.cpu.workspace import MODE, N_ROWS, ONLY_FFNS, PREDICT, SOURCE, SOURCE_LAYER, WANTED
 
 
 @jit
@@ -71,7 +71,7 @@ def add_to_residual(model, work, addend, parts, n, member, threads):
 def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
     # The predictor reads the quantised input whatever the weights' format is.
-    quantize = model.quantized or inputs.sizes[2] == PREDICT
+    quantize = model.quantized or inputs.sizes[MODE] == PREDICT
     normalize(model, work, model.attention_norm[layer], work.normed, n, member, threads, quantize)
     ready(n, sync, threads)
     project_qkv(model, work, layer, n, member, threads)
@@ -92,14 +92,8 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
         add_to_residual(model, work, work.attention_add, 1, n, member, threads)
         normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
     keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads)
-    parts = 1
-    if inputs.sizes[2] == DENSE:
-        ready(n, sync, threads)
-        parts = ffn(model, work, inputs, layer, normed, n, member, threads, sync)
-    elif n == 1:
-        parts = sparse_together(model, work, inputs, layer, normed, member, threads, sync)
-    else:
-        sparse_rows(model, work, inputs, layer, normed, n, member, threads)
+    ready(n, sync, threads)
+    parts = any_ffn(model, work, inputs, layer, normed, n, member, threads, sync)
     add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
 
 
@@ -135,9 +129,33 @@ def logits(model, work, inputs, n, wanted, member, threads, sync):
 
 
 @jit
+def only_ffns(model, work, inputs, n, member, threads, sync):
+    """Residual stream = the sum of what the first layers' FFNs give, each on an input of its own."""
+    first, last = rows_of(n, member, threads)
+    for row in range(first, last):
+        for column in range(0, 4 * model.hidden_stride, 64):
+            store_f32(work.x + row * work.hidden_stride + column, zero_f32())
+    for layer in range(inputs.sizes[ONLY_FFNS]):
+        source = inputs.sizes[SOURCE] + layer * inputs.sizes[SOURCE_LAYER]
+        for row in range(first, last):
+            normed = work.normed + row * work.hidden_stride
+            copy_row(source + (0 if n == 1 else row) * work.hidden_stride, normed, model.hidden_stride)
+            if model.quantized or inputs.sizes[MODE] == PREDICT:
+                quantized = work.hidden_q + row * work.hidden_q_stride
+                quantize_groups(normed, quantized, model.hidden_stride, 0, model.hidden_stride)
+        ready(n, sync, threads)
+        parts = any_ffn(model, work, inputs, layer, work.normed, n, member, threads, sync)
+        add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
+        barrier(sync, threads)  # the next FFN writes where others may still read
+
+
+@jit
 def forward(model, work, cache, inputs, member, threads, sync):
-    """A whole step. Every member of the team calls it."""
-    n, wanted = inputs.sizes[0], inputs.sizes[1]
+    """A whole step, or FFNs alone. Every member of the team calls it."""
+    n, wanted = inputs.sizes[N_ROWS], inputs.sizes[WANTED]
+    if inputs.sizes[ONLY_FFNS] > 0:
+        only_ffns(model, work, inputs, n, member, threads, sync)
+        return
     embed(model, work, inputs, n, member, threads)
     for layer in range(model.layers):
         layer_step(model, work, cache, inputs, layer, n, member, threads, sync)

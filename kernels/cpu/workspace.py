@@ -8,6 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
+# Numbers of a step, in Inputs.sizes. KEPT: address for what enters the FFNs, or 0. GAP: see page_ahead.py. With
+# ONLY_FFNS, a count of layers, a step is their FFNs alone, on inputs at SOURCE; SOURCE_LAYER: bytes from one layer's to
+# the next one's, or 0 when all have the same.
+N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, SIZES = range(9)
 ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claimed; the lm_head's comes after all layers
 
 
@@ -63,7 +67,7 @@ class Cache(NamedTuple):
 class Inputs(NamedTuple):
     """The batch, in arrays that live as long as the executor."""
 
-    sizes: NDArray[np.int64]  # (5,) rows, rows with logits, FFN mode, address for the FFNs' inputs or 0, gap
+    sizes: NDArray[np.int64]  # (SIZES,)
     tokens: NDArray[np.int32]
     positions: NDArray[np.int32]
     sequences: NDArray[np.int32]

@@ -102,6 +102,34 @@ def test_with_every_neuron_listed_sparse_equals_dense_bit_for_bit(name: str, thr
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_batch_with_every_neuron_listed_agrees_with_dense(weight_format: WeightFormat, threads: int) -> None:
+    config = ZOO["llama_relu_biases"]
+    x = np.random.default_rng(0).standard_normal((40, config.hidden_size), np.float32)
+    with executor(config, weight_format, make_predictor(config, 8, 2, threshold=1e9), threads) as cpu:
+        cpu.ffn = "sparse"
+        together = cpu.run_ffns(x).copy()
+        cpu.ffn = "dense"
+        assert relative_error(together, cpu.run_ffns(x)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama_relu_tied", "opt", "bamboo"])
+@pytest.mark.parametrize("predict", [True, False])
+def test_what_a_row_gets_depends_neither_on_its_batch_nor_on_the_threads(name: str, predict: bool) -> None:
+    config = ZOO[name]
+    predictor = make_predictor(config, 16, 2, threshold=0.1) if predict else None
+    x = np.random.default_rng(0).standard_normal((40, config.hidden_size), np.float32)
+    found = []
+    for threads in (1, 3):
+        with executor(config, "q8", predictor, threads) as cpu:
+            cpu.ffn = "sparse"
+            found.append(cpu.run_ffns(x).copy())
+            np.testing.assert_array_equal(cpu.run_ffns(x[30:]), found[-1][30:])
+            np.testing.assert_array_equal(cpu.run_ffns(x[38:]), found[-1][38:])
+    np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_every_format_equals_dense_bit_for_bit(weight_format: WeightFormat) -> None:
     config = ZOO["llama_relu_biases"]
     tokens = random_tokens(config, LENGTH)

@@ -1,0 +1,107 @@
+"""Which path a step takes: by costs that were measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from model_zoo import block_table, make_batch, random_tokens, zoo
+from test_cpu_sparse import executor, make_predictor
+
+from svdengine.kernels.cpu import ffn_costs
+from svdengine.kernels.cpu.ffn_costs import SIZES, FfnCosts, measure_ffn_costs
+from svdengine.kernels.predictor import Predictor
+
+# A machine on which a dense FFN reads 300 rows at 1 us each, or computes 2 us a row of the step, whichever is longer.
+COSTS = FfnCosts(
+    neurons=100,
+    dense=tuple(max(300e-6, 100e-6 * n) for n in SIZES),
+    scoring=tuple(10e-6 * n for n in SIZES),
+    first_use=1e-6,
+    further_use=0.5e-6,
+)
+
+
+def test_sparse_seconds_count_rows_once_from_memory_and_then_from_a_cache() -> None:
+    assert COSTS.sparse_seconds(1, 0.2, 0.1) == pytest.approx(10e-6 + (20 + 2 * 10) * 1e-6)
+    first, uses = (1 - 0.8**2) + 2 * (1 - 0.9**2), 2 * 0.4
+    assert COSTS.sparse_seconds(2, 0.2, 0.1) == pytest.approx(20e-6 + 100 * (first + 0.5 * (uses - first)) * 1e-6)
+    assert COSTS.dense_seconds(3) == pytest.approx(350e-6)
+    assert COSTS.dense_seconds(64) == pytest.approx(6400e-6)
+
+
+def test_the_path_depends_on_densities_and_on_the_step() -> None:
+    assert COSTS.prefers_sparse(1, 0.2, 0.1)
+    assert not COSTS.prefers_sparse(1, 1.0, 0.9)
+    dense_from_two = FfnCosts(100, (300e-6,) + (310e-6,) * 5, COSTS.scoring, 1e-6, 1e-6)
+    assert dense_from_two.prefers_sparse(2, 0.2, 0.1)
+    assert not dense_from_two.prefers_sparse(32, 0.2, 0.1)
+
+
+def test_costs_are_measured_on_the_executor_and_leave_it_as_it_was() -> None:
+    config = zoo()["llama_relu_tied"]
+    with executor(config, "q8", make_predictor(config, 8, 0, 0.0)) as cpu:
+        cpu.ffn = "auto"
+        costs = cpu.ffn_costs
+        assert cpu.ffn == "auto" and cpu.neuron_counts().total == 0 and cpu.ffn_costs is costs
+        assert len(costs.dense) == len(costs.scoring) == len(SIZES)
+        assert min(costs.dense) > 0 and min(costs.scoring) > 0
+        assert 0 <= costs.further_use <= costs.first_use
+        cpu.predictor = make_predictor(config, 16, 0, 0.0)
+        assert cpu.ffn_costs is not costs
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_auto_takes_the_path_that_costs_less(monkeypatch: pytest.MonkeyPatch, sparse: bool) -> None:
+    config = zoo()["llama_relu_tied"]
+    asked: list[Any] = []
+
+    def prefers(self: FfnCosts, rows: int, predicted: float, active: float) -> bool:
+        asked.append((rows, predicted, active))
+        return sparse
+
+    monkeypatch.setattr(FfnCosts, "prefers_sparse", prefers)
+    about = {"table": [{"predicted_density": 0.3, "computed_density": 0.2}] * config.layer_count}
+    with executor(config, "q8", Predictor(make_predictor(config, 8, 0, 0.0).layers, about)) as cpu:
+        cpu.ffn = "auto"
+        for length in (1, 5):
+            cpu.forward(make_batch([(random_tokens(config, length), 0)], [block_table(length)]))
+        assert [a[0] for a in asked] == [1, 5] and asked[0][1:] == pytest.approx((0.3, 0.2))
+        assert (cpu.neuron_counts().total > 0) == sparse
+
+
+def test_measuring_solves_for_the_costs_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A runner whose time follows the model exactly gives the model's numbers back."""
+    clock = [0.0]
+    monkeypatch.setattr(ffn_costs.time, "perf_counter", lambda: clock[0])
+
+    class Runner:
+        max_batch_rows = 64
+
+        def __init__(self) -> None:
+            self.ffn: Any = "auto"
+            self.counts = np.zeros(3, int)
+
+        def run_ffns(self, inputs: Any, layers: int, sparsity_bias: float = 0.0) -> Any:
+            n = len(inputs)
+            if self.ffn == "dense":
+                clock[0] += layers * COSTS.dense_seconds(n)
+            else:
+                listed = sparsity_bias < 0
+                clock[0] += layers * COSTS.sparse_seconds(n, float(listed), 0.5 * listed)
+                self.counts = [
+                    a + layers * n * b for a, b in zip(self.counts, (100 * listed, 50 * listed, 100), strict=True)
+                ]
+            return inputs
+
+        def neuron_counts(self) -> Any:
+            return ffn_costs.NeuronCounts(*self.counts)
+
+    runner = Runner()
+    costs = measure_ffn_costs(runner, 4, 100, 16e6, 8)
+    assert runner.ffn == "auto"
+    np.testing.assert_allclose(costs.dense, COSTS.dense)
+    np.testing.assert_allclose(costs.scoring, COSTS.scoring)
+    assert costs.first_use == pytest.approx(COSTS.first_use)
+    assert costs.further_use == pytest.approx(COSTS.further_use, rel=1e-6)
