@@ -74,7 +74,8 @@ def make_sample(scores: Array, neurons: Neurons, estimates: bool = True) -> Samp
 
     `estimates` says whether a score estimates the gate itself; if not, it has units of its own.
     """
-    by_neuron, energy, active = (np.array(v.T, order="C") for v in (scores, neurons.energy, neurons.active))
+    by_neuron, energy = np.array(scores.T, order="C"), np.array(neurons.energy.T, order="C")
+    active = np.array(neurons.active.T, order="C")
     _sort_rows(by_neuron, energy, active)
     spread = (neurons.gates - scores).std(0) if estimates else _unexplained(scores, neurons.gates)
     return Sample(by_neuron, energy, active, spread)
