@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.batch import FfnMode, NeuronCounts
 
-SIZES = (1, 2, 4, 8, 16, 32)  # rows of a step that are measured; beyond them costs grow as between the last two
+SIZES = (1, 2, 8, 32)  # rows of a step that are measured; beyond them costs grow as between the last two
 _BYTES = 64e6  # of weights that are run over: more than caches hold
-_REPETITIONS = 3
-_NOTHING, _EVERYTHING = 1e30, -1e30  # sparsity biases: no score, or every score, is positive
+_REPETITIONS = 2
+_NOTHING = 1e30  # a sparsity bias with which no score is positive
+_SHARE = 0.25  # of neurons that are predicted while the rows' costs are measured: lists with gaps, as they will be
 _MARGIN = 0.9  # sparse must take at most this share of the dense time: it is not exact
 
 
@@ -38,14 +39,9 @@ class FfnCosts:
         return _at(self.dense, rows)
 
     def sparse_seconds(self, rows: int, predicted: float, active: float) -> float:
-        """A sparse FFN of a step of `rows`, which predict and find active these shares of the neurons.
-
-        How far the rows' lists overlap is not known before they are made; here they do so by chance only.
-        """
-        uses = rows * (predicted + 2 * active)
-        first = 1 - (1 - predicted) ** rows + 2 * (1 - (1 - active) ** rows)
-        listed = self.neurons * (first * self.first_use + (uses - first) * self.further_use)
-        return _at(self.scoring, rows) + listed
+        """A sparse FFN of a step of `rows`, which predict and find active these shares of the neurons."""
+        first, further = _uses(self.neurons, rows, predicted, active)
+        return _at(self.scoring, rows) + first * self.first_use + further * self.further_use
 
     def prefers_sparse(self, rows: int, predicted: float, active: float) -> bool:
         """Whether the sparse path saves enough time to be worth what it misses."""
@@ -83,22 +79,43 @@ def measure_ffn_costs(
         runner.ffn = mode
         return _fastest(lambda: runner.run_ffns(x[:n], layers, bias)) / layers
 
+    def counted(n: int, bias: float) -> tuple[float, float]:
+        """Shares of neurons that n rows predict and find active."""
+        runner.ffn = "sparse"
+        before = runner.neuron_counts()
+        runner.run_ffns(x[:n], layers, bias)
+        after = runner.neuron_counts()
+        total = after.total - before.total
+        return (after.predicted - before.predicted) / total, (after.active - before.active) / total
+
     before = runner.ffn
     try:
         dense = [seconds(n, "dense", 0.0) for n in sizes]
         scoring = [seconds(n, "sparse", _NOTHING) for n in sizes]
-        counted = runner.neuron_counts()
-        whole = [seconds(n, "sparse", _EVERYTHING) for n in (1, sizes[-1])]
-        found = runner.neuron_counts()
+        bias = _bias_for(_SHARE, lambda bias: counted(1, bias)[0])
+        listed = [seconds(n, "sparse", bias) - scored for n, scored in ((1, scoring[0]), (sizes[-1], scoring[-1]))]
+        shares = [counted(n, bias) for n in (1, sizes[-1])]
     finally:
         runner.ffn = before
-    active = (found.active - counted.active) / max(found.predicted - counted.predicted, 1)
-    rows = neurons * (1 + 2 * active)  # of gate, up and down that one input uses
-    first_use = max(whole[0] - scoring[0], 0.0) / rows
-    touched = neurons * (3 if sizes[-1] > 1 else 1 + 2 * active)
-    further = max(sizes[-1] * rows - touched, 1.0)
-    further_use = min(max(whole[1] - scoring[-1] - touched * first_use, 0.0) / further, first_use)
+    first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, 1, *shares[0])), 1.0)
+    first, further = _uses(neurons, sizes[-1], *shares[1])
+    further_use = min(max(listed[1] - first * first_use, 0.0) / max(further, 1.0), first_use)
     return FfnCosts(neurons, _filled(dense), _filled(scoring), first_use, further_use)
+
+
+def _uses(neurons: int, rows: int, predicted: float, active: float) -> tuple[float, float]:
+    """How often a layer's stored rows are used by a step for the first time, and how often after that.
+
+    How far the lists of a step's rows overlap is not known before they are made; here they do so by chance only.
+    """
+    first = neurons * (1 - (1 - predicted) ** rows + 2 * (1 - (1 - active) ** rows))
+    return first, neurons * rows * (predicted + 2 * active) - first
+
+
+def _bias_for(share: float, predicted: Callable[[float], float]) -> float:
+    """About the sparsity bias at which this share of neurons is predicted, of those that are tried."""
+    tried = [0.0, *(sign * 4.0**power for power in range(-4, 6) for sign in (1, -1))]
+    return min(tried, key=lambda bias: abs(predicted(bias) - share))
 
 
 def _fastest(run: Callable[[], object]) -> float:

@@ -26,6 +26,7 @@ from svdengine.kernels.cpu.simd import (
     load,
     load_real,
     operation,
+    prefetch,
     real,
     splat,
     store,
@@ -159,6 +160,26 @@ def add_range(matrix, weights, first, last, out):
     for i in range(whole, last):
         zero = np.float32(0)
         add_four(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out, 0, columns)
+
+
+@jit
+def row_bytes(matrix):
+    """Bytes of one row's values."""
+    columns, kind = matrix[COLUMNS], matrix[FORMAT]
+    if kind == Q8:
+        return columns
+    if kind == Q4:
+        return columns // 2
+    return 4 * columns if kind == F32 else 2 * columns
+
+
+@jit
+def fetch_part(matrix, row, first, last):
+    """Ask for the cache lines of columns first..last of a row."""
+    size = row_bytes(matrix)
+    at = matrix[DATA] + row * size
+    for line in range(first * size // matrix[COLUMNS], last * size // matrix[COLUMNS], 64):
+        prefetch(at + line)
 
 
 @jit

@@ -7,13 +7,14 @@ that all threads do them rather than wait for one. A step of several rows shares
 from __future__ import annotations
 
 from svdengine.kernels.cpu.gemm import gemm
-from svdengine.kernels.cpu.gemv import gemv
+from svdengine.kernels.cpu.gemv import gemv, gemv_few
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS
 from svdengine.kernels.cpu.sync import barrier, fetch_add
 from svdengine.kernels.cpu.workspace import STAGES
 
 PIECE = 32768  # weights
+FEW = 6  # rows of a step that are multiplied one by one: packing weights into panels would cost more
 NEURON_UNIT = 16  # neurons are shared out in multiples of it
 
 
@@ -71,6 +72,8 @@ def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride,
     bias = matrix[BIAS_VECTOR]
     if n == 1:
         gemv(matrix, bias, x, quantized, out, first, last)
+    elif n <= FEW:
+        gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last)
     else:
         gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_row
+from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_four, dot_row
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.page_ahead import ask_for_rows
 from svdengine.kernels.cpu.plan import (
@@ -27,14 +27,13 @@ from svdengine.kernels.cpu.plan import (
     GATE,
     LAYER_MATRICES,
     Q2,
-    Q4,
     Q8,
     RELU2,
     RESIDUAL,
     ROWS,
     UP,
 )
-from svdengine.kernels.cpu.rows import add_four
+from svdengine.kernels.cpu.rows import add_four, fetch_part, row_bytes
 from svdengine.kernels.cpu.score import (
     FACTOR_BYTES,
     NEURONS,
@@ -48,7 +47,6 @@ from svdengine.kernels.cpu.simd import (
     load_f32,
     load_int,
     load_real,
-    prefetch,
     splat_f32,
     store_f32,
     store_int,
@@ -56,7 +54,9 @@ from svdengine.kernels.cpu.simd import (
     zero_f32,
 )
 
-CHUNK = 64  # listed neurons between gate, up and down: their rows wait in the second-level cache
+CHUNK = 2048  # neurons of a list at once, between gate, up and down
+AHEAD = 8  # listed rows that are on their way from memory
+PART = 512  # columns of down that are added, and asked for, at once
 PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8  # counters of a thread, on a cache line of their own
 RESIDUAL_BYTES_2, RESIDUAL_BYTES_1 = RESIDUAL_BYTES[2], RESIDUAL_BYTES[1]
 _ZERO = np.float32(0)
@@ -120,25 +120,6 @@ def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratc
 
 
 @jit
-def row_bytes(matrix):
-    """Bytes of one row's values."""
-    columns, kind = matrix[COLUMNS], matrix[FORMAT]
-    if kind == Q8:
-        return columns
-    if kind == Q4:
-        return columns // 2
-    return 4 * columns if kind == 0 else 2 * columns
-
-
-@jit
-def fetch_row(matrix, row, size):
-    """Ask for a row's cache lines before they are needed."""
-    at = matrix[DATA] + row * size
-    for line in range(0, size, 64):
-        prefetch(at + line)
-
-
-@jit
 def activate_real(x, kind, threshold):
     """ReLU and its relatives on one number (for dReLU, on one of its two factors)."""
     if kind == FATRELU:
@@ -149,63 +130,83 @@ def activate_real(x, kind, threshold):
 
 
 @jit
-def add_listed(down, neurons, hidden, count, out, first, last):
-    """out[first..last] += hidden[k] times down's row of neuron k, for `count` listed neurons, four at a time."""
-    for k in range(0, count, 4):
-        r0 = load_int(neurons + 4 * k)
-        r1, r2, r3 = r0, r0, r0
-        h1, h2, h3 = _ZERO, _ZERO, _ZERO
-        if k + 1 < count:
-            r1, h1 = load_int(neurons + 4 * k + 4), load_real(hidden + 4 * k + 4)
-        if k + 2 < count:
-            r2, h2 = load_int(neurons + 4 * k + 8), load_real(hidden + 4 * k + 8)
-        if k + 3 < count:
-            r3, h3 = load_int(neurons + 4 * k + 12), load_real(hidden + 4 * k + 12)
-        add_four(down, r0, r1, r2, r3, load_real(hidden + 4 * k), h1, h2, h3, out, first, last)
+def listed(neurons, k, count):
+    """The k-th listed neuron, or the last one where the list is over."""
+    return load_int(neurons + 4 * min(k, count - 1))
 
 
 @jit
-def gate_chunk(model, layer, x, quantized, neurons, count, active, hidden):
+def fetch_first(matrix, neurons, count, first, last):
+    """Ask for columns first..last of the first rows of a list; products ask for rows that are AHEAD while they run."""
+    for k in range(min(AHEAD, count)):
+        fetch_part(matrix, load_int(neurons + 4 * k), first, last)
+
+
+@jit
+def dot_listed(matrix, neurons, k, count, x, quantized, out):
+    """out[0..4] = four rows from the k-th of a list times one activation row."""
+    later = k + AHEAD
+    dot_four(
+        matrix,
+        listed(neurons, k, count), listed(neurons, k + 1, count),
+        listed(neurons, k + 2, count), listed(neurons, k + 3, count),
+        listed(neurons, later, count), listed(neurons, later + 1, count),
+        listed(neurons, later + 2, count), listed(neurons, later + 3, count),
+        x, quantized, out,
+    )  # fmt: skip
+
+
+@jit
+def add_listed(down, neurons, hidden, count, out, first, last):
+    """out[first..last] += hidden[k] times down's row of neuron k, for `count` listed neurons, four at a time."""
+    fetch_first(down, neurons, count, first, last)
+    for k in range(0, count, 4):
+        r0, h0 = load_int(neurons + 4 * k), load_real(hidden + 4 * k)
+        h1 = load_real(hidden + 4 * k + 4) if k + 1 < count else _ZERO
+        h2 = load_real(hidden + 4 * k + 8) if k + 2 < count else _ZERO
+        h3 = load_real(hidden + 4 * k + 12) if k + 3 < count else _ZERO
+        r1, r2, r3 = listed(neurons, k + 1, count), listed(neurons, k + 2, count), listed(neurons, k + 3, count)
+        for c in range(first, last, PART):
+            stop = min(c + PART, last)
+            for lane in range(AHEAD, min(AHEAD + 4, count - k)):
+                fetch_part(down, load_int(neurons + 4 * (k + lane)), c, stop)
+            add_four(down, r0, r1, r2, r3, h0, h1, h2, h3, out, c, stop)
+
+
+@jit
+def gate_listed(model, layer, x, quantized, neurons, count, active, hidden, scratch):
     """Exact gates of `count` listed neurons; those that are not 0 go to `active` and `hidden`. Returns how many."""
-    base = layer * LAYER_MATRICES
-    gate = model.matrices[base + (GATE if model.gated else UP)]
-    up, down = model.matrices[base + UP], model.matrices[base + DOWN]
-    gate_bytes, up_bytes, down_bytes = row_bytes(gate), row_bytes(up), row_bytes(down)
+    gate = model.matrices[layer * LAYER_MATRICES + (GATE if model.gated else UP)]
     threshold = np.float32(model.threshold)
-    # A row is fetched while the row so many places before it is computed.
-    places = 4 if gate_bytes <= 1024 else 1
-    for k in range(min(places, count)):
-        fetch_row(gate, load_int(neurons + 4 * k), gate_bytes)
+    fetch_first(gate, neurons, count, 0, gate[COLUMNS])
     found = 0
-    for k in range(count):
-        i = load_int(neurons + 4 * k)
-        following = load_int(neurons + 4 * min(k + places, count - 1))
-        g = dot_row(gate, i, x, quantized, (following - i) * gate_bytes) + load_real(gate[BIAS_VECTOR] + 4 * i)
-        g = activate_real(g, model.activation, threshold)
-        if g != _ZERO:
-            store_int(active + 4 * found, i)
-            store_real(hidden + 4 * found, g)
-            found += 1
-            if model.gated:
-                fetch_row(up, i, up_bytes)
-            else:
-                fetch_row(down, i, down_bytes)
+    for k in range(0, count, 4):
+        dot_listed(gate, neurons, k, count, x, quantized, scratch)
+        for lane in range(min(4, count - k)):
+            i = load_int(neurons + 4 * (k + lane))
+            g = activate_real(
+                load_real(scratch + 4 * lane) + load_real(gate[BIAS_VECTOR] + 4 * i), model.activation, threshold
+            )
+            if g != _ZERO:
+                store_int(active + 4 * found, i)
+                store_real(hidden + 4 * found, g)
+                found += 1
     return found
 
 
 @jit
-def up_chunk(model, layer, x, quantized, active, found, hidden, fetch_down):
-    """hidden *= up of the active neurons; on the way their rows of down are fetched, if they come next."""
-    up, down = model.matrices[layer * LAYER_MATRICES + UP], model.matrices[layer * LAYER_MATRICES + DOWN]
-    down_bytes = row_bytes(down)
-    for k in range(found):
-        i = load_int(active + 4 * k)
-        if fetch_down:
-            fetch_row(down, i, down_bytes)
-        u = dot_row(up, i, x, quantized, 0) + load_real(up[BIAS_VECTOR] + 4 * i)
-        if model.activation == DRELU:
-            u = max(u, _ZERO)
-        store_real(hidden + 4 * k, load_real(hidden + 4 * k) * u)
+def up_listed(model, layer, x, quantized, active, found, hidden, scratch):
+    """hidden *= up of the active neurons."""
+    up = model.matrices[layer * LAYER_MATRICES + UP]
+    fetch_first(up, active, found, 0, up[COLUMNS])
+    for k in range(0, found, 4):
+        dot_listed(up, active, k, found, x, quantized, scratch)
+        for lane in range(min(4, found - k)):
+            at = hidden + 4 * (k + lane)
+            u = load_real(scratch + 4 * lane) + load_real(up[BIAS_VECTOR] + 4 * load_int(active + 4 * (k + lane)))
+            if model.activation == DRELU:
+                u = max(u, _ZERO)
+            store_real(at, load_real(at) * u)
 
 
 @jit
@@ -219,18 +220,18 @@ def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch
     if gap > 0:
         gate = model.matrices[base + (GATE if model.gated else UP)]
         ask_for_rows(gate, row_bytes(gate), neurons, count, gap)
-    active, hidden = scratch, scratch + 4 * CHUNK
+    active, hidden, four = scratch, scratch + 4 * CHUNK, scratch + 8 * CHUNK
     total = 0
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
-        found = gate_chunk(model, layer, x, quantized, neurons + 4 * start, size, active, hidden)
+        found = gate_listed(model, layer, x, quantized, neurons + 4 * start, size, active, hidden, four)
         if gap > 0:
             ask_for_rows(down, row_bytes(down), active, found, gap)
             if model.gated:
                 up = model.matrices[base + UP]
                 ask_for_rows(up, row_bytes(up), active, found, gap)
         if model.gated:
-            up_chunk(model, layer, x, quantized, active, found, hidden, True)
+            up_listed(model, layer, x, quantized, active, found, hidden, four)
         add_listed(down, active, hidden, found, out, 0, down[COLUMNS])
         total += found
     return total

@@ -13,25 +13,25 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.page_ahead import ask_for_rows
 from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
+from svdengine.kernels.cpu.rows import row_bytes
 from svdengine.kernels.cpu.score import NEURONS, list_positive
 from svdengine.kernels.cpu.sharing import NEURON_UNIT, share
 from svdengine.kernels.cpu.simd import load_int, load_real, store_int, store_real
 from svdengine.kernels.cpu.sparse import (
-    CHUNK,
     LISTED,
     add_listed,
     clear_padding,
     count_neurons,
-    gate_chunk,
+    gate_listed,
     project,
-    row_bytes,
     score_neurons,
     start_sum,
-    up_chunk,
+    up_listed,
 )
 from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import GAP, MODE, PREDICT
 
+CHUNK = 64  # neurons of the merged list at once: their rows wait in the second-level cache
 GROUP = 32  # rows whose lists are merged at once: the bits of a mask
 COLUMN_UNIT = 64  # columns are shared out in multiples of it
 _ZERO = np.float32(0)
@@ -149,7 +149,7 @@ def activate_listed(model, work, inputs, layer, normed, first, count, total, mem
     """
     neurons, masks = merged_list(work)
     scratch = work.scratch + member * work.scratch_stride
-    own, active, hidden = scratch, scratch + 4 * CHUNK, scratch + 8 * CHUNK
+    own, active, hidden, four = scratch, scratch + 4 * CHUNK, scratch + 8 * CHUNK, scratch + 12 * CHUNK
     begin, end = share(total, NEURON_UNIT, member, threads)
     gap = inputs.sizes[GAP]
     if gap > 0:
@@ -167,9 +167,9 @@ def activate_listed(model, work, inputs, layer, normed, first, count, total, mem
                     listed += 1
             x = normed + (first + row) * work.hidden_stride
             quantized = work.hidden_q + (first + row) * work.hidden_q_stride
-            found = gate_chunk(model, layer, x, quantized, own, listed, active, hidden)
+            found = gate_listed(model, layer, x, quantized, own, listed, active, hidden, four)
             if model.gated:
-                up_chunk(model, layer, x, quantized, active, found, hidden, False)
+                up_listed(model, layer, x, quantized, active, found, hidden, four)
             spread(neurons, start, size, active, hidden, found, work.gate + (first + row) * work.ffn_stride)
             computed += found
     count_neurons(inputs.counts, member, 0, computed, 0)

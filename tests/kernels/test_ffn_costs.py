@@ -27,14 +27,14 @@ def test_sparse_seconds_count_rows_once_from_memory_and_then_from_a_cache() -> N
     assert COSTS.sparse_seconds(1, 0.2, 0.1) == pytest.approx(10e-6 + (20 + 2 * 10) * 1e-6)
     first, uses = (1 - 0.8**2) + 2 * (1 - 0.9**2), 2 * 0.4
     assert COSTS.sparse_seconds(2, 0.2, 0.1) == pytest.approx(20e-6 + 100 * (first + 0.5 * (uses - first)) * 1e-6)
-    assert COSTS.dense_seconds(3) == pytest.approx(350e-6)
+    assert COSTS.dense_seconds(5) == pytest.approx(550e-6)
     assert COSTS.dense_seconds(64) == pytest.approx(6400e-6)
 
 
 def test_the_path_depends_on_densities_and_on_the_step() -> None:
     assert COSTS.prefers_sparse(1, 0.2, 0.1)
     assert not COSTS.prefers_sparse(1, 1.0, 0.9)
-    dense_from_two = FfnCosts(100, (300e-6,) + (310e-6,) * 5, COSTS.scoring, 1e-6, 1e-6)
+    dense_from_two = FfnCosts(100, (300e-6,) + (310e-6,) * 3, COSTS.scoring, 1e-6, 1e-6)
     assert dense_from_two.prefers_sparse(2, 0.2, 0.1)
     assert not dense_from_two.prefers_sparse(32, 0.2, 0.1)
 
@@ -71,7 +71,7 @@ def test_auto_takes_the_path_that_costs_less(monkeypatch: pytest.MonkeyPatch, sp
         assert (cpu.neuron_counts().total > 0) == sparse
 
 
-def test_measuring_solves_for_the_costs_of_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measuring_solves_for_the_costs_of_a_stored_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """A runner whose time follows the model exactly gives the model's numbers back."""
     clock = [0.0]
     monkeypatch.setattr(ffn_costs.time, "perf_counter", lambda: clock[0])
@@ -81,18 +81,16 @@ def test_measuring_solves_for_the_costs_of_a_row(monkeypatch: pytest.MonkeyPatch
 
         def __init__(self) -> None:
             self.ffn: Any = "auto"
-            self.counts = np.zeros(3, int)
+            self.counts = np.zeros(3)
 
         def run_ffns(self, inputs: Any, layers: int, sparsity_bias: float = 0.0) -> Any:
             n = len(inputs)
             if self.ffn == "dense":
                 clock[0] += layers * COSTS.dense_seconds(n)
             else:
-                listed = sparsity_bias < 0
-                clock[0] += layers * COSTS.sparse_seconds(n, float(listed), 0.5 * listed)
-                self.counts = [
-                    a + layers * n * b for a, b in zip(self.counts, (100 * listed, 50 * listed, 100), strict=True)
-                ]
+                share = min(max(0.25 - 0.1 * sparsity_bias, 0.0), 1.0)
+                clock[0] += layers * COSTS.sparse_seconds(n, share, share / 2)
+                self.counts += layers * n * np.array([100 * share, 50 * share, 100])
             return inputs
 
         def neuron_counts(self) -> Any:
