@@ -45,6 +45,7 @@ def compare(pair: Pair, threads: int, repetitions: int) -> list[Row]:
     return [
         Row(f"{pair.name}, {test} {tokens}", *(side(engine, test, tokens) for engine in _ENGINES))
         for test, tokens in (("decode", pair.decode), ("prefill", pair.prefill))
+        if tokens
     ]
 
 

@@ -24,7 +24,7 @@ class Pair:
     prefill: int  # tokens of a prompt
 
 
-WORKS: tuple[str, ...] = ("smollm2", "7b")
+WORKS: tuple[str, ...] = ("smollm2", "7b", "7b-sparse")
 _LAYERS = 8  # of the 7B shape: what follows from them holds for 32, in a quarter of the memory
 
 
@@ -39,7 +39,8 @@ def prepare(work: str, report: Report, folder: Path | None = None) -> list[Pair]
     """The pairs of a work, written where they are missing. Raises SvdEngineError when they cannot be made."""
     folder = folder or bench_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    return _smollm2(folder, report) if work == "smollm2" else _seven_billion(folder, report)
+    make = {"smollm2": _smollm2, "7b": _seven_billion, "7b-sparse": _sparse_seven_billion}[work]
+    return make(folder, report)
 
 
 def _smollm2(folder: Path, report: Report) -> list[Pair]:
@@ -66,6 +67,20 @@ def _seven_billion(folder: Path, report: Report) -> list[Pair]:
     _make(q4, 1190, report, lambda path: write_svdp(path, config, "q4"))
     pair = Pair(f"7B shape, {_LAYERS} layers, 8 bits", q8_0, q8, decode=32, prefill=256)
     return [pair, replace(pair, name=f"7B shape, {_LAYERS} layers, 4 bits", gguf=q4_0, svdp=q4)]
+
+
+def _sparse_seven_billion(folder: Path, report: Report) -> list[Pair]:
+    """llama.cpp computes every neuron of the 7B shape; svdengine a planted model of that shape, by its predictor."""
+    from svdengine.tools.planted_model import Sparsity, write_planted
+    from svdengine.tools.random_gguf import write_gguf
+    from svdengine.tools.random_model import RandomWeights, shape_config
+
+    config = shape_config("llama2-7b", _LAYERS)
+    gguf, svdp = folder / f"7b-{_LAYERS}-q8_0.gguf", folder / f"7b-{_LAYERS}-planted-q8.svdp"
+    _make(gguf, 2000, report, lambda path: write_gguf(path, config, "q8_0", RandomWeights(config).tensor))
+    relu = shape_config("llama2-7b", _LAYERS, "relu")
+    _make(svdp, 2030, report, lambda path: write_planted(path, relu, "q8", Sparsity()))
+    return [Pair(f"7B shape, {_LAYERS} layers, 8 bits, sparse against dense", gguf, svdp, decode=32, prefill=0)]
 
 
 def _make(path: Path, megabytes: int, report: Report, write: Callable[[Path], None]) -> None:

@@ -82,13 +82,16 @@ def _llama_cpp(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
 
 
 def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str, float]:
+    """Sparse where the file has a predictor."""
+    from svdengine.cost import sparse_weight_bytes, weight_bytes
+    from svdengine.ffn_path import find_predictor
     from svdengine.kernels.batch import BLOCK_SIZE, Batch
     from svdengine.kernels.cpu.executor import CpuExecutor
     from svdengine.model_file import read_model_file
+    from svdengine.neurons import active_density, predicted_density
 
     with read_model_file(path) as file:
-        unread = "" if file.config.tied_embeddings else "embedding"
-        weight_bytes = sum(array.nbytes for name, array in file.arrays.items() if name.split(".")[0] != unread)
+        predictor = find_predictor(file)
         blocks = _context(decode, prefill) // BLOCK_SIZE
         executor = CpuExecutor(
             file.config,
@@ -98,6 +101,8 @@ def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
             context=blocks * BLOCK_SIZE,
             max_batch_rows=max(prefill, 1),
             threads=threads,
+            predictor=predictor,
+            ffn="dense" if predictor is None else "sparse",
         )
         table = np.arange(blocks, dtype=np.int32)[None]
 
@@ -114,7 +119,12 @@ def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
             return executor.forward(batch)[0]
 
         try:
-            return {"weight_bytes": weight_bytes, **timed(step, file.config.vocab_size, decode, prefill)}
+            times = timed(step, file.config.vocab_size, decode, prefill)
+            if predictor is None:
+                return {"weight_bytes": weight_bytes(file), **times}
+            counts = executor.neuron_counts()
+            shares = predicted_density(counts) or 0.0, active_density(counts) or 0.0
+            return {"weight_bytes": sparse_weight_bytes(file, predictor, *shares), **times}
         finally:
             executor.close()
 
