@@ -1,0 +1,1 @@
+"""CUDA executor: kernels compiled with Numba, memory and graphs through CuPy."""
