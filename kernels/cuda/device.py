@@ -1,0 +1,157 @@
+"""What a step needs of a device: memory, launches, and recorded steps. A GPU through CuPy, or Numba's simulator.
+
+Arrays are flat. A kernel's parameters say what it reads an array as, so that float32 may be read as uint32 words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import DeviceError
+from svdengine.kernels.cuda.intrinsics import Kernel
+
+Array = Any  # flat, on the device; slices and views of it are arrays too
+Graph = Any  # a recorded step
+
+
+class Device(Protocol):
+    """One device, one stream: what is asked for is done in order, and `download` waits for it."""
+
+    name: str
+    has_blas: bool  # whether `gemm` works
+
+    def zeros(self, size: int, dtype: Any) -> Array:
+        """A flat array of zeros. Raises DeviceError when memory runs out."""
+        ...
+
+    def upload(self, array: NDArray) -> Array:
+        """A flat copy of a host array."""
+        ...
+
+    def write(self, to: Array, values: NDArray) -> None:
+        """Copy a host array to the beginning of a device array of the same type."""
+        ...
+
+    def download(self, array: Array) -> NDArray:
+        """A host copy of a device array, once all work before it is done."""
+        ...
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+        """Run a kernel on a grid of blocks of `threads`; arguments are arrays and numbers, in its parameters' order."""
+        ...
+
+    def gemm(self, weights: Array, x: Array, y: Array, shape: Any) -> None:
+        """y += or = x times weights, by the vendor's library; see kernels/cuda/gemm.py."""
+        ...
+
+    def record(self, step: Callable[[], None]) -> Graph:
+        """What `step` launches, recorded and not run. All its kernels must have run before."""
+        ...
+
+    def replay(self, graph: Graph) -> None:
+        """Run a recorded step."""
+        ...
+
+    def free_bytes(self) -> int:
+        """Memory that could still be allocated."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait for all work."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
+class SimulatedDevice:
+    """NumPy arrays and Numba's simulator, for tests. A graph is the list of its launches.
+
+    Raises DeviceError unless NUMBA_ENABLE_CUDASIM=1 was set before Numba was first imported.
+    """
+
+    name = "simulator"
+    has_blas = False
+
+    def __init__(self, memory: int = 1 << 30) -> None:
+        from svdengine.kernels.cuda.intrinsics import SIMULATED
+
+        if not SIMULATED:
+            raise DeviceError("the simulator needs NUMBA_ENABLE_CUDASIM=1")
+        self._memory, self._recorded = memory, None
+        self.launches = 0  # how many were asked for: replays count, and recordings do not
+
+    _recorded: list[tuple[Any, ...]] | None
+
+    def zeros(self, size: int, dtype: Any) -> Array:
+        """See Device."""
+        self._memory -= size * np.dtype(dtype).itemsize
+        return np.zeros(size, dtype)
+
+    def upload(self, array: NDArray) -> Array:
+        """See Device."""
+        copy = self.zeros(array.size, array.dtype)
+        copy[:] = array.reshape(-1)
+        return copy
+
+    def write(self, to: Array, values: NDArray) -> None:
+        """See Device."""
+        assert to.dtype == values.dtype
+        to[: values.size] = values.reshape(-1)
+
+    def download(self, array: Array) -> NDArray:
+        """See Device."""
+        copy: NDArray = array.copy()
+        return copy
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+        """See Device."""
+        values = [_simulated(kind, value) for kind, value in zip(kernel.parameters, arguments, strict=True)]
+        if self._recorded is not None:
+            self._recorded.append((kernel, grid, threads, values))
+            return
+        self._run(kernel, grid, threads, values)
+
+    def gemm(self, weights: Array, x: Array, y: Array, shape: Any) -> None:
+        """There is no library in the simulator."""
+        raise NotImplementedError
+
+    def record(self, step: Callable[[], None]) -> Graph:
+        """See Device."""
+        self._recorded = []
+        try:
+            step()
+            return self._recorded
+        finally:
+            self._recorded = None
+
+    def replay(self, graph: Graph) -> None:
+        """See Device."""
+        for launch in graph:
+            self._run(*launch)
+
+    def free_bytes(self) -> int:
+        """See Device."""
+        return self._memory
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _run(self, kernel: Kernel, grid: tuple[int, ...], threads: int, values: list[Any]) -> None:
+        self.launches += 1
+        kernel.dispatcher[grid, threads](*values)
+
+
+def _simulated(kind: str, value: Any) -> Any:
+    """An argument as a kernel would find it on a GPU."""
+    if kind.endswith("*"):
+        return value.view(kind[:-1])
+    return np.dtype(kind).type(value)

@@ -1,0 +1,327 @@
+"""The model on the device: matrices as their stored words, layer by layer, and the predictor's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.formats import WeightFormat, padded_columns, stored_parts
+from svdengine.kernels.lowbit import BLOCK
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.rope import rope_tables
+from svdengine.models import ModelConfig, TensorSpec, tensor_specs
+
+_SUFFIXES = ("", ".scale", ".min", ".row")
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in its stored format (kernels/formats.py), flat. Parts that the format lacks are one zero."""
+
+    format: WeightFormat
+    rows: int
+    columns: int
+    stride: int  # columns as stored: padded to 64
+    words: Array  # uint32: the stored rows, of stride * bits / 32 words each
+    scale: Array  # (rows, stride / 32): float16 of q8, uint8 of q4
+    low: Array  # (rows, stride / 32) uint8: `.min` of q4
+    row: Array  # (rows, 2) float32: of q4
+    bias: Array  # (rows,) float32; zeros where the model has none
+
+    def rows_from(self, first: int, count: int) -> Matrix:
+        """A part of the matrix: `count` rows from `first`. It shares the memory."""
+        words, groups = self.stride * BITS[self.format] // 32, self.stride // 32
+        scaled, rowed = self.format in ("q8", "q4"), self.format == "q4"
+        return Matrix(
+            self.format,
+            count,
+            self.columns,
+            self.stride,
+            self.words[first * words : (first + count) * words],
+            self.scale[first * groups : (first + count) * groups] if scaled else self.scale,
+            self.low[first * groups : (first + count) * groups] if rowed else self.low,
+            self.row[2 * first : 2 * (first + count)] if rowed else self.row,
+            self.bias[first : first + count],
+        )
+
+
+BITS: dict[WeightFormat, int] = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix whose product goes to columns from `offset` of a buffer's rows."""
+
+    matrix: Matrix
+    offset: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weight and bias of a norm, (columns,) float32; the bias is zeros where there is none."""
+
+    weight: Array
+    bias: Array
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's weights."""
+
+    attention_norm: Norm
+    ffn_norm: Norm | None  # None where attention and FFN share a norm
+    qkv: tuple[Projection, ...]  # into Workspace.qkv; one where q, k and v have the same format
+    q_norm: Array  # (head_dim,) float32, one zero where there is none
+    k_norm: Array
+    o: Matrix
+    gate_up: tuple[Projection, ...]  # into Workspace.gate_up
+    gate: Matrix | None  # rows of gate_up
+    up: Matrix
+    down: Matrix  # (hidden, ffn), or (ffn, hidden) where Plan.transposed_down; its bias is (hidden,) either way
+    window: int  # a token sees itself and the window - 1 before it
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model."""
+
+    config: ModelConfig
+    layers: tuple[LayerPlan, ...]
+    embedding: Matrix
+    positions: Array  # (max_position, hidden) float32, one zero where there are none
+    output_norm: Norm
+    lm_head: Matrix
+    cos: Array  # (context, head_dim / 2) float32
+    sin: Array
+
+    @property
+    def transposed_down(self) -> bool:
+        """Whether down is stored as one row a neuron."""
+        return self.config.sparse_ffn
+
+
+@dataclass(frozen=True)
+class PredictorPlan:
+    """One layer's predictor (kernels/predictor.py)."""
+
+    rank: int  # 0: no factors
+    factor_format: FactorFormat
+    residual_bits: int  # 0: no residual
+    a: Matrix | None  # (ffn, rank)
+    b: Matrix | None  # (rank, hidden)
+    q_words: Array  # uint32: (ffn, padded hidden * bits / 32), as kernels/lowbit.py packs them
+    q_scale: Array  # (ffn, padded hidden / 64) float16
+    bias: Array  # (ffn,) float32
+    unit: Array  # (ffn,) float32
+    relu: bool
+
+
+_WINDOW = 1 << 30  # wider than any context
+
+
+def build_plan(
+    device: Device,
+    config: ModelConfig,
+    arrays: Mapping[str, NDArray],
+    formats: Mapping[str, WeightFormat],
+    context: int,
+) -> Plan:
+    """Copy a model to the device.
+
+    `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
+    an array's shape or type is not what the config says: kernels check nothing.
+    """
+    specs = {spec.name: spec for spec in tensor_specs(config)}
+    for spec in specs.values():
+        check_stored(spec, arrays, formats)
+    build = _Builder(device, config, arrays, formats)
+    layers = tuple(build.layer(i) for i in range(config.layer_count))
+    embedding = build.matrix(["embedding"], None)
+    lm_head = embedding if config.tied_embeddings else build.matrix(["lm_head"], None)
+    cos, sin = (np.zeros(1, np.float32),) * 2 if config.rope is None else rope_tables(config, np.arange(context))
+    return Plan(
+        config,
+        layers,
+        embedding,
+        build.positions(),
+        build.norm("output_norm", None),
+        lm_head,
+        device.upload(cos),
+        device.upload(sin),
+    )
+
+
+def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]) -> None:
+    """Raise ValueError unless the arrays of a tensor are there, of the shapes and types that its format has."""
+    lead = spec.shape[:-2] if spec.matrix else ()
+    stored = {"": (spec.shape, "F32")}
+    if spec.matrix:
+        parts = stored_parts(formats[spec.name], *spec.shape[-2:])
+        stored = {suffix: ((*lead, *shape), dtype) for suffix, (shape, dtype) in parts.items()}
+    for suffix, (shape, dtype) in stored.items():
+        array = arrays.get(spec.name + suffix)
+        if array is None or array.shape != shape or array.dtype != _DTYPES[dtype]:
+            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
+
+
+def place_predictor(device: Device, config: ModelConfig, predictor: Predictor | None) -> tuple[PredictorPlan, ...]:
+    """Copy a predictor to the device. Raises ValueError when it does not fit the model."""
+    if predictor is None:
+        return ()
+    if len(predictor.layers) != config.layer_count:
+        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
+    return tuple(_place_layer(device, config, i, layer) for i, layer in enumerate(predictor.layers))
+
+
+def _place_layer(device: Device, config: ModelConfig, index: int, layer: LayerPredictor) -> PredictorPlan:
+    d, f, rank, bits = config.hidden_size, config.ffn_size, layer.rank, layer.residual_bits
+    where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
+    if len(layer.bias) != f or len(layer.unit) != f:
+        raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
+    if not 0 <= rank <= most:
+        raise ValueError(f"{where} has rank {rank}, which must lie in 0..{most}")
+    columns = padded_columns(d)
+    if bits and layer.q[""].shape != (f, columns * bits // 8):
+        raise ValueError(f"{where} has a residual of {layer.q[''].shape}, expected {(f, columns * bits // 8)}")
+    if bits and layer.q[".scale"].shape != (f, columns // BLOCK):
+        raise ValueError(f"{where} has scales of {layer.q['.scale'].shape}, expected {(f, columns // BLOCK)}")
+    nothing = device.zeros(1, np.uint32)
+
+    def factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> Matrix:
+        for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
+            if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != _DTYPES[dtype]:
+                raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
+        return _matrix(device, [parts], layer.factor_format, columns, device.zeros(rows, np.float32))
+
+    return PredictorPlan(
+        rank,
+        layer.factor_format,
+        bits,
+        factor("A", layer.a, f, rank) if rank else None,
+        factor("B", layer.b, rank, d) if rank else None,
+        device.upload(_words(layer.q[""])) if bits else nothing,
+        device.upload(layer.q[".scale"]) if bits else nothing,
+        device.upload(np.asarray(layer.bias, np.float32)),
+        device.upload(np.asarray(layer.unit, np.float32)),
+        layer.relu,
+    )
+
+
+class _Builder:
+    """Copies tensors of a model to the device."""
+
+    def __init__(
+        self,
+        device: Device,
+        config: ModelConfig,
+        arrays: Mapping[str, NDArray],
+        formats: Mapping[str, WeightFormat],
+    ) -> None:
+        self.device, self.config, self.arrays, self.formats = device, config, arrays, formats
+        self.nothing = device.zeros(1, np.float32)
+
+    def layer(self, index: int) -> LayerPlan:
+        """All weights of a layer."""
+        config = self.config
+        gate_up = self.projections(["gate", "up"] if config.gated else ["up"], index)
+        f = config.ffn_size
+        halves = [p.matrix.rows_from(i * f, f) for p in gate_up for i in range(p.matrix.rows // f)]
+        windowed = config.sliding_window and index in config.sliding_window_layers
+        return LayerPlan(
+            attention_norm=self.norm("attention_norm", index),
+            ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
+            qkv=self.projections(["q", "k", "v"], index),
+            q_norm=self.vector("q_norm.weight", index),
+            k_norm=self.vector("k_norm.weight", index),
+            o=self.matrix(["o"], index),
+            gate_up=gate_up,
+            gate=halves[0] if config.gated else None,
+            up=halves[-1],
+            down=self.matrix(["down_T" if config.sparse_ffn else "down"], index),
+            window=config.sliding_window if windowed else _WINDOW,
+        )
+
+    def projections(self, names: Sequence[str], layer: int) -> tuple[Projection, ...]:
+        """Matrices that read the same rows, joined where neighbours have the same format: one launch for all."""
+        groups: list[list[str]] = []
+        for name in names:
+            if groups and self.formats[groups[-1][0]] == self.formats[name]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        made, offset = [], 0
+        for group in groups:
+            made.append(Projection(self.matrix(group, layer), offset))
+            offset += made[-1].matrix.rows
+        return tuple(made)
+
+    def matrix(self, names: Sequence[str], layer: int | None) -> Matrix:
+        """Matrices of one format and width, one below the other."""
+        parts = [{s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays} for name in names]
+        columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[names[0]]
+        # down.bias has an item for each output, and so has that of every other matrix but down_T one for each row.
+        sizes = [columns if name == "down_T" else len(p[""]) for name, p in zip(names, parts, strict=True)]
+        bias = np.zeros(sum(sizes), np.float32)
+        for name, end, size in zip(names, np.cumsum(sizes), sizes, strict=True):
+            source = f"{'down' if name == 'down_T' else name}.bias"
+            if source in self.arrays:
+                bias[end - size : end] = self.part(source, layer)
+        return _matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
+
+    def norm(self, name: str, layer: int | None) -> Norm:
+        """A norm's weight and bias."""
+        weight = self.part(f"{name}.weight", layer)
+        has_bias = f"{name}.bias" in self.arrays
+        bias = self.part(f"{name}.bias", layer) if has_bias else np.zeros_like(weight)
+        return Norm(self.device.upload(weight), self.device.upload(bias))
+
+    def vector(self, name: str, layer: int) -> Array:
+        """A vector, or one zero where the model has none."""
+        return self.device.upload(self.part(name, layer)) if name in self.arrays else self.nothing
+
+    def positions(self) -> Array:
+        """The table of learned positions in float32, or one zero."""
+        if not self.config.learned_positions:
+            return self.nothing
+        weight_format = self.formats["position_embedding"]
+        if weight_format not in ("f32", "f16"):
+            raise ValueError(f"position_embedding must be f32 or f16, found {weight_format}")
+        table = self.arrays["position_embedding"][:, : self.config.hidden_size]
+        return self.device.upload(np.ascontiguousarray(table, np.float32))
+
+    def part(self, name: str, layer: int | None) -> NDArray:
+        """An array, or its layer."""
+        return self.arrays[name] if layer is None else self.arrays[name][layer]
+
+
+def _matrix(
+    device: Device, parts: Sequence[Mapping[str, NDArray]], weight_format: WeightFormat, columns: int, bias: Array
+) -> Matrix:
+    """Stored parts of matrices, one below the other."""
+
+    def joined(suffix: str, dtype: Any) -> Array:
+        if suffix not in parts[0]:
+            return device.zeros(1, dtype)
+        sources = [_words(p[suffix]) if suffix == "" else p[suffix].reshape(-1) for p in parts]
+        to, end = device.zeros(sum(map(len, sources)), sources[0].dtype), 0
+        for source in sources:
+            device.write(to[end : end + len(source)], source)
+            end += len(source)
+        return to
+
+    rows = sum(len(p[""]) for p in parts)
+    words, scale = joined("", np.uint32), joined(".scale", np.float16 if weight_format == "q8" else np.uint8)
+    low, row = joined(".min", np.uint8), joined(".row", np.float32)
+    return Matrix(weight_format, rows, columns, padded_columns(columns), words, scale, low, row, bias)
+
+
+def _words(array: NDArray) -> NDArray[np.uint32]:
+    """The bytes of an array as 32-bit words, flat."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint32)

@@ -1,0 +1,150 @@
+"""The buffers of a step on the device. All are flat; a row of a buffer is as wide as its stride, in items.
+
+Rows are padded with zeros to a multiple of 64 columns, as weights are, and no kernel writes the padding: products read
+whole chunks of it. Buffers live as long as the executor, since recorded graphs hold their addresses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.formats import padded_columns
+from svdengine.kernels.predictor import largest_rank
+from svdengine.models import ModelConfig
+
+Array = Any  # of the device: flat, see kernels/cuda/device.py
+
+LEAST_PARTS = 64  # blocks over which work on few rows is split, whose results are added afterwards
+PREDICTED, ACTIVE, TOTAL, COUNTS = range(4)  # of a row's counts
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a workspace is: its most rows, and the strides of its buffers in items."""
+
+    rows: int
+    blocks: int  # in a block table
+    hidden: int
+    qkv: int  # q heads, k heads and v heads of a row, one after another
+    attention: int
+    gate_up: int  # all gates of a row, then all its ups; only ups where the FFN is not gated
+    ffn: int
+    z: int  # hidden values of a predictor, of which there may be one later
+    logits: int
+    partial: int  # items of `partial`
+
+    @classmethod
+    def of(cls, config: ModelConfig, rows: int, context: int) -> Sizes:
+        """Sizes for steps of up to `rows` rows and sequences of up to `context` tokens."""
+        heads, kv = config.head_count * config.head_dim, config.kv_head_count * config.head_dim
+        hidden = padded_columns(config.hidden_size)
+        sums = config.head_count * (config.head_dim + 2)  # of attention: a running sum, a maximum and a total a head
+        return cls(
+            rows=rows,
+            blocks=-(-context // BLOCK_SIZE),
+            hidden=hidden,
+            qkv=padded_columns(heads + 2 * kv),
+            attention=padded_columns(heads),
+            gate_up=padded_columns((2 if config.gated else 1) * config.ffn_size),
+            ffn=padded_columns(config.ffn_size),
+            z=padded_columns(largest_rank(config.hidden_size, config.ffn_size, relu=True)),
+            logits=padded_columns(config.vocab_size),
+            partial=max(LEAST_PARTS, rows) * max(hidden, sums),
+        )
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """What a step reads and writes besides weights and KV blocks; arrays of the device, by row."""
+
+    sizes: Sizes
+
+    # The batch, written by the host before a step: parts of `inputs`, which is uploaded at once.
+    inputs: Array  # int32
+    tokens: Array  # (rows,) int32
+    positions: Array  # (rows,) int32
+    sequences: Array  # (rows,) int32: row of `block_tables`
+    logit_rows: Array  # (rows,) int32
+    tiles: Array  # (rows, 2) int32: first row and count of rows of a sequence that attend together
+    sparsity_bias: Array  # (rows,) float32 of each row
+    block_tables: Array  # (rows, blocks) int32
+
+    # The residual stream and attention.
+    x: Array  # (rows, hidden) float32: the residual stream
+    normed: Array  # (rows, hidden) float32
+    second: Array  # (rows, hidden) float32: input of a parallel FFN that has a norm of its own
+    qkv: Array  # (rows, qkv) float32
+    attention: Array  # (rows, attention) float32
+    partial: Array  # (rows, parts, hidden) float32 to be added, where rows * parts <= max(LEAST_PARTS, rows)
+
+    # The FFN.
+    gate_up: Array  # (rows, gate_up) float32
+    hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of the neurons in `active`, in its order
+    z: Array  # (rows, z) float32: hidden values of the predictor
+    z_rounded: Array  # (rows, z) float32: z as the predictor's second factor reads it
+    fine: Array  # (rows, hidden) float32: the FFN's input rounded to 16 bits, as predictors read it
+    coarse: Array  # (rows, hidden) float32: to 8 bits
+    scores: Array  # (rows, ffn) float32
+    neurons: Array  # (rows, ffn) int32: predicted active
+    active: Array  # (rows, ffn) int32: found active
+    lengths: Array  # (rows, 2) int32 of `neurons` and `active`
+    counts: Array  # (rows, COUNTS) int64: predicted, active and all neurons of rows that took the sparse path
+
+    logits: Array  # (rows, logits) float32
+
+
+def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
+    """Items and type of each buffer."""
+    rows, f32, i32 = sizes.rows, np.float32, np.int32
+    return {
+        "inputs": (rows * (7 + sizes.blocks), i32),
+        "x": (rows * sizes.hidden, f32),
+        "normed": (rows * sizes.hidden, f32),
+        "second": (rows * sizes.hidden, f32),
+        "qkv": (rows * sizes.qkv, f32),
+        "attention": (rows * sizes.attention, f32),
+        "partial": (sizes.partial, f32),
+        "gate_up": (rows * sizes.gate_up, f32),
+        "hidden": (rows * sizes.ffn, f32),
+        "z": (rows * sizes.z, f32),
+        "z_rounded": (rows * sizes.z, f32),
+        "fine": (rows * sizes.hidden, f32),
+        "coarse": (rows * sizes.hidden, f32),
+        "scores": (rows * sizes.ffn, f32),
+        "neurons": (rows * sizes.ffn, i32),
+        "active": (rows * sizes.ffn, i32),
+        "lengths": (rows * 2, i32),
+        "counts": (rows * COUNTS, np.int64),
+        "logits": (rows * sizes.logits, f32),
+    }
+
+
+def workspace_bytes(sizes: Sizes) -> int:
+    """Bytes of all buffers."""
+    return sum(items * np.dtype(dtype).itemsize for items, dtype in buffer_shapes(sizes).values())
+
+
+def allocate_workspace(device: Any, sizes: Sizes) -> Workspace:
+    """Zeroed buffers on the device."""
+    buffers = {name: device.zeros(items, dtype) for name, (items, dtype) in buffer_shapes(sizes).items()}
+    rows, inputs = sizes.rows, buffers["inputs"]
+    return Workspace(
+        sizes=sizes,
+        tokens=inputs[:rows],
+        positions=inputs[rows : 2 * rows],
+        sequences=inputs[2 * rows : 3 * rows],
+        logit_rows=inputs[3 * rows : 4 * rows],
+        tiles=inputs[4 * rows : 6 * rows],
+        sparsity_bias=inputs[6 * rows : 7 * rows].view(np.float32),
+        block_tables=inputs[7 * rows :],
+        **buffers,
+    )
+
+
+def parts_of(rows: int) -> int:
+    """In how many parts work on each of `rows` rows may be split, so that `partial` holds them."""
+    return max(1, LEAST_PARTS // rows)
