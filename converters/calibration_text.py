@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
 
 WINDOW = 256  # tokens
 TOKENS = 16_384  # in all windows
-_TOGETHER = 8  # sequences sampled at once
+_TOGETHER = 16  # sequences sampled at once
 
 # Beginnings that lead a model to different kinds of text.
 _OPENINGS = (

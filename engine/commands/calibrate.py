@@ -144,7 +144,7 @@ def calibrate_file(
         context = min(WINDOW, file.config.max_position)
     check_writable(output)
     progress = _progress if sys.stderr.isatty() else None
-    with load(model, device, "dense", threads, context=context, kv_tokens=8 * context) as llm:
+    with load(model, device, "dense", threads, context=context, kv_tokens=16 * context) as llm:
         windows = _windows(llm, text, tokens or TOKENS, context)
         executor: Any = llm.executor
         predictor = calibrate(llm.model_file, executor, windows, wanted, state=state, progress=progress)

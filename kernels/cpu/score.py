@@ -69,20 +69,31 @@ def factor_panels(values: NDArray[np.int8], scales: NDArray[np.float16]) -> NDAr
 
 def residual_panels(packed: NDArray[np.uint8], scales: NDArray[np.float16], bits: int) -> NDArray[np.uint8]:
     """A residual Q of 1 or 2 bits, (f, columns * bits / 8), in panels, (panels, columns / 64, RESIDUAL_BYTES)."""
-    rows, blocks = scales.shape
-    if bits == 1:
-        codes = np.unpackbits(packed, axis=1, bitorder="little")
-    else:
-        quarters = packed.reshape(rows, blocks, BLOCK // 4)
-        codes = np.stack([quarters >> shift & 3 for shift in (0, 2, 4, 6)], 2).reshape(rows, -1)
-    tiles = _panels(codes).reshape(-1, NEURONS, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
-    steps = np.ascontiguousarray(tiles).reshape(len(tiles), blocks, BLOCK // 4, 4 * NEURONS)
-    if bits == 1:
-        again = np.packbits(steps, axis=3, bitorder="little")
-    else:
-        parts = steps.reshape(*steps.shape[:3], 4, NEURONS)
-        again = parts[..., 0, :] | parts[..., 1, :] << 2 | parts[..., 2, :] << 4 | parts[..., 3, :] << 6
-    return _with_scales(scales, again.reshape(len(tiles), blocks, -1))
+    blocks = scales.shape[1]
+    codes = (_two_bit_steps if bits == 2 else _one_bit_steps)(_panels(packed), blocks)
+    return _with_scales(scales, codes.reshape(len(codes), blocks, -1))
+
+
+def _one_bit_steps(packed: NDArray[np.uint8], blocks: int) -> NDArray[np.uint8]:
+    """Bits of (panels, 16, blocks * 8) bytes anew: for every 4 columns, those of each neuron one after the other."""
+    codes = np.unpackbits(packed, axis=2, bitorder="little")
+    steps = codes.reshape(-1, NEURONS, blocks, BLOCK // 4, 4).transpose(0, 2, 3, 1, 4)
+    return np.packbits(np.ascontiguousarray(steps).reshape(len(packed), -1), axis=1, bitorder="little")
+
+
+def _two_bit_steps(packed: NDArray[np.uint8], blocks: int) -> NDArray[np.uint8]:
+    """As `_one_bit_steps`, of (panels, 16, blocks * 16) bytes.
+
+    Byte 4 j + c of a block holds columns 4 j + c + 16 q, q = 0..3; here byte 4 n + c of step 4 q + j gets column c of
+    the step, of neurons n + 4 p, p = 0..3. Bytes are moved once, and then bit pairs as whole arrays.
+    """
+    whole = packed.reshape(-1, 4, 4, blocks, 4, 4).transpose(1, 0, 3, 4, 2, 5)  # p, panels, blocks, j, n, c
+    by_pair = np.ascontiguousarray(whole)
+    out = np.empty((len(packed), blocks, 4, *by_pair.shape[3:]), np.uint8)  # panels, blocks, q, j, n, c
+    for q in range(4):
+        pairs = by_pair >> np.uint8(2 * q) & np.uint8(3)
+        out[:, :, q] = pairs[0] | pairs[1] << np.uint8(2) | pairs[2] << np.uint8(4) | pairs[3] << np.uint8(6)
+    return out
 
 
 def _at(builder, base, i, step):
