@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchRow:
-    """One test: pp reads a prompt, tg decodes one sequence, greedily, and ffn runs the FFNs of all layers alone.
+    """One test: pp reads a prompt, tg decodes greedily, and ffn runs the FFNs of all layers alone.
+
+    tg128x4 decodes 128 tokens of each of 4 sequences together; rates and bytes are then those of all their tokens.
 
     The ffn test runs the compiled stages of decoding on what enters the FFNs when a prompt is read, one token at a
     time; its tokens a second are what decoding would reach if nothing else cost time.
     """
 
-    test: str  # pp512, tg128, ffn128
+    test: str  # pp512, tg128, tg128x4, ffn128
     ffn: str  # the path that was asked for: dense, sparse or auto
     tokens_per_second: float
     stddev: float  # of tokens_per_second over the repetitions
@@ -51,6 +53,7 @@ class Workload:
     name: str
     tokens: int
     run: Callable[[], None]
+    together: int = 1  # tokens of a step, where they belong to as many sequences
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,13 @@ def run_benchmark(
     report: Callable[[str], None] | None = None,
     *,
     paths: Sequence[str] = (),
+    parallel: Sequence[int] = (1,),
     sparsity_bias: float = 0.0,
     faults: bool = False,
 ) -> list[BenchRow]:
     """Time a prompt of `pp` tokens and `tg` decoded tokens; 0 leaves a test out. `llm` must be idle.
 
+    Decoding is timed for each number of sequences in `parallel`, all decoded together.
     The tests run on each of the FFN's `paths`, by default the one that is set; where there are several, on a CPU, the
     FFNs are also timed alone, for `tg` tokens. Paths take turns, since a machine's speed drifts; but not with
     `faults`, which counts page faults: then what one path leaves in memory would be another's.
@@ -83,7 +88,7 @@ def run_benchmark(
     paths = paths or (before,)
     rows = []
     try:
-        for test in _tests(llm, pp, tg, sparsity_bias, alone=len(paths) > 1 and not faults):
+        for test in _tests(llm, pp, tg, parallel, sparsity_bias, alone=len(paths) > 1 and not faults):
             done = _repeat(llm, test, paths, repetitions, report, faults)
             rows += [_row(llm, test, path, done[path], done.get("dense")) for path in paths]
     finally:
@@ -106,7 +111,7 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
 
 
-def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> list[Workload]:
+def _tests(llm: LLM, pp: int, tg: int, parallel: Sequence[int], sparsity_bias: float, alone: bool) -> list[Workload]:
     """The tests that were asked for; `alone`: the FFNs by themselves too, where the executor can."""
     executor = llm.executor
     bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
@@ -114,8 +119,9 @@ def _tests(llm: LLM, pp: int, tg: int, sparsity_bias: float, alone: bool) -> lis
     tests = []
     if pp:
         tests.append(Workload(f"pp{pp}", pp, lambda: _read_prompt(executor, prompt, bias)))
-    if tg:
-        tests.append(Workload(f"tg{tg}", tg, lambda: _decode(executor, tg, bias)))
+    for count in parallel if tg else ():
+        name = f"tg{tg}" if count == 1 else f"tg{tg}x{count}"
+        tests.append(Workload(name, tg * count, partial(_decode, executor, tg, count, sparsity_bias), count))
     from svdengine.kernels.cpu.executor import CpuExecutor
 
     if tg and alone and isinstance(executor, CpuExecutor):
@@ -163,7 +169,8 @@ def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> flo
         steps = -(-tokens // llm.executor.max_batch_rows)
         kv = kv_read_bytes(config, tokens, llm.kv_dtype) / tokens
     else:
-        steps, kv = tokens, kv_read_bytes(config, (tokens + 1) / 2, llm.kv_dtype)
+        each = tokens // test.together
+        steps, kv = each, kv_read_bytes(config, (each + 1) / 2, llm.kv_dtype)
     return kv + bytes_per_token(llm, neurons, count, steps / tokens)
 
 
@@ -212,11 +219,23 @@ def _read_prompt(executor: Executor, tokens: np.ndarray, bias: np.ndarray | None
         _forward(executor, chunk, start, bias, last=start + len(chunk) == len(tokens))
 
 
-def _decode(executor: Executor, count: int, bias: np.ndarray | None) -> None:
-    token = 1
+def _decode(executor: Executor, count: int, sequences: int, bias: float) -> None:
+    """Decode `count` tokens of each of some sequences, all in the same steps."""
+    rows = np.arange(sequences, dtype=np.int32)
+    blocks = blocks_for(count)
+    tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
+    tokens = 1 + rows
     for position in range(count):
-        logits = _forward(executor, np.array([token], np.int32), position, bias, last=True)
-        token = int(logits[0].argmax())
+        batch = Batch(
+            tokens=tokens,
+            positions=np.full_like(rows, position),
+            sequences=rows,
+            block_tables=tables,
+            context_lengths=np.full_like(rows, position + 1),
+            logit_rows=rows,
+            sparsity_bias=np.full(sequences, bias, np.float32) if bias else None,
+        )
+        tokens = executor.forward(batch).argmax(1).astype(np.int32)
 
 
 def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float) -> None:

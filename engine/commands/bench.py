@@ -20,12 +20,23 @@ if TYPE_CHECKING:
 @measuring_options
 @click.option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 256),
+    multiple=True,
+    default=(1,),
+    show_default=True,
+    metavar="N",
+    help="Sequences to decode together. Repeat it to compare numbers of them.",
+)
 @click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each test.")
 @click.option(
     "--faults", is_flag=True, help="Count page faults and what storage reads, for a model larger than memory."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
-def command(pp: int, tg: int, repetitions: int, faults: bool, as_json: bool, **options: Any) -> None:
+def command(
+    pp: int, tg: int, parallel: tuple[int, ...], repetitions: int, faults: bool, as_json: bool, **options: Any
+) -> None:
     """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg).
 
     --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
@@ -37,7 +48,7 @@ def command(pp: int, tg: int, repetitions: int, faults: bool, as_json: bool, **o
 
     if not pp and not tg:
         raise click.UsageError("there is nothing to measure: --pp and --tg are both 0")
-    with open_model(options, context=max(pp, tg, 2)) as llm:
+    with open_model(options, context=max(pp, tg, 2), sequences=max(parallel)) as llm:
         threads = options["threads"] or usable_cores()
         rows = run_benchmark(
             llm,
@@ -45,6 +56,7 @@ def command(pp: int, tg: int, repetitions: int, faults: bool, as_json: bool, **o
             tg,
             repetitions,
             _progress if sys.stderr.isatty() else None,
+            parallel=parallel,
             paths=("dense", "sparse") if options["ffn"] == "both" else (options["ffn"],),
             sparsity_bias=options["sparsity_bias"] or 0.0,
             faults=faults,

@@ -109,21 +109,27 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
     return _apply(_SAMPLING_OPTIONS, function)
 
 
-def open_model(options: dict[str, Any], context: int | None = None) -> LLM:
+def open_model(options: dict[str, Any], context: int | None = None, sequences: int = 1) -> LLM:
     """Load the model that the options name, or the demo model. `context` counts where --context was not given.
+
+    `sequences`: how many of that length are to fit at once.
 
     With --ffn both, the model is one that can run sparse.
     """
+    from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.llm import load
+    from svdengine.sequence import blocks_for
 
     path = options["model"] if options["model"] is not None else _demo_model()
+    context = options["context"] or context
     return load(
         path,
         options["device"],
         "sparse" if options["ffn"] == "both" else options["ffn"],
         options["threads"],
         options["predictor"],
-        context=options["context"] or context,
+        context=context,
+        kv_tokens=None if context is None else sequences * blocks_for(context) * BLOCK_SIZE,
         kv_dtype=options["kv_dtype"],
         mlock=options["mlock"],
         prefetch=options["prefetch"],

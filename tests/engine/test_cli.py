@@ -193,6 +193,11 @@ def test_bench(model: str) -> None:
     assert [row["test"] for row in rows] == ["pp8", "tg4"]
     for key in ("ffn", "tokens_per_second", "stddev", "bytes_per_token", "gb_per_second"):
         assert all(key in row for row in rows)
+    together = json.loads(
+        run("bench", model, "-p", "0", "-n", "20", "-r", "1", "--parallel", "1", "--parallel", "3", "--json").stdout
+    )
+    assert [row["test"] for row in together] == ["tg20", "tg20x3"]
+    assert together[1]["bytes_per_token"] < together[0]["bytes_per_token"]
     table = run("bench", model, "-p", "8", "-n", "0", "-r", "1").stdout.splitlines()
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1
     assert run("bench", model, "--pp", "0", "--tg", "0").exit_code == 2
