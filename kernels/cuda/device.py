@@ -6,6 +6,7 @@ Arrays are flat. A kernel's parameters say what it reads an array as, so that fl
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,21 @@ from svdengine.kernels.cuda.intrinsics import Kernel
 
 Array = Any  # flat, on the device; slices and views of it are arrays too
 Graph = Any  # a recorded step
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """y (n, rows) = or += factor * x (n, columns) times weights (rows, columns), or (columns, rows) if transposed."""
+
+    rows: int
+    columns: int
+    n: int
+    weight_stride: int  # items from one row of an array to the next
+    x_stride: int
+    y_stride: int
+    transposed: bool
+    factor: float
+    add: bool
 
 
 class Device(Protocol):
@@ -44,8 +60,8 @@ class Device(Protocol):
         """Run a kernel on a grid of blocks of `threads`; arguments are arrays and numbers, in its parameters' order."""
         ...
 
-    def gemm(self, weights: Array, x: Array, y: Array, shape: Any) -> None:
-        """y += or = x times weights, by the vendor's library; see kernels/cuda/gemm.py."""
+    def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
+        """A product by the vendor's library: weights and x both float16 or both float32, y float32."""
         ...
 
     def record(self, step: Callable[[], None]) -> Graph:
@@ -76,14 +92,13 @@ class SimulatedDevice:
     """
 
     name = "simulator"
-    has_blas = False
 
-    def __init__(self, memory: int = 1 << 30) -> None:
+    def __init__(self, memory: int = 1 << 30, has_blas: bool = False) -> None:
         from svdengine.kernels.cuda.intrinsics import SIMULATED
 
         if not SIMULATED:
             raise DeviceError("the simulator needs NUMBA_ENABLE_CUDASIM=1")
-        self._memory, self._recorded = memory, None
+        self._memory, self._recorded, self.has_blas = memory, None, has_blas
         self.launches = 0  # how many were asked for: replays count, and recordings do not
 
     _recorded: list[tuple[Any, ...]] | None
@@ -117,9 +132,15 @@ class SimulatedDevice:
             return
         self._run(kernel, grid, threads, values)
 
-    def gemm(self, weights: Array, x: Array, y: Array, shape: Any) -> None:
-        """There is no library in the simulator."""
-        raise NotImplementedError
+    def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
+        """See Device; by NumPy."""
+        w = np.float32(weights[: (gemm.columns if gemm.transposed else gemm.rows) * gemm.weight_stride])
+        w = w.reshape(-1, gemm.weight_stride)
+        w = w[:, : gemm.rows].T if gemm.transposed else w[:, : gemm.columns]
+        a = np.float32(x[: gemm.n * gemm.x_stride]).reshape(gemm.n, -1)[:, : gemm.columns]
+        for row, values in enumerate(np.float32(gemm.factor) * (a @ w.T)):
+            at = row * gemm.y_stride
+            y[at : at + gemm.rows] = values + (y[at : at + gemm.rows] if gemm.add else 0)
 
     def record(self, step: Callable[[], None]) -> Graph:
         """See Device."""

@@ -1,0 +1,95 @@
+"""Activation functions, and sums of what was computed in parts."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import numpy as np
+from numba import cuda
+
+from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.intrinsics import jit, kernel
+from svdengine.models import ModelConfig
+from svdengine.models.config import Activation
+
+THREADS = 256
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+RELU, FATRELU, DRELU, RELU2, SILU, GELU, GELU_TANH = range(7)  # their numbers, in the order of ACTIVATIONS
+
+_HALF, _ONE, _TWO = np.float32(0.5), np.float32(1), np.float32(2)
+_ROOT_HALF = np.float32(math.sqrt(0.5))
+_TANH_SCALE = np.float32(2 * math.sqrt(2 / math.pi))
+_CUBE = np.float32(0.044715)
+
+
+@jit(device=True)
+def sigmoid(x):
+    """1 / (1 + e^-x) of a float32."""
+    return _ONE / (_ONE + np.float32(math.exp(-max(x, np.float32(-80)))))
+
+
+@jit(device=True)
+def activate(x, kind, threshold):
+    """The activation function of a float32 (for dReLU, of one of its two factors)."""
+    if kind == SILU:
+        return x * sigmoid(x)
+    if kind == FATRELU:
+        return x if x > threshold else np.float32(0)
+    if kind == GELU:
+        return x * _HALF * (_ONE + np.float32(math.erf(x * _ROOT_HALF)))
+    if kind == GELU_TANH:
+        # tanh(z) = 2 sigmoid(2 z) - 1
+        return x * sigmoid(_TANH_SCALE * (x + _CUBE * x * x * x))
+    v = max(x, np.float32(0))
+    return v * v if kind == RELU2 else v
+
+
+@kernel(
+    "float32* gate_up, float32* hidden, int32 ffn, int32 from_stride, int32 to_stride, int32 kind, int32 gated,"
+    " float32 threshold"
+)
+def activate_rows(gate_up, hidden, ffn, from_stride, to_stride, kind, gated, threshold):
+    """hidden (n, to_stride) = act(gate) * up, or act(up) where there is no gate."""
+    i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i >= ffn:
+        return
+    row = cuda.blockIdx.y
+    first = gate_up[row * from_stride + i]
+    value = activate(first, kind, threshold)
+    if gated:
+        up = gate_up[row * from_stride + ffn + i]
+        value *= max(up, np.float32(0)) if kind == DRELU else up
+    hidden[row * to_stride + i] = value
+
+
+@kernel("float32* partial, float32* bias, float32* x, int32 columns, int32 stride, int32 parts, float32 factor")
+def add_parts_to_rows(partial, bias, x, columns, stride, parts, factor):
+    """x (n, stride) += factor * (bias + the sum of the parts), for partial (n, parts, stride)."""
+    i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i >= columns:
+        return
+    row = cuda.blockIdx.y
+    total = bias[i]
+    for part in range(parts):
+        total += partial[(row * parts + part) * stride + i]
+    x[row * stride + i] += factor * total
+
+
+def activate_ffn(
+    device: Device, config: ModelConfig, gate_up: Array, from_stride: int, hidden: Array, to_stride: int, n: int
+) -> None:
+    """hidden (n, to_stride) of the gates and ups in gate_up (n, from_stride)."""
+    kind = ACTIVATIONS.index(config.activation)
+    device.launch(
+        activate_rows, (-(-config.ffn_size // THREADS), n), THREADS, gate_up, hidden, config.ffn_size,
+        from_stride, to_stride, kind, int(config.gated), config.activation_threshold,
+    )  # fmt: skip
+
+
+def add_parts(
+    device: Device, partial: Array, parts: int, bias: Array, x: Array, columns: int, stride: int, n: int, factor: float
+) -> None:
+    """x (n, stride) += factor * (bias + the parts of each row), for partial (n, parts, stride)."""
+    grid = (-(-columns // THREADS), n)
+    device.launch(add_parts_to_rows, grid, THREADS, partial, bias, x, columns, stride, parts, factor)

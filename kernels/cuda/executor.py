@@ -1,0 +1,263 @@
+"""CudaExecutor: weights and KV blocks in the GPU's memory, decode steps as recorded graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import DeviceError
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
+from svdengine.kernels.cpu.ffn_costs import FfnCosts, measure_ffn_costs
+from svdengine.kernels.cuda.attention import tile_rows
+from svdengine.kernels.cuda.batch_tiles import cut_tiles
+from svdengine.kernels.cuda.device import Device, Graph
+from svdengine.kernels.cuda.gemm import HalfCopies
+from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
+from svdengine.kernels.cuda.plan import build_plan, place_predictor
+from svdengine.kernels.cuda.step import FfnPath, Keep, Shape, State, ffn, run_step
+from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, workspace_bytes
+from svdengine.kernels.formats import WeightFormat, padded_columns
+from svdengine.kernels.predictor import Predictor
+from svdengine.models import ModelConfig, tensor_specs
+
+_SUFFIXES = ("", ".scale", ".min", ".row")
+_FEW_ROWS = 8  # up to which every row attends alone, so that a step's launches depend on its size only
+_GRAPH_ROWS = 64  # of a step that is recorded, at most
+_RESERVE = 256 << 20  # bytes that are left to the driver, the library and recorded graphs
+
+
+class CudaExecutor:
+    """Runs a model on a device of kernels/cuda/device.py. Not for use from several threads at once.
+
+    `arrays` are the stored parts of the model file by name, layers stacked, and `formats` the format of each matrix;
+    both must match `config` (ValueError otherwise). `context` is the longest sequence. Raises DeviceError, with how
+    much is missing, when the device's memory does not hold the model, its buffers and the KV blocks.
+    """
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        arrays: Mapping[str, NDArray],
+        formats: Mapping[str, WeightFormat],
+        *,
+        device: Device,
+        block_count: int,
+        max_batch_rows: int = 256,
+        context: int | None = None,
+        kv_dtype: KvDtype = "f16",
+        predictor: Predictor | None = None,
+        ffn: FfnMode = "dense",
+    ) -> None:
+        self.block_count, self.max_batch_rows = block_count, max_batch_rows
+        self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
+        self._config, self._closed = config, False
+        sizes = Sizes.of(config, max_batch_rows, self.context)
+        names = [spec.name + suffix for spec in tensor_specs(config) for suffix in _SUFFIXES]
+        weights = sum(arrays[name].nbytes for name in names if name in arrays)
+        self.kv_bytes_per_token = kv_bytes_per_token(config, kv_dtype)
+        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * block_count
+        copies = _copy_items(config, max_batch_rows) if device.has_blas else (0, 0)
+        check_memory(device, weights, workspace_bytes(sizes) + 2 * sum(copies), cache_bytes)
+        ffn_names = (name + suffix for name in ("gate", "up", "down_T") for suffix in _SUFFIXES)
+        self._ffn_bytes = sum(arrays[name].nbytes for name in ffn_names if name in arrays)
+        self._state = State(
+            device=device,
+            plan=build_plan(device, config, arrays, formats, self.context),
+            work=allocate_workspace(device, sizes),
+            cache=allocate_cache(device, config, block_count, kv_dtype),
+            copies=HalfCopies(*(device.zeros(c, np.float16) for c in copies)) if device.has_blas else None,
+        )
+        self._graphs: dict[Shape, Graph | None] = {}
+        self.predictor = predictor
+        self.ffn: FfnMode = ffn
+
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
+        shape = self._load(batch)
+        self._run(shape)
+        work = self._state.work
+        logits = self._state.device.download(work.logits[: shape.wanted * work.sizes.logits])
+        found: Logits = logits.reshape(shape.wanted, work.sizes.logits)[:, : self._config.vocab_size]
+        return found
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What `ffn` "sparse" and "auto" list neurons with. Setting one raises ValueError when it does not fit."""
+        return self._predictor
+
+    @predictor.setter
+    def predictor(self, predictor: Predictor | None) -> None:
+        self._placed = place_predictor(self._state.device, self._config, predictor)
+        self._predictor = predictor
+        self._costs: FfnCosts | None = None
+        self._graphs.clear()  # they hold the addresses of what was placed before
+
+    @property
+    def ffn_costs(self) -> FfnCosts:
+        """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
+        if self._costs is None:
+            config, work = self._config, self._state.work
+            counts = self._state.device.download(work.counts)
+            layer_bytes = self._ffn_bytes / config.layer_count
+            self._costs = measure_ffn_costs(self, config.layer_count, config.ffn_size, layer_bytes, config.hidden_size)
+            self._state.device.write(work.counts, counts)
+        return self._costs
+
+    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        """Run a dense step; what entered the FFN of every layer, (layers, n, hidden) float32."""
+        mode, self.ffn = self.ffn, "dense"
+        try:
+            shape = self._load(batch)
+        finally:
+            self.ffn = mode
+        stride, kept = self._state.work.sizes.hidden, []
+
+        def keep(index: int, x: NDArray) -> None:
+            rows = self._state.device.download(x[: shape.n * stride]).reshape(shape.n, stride)
+            kept.append(rows[:, : self._config.hidden_size])
+
+        self._run(shape, keep)
+        return np.stack(kept)
+
+    def run_ffns(
+        self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
+    ) -> NDArray[np.float32]:
+        """Run FFNs without the rest of a step: the sum of what those of the first `layers` give, (n, hidden) float32.
+
+        `inputs` are what enters them after the norm, (n, hidden) for all or (layers, n, hidden) for each.
+        """
+        self._check_open()
+        device, work, plan, hidden = self._state.device, self._state.work, self._state.plan, self._config.hidden_size
+        layers, n, stride = len(plan.layers) if layers is None else layers, inputs.shape[-2], work.sizes.hidden
+        if not 1 <= layers <= len(plan.layers) or not 1 <= n <= self.max_batch_rows or inputs.shape[-1] != hidden:
+            raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
+        if inputs.ndim == 3 and len(inputs) < layers:
+            raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+        rows = np.zeros((*inputs.shape[:-1], stride), np.float32)
+        rows[..., :hidden] = inputs
+        device.write(work.x, np.zeros((n, stride), np.float32))
+        device.write(work.sparsity_bias, np.full(n, sparsity_bias, np.float32))
+        path = self._path(n)
+        for index in range(layers):
+            if inputs.ndim == 3 or index == 0:
+                device.write(work.normed, rows[index] if inputs.ndim == 3 else rows)
+            ffn(self._state, self._placed, index, plan.layers[index], work.normed, n, path)
+        found: NDArray[np.float32] = device.download(work.x[: n * stride]).reshape(n, stride)[:, :hidden]
+        return found
+
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        counts = self._state.device.download(self._state.work.counts).reshape(-1, COUNTS).sum(0)
+        return NeuronCounts(*map(int, counts))
+
+    def reset_neuron_counts(self) -> None:
+        """Start counting anew."""
+        self._state.device.write(self._state.work.counts, np.zeros(self.max_batch_rows * COUNTS, np.int64))
+
+    def close(self) -> None:
+        """Give back the device's memory. Calling it twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._graphs.clear()
+            self._state.device.close()
+            del self._state, self._placed
+
+    def _run(self, shape: Shape, keep: Keep | None = None) -> None:
+        """Run a step: its first time as launches, which compiles what it needs, from then on as a graph."""
+        device = self._state.device
+        graph = self._graphs.get(shape)
+        if keep is not None or not _is_recorded(shape) or shape not in self._graphs:
+            run_step(self._state, self._placed, shape, keep)
+            if keep is None and _is_recorded(shape):
+                self._graphs[shape] = None
+            return
+        if graph is None:
+            graph = self._graphs[shape] = device.record(lambda: run_step(self._state, self._placed, shape))
+        device.replay(graph)
+
+    def _load(self, batch: Batch) -> Shape:
+        """Check the batch, copy it to the device, and say which launches it takes."""
+        self._check_open()
+        self._check_batch(batch)
+        device, work = self._state.device, self._state.work
+        n, wanted, rows = len(batch.tokens), len(batch.logit_rows), work.sizes.rows
+        group = self._config.head_count // self._config.kv_head_count
+        alone = n <= _FEW_ROWS or len(np.unique(batch.sequences)) == n
+        most = 1 if alone else tile_rows(group, self._config.head_dim)
+        tiles = cut_tiles(batch.sequences, most)
+        header = np.zeros(7 * rows, np.int32)
+        header[:n] = batch.tokens
+        header[rows : rows + n] = batch.positions
+        header[2 * rows : 2 * rows + n] = batch.sequences
+        header[3 * rows : 3 * rows + wanted] = batch.logit_rows
+        header[4 * rows : 4 * rows + tiles.size] = tiles.reshape(-1)
+        if batch.sparsity_bias is not None:
+            bias = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
+            header[6 * rows : 6 * rows + n] = bias.view(np.int32)
+        tables = np.zeros((len(batch.block_tables), work.sizes.blocks), np.int32)
+        tables[:, : batch.block_tables.shape[1]] = batch.block_tables
+        device.write(work.inputs, np.concatenate([header, tables.reshape(-1)]))
+        return Shape(n, wanted, len(tiles), most, self._path(n))
+
+    def _check_batch(self, batch: Batch) -> None:
+        """Raise ValueError for a batch that breaks the rules of `Batch`: kernels check nothing."""
+        n, wanted = len(batch.tokens), len(batch.logit_rows)
+        sequences, blocks = batch.block_tables.shape
+        if not 1 <= n <= self.max_batch_rows or wanted > n or sequences > self.max_batch_rows:
+            raise ValueError(f"a batch of {n} rows and {wanted} logits; the most is {self.max_batch_rows} rows")
+        if blocks > self._state.work.sizes.blocks:
+            raise ValueError(f"a block table of {blocks} blocks; the context has {self._state.work.sizes.blocks}")
+        if len(batch.positions) != n or len(batch.sequences) != n:
+            raise ValueError("tokens, positions and sequences of a batch differ in length")
+        for name, values, limit in (
+            ("token", batch.tokens, self._config.vocab_size),
+            ("position", batch.positions, min(self.context, blocks * BLOCK_SIZE)),
+            ("sequence", batch.sequences, sequences),
+            ("block", batch.block_tables, self.block_count),
+            ("logit row", batch.logit_rows, n),
+        ):
+            if values.size and not (values.min() >= 0 and values.max() < limit):
+                raise ValueError(f"a {name} lies outside 0..{limit - 1}")
+
+    def _path(self, n: int) -> FfnPath:
+        """How a step of n rows runs its FFNs."""
+        if self.ffn == "dense" or not self._state.plan.transposed_down:
+            return "dense"
+        if self._predictor is None:
+            return "skip_zeros" if n == 1 or self.ffn == "sparse" else "dense"
+        if self.ffn == "sparse":
+            return "predict"
+        return "predict" if self.ffn_costs.prefers_sparse(n, *self._predictor.densities) else "dense"
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the executor is closed")
+
+
+def _is_recorded(shape: Shape) -> bool:
+    """Whether steps of a shape come back often: decode, where every row is wanted and attends alone."""
+    return shape.n <= _GRAPH_ROWS and shape.tiles == shape.n == shape.wanted
+
+
+def _copy_items(config: ModelConfig, rows: int) -> tuple[int, int]:
+    """Items of the library's copies: of the largest matrix, and of the widest activations."""
+    shapes = [spec.shape[-2:] for spec in tensor_specs(config) if spec.matrix]
+    joined = 3 * max(r * padded_columns(c) for r, c in shapes[1:-1] or shapes)  # q, k and v, or gate and up, as one
+    single = max(r * padded_columns(c) for r, c in shapes)
+    return max(joined, single), rows * padded_columns(max(max(shape) for shape in shapes))
+
+
+def check_memory(device: Device, weights: int, buffers: int, cache: int) -> None:
+    """Raise DeviceError, saying how much is missing, unless the device has room for all."""
+    needed, free = weights + buffers + cache + _RESERVE, device.free_bytes()
+    if needed > free:
+        gib = 2.0**30
+        raise DeviceError(
+            f"the model needs {needed / gib:.2f} GiB on the GPU ({weights / gib:.2f} weights, {cache / gib:.2f} KV"
+            f" cache, {(buffers + _RESERVE) / gib:.2f} buffers), {(needed - free) / gib:.2f} GiB more than is free;"
+            " use a smaller context, a smaller weight format, or --device cpu"
+        )

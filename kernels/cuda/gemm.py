@@ -1,0 +1,125 @@
+"""Products for any number of rows: own kernels for few, the vendor's library on float16 weights for many."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+from numba import cuda
+
+from svdengine.kernels.cuda.device import Array, Device, Gemm
+from svdengine.kernels.cuda.elementwise import add_parts
+from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
+from svdengine.kernels.cuda.intrinsics import Kernel, f2h, kernel
+from svdengine.kernels.cuda.plan import Matrix
+from svdengine.kernels.cuda.rows import matrix_parameters
+from svdengine.kernels.cuda.weights import WEIGHT
+from svdengine.kernels.formats import WeightFormat
+
+LIBRARY_ROWS = 32  # of activations from which the library is used
+THREADS = 256
+_LARGEST = np.float32(65504)  # that float16 holds
+
+
+@dataclass(frozen=True)
+class HalfCopies:
+    """Room for float16 copies of a matrix and of activations, which the library multiplies."""
+
+    weights: Array  # float16
+    x: Array  # float16
+
+
+@cache
+def widen_kernel(weight_format: WeightFormat) -> Kernel:
+    """to (rows, stride) float16 of a matrix, two weights a thread. Grid: (blocks of pairs, rows)."""
+    weight = WEIGHT[weight_format]
+
+    @kernel(matrix_parameters(weight_format) + ", uint32* to, int32 stride", name=f"widen_{weight_format}")
+    def widen(words, scale, low, row, to, stride):
+        r, pair = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        if 2 * pair < stride:
+            first = weight(words, scale, low, row, r, 2 * pair, stride)
+            second = weight(words, scale, low, row, r, 2 * pair + 1, stride)
+            to[(r * stride >> 1) + pair] = f2h(first, second)
+
+    return widen
+
+
+@kernel("float32* x, uint32* to, int32 x_stride, int32 stride")
+def narrow(x, to, x_stride, stride):
+    """to (n, stride) float16 of x (n, x_stride), cut to what float16 holds. Grid: (blocks of pairs, n)."""
+    r, pair = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+    if 2 * pair < stride:
+        first = max(-_LARGEST, min(_LARGEST, x[r * x_stride + 2 * pair]))
+        second = max(-_LARGEST, min(_LARGEST, x[r * x_stride + 2 * pair + 1]))
+        to[(r * stride >> 1) + pair] = f2h(first, second)
+
+
+def product(
+    device: Device,
+    copies: HalfCopies | None,
+    matrix: Matrix,
+    x: Array,
+    x_stride: int,
+    y: Array,
+    y_stride: int,
+    n: int,
+    *,
+    factor: float = 1.0,
+    add: bool = False,
+) -> None:
+    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
+    if copies is None or n < LIBRARY_ROWS:
+        multiply(device, matrix, x, x_stride, y, y_stride, n, factor=factor, add=add)
+        return
+    weights, halves, stride = _operands(device, copies, matrix, x, x_stride, n, matrix.stride)
+    sizes = (matrix.rows, matrix.stride, n)
+    device.gemm(weights, halves, y, Gemm(*sizes, matrix.stride, stride, y_stride, False, factor, add))
+    add_parts(device, y, 0, matrix.bias, y, matrix.rows, y_stride, n, factor)
+
+
+def add_transposed_product(
+    device: Device,
+    copies: HalfCopies | None,
+    matrix: Matrix,
+    hidden: Array,
+    hidden_stride: int,
+    partial: Array,
+    y: Array,
+    n: int,
+    factor: float,
+) -> None:
+    """y (n, matrix.stride) += factor * (matrix transposed times hidden + bias); hidden: (n, hidden_stride) float32."""
+    columns, stride = matrix.columns, matrix.stride
+    if copies is None or n < LIBRARY_ROWS:
+        parts = multiply_transposed(device, matrix, hidden, hidden_stride, partial, n)
+        add_parts(device, partial, parts, matrix.bias, y, columns, stride, n, factor)
+        return
+    weights, halves, x_stride = _operands(device, copies, matrix, hidden, hidden_stride, n, hidden_stride)
+    sizes = (columns, matrix.rows, n)
+    device.gemm(weights, halves, y, Gemm(*sizes, stride, x_stride, stride, True, factor, True))
+    add_parts(device, y, 0, matrix.bias, y, columns, stride, n, factor)
+
+
+def _operands(
+    device: Device, copies: HalfCopies, matrix: Matrix, x: Array, x_stride: int, n: int, columns: int
+) -> tuple[Array, Array, int]:
+    """Weights and activations of one type, and the activations' stride."""
+    if matrix.format == "f32":
+        return matrix.words.view(np.float32), x, x_stride
+    weights = matrix.words.view(np.float16)
+    if matrix.format != "f16":
+        weights, grid = copies.weights, (-(-matrix.stride // (2 * THREADS)), matrix.rows)
+        device.launch(
+            widen_kernel(matrix.format), grid, THREADS,
+            matrix.words, matrix.scale, matrix.low, matrix.row, weights, matrix.stride,
+        )  # fmt: skip
+    device.launch(narrow, (-(-columns // (2 * THREADS)), n), THREADS, x, copies.x, x_stride, columns)
+    return weights, copies.x, columns
+
+
+def every_kernel() -> Iterator[Kernel]:
+    """The kernels of all formats."""
+    yield from map(widen_kernel, WEIGHT)

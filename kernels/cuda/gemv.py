@@ -1,0 +1,169 @@
+"""Products of matrices in any weight format with one or a few rows of activations: memory's speed is the bound.
+
+`multiply` takes matrices whose rows make outputs: a warp reads some rows, 16 bytes a lane at a time, for up to TILE
+rows of activations. `multiply_transposed` takes those whose columns do (down, stored as one row a neuron): a thread
+keeps the sums of 16 bytes of columns, and blocks share out the neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.intrinsics import Kernel, kernel, lane_index, ldg128, warp_index, warp_sum
+from svdengine.kernels.cuda.plan import Matrix
+from svdengine.kernels.cuda.rows import (
+    ADDS,
+    CHUNK_COLUMNS,
+    COLUMN_OF,
+    NOTHING,
+    chunk_bf16,
+    chunk_f16,
+    chunk_f32,
+    chunk_q4,
+    chunk_q8,
+    matrix_parameters,
+)
+from svdengine.kernels.cuda.workspace import parts_of
+from svdengine.kernels.formats import WeightFormat
+
+THREADS = 128
+TILE = 4  # rows of activations that share a read of the weights
+_WARPS = THREADS // 32
+_MANY = 8192  # rows of a matrix from which warps take several each, and there is still work for all
+_TRANSPOSED_TILE = {"f32": 4, "f16": 4, "bf16": 4, "q8": 4, "q4": 2}  # more would not fit in registers
+_CHUNKS = {"f32": chunk_f32, "f16": chunk_f16, "bf16": chunk_bf16, "q8": chunk_q8, "q4": chunk_q4}
+
+
+@cache
+def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel:
+    """y (n, ...) = or += factor * (W x + bias), for x (n, ...); `per_warp` rows of W and `tile` rows of x a warp."""
+    chunk, columns, count = _CHUNKS[weight_format], CHUNK_COLUMNS[weight_format], per_warp * tile
+
+    @kernel(
+        matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride,"
+        " int32 n, int32 x_stride, int32 y_stride, float32 factor, int32 add",
+        name=f"gemv_{weight_format}_{per_warp}x{tile}",
+        fastmath=True,
+    )
+    def gemv(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add):
+        sums = cuda.local.array(count, types.float32)
+        for k in range(count):
+            sums[k] = np.float32(0)
+        first = (cuda.blockIdx.x * _WARPS + warp_index()) * per_warp
+        b, chunks = cuda.blockIdx.y * tile, stride // columns
+        if first >= rows:
+            return
+        for j in range(lane_index(), chunks, 32):
+            for k in range(per_warp):
+                # Past the end the last row is read again, and its product not written.
+                r = min(first + k, rows - 1)
+                w = ldg128(words, 4 * (r * chunks + j))
+                for t in range(tile):
+                    at = min(b + t, n - 1) * x_stride
+                    sums[k * tile + t] += chunk(w, scale, low, row, r, stride, x, at, j)
+        for k in range(per_warp):
+            for t in range(tile):
+                total = warp_sum(sums[k * tile + t])
+                if lane_index() == 0 and first + k < rows and b + t < n:
+                    at = (b + t) * y_stride + first + k
+                    total = factor * (total + bias[first + k])
+                    y[at] = y[at] + total if add else total
+
+    return gemv
+
+
+@cache
+def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
+    """partial (n, parts, stride) of sums over neurons of hidden (n, ...) times their rows; `tile` rows of n a thread.
+
+    Grid: (blocks of chunks of columns, parts, tiles of n).
+    """
+    add, columns, nothing = ADDS[weight_format], CHUNK_COLUMNS[weight_format], NOTHING[weight_format]
+    column_of, fours = COLUMN_OF[weight_format], CHUNK_COLUMNS[weight_format] // 4
+
+    @kernel(
+        matrix_parameters(weight_format) + ", float32* hidden, float32* partial, int32 neurons, int32 columns_used,"
+        " int32 stride, int32 n, int32 hidden_stride",
+        name=f"gemv_transposed_{weight_format}_{tile}",
+        fastmath=True,
+    )
+    def transposed(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
+        j, chunks = cuda.blockIdx.x * THREADS + cuda.threadIdx.x, stride // columns
+        if j >= chunks:
+            return
+        part, parts, b = cuda.blockIdx.y, cuda.gridDim.y, cuda.blockIdx.z * tile
+        share = (neurons + parts - 1) // parts
+        s0, s1, s2, s3 = nothing, nothing, nothing, nothing
+        for r in range(part * share, min(neurons, (part + 1) * share)):
+            w = ldg128(words, 4 * (r * chunks + j))
+            s0 = add(s0, hidden[b * hidden_stride + r], w, scale, low, row, r, stride, j)
+            # Past the end the last row is added again, and its sum not written.
+            if tile > 1:
+                s1 = add(s1, hidden[min(b + 1, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+            if tile > 2:
+                s2 = add(s2, hidden[min(b + 2, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+                s3 = add(s3, hidden[min(b + 3, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+        sums = (s0, s1, s2, s3)
+        for t in range(tile):
+            if b + t < n:
+                for k in range(fours):
+                    at = ((b + t) * parts + part) * stride
+                    column = column_of(j, k, columns)
+                    for i in range(4):
+                        if column + i < columns_used:
+                            partial[at + column + i] = sums[t][k][i]
+
+    return transposed
+
+
+def multiply(
+    device: Device,
+    matrix: Matrix,
+    x: Array,
+    x_stride: int,
+    y: Array,
+    y_stride: int,
+    n: int,
+    *,
+    factor: float = 1.0,
+    add: bool = False,
+) -> None:
+    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
+    tile = 1 if n == 1 else TILE
+    per_warp = 4 if matrix.rows >= _MANY and tile == 1 else 1
+    grid = (-(-matrix.rows // (_WARPS * per_warp)), -(-n // tile))
+    device.launch(
+        gemv_kernel(matrix.format, per_warp, tile), grid, THREADS,
+        matrix.words, matrix.scale, matrix.low, matrix.row, matrix.bias, x, y, matrix.rows, matrix.stride,
+        n, x_stride, y_stride, factor, int(add),
+    )  # fmt: skip
+
+
+def multiply_transposed(
+    device: Device, matrix: Matrix, hidden: Array, hidden_stride: int, partial: Array, n: int
+) -> int:
+    """partial (n, parts, matrix.stride) of matrix (neurons, columns) transposed times hidden (n, hidden_stride).
+
+    Returns the number of parts, whose sum is the product without a bias.
+    """
+    tile, parts = 1 if n == 1 else _TRANSPOSED_TILE[matrix.format], parts_of(n)
+    chunks = matrix.stride // CHUNK_COLUMNS[matrix.format]
+    device.launch(
+        transposed_kernel(matrix.format, tile), (-(-chunks // THREADS), parts, -(-n // tile)), THREADS,
+        matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
+        n, hidden_stride,
+    )  # fmt: skip
+    return parts
+
+
+def every_kernel() -> Iterator[Kernel]:
+    """All kernels that `multiply` and `multiply_transposed` may choose."""
+    for weight_format, tile in _TRANSPOSED_TILE.items():
+        yield from (gemv_kernel(weight_format, *shape) for shape in ((1, 1), (4, 1), (1, TILE)))
+        yield from (transposed_kernel(weight_format, t) for t in (1, tile))

@@ -1,0 +1,58 @@
+"""RMSNorm and LayerNorm of rows, a block a row."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.intrinsics import block_sum, kernel
+from svdengine.kernels.cuda.plan import Norm
+from svdengine.models import ModelConfig
+
+THREADS = 256
+
+
+@kernel(
+    "float32* x, int32* chosen, float32* weight, float32* bias, float32* out,"
+    " int32 columns, int32 stride, float32 eps, float32 factor, int32 centred, int32 choose"
+)
+def normalize_rows(x, chosen, weight, bias, out, columns, stride, eps, factor, centred, choose):
+    """out = factor * norm(x) of every row, or of those in `chosen` with `choose`; `centred`: without its mean."""
+    row = cuda.blockIdx.x
+    source = (chosen[row] if choose else row) * stride
+    mean = np.float32(0)
+    if centred:
+        total = np.float32(0)
+        for i in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+            total += x[source + i]
+        mean = block_sum(total) / np.float32(columns)
+    square = np.float32(0)
+    for i in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+        v = x[source + i] - mean
+        square += v * v
+    scale = np.float32(1) / np.float32(math.sqrt(block_sum(square) / np.float32(columns) + eps))
+    for i in range(cuda.threadIdx.x, columns, cuda.blockDim.x):
+        out[row * stride + i] = factor * ((x[source + i] - mean) * scale * weight[i] + bias[i])
+
+
+def normalize(
+    device: Device,
+    config: ModelConfig,
+    norm: Norm,
+    x: Array,
+    out: Array,
+    stride: int,
+    n: int,
+    *,
+    chosen: Array | None = None,
+    factor: float = 1.0,
+) -> None:
+    """out (n, stride) = factor * the model's norm of x (rows, stride), or of the n rows whose numbers are `chosen`."""
+    device.launch(
+        normalize_rows, (n,), THREADS, x, norm.bias.view(np.int32) if chosen is None else chosen,
+        norm.weight, norm.bias, out, config.hidden_size, stride, config.norm_eps, factor,
+        int(config.norm == "layer"), int(chosen is not None),
+    )  # fmt: skip
