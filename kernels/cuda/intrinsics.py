@@ -96,6 +96,11 @@ if SIMULATED:
         assert i % 4 == 0, f"a 16-byte load from word {i}"
         return words[i], words[i + 1], words[i + 2], words[i + 3]
 
+    def ldg64(words: Any, i: Any) -> Any:
+        """Two uint32 words from item i, a multiple of 2, as `ldg128`."""
+        assert i % 2 == 0, f"an 8-byte load from word {i}"
+        return words[i], words[i + 1]
+
     def h2f(word: Any) -> Any:
         """Two float16 in a word -> two float32, the lower half first."""
         low, high = _view(word, np.float16).astype(np.float32)
@@ -111,6 +116,23 @@ if SIMULATED:
         low, high = np.array([int(word) << 16 & FULL, int(word) & 0xFFFF0000], np.uint32).view(np.float32)
         return low, high
 
+    def s8x4(word: Any) -> Any:
+        """Four int8 in a word -> four float32, the lowest byte first."""
+        return tuple(_view(word, np.int8).astype(np.float32))
+
+    def u8x4(word: Any) -> Any:
+        """Four uint8 in a word -> four float32, the lowest byte first."""
+        return tuple(_view(word, np.uint8).astype(np.float32))
+
+    def stg128(values: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
+        """Store four float32 from item i of `values`, a multiple of 4, at once."""
+        assert i % 4 == 0, f"a 16-byte store to item {i}"
+        values[i], values[i + 1], values[i + 2], values[i + 3] = a, b, c, d
+
+    def add_atomic(values: Any, i: Any, x: Any) -> None:
+        """Add to item i of int64 `values`, which other threads may do at the same time."""
+        values[i] += x
+
     def as_float(word: Any) -> Any:
         """The float32 whose bits are the word."""
         return _view(word, np.float32)[0]
@@ -118,6 +140,10 @@ if SIMULATED:
     def as_word(x: Any) -> Any:
         """The bits of a float32."""
         return np.array([x], np.float32).view(np.uint32)[0]
+
+    def to_int(x: Any) -> Any:
+        """The int32 nearest to a float32, the even one of two."""
+        return np.int32(np.rint(x))
 
     def dp4a(a: Any, b: Any, c: Any) -> Any:
         """The int32 c plus the product of four int8 in a word with four int8."""
@@ -141,24 +167,35 @@ else:
     def _tuple(builder, struct, count):
         return cgutils.pack_array(builder, [builder.extract_value(struct, k) for k in range(count)])
 
+    def _item(context, builder, kind, base, i):
+        """The address of item i of an array or pointer."""
+        if not isinstance(kind, types.CPointer):
+            base = context.make_array(kind)(context, builder, base).data
+        return builder.gep(base, [i])
+
     @intrinsic
     def ldg128(typing_context, words, i):
         """Four uint32 words from item i, a multiple of 4, in one load of memory that no thread writes meanwhile."""
 
         def generate(context, builder, signature, arguments):
-            kind, base = signature.args[0], arguments[0]
-            if not isinstance(kind, types.CPointer):
-                base = context.make_array(kind)(context, builder, base).data
-            struct = _assembly(
-                builder,
-                ir.LiteralStructType([_I32] * 4),
-                [builder.gep(base, [arguments[1]])],
-                "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];",
-                "=r,=r,=r,=r,l",
-            )
+            address = _item(context, builder, signature.args[0], *arguments)
+            text = "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];"
+            struct = _assembly(builder, ir.LiteralStructType([_I32] * 4), [address], text, "=r,=r,=r,=r,l")
             return _tuple(builder, struct, 4)
 
         return types.UniTuple(types.uint32, 4)(words, types.int64), generate
+
+    @intrinsic
+    def ldg64(typing_context, words, i):
+        """Two uint32 words from item i, a multiple of 2, as `ldg128`."""
+
+        def generate(context, builder, signature, arguments):
+            address = _item(context, builder, signature.args[0], *arguments)
+            text = "ld.global.nc.v2.u32 {$0,$1}, [$2];"
+            struct = _assembly(builder, ir.LiteralStructType([_I32] * 2), [address], text, "=r,=r,l")
+            return _tuple(builder, struct, 2)
+
+        return types.UniTuple(types.uint32, 2)(words, types.int64), generate
 
     @intrinsic
     def h2f(typing_context, word):
@@ -192,6 +229,56 @@ else:
 
         return types.UniTuple(types.float32, 2)(types.uint32), generate
 
+    def _bytes_as_floats(builder, word, shift, convert):
+        """Four bytes of a word as float32: a shift that keeps or drops their sign, then a conversion."""
+        up = [builder.shl(word, ir.Constant(_I32, 24 - 8 * k)) for k in range(4)]
+        return cgutils.pack_array(builder, [convert(shift(x, ir.Constant(_I32, 24)), _F32) for x in up])
+
+    @intrinsic
+    def s8x4(typing_context, word):
+        """Four int8 in a word -> four float32, the lowest byte first."""
+
+        def generate(context, builder, signature, arguments):
+            return _bytes_as_floats(builder, arguments[0], builder.ashr, builder.sitofp)
+
+        return types.UniTuple(types.float32, 4)(types.uint32), generate
+
+    @intrinsic
+    def u8x4(typing_context, word):
+        """Four uint8 in a word -> four float32, the lowest byte first."""
+
+        def generate(context, builder, signature, arguments):
+            return _bytes_as_floats(builder, arguments[0], builder.lshr, builder.uitofp)
+
+        return types.UniTuple(types.float32, 4)(types.uint32), generate
+
+    @intrinsic
+    def stg128(typing_context, values, i, a, b, c, d):
+        """Store four float32 from item i of `values`, a multiple of 4, at once."""
+
+        def generate(context, builder, signature, arguments):
+            address = _item(context, builder, signature.args[0], *arguments[:2])
+            operands = [address, *arguments[2:]]
+            function = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+            text = "st.global.v4.f32 [$0], {$1,$2,$3,$4};"
+            builder.call(ir.InlineAsm(function, text, "l,f,f,f,f,~{memory}", side_effect=True), operands)
+            return context.get_dummy_value()
+
+        return types.void(values, types.int64, *[types.float32] * 4), generate
+
+    @intrinsic
+    def add_atomic(typing_context, values, i, x):
+        """Add to item i of int64 `values`, which other threads may do at the same time."""
+
+        def generate(context, builder, signature, arguments):
+            operands = [_item(context, builder, signature.args[0], *arguments[:2]), arguments[2]]
+            function = ir.FunctionType(ir.VoidType(), [operand.type for operand in operands])
+            text = "red.global.add.u64 [$0], $1;"
+            builder.call(ir.InlineAsm(function, text, "l,l,~{memory}", side_effect=True), operands)
+            return context.get_dummy_value()
+
+        return types.void(values, types.int64, types.int64), generate
+
     @intrinsic
     def as_float(typing_context, word):
         """The float32 whose bits are the word."""
@@ -209,6 +296,15 @@ else:
             return builder.bitcast(arguments[0], _I32)
 
         return types.uint32(types.float32), generate
+
+    @intrinsic
+    def to_int(typing_context, x):
+        """The int32 nearest to a float32, the even one of two."""
+
+        def generate(context, builder, signature, arguments):
+            return _assembly(builder, _I32, arguments, "cvt.rni.s32.f32 $0, $1;", "=r,f")
+
+        return types.int32(types.float32), generate
 
     @intrinsic
     def dp4a(typing_context, a, b, c):

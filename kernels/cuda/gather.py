@@ -1,0 +1,187 @@
+"""The listed neurons of an FFN: exact gates, ups where the gate is active, and the sum of their rows of down.
+
+A warp computes a listed neuron's gate and, only where it is active, at once its up. Parts of the list are then cut down
+to their active neurons in shared memory and add rows of down, each to a sum of its own, which are added in order later:
+the result does not depend on how threads are scheduled. Grids are sized for the longest lists; lengths stay here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from svdengine.kernels.cuda.compact import ballot, below
+from svdengine.kernels.cuda.elementwise import DRELU, FATRELU, RELU2
+from svdengine.kernels.cuda.intrinsics import add_atomic, jit, kernel, lane_index, ldg128, stg128, warp_index, warp_sum
+from svdengine.kernels.cuda.rows import ADDS, CHUNK_COLUMNS, COLUMN_OF, DOTS, NOTHING, matrix_parameters
+from svdengine.kernels.cuda.workspace import ACTIVE, COUNTS
+from svdengine.kernels.formats import WEIGHT_FORMATS
+
+WARPS = 8
+GATHER_THREADS = 32 * WARPS
+DOWN_THREADS = 128
+_ZERO = np.float32(0)
+
+
+@jit(device=True)
+def activate_gate(x, kind, threshold):
+    """ReLU and its relatives (for dReLU, of one of its two factors); other activations have no inactive neurons."""
+    if kind == FATRELU:
+        return x if x > threshold else _ZERO
+    x = max(x, _ZERO)
+    return x * x if kind == RELU2 else x
+
+
+@jit(device=True)
+def up_product(gate, up, kind):
+    """gate * up, or gate * ReLU(up) for dReLU."""
+    return gate * (max(up, _ZERO) if kind == DRELU else up)
+
+
+def _gate(name, dot):
+    @kernel(
+        f"{matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
+        "float32* hidden, int32 kind, float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
+        f"gate_{name}",
+    )
+    def gate(
+        words, scale, low, row, bias, x, neurons, lengths, gates, hidden, kind, threshold, stride, x_stride, list_stride
+    ):
+        """gates and hidden = act(gate x) of the listed neurons of a row (blockIdx.y), in the list's order."""
+        at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
+        lane = lane_index()
+        for k in range(cuda.blockIdx.x * WARPS + warp_index(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
+            neuron = neurons[at + k]
+            g = warp_sum(dot(words, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
+            g = activate_gate(g, kind, threshold)
+            if lane == 0:
+                gates[at + k] = g
+                hidden[at + k] = g
+
+    return gate
+
+
+def _up(name, dot):
+    @kernel(
+        f"{matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
+        "float32* hidden, int32 kind, int32 stride, int32 x_stride, int32 list_stride",
+        f"up_{name}",
+    )
+    def up(words, scale, low, row, bias, x, neurons, lengths, gates, hidden, kind, stride, x_stride, list_stride):
+        """hidden = gate * (up x) of the listed neurons whose gate is active; after `gate`, of another format."""
+        at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
+        lane = lane_index()
+        for k in range(cuda.blockIdx.x * WARPS + warp_index(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
+            neuron, g = neurons[at + k], gates[at + k]
+            if g > _ZERO:
+                u = warp_sum(dot(words, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
+                if lane == 0:
+                    hidden[at + k] = up_product(g, u, kind)
+
+    return up
+
+
+def _gate_up(name, dot):
+    @kernel(
+        f"{matrix_parameters(name, 'g_')}, float32* g_bias, {matrix_parameters(name, 'u_')}, float32* u_bias,"
+        "uint32* x, int32* neurons, int32* lengths, float32* gates, float32* hidden, int32 kind, float32 threshold,"
+        "int32 stride, int32 x_stride, int32 list_stride",
+        f"gate_up_{name}",
+    )
+    def gate_up(
+        g_words, g_scale, g_low, g_row, g_bias, u_words, u_scale, u_low, u_row, u_bias, x,
+        neurons, lengths, gates, hidden, kind, threshold, stride, x_stride, list_stride,
+    ):  # fmt: skip
+        """`gate` and `up` in one: the up row of a neuron is read as soon as its gate is known to be active."""
+        at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
+        lane = lane_index()
+        for k in range(cuda.blockIdx.x * WARPS + warp_index(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
+            neuron = neurons[at + k]
+            g = warp_sum(dot(g_words, g_scale, g_low, g_row, neuron, stride, x, x_at, lane)) + g_bias[neuron]
+            g = activate_gate(g, kind, threshold)
+            h = _ZERO
+            if g > _ZERO:  # all lanes have the same sum
+                u = warp_sum(dot(u_words, u_scale, u_low, u_row, neuron, stride, x, x_at, lane)) + u_bias[neuron]
+                h = up_product(g, u, kind)
+            if lane == 0:
+                gates[at + k] = g
+                hidden[at + k] = h
+
+    return gate_up
+
+
+@jit(device=True)
+def active_of(neurons, gates, hidden, k, last, lane, found, values):
+    """Put the active ones of 32 listed neurons from k close together in shared memory; returns how many."""
+    inside = k + lane < last and gates[k + lane] > _ZERO
+    mask = ballot(inside)
+    if inside:
+        to = below(mask, lane)
+        found[to] = neurons[k + lane]
+        values[to] = hidden[k + lane]
+    return np.int32(cuda.popc(mask))
+
+
+def _down(name, add, columns, nothing, column_of):
+    fours = columns // 4
+
+    @kernel(
+        f"{matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden, float32* partial,"
+        "int64* counts, int32 stride, int32 list_stride",
+        f"down_{name}",
+    )
+    def down(words, scale, low, row, neurons, lengths, gates, hidden, partial, counts, stride, list_stride):
+        """The sum of hidden times down's rows, of one part (blockIdx.y of gridDim.y) of the list of a row (blockIdx.z).
+
+        partial: (rows, parts, stride). Each thread has a chunk of columns; blockIdx.x numbers the blocks of them, of
+        which the first counts active neurons into `counts` (rows, COUNTS).
+        """
+        found = cuda.shared.array(32, types.int32)
+        values = cuda.shared.array(32, types.float32)
+        size_found = cuda.shared.array(1, types.int32)
+        lane, parts = lane_index(), cuda.gridDim.y
+        j, count = cuda.blockIdx.x * DOWN_THREADS + cuda.threadIdx.x, stride // columns
+        at = cuda.blockIdx.z * list_stride
+        length = lengths[cuda.blockIdx.z]
+        size = (length + parts - 1) // parts
+        first = at + min(cuda.blockIdx.y * size, length)
+        last = at + min((cuda.blockIdx.y + 1) * size, length)
+        total = nothing
+        for k in range(first, last, 32):
+            if warp_index() == 0:
+                kept = active_of(neurons, gates, hidden, k, last, lane, found, values)
+                if lane == 0:
+                    size_found[0] = kept
+                    if cuda.blockIdx.x == 0:
+                        add_atomic(counts, COUNTS * cuda.blockIdx.z + ACTIVE, kept)
+            cuda.syncthreads()
+            kept = size_found[0]
+            if j < count:
+                for i in range(0, kept - 3, 4):  # four loads are on their way at once
+                    r0, r1, r2, r3 = found[i], found[i + 1], found[i + 2], found[i + 3]
+                    w0 = ldg128(words, (r0 * count + j) * 4)
+                    w1 = ldg128(words, (r1 * count + j) * 4)
+                    w2 = ldg128(words, (r2 * count + j) * 4)
+                    w3 = ldg128(words, (r3 * count + j) * 4)
+                    total = add(total, values[i], w0, scale, low, row, r0, stride, j)
+                    total = add(total, values[i + 1], w1, scale, low, row, r1, stride, j)
+                    total = add(total, values[i + 2], w2, scale, low, row, r2, stride, j)
+                    total = add(total, values[i + 3], w3, scale, low, row, r3, stride, j)
+                for i in range(kept >> 2 << 2, kept):
+                    w = ldg128(words, (found[i] * count + j) * 4)
+                    total = add(total, values[i], w, scale, low, row, found[i], stride, j)
+            cuda.syncthreads()
+        if j < count:
+            out = (cuda.blockIdx.z * parts + cuda.blockIdx.y) * stride
+            for k in range(fours):
+                t = total[k]
+                stg128(partial, out + column_of(j, k, columns), t[0], t[1], t[2], t[3])
+
+    return down
+
+
+GATE = {name: _gate(name, DOTS[name]) for name in WEIGHT_FORMATS}
+UP = {name: _up(name, DOTS[name]) for name in WEIGHT_FORMATS}
+GATE_UP = {name: _gate_up(name, DOTS[name]) for name in WEIGHT_FORMATS}
+DOWN = {name: _down(name, ADDS[name], CHUNK_COLUMNS[name], NOTHING[name], COLUMN_OF[name]) for name in WEIGHT_FORMATS}

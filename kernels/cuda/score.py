@@ -1,0 +1,283 @@
+"""Predictor scores (kernels/predictor.py): activations rounded to integers, and integer products with stored rows.
+
+A rounded row of C columns, C a multiple of 64, is held in C words of a float32 buffer's row, so that products read a
+quarter of what they would in float32:
+
+    C / 4 words   the 16-bit values' high bytes, signed; or the 8-bit values
+    C / 4 words   the 16-bit values' low bytes, unsigned; of 8-bit values not used
+    C / 32 words  the scale of each group of 32 columns, float32
+    C / 32 words  the sum of each group of 8-bit values, times its scale, float32; of 16-bit values not used
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from svdengine.kernels.cuda.intrinsics import (
+    FULL,
+    as_float,
+    dp4a,
+    dp4a_su,
+    jit,
+    kernel,
+    lane_index,
+    ldg64,
+    ldg128,
+    to_int,
+    warp_index,
+    warp_max,
+    warp_sum,
+    warp_sum_int,
+)
+from svdengine.kernels.cuda.rows import matrix_parameters
+
+LANES = 8  # that share a row of the second factor and of the residual, which are short
+SCORE_THREADS = 256
+SCORE_ROWS = SCORE_THREADS // LANES  # neurons of a block
+PROJECT_THREADS = 1024  # a warp for each of the 32 hidden values that share a scale
+ROUND_THREADS = 256
+_FINE, _COARSE = np.float32(127 * 256), np.float32(127)
+_ZERO, _ONE, _NONE = np.float32(0), np.float32(1), np.int32(0)
+_NIBBLES, _PAIRS, _BITS = np.uint32(0x0F0F0F0F), np.uint32(0x03030303), np.uint32(0x01010101)
+_SPREAD = np.uint32(0x00204081)  # times four bits: bit k goes to bit 8 k
+
+
+@jit(device=True)
+def round_group(value, largest, steps):
+    """The integer nearest to value in steps of largest / steps, the scale's float32."""
+    scale = largest / steps
+    return to_int(value * (_ONE / scale if scale > _ZERO else _ZERO))
+
+
+@jit(device=True)
+def store_fine(value, codes, values, at, padded, column):
+    """Round a warp's 32 values, a lane each, to 16 bits; `at`: where the row begins, in words."""
+    largest = warp_max(abs(value))
+    rounded = round_group(value, largest, _FINE)
+    codes[4 * at + column] = np.uint8((rounded >> 8) & 255)
+    codes[4 * at + padded + column] = np.uint8(rounded & 255)
+    if column & 31 == 0:
+        values[at + (padded >> 1) + (column >> 5)] = largest / _FINE
+
+
+@jit(device=True)
+def store_coarse(value, codes, values, at, padded, column):
+    """As `store_fine`, to 8 bits, with the groups' sums."""
+    largest = warp_max(abs(value))
+    rounded = round_group(value, largest, _COARSE)
+    total = warp_sum_int(rounded)
+    codes[4 * at + column] = np.uint8(rounded & 255)
+    if column & 31 == 0:
+        scales = at + (padded >> 1) + (column >> 5)
+        values[scales] = largest / _COARSE
+        values[scales + (padded >> 5)] = largest / _COARSE * np.float32(total)
+
+
+@kernel(
+    "float32* x, uint8* fine_codes, float32* fine_values, uint8* coarse_codes, float32* coarse_values,"
+    "int32 columns, int32 padded, int32 stride"
+)
+def round_rows(x, fine_codes, fine_values, coarse_codes, coarse_values, columns, padded, stride):
+    """Round rows (blockIdx.y) of x to 16 and to 8 bits. All have rows of `stride` items; a warp has 32 columns."""
+    column = cuda.blockIdx.x * ROUND_THREADS + cuda.threadIdx.x
+    at = cuda.blockIdx.y * stride
+    if column >= padded:  # whole warps: padded is a multiple of 32
+        return
+    value = x[at + column] if column < columns else _ZERO
+    store_fine(value, fine_codes, fine_values, at, padded, column)
+    store_coarse(value, coarse_codes, coarse_values, at, padded, column)
+
+
+@jit(device=True)
+def dot_bytes(w, x, at, total):
+    """total + 16 int8 weights times the 8-bit values in four words from `at`."""
+    a = ldg128(x, at)
+    total = dp4a(w[0], a[0], total)
+    total = dp4a(w[1], a[1], total)
+    total = dp4a(w[2], a[2], total)
+    return dp4a(w[3], a[3], total)
+
+
+@jit(device=True)
+def dot_masked(w, shift, mask, x, at, total):
+    """total + the codes under the mask in every byte, `shift` bits up, times the 8-bit values in four words."""
+    codes = (w[0] >> shift) & mask, (w[1] >> shift) & mask, (w[2] >> shift) & mask, (w[3] >> shift) & mask
+    return dot_bytes(codes, x, at, total)
+
+
+@jit(device=True)
+def dot_low_bytes(w, x, at, total):
+    """As `dot_bytes`, for unsigned values."""
+    a = ldg128(x, at)
+    total = dp4a_su(w[0], a[0], total)
+    total = dp4a_su(w[1], a[1], total)
+    total = dp4a_su(w[2], a[2], total)
+    return dp4a_su(w[3], a[3], total)
+
+
+@jit(device=True)
+def factor_q8(words, scale, low, row, r, padded, x, at, lane, lanes):
+    """One lane's share of row r, q8, times a rounded row of 16 bits that begins at word `at` of x."""
+    count = padded >> 4
+    total = _ZERO
+    for j in range(lane, count, lanes):
+        w = ldg128(words, r * (4 * count) + 4 * j)
+        high = dot_bytes(w, x, at + 4 * j, _NONE)
+        both = dot_low_bytes(w, x, at + (padded >> 2) + 4 * j, np.int32(high << 8))
+        step = as_float(x[at + (padded >> 1) + (j >> 1)])
+        total += np.float32(both) * (step * np.float32(scale[r * (padded >> 5) + (j >> 1)]))
+    return total
+
+
+@jit(device=True)
+def factor_q4(words, scale, low, row, r, padded, x, at, lane, lanes):
+    """As `factor_q8`, of a row in q4 and a rounded row of 8 bits."""
+    count, groups = padded >> 5, padded >> 5
+    total = _ZERO
+    for j in range(lane, count, lanes):
+        w = ldg128(words, r * (4 * count) + 4 * j)
+        group = j >> 1 << 1
+        codes = at + 8 * group + 4 * (j & 1)
+        below = w[0] & _NIBBLES, w[1] & _NIBBLES, w[2] & _NIBBLES, w[3] & _NIBBLES
+        four = np.uint32(4)
+        above = (
+            (w[0] >> four) & _NIBBLES,
+            (w[1] >> four) & _NIBBLES,
+            (w[2] >> four) & _NIBBLES,
+            (w[3] >> four) & _NIBBLES,
+        )
+        first = np.float32(dot_bytes(below, x, codes, _NONE)) * as_float(x[at + (padded >> 1) + group])
+        second = np.float32(dot_bytes(above, x, codes + 8, _NONE)) * as_float(x[at + (padded >> 1) + group + 1])
+        scales = r * groups + group
+        product = first * np.float32(scale[scales]) + second * np.float32(scale[scales + 1])
+        # Each of the two chunks of a pair of groups takes off the minima of one group.
+        own = j & 1
+        minimum = np.float32(low[scales + own]) * as_float(x[at + (padded >> 1) + groups + group + own])
+        total += row[2 * r] * product - row[2 * r + 1] * minimum
+    return total
+
+
+@jit(device=True)
+def no_factor(words, scale, low, row, r, padded, x, at, lane, lanes):
+    """Of a predictor without factors."""
+    return _ZERO
+
+
+@jit(device=True)
+def residual_2(words, scale, r, padded, x, at, lane, lanes):
+    """One lane's share of row r of a residual of 2 bits times a rounded row of 8 bits."""
+    blocks, scales = padded >> 6, at + (padded >> 1)
+    total = _ZERO
+    for j in range(lane, blocks, lanes):
+        w = ldg128(words, r * (4 * blocks) + 4 * j)
+        first = dot_masked(w, np.uint32(0), _PAIRS, x, at + 16 * j, _NONE)
+        first = dot_masked(w, np.uint32(2), _PAIRS, x, at + 16 * j + 4, first)
+        second = dot_masked(w, np.uint32(4), _PAIRS, x, at + 16 * j + 8, _NONE)
+        second = dot_masked(w, np.uint32(6), _PAIRS, x, at + 16 * j + 12, second)
+        product = np.float32(first) * as_float(x[scales + 2 * j]) + np.float32(second) * as_float(x[scales + 2 * j + 1])
+        sums = scales + (padded >> 5) + 2 * j
+        product -= np.float32(1.5) * (as_float(x[sums]) + as_float(x[sums + 1]))
+        total += np.float32(scale[r * blocks + j]) * product
+    return total
+
+
+@jit(device=True)
+def dot_bits(word, x, at):
+    """The 32 bits of a word times the 8-bit values in eight words from `at`."""
+    total = _NONE
+    for k in range(2):
+        a = ldg128(x, at + 4 * k)
+        for i in range(4):
+            four = np.uint32(word >> np.uint32(16 * k + 4 * i)) & np.uint32(15)
+            total = dp4a(np.uint32(four * _SPREAD) & _BITS, a[i], total)
+    return total
+
+
+@jit(device=True)
+def residual_1(words, scale, r, padded, x, at, lane, lanes):
+    """As `residual_2`, of 1 bit."""
+    blocks, scales = padded >> 6, at + (padded >> 1)
+    total = _ZERO
+    for j in range(lane, blocks, lanes):
+        w = ldg64(words, r * (2 * blocks) + 2 * j)
+        first, second = dot_bits(w[0], x, at + 16 * j), dot_bits(w[1], x, at + 16 * j + 8)
+        product = np.float32(first) * as_float(x[scales + 2 * j]) + np.float32(second) * as_float(x[scales + 2 * j + 1])
+        sums = scales + (padded >> 5) + 2 * j
+        product -= np.float32(0.5) * (as_float(x[sums]) + as_float(x[sums + 1]))
+        total += np.float32(scale[r * blocks + j]) * product
+    return total
+
+
+@jit(device=True)
+def no_residual(words, scale, r, padded, x, at, lane, lanes):
+    """Of a predictor without residual."""
+    return _ZERO
+
+
+FACTORS = {"": no_factor, "q8": factor_q8, "q4": factor_q4}
+RESIDUALS = {0: no_residual, 1: residual_1, 2: residual_2}
+
+
+def _project(name, dot, store):
+    @kernel(
+        f"{matrix_parameters(name)}, uint32* x, uint8* codes, float32* values,"
+        "int32 rank, int32 relu, int32 padded, int32 stride, int32 z_stride",
+        f"project_{name}",
+    )
+    def project(words, scale, low, row, x, codes, values, rank, relu, padded, stride, z_stride):
+        """z = B x of 32 hidden values (blockIdx.x) of a row (blockIdx.y), or its ReLU, rounded for the second factor.
+
+        x: rows of `stride` words, rounded, of `padded` columns; codes, values: the same rows of z, of `z_stride` words.
+        """
+        group = cuda.shared.array(32, types.float32)
+        r, lane = cuda.blockIdx.x * 32 + warp_index(), lane_index()
+        z = _ZERO  # of rows that only fill up a group
+        if r < rank:
+            z = warp_sum(dot(words, scale, low, row, r, padded, x, cuda.blockIdx.y * stride, lane, 32))
+        if lane == 0:
+            group[warp_index()] = max(z, _ZERO) if relu != 0 else z
+        cuda.syncthreads()
+        if warp_index() == 0:
+            columns = ((rank + 63) >> 6) << 6
+            store(group[lane], codes, values, cuda.blockIdx.y * z_stride, columns, cuda.blockIdx.x * 32 + lane)
+
+    return project
+
+
+def _score(name, bits, dot, residual):
+    @kernel(
+        f"{matrix_parameters(name or 'q8', 'a_')}, uint32* q_words, float16* q_scale, float32* bias, float32* unit,"
+        "uint32* z, uint32* x, float32* shift, float32* scores,"
+        "int32 neurons, int32 ranks, int32 columns, int32 z_stride, int32 x_stride, int32 score_stride",
+        f"score_{name or 'none'}_{bits}",
+    )
+    def score(
+        a_words, a_scale, a_low, a_row, q_words, q_scale, bias, unit, z, x, shift, scores,
+        neurons, ranks, columns, z_stride, x_stride, score_stride,
+    ):  # fmt: skip
+        """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y): A z + Q x + bias - shift * unit.
+
+        z, x: rounded rows of `ranks` and `columns` columns, padded; shift: the sparsity bias of each row.
+        """
+        r, lane = cuda.blockIdx.x * SCORE_ROWS + (cuda.threadIdx.x >> 3), cuda.threadIdx.x & 7
+        batch_row = cuda.blockIdx.y
+        neuron = min(r, neurons - 1)  # every lane takes part in the sums
+        total = dot(a_words, a_scale, a_low, a_row, neuron, ranks, z, batch_row * z_stride, lane, LANES)
+        total += residual(q_words, q_scale, neuron, columns, x, batch_row * x_stride, lane, LANES)
+        total += cuda.shfl_xor_sync(FULL, total, 4)
+        total += cuda.shfl_xor_sync(FULL, total, 2)
+        total += cuda.shfl_xor_sync(FULL, total, 1)
+        if lane == 0 and r < neurons:
+            scores[batch_row * score_stride + r] = total + (bias[r] - shift[batch_row] * unit[r])
+
+    return score
+
+
+PROJECT = {"q8": _project("q8", factor_q8, store_fine), "q4": _project("q4", factor_q4, store_coarse)}
+SCORE = {
+    (name, bits): _score(name, bits, dot, residual)
+    for name, dot in FACTORS.items()
+    for bits, residual in RESIDUALS.items()
+}

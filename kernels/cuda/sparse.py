@@ -1,0 +1,125 @@
+"""The conditional FFN of a few rows: score neurons, list those predicted active, and compute only these.
+
+The stages are those of kernels/cpu/sparse.py. Each row has its own list. Seven launches at most, no host in between:
+the lists and their lengths stay on the device.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_every, list_positive
+from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.elementwise import ACTIVATIONS
+from svdengine.kernels.cuda.gather import DOWN, DOWN_THREADS, GATE, GATE_UP, GATHER_THREADS, UP, WARPS
+from svdengine.kernels.cuda.plan import LayerPlan, Matrix, Plan, PredictorPlan
+from svdengine.kernels.cuda.rows import CHUNK_COLUMNS
+from svdengine.kernels.cuda.score import (
+    PROJECT,
+    PROJECT_THREADS,
+    ROUND_THREADS,
+    SCORE,
+    SCORE_ROWS,
+    SCORE_THREADS,
+    round_rows,
+)
+from svdengine.kernels.cuda.workspace import Workspace, parts_of
+from svdengine.kernels.formats import padded_columns
+
+MOST_GATHER_BLOCKS = 2048  # of a row: more than run at once on the largest GPU; warps take listed neurons in turns
+
+
+def sparse_ffn(
+    device: Device,
+    plan: Plan,
+    work: Workspace,
+    layer: int,
+    predictor: PredictorPlan | None,
+    x: Array,
+    n: int,
+) -> int:
+    """work.partial (n, parts, hidden) = the FFN of rows x (n, hidden) without the bias of down; returns the parts.
+
+    x is padded with zeros. Computed are the neurons that the predictor names with each row's sparsity bias; without a
+    predictor all are listed, and only those whose gate is zero are skipped. Neurons are counted in work.counts.
+    """
+    if predictor is None:
+        grid = (-(-plan.config.ffn_size // COMPACT_THREADS), n)
+        device.launch(
+            list_every, grid, COMPACT_THREADS, work.neurons, work.lengths, work.counts, plan.config.ffn_size,
+            work.sizes.ffn,
+        )  # fmt: skip
+    else:
+        score_rows(device, plan, work, predictor, x, n)
+        device.launch(
+            list_positive, (n,), COMPACT_THREADS, work.scores, work.neurons, work.lengths, work.counts,
+            plan.config.ffn_size, work.sizes.ffn,
+        )  # fmt: skip
+    gate_listed(device, plan, work, plan.layers[layer], x, n)
+    return add_down(device, work, plan.layers[layer].down, n)
+
+
+def score_rows(device: Device, plan: Plan, work: Workspace, predictor: PredictorPlan, x: Array, n: int) -> None:
+    """work.scores (n, ffn) of rows x."""
+    config, sizes = plan.config, work.sizes
+    columns, ranks = padded_columns(config.hidden_size), padded_columns(predictor.rank)
+    device.launch(
+        round_rows, (-(-columns // ROUND_THREADS), n), ROUND_THREADS, x, work.fine, work.fine, work.coarse, work.coarse,
+        config.hidden_size, columns, sizes.hidden,
+    )  # fmt: skip
+    name: Literal["", "q8", "q4"] = ""
+    a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.bias)  # not read without factors
+    if predictor.a is not None and predictor.b is not None:
+        a = (predictor.a.words, predictor.a.scale, predictor.a.low, predictor.a.row)
+        name, b = predictor.factor_format, predictor.b
+        source = work.fine if name == "q8" else work.coarse
+        device.launch(
+            PROJECT[name], (ranks // 32, n), PROJECT_THREADS, b.words, b.scale, b.low, b.row, source, work.z_rounded,
+            work.z_rounded, predictor.rank, int(predictor.relu), columns, sizes.hidden, sizes.z,
+        )  # fmt: skip
+    device.launch(
+        SCORE[name, predictor.residual_bits], (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS,
+        *a, predictor.q_words, predictor.q_scale, predictor.bias, predictor.unit,
+        work.z_rounded, work.coarse, work.sparsity_bias, work.scores,
+        config.ffn_size, ranks, columns, sizes.z, sizes.hidden, sizes.ffn,
+    )  # fmt: skip
+
+
+def gate_listed(device: Device, plan: Plan, work: Workspace, layer: LayerPlan, x: Array, n: int) -> None:
+    """work.scores = the gates of the listed neurons, work.hidden = their activations, in the lists' order."""
+    config, sizes = plan.config, work.sizes
+    kind = ACTIVATIONS.index(config.activation)
+    grid = (min(-(-config.ffn_size // WARPS), MOST_GATHER_BLOCKS), n)
+    lists = (x, work.neurons, work.lengths, work.scores, work.hidden)
+    gate = layer.up if layer.gate is None else layer.gate
+    if layer.gate is not None and layer.gate.format == layer.up.format:
+        device.launch(
+            GATE_UP[gate.format], grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), *lists,
+            kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
+        )  # fmt: skip
+        return
+    device.launch(
+        GATE[gate.format], grid, GATHER_THREADS, *_parts(gate), *lists,
+        kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
+    )  # fmt: skip
+    if layer.gate is not None:
+        up = layer.up
+        device.launch(
+            UP[up.format], grid, GATHER_THREADS, *_parts(up), *lists, kind, up.stride, sizes.hidden, sizes.ffn
+        )  # fmt: skip
+
+
+def add_down(device: Device, work: Workspace, down: Matrix, n: int) -> int:
+    """work.partial (n, parts, hidden) = sums over parts of the lists; returns the number of parts."""
+    parts = parts_of(n)
+    blocks = -(-(down.stride // CHUNK_COLUMNS[down.format]) // DOWN_THREADS)
+    device.launch(
+        DOWN[down.format], (blocks, parts, n), DOWN_THREADS, down.words, down.scale, down.low, down.row,
+        work.neurons, work.lengths, work.scores, work.hidden, work.partial, work.counts, down.stride, work.sizes.ffn,
+    )  # fmt: skip
+    return parts
+
+
+def _parts(matrix: Matrix) -> tuple[Array, ...]:
+    """A matrix with its bias, as kernels take it."""
+    return matrix.words, matrix.scale, matrix.low, matrix.row, matrix.bias

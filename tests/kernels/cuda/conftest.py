@@ -1,0 +1,40 @@
+"""Kernels run in the simulator, or on the GPU where there is one. Without numba-cuda these tests are skipped."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MISSING = [name for name in ("numba_cuda", "greenlet") if importlib.util.find_spec(name) is None]
+
+
+class SkippedModule(pytest.Module):
+    """A test file that cannot even be imported."""
+
+    def collect(self) -> Any:
+        pytest.skip(f"needs {' and '.join(MISSING)}: pip install 'svdengine[test]'", allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return SkippedModule.from_parent(parent, path=module_path) if MISSING else None
+
+
+@pytest.fixture
+def device() -> Iterator[Any]:
+    """A Device (kernels/cuda/device.py): the GPU, or else the simulator."""
+    import simulator
+
+    from svdengine.kernels.cuda import device as devices
+    from svdengine.kernels.cuda.intrinsics import SIMULATED
+
+    if SIMULATED:
+        simulator.install()
+    found = devices.SimulatedDevice() if SIMULATED else devices.CupyDevice()
+    try:
+        yield found
+    finally:
+        found.close()
