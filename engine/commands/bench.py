@@ -41,7 +41,7 @@ def command(
 
     --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
     what a token reads of weights, predictor and KV cache; of the sparse path, with the shares of neurons that the
-    measured tokens took.
+    measured tokens took, and at most, where several sequences list the same rows.
     """
     from svdengine.benchmark import run_benchmark
     from svdengine.machine import measured_bandwidth, usable_cores
