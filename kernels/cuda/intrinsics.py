@@ -371,7 +371,10 @@ def warp_max(x):
 
 @jit(device=True)
 def block_sum(x):
-    """The sum of a float32 over a block of whole warps, the same bits in every thread. Every thread must call it."""
+    """The sum of a float32 over a block of whole warps, the same bits in every thread. Every thread must call it.
+
+    A kernel must come to it by one device function at most: Numba cannot link its shared array twice.
+    """
     parts = cuda.shared.array(MOST_WARPS, types.float32)
     lane = lane_index()
     x = warp_sum(x)
@@ -385,7 +388,7 @@ def block_sum(x):
 
 @jit(device=True)
 def block_max(x):
-    """The largest float32 of a block of whole warps, in every thread. Every thread must call it."""
+    """The largest float32 of a block of whole warps, in every thread; as `block_sum`."""
     parts = cuda.shared.array(MOST_WARPS, types.float32)
     lane = lane_index()
     x = warp_max(x)

@@ -17,7 +17,8 @@ from svdengine.kernels.cuda.catalogue import all_kernels
 
 KERNELS = all_kernels()
 ARCHITECTURES = ("sm_80", "sm_90a")
-REGISTERS = 128  # a block of 512 threads still fits; most blocks are of 256
+REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
+FULL_BLOCKS = ("list_positive", "project_", "sample_rows")  # of 1024 threads, which have half as many
 MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
 WIDE = ("gemv_", "gate_", "up_", "down_", "project_", "score_q8", "score_q4", "score_none_2")
@@ -51,7 +52,7 @@ def test_a_kernel_compiles_and_stays_in_registers(report: dict[str, dict[str, An
         used = report[name][architecture]
         assert "error" not in used, used["error"]
         assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, f"{architecture}: {used}"
-        assert used["REG"] <= REGISTERS, f"{architecture}: {used}"
+        assert used["REG"] <= (64 if name.startswith(FULL_BLOCKS) else REGISTERS), f"{architecture}: {used}"
         assert used["SHARED"] <= MOST_SHARED, f"{architecture}: {used}"
         if name.startswith(WIDE):
             assert used["wide_loads"] > 0, f"{architecture}: {used}"
