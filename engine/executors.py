@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -48,13 +49,21 @@ def create_executor(
         raise RequestError(f"threads must lie between 1 and {MAX_THREADS}, found {threads}")
     if kv_dtype not in KV_DTYPES:
         raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
-    device = resolve_device(device)
-    if device == "reference":
+    chosen = resolve_device(device)
+    if chosen == "cuda":
+        try:
+            return _cuda_executor(model_file, context, block_count, kv_dtype, max_batch_rows, predictor, ffn)
+        except DeviceError as error:
+            if device != "auto" or os.environ.get(DEVICE_VARIABLE):
+                raise
+            _say_why_not(str(error))
+            chosen = "cpu"
+    if chosen == "reference":
         from svdengine.kernels.reference import ReferenceExecutor
 
         weights = float32_weights(model_file)
         return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
-    if device == "cpu":
+    if chosen == "cpu":
         from svdengine.kernels.cpu.executor import CpuExecutor
 
         return CpuExecutor(
@@ -69,16 +78,69 @@ def create_executor(
             predictor=predictor,
             ffn=ffn,
         )
-    raise DeviceError(f"the device {device} is not supported by this version; use --device cpu")
+    raise DeviceError(f"the device {chosen} is not supported by this version; use --device cpu")
+
+
+def _cuda_executor(
+    model_file: ModelFile,
+    context: int,
+    block_count: int,
+    kv_dtype: KvDtype,
+    max_batch_rows: int,
+    predictor: Predictor | None,
+    ffn: FfnMode,
+) -> Executor:
+    """An executor on the GPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
+    from svdengine.kernels.cuda.availability import find_gpu
+
+    gpu = find_gpu()
+    if isinstance(gpu, str):  # without the packages the executor cannot even be imported
+        raise DeviceError(f"CUDA cannot be used: {gpu}")
+    from svdengine.kernels.cuda.device import CupyDevice
+    from svdengine.kernels.cuda.executor import CudaExecutor
+
+    device = CupyDevice()
+    try:
+        return CudaExecutor(
+            model_file.config,
+            model_file.arrays,
+            model_file.formats,
+            device=device,
+            block_count=block_count,
+            max_batch_rows=max_batch_rows,
+            context=context,
+            kv_dtype=kv_dtype,
+            predictor=predictor,
+            ffn=ffn,
+        )
+    except BaseException:
+        device.close()
+        raise
 
 
 def resolve_device(device: str) -> str:
-    """The device that a name stands for. Raises DeviceError on a name that is none."""
+    """The device that a name stands for: for "auto" the GPU, if one can be used. DeviceError on a name that is none."""
     if device == "auto":
-        device = os.environ.get(DEVICE_VARIABLE) or "cpu"
+        device = os.environ.get(DEVICE_VARIABLE) or _best_device()
     if device not in DEVICES or device == "auto":
         raise DeviceError(f"found the device {device!r}, expected one of {', '.join(DEVICES)}")
     return device
+
+
+def _best_device() -> str:
+    """The GPU, or else the CPU, with one line on why where there is a driver: a GPU was meant to be used then."""
+    from svdengine.kernels.cuda.availability import NO_DRIVER, find_gpu
+
+    gpu = find_gpu()
+    if not isinstance(gpu, str):
+        return "cuda"
+    if gpu != NO_DRIVER:
+        _say_why_not(gpu)
+    return "cpu"
+
+
+def _say_why_not(reason: str) -> None:
+    print(f"running on the CPU: {reason}", file=sys.stderr)
 
 
 def float32_weights(model_file: ModelFile) -> Mapping[str, NDArray[np.float32]]:

@@ -6,7 +6,6 @@ import ctypes
 import importlib.util
 import os
 import platform
-import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -65,7 +64,7 @@ def describe_machine(measure: bool = True) -> Machine:
         threads=cores,
         memory_bytes=memory_bytes(),
         bandwidth_gb_per_second=measured_bandwidth(cores) if measure else None,
-        accelerators=(_cuda(), _ascend()),
+        accelerators=(_cuda(measure), _ascend()),
     )
 
 
@@ -108,9 +107,15 @@ def memory_bytes() -> int | None:
         return None
 
 
-def _cuda() -> Accelerator:
-    library = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    return _accelerator("CUDA", library, "no NVIDIA driver was found", "cuda", "cupy", 'pip install "svdengine[cuda]"')
+def _cuda(measure: bool) -> Accelerator:
+    from svdengine.kernels.cuda.availability import find_gpu, measured_bandwidth
+
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        return Accelerator("CUDA", False, gpu)
+    capability = ".".join(map(str, gpu.capability))
+    found = f"{gpu.name}, {gpu.memory_bytes / 2**30:.1f} GiB, compute capability {capability}"
+    return Accelerator("CUDA", True, f"{found}, copies at {measured_bandwidth():.0f} GB/s" if measure else found)
 
 
 def _ascend() -> Accelerator:

@@ -225,7 +225,7 @@ def attend(
     device: Device, plan: Plan, index: int, work: Workspace, cache: KvCache, n: int, tiles: int, rows: int
 ) -> None:
     """work.attention of n rows, in `tiles` tiles (work.tiles) of up to `rows` rows each, over layer `index`'s cache."""
-    config, splits = plan.config, parts_of(n)
+    config, splits = plan.config, min(parts_of(n), -(-work.sizes.blocks // _LEAST_BLOCKS))
     group, head_dim = config.head_count // config.kv_head_count, config.head_dim
     heads = tile_heads(group, head_dim)
     grid = (tiles, config.kv_head_count * -(-group // heads), splits)

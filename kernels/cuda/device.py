@@ -5,7 +5,8 @@ Arrays are flat. A kernel's parameters say what it reads an array as, so that fl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,10 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda.intrinsics import Kernel
+from svdengine.kernels.cuda.availability import find_gpu
+from svdengine.kernels.cuda.compilation import machine_code, target_of
+from svdengine.kernels.cuda.intrinsics import SIMULATED, Kernel
 
 Array = Any  # flat, on the device; slices and views of it are arrays too
 Graph = Any  # a recorded step
+_DEFAULT_ALGORITHM = -1  # cuBLAS chooses
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,6 @@ class SimulatedDevice:
     name = "simulator"
 
     def __init__(self, memory: int = 1 << 30, has_blas: bool = False) -> None:
-        from svdengine.kernels.cuda.intrinsics import SIMULATED
-
         if not SIMULATED:
             raise DeviceError("the simulator needs NUMBA_ENABLE_CUDASIM=1")
         self._memory, self._recorded, self.has_blas = memory, None, has_blas
@@ -176,3 +178,139 @@ def _simulated(kind: str, value: Any) -> Any:
     if kind.endswith("*"):
         return value.view(kind[:-1])
     return np.dtype(kind).type(value)
+
+
+class CupyDevice:
+    """A GPU: CuPy's memory, stream and graphs, and kernels that Numba compiled. DeviceError: no usable GPU.
+
+    Launches go from Numba's machine code through CuPy, since Numba's own take longer than most kernels run.
+    """
+
+    name = "cuda"
+
+    def __init__(self, index: int = 0) -> None:
+        gpu = find_gpu(index)
+        if isinstance(gpu, str):
+            raise DeviceError(f"CUDA cannot be used: {gpu}")
+        if SIMULATED:
+            raise DeviceError("CUDA cannot be used while NUMBA_ENABLE_CUDASIM is set")
+        import cupy
+
+        self.gpu, self._cupy, self._index = gpu, cupy, index
+        self._functions: dict[str, Any] = {}
+        self._modules: list[Any] = []
+        with cupy.cuda.Device(index):
+            self._stream = cupy.cuda.Stream(non_blocking=True)
+        self.has_blas = _has_cublas()
+
+    def zeros(self, size: int, dtype: Any) -> Array:
+        """See Device."""
+        with self._used():
+            try:
+                return self._cupy.zeros(size, dtype)
+            except self._cupy.cuda.memory.OutOfMemoryError as error:
+                raise DeviceError(f"the GPU has no room for {size * np.dtype(dtype).itemsize} more bytes") from error
+
+    def upload(self, array: NDArray) -> Array:
+        """See Device."""
+        to = self.zeros(array.size, array.dtype)
+        self.write(to, array)
+        return to
+
+    def write(self, to: Array, values: NDArray) -> None:
+        """See Device."""
+        with self._used():
+            to[: values.size].set(np.ascontiguousarray(values).reshape(-1), stream=self._stream)
+
+    def download(self, array: Array) -> NDArray:
+        """See Device."""
+        with self._used():
+            found: NDArray = array.get(stream=self._stream)
+        return found
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
+        """See Device."""
+        function = self._functions.get(kernel.name) or self._load(kernel)
+        values = tuple(
+            value if kind.endswith("*") else np.dtype(kind).type(value)
+            for kind, value in zip(kernel.parameters, arguments, strict=True)
+        )
+        with self._used():
+            function(grid, (threads,), values, stream=self._stream)
+
+    def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
+        """See Device; by cuBLAS, whose matrices are column-major: it sees the transposes of ours."""
+        from cupy_backends.cuda.libs import cublas
+
+        runtime = self._cupy.cuda.runtime
+        kind = runtime.CUDA_R_16F if weights.dtype == np.float16 else runtime.CUDA_R_32F
+        alpha, beta = np.array([gemm.factor], np.float32), np.array([float(gemm.add)], np.float32)
+        with self._used():
+            cublas.gemmEx(
+                self._cupy.cuda.get_cublas_handle(),
+                cublas.CUBLAS_OP_N if gemm.transposed else cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N,
+                gemm.rows, gemm.n, gemm.columns,
+                alpha.ctypes.data, weights.data.ptr, kind, gemm.weight_stride, x.data.ptr, kind, gemm.x_stride,
+                beta.ctypes.data, y.data.ptr, runtime.CUDA_R_32F, gemm.y_stride,
+                cublas.CUBLAS_COMPUTE_32F, _DEFAULT_ALGORITHM,
+            )  # fmt: skip
+
+    def record(self, step: Callable[[], None]) -> Graph:
+        """See Device."""
+        with self._used():
+            self._stream.begin_capture()
+            try:
+                step()
+            finally:
+                graph = self._stream.end_capture()  # also when a launch failed: the stream must come back
+            graph.upload(self._stream)
+        return graph
+
+    def replay(self, graph: Graph) -> None:
+        """See Device."""
+        with self._used():
+            graph.launch(self._stream)
+
+    def free_bytes(self) -> int:
+        """See Device."""
+        with self._used():
+            free = self._cupy.cuda.runtime.memGetInfo()[0] + self._cupy.get_default_memory_pool().free_bytes()
+        return int(free)
+
+    def synchronize(self) -> None:
+        """See Device."""
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        """See Device. Arrays are freed with their last reference; here what CuPy keeps of them for reuse is."""
+        self._functions.clear()
+        self._modules.clear()
+        with self._used():
+            self._stream.synchronize()
+            self._cupy.get_default_memory_pool().free_all_blocks()
+
+    @contextmanager
+    def _used(self) -> Iterator[None]:
+        """This device and stream are this thread's current ones."""
+        with self._cupy.cuda.Device(self._index), self._stream:
+            yield
+
+    def _load(self, kernel: Kernel) -> Any:
+        """A kernel's function, compiled or read from the disk."""
+        entry, cubin = machine_code(kernel, target_of(*self.gpu.capability))
+        with self._used():
+            module = self._cupy.cuda.function.Module()
+            module.load(cubin)
+            function = module.get_function(entry)
+        self._modules.append(module)
+        self._functions[kernel.name] = function
+        return function
+
+
+def _has_cublas() -> bool:
+    """Whether cuBLAS is installed: without it own kernels do its work, slower."""
+    try:
+        from cupy_backends.cuda.libs import cublas
+    except ImportError:
+        return False
+    return hasattr(cublas, "gemmEx")

@@ -13,7 +13,7 @@ from svdengine.kernels.cpu.ffn_costs import FfnCosts, measure_ffn_costs
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
-from svdengine.kernels.cuda.gemm import HalfCopies
+from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
 from svdengine.kernels.cuda.plan import build_plan, place_predictor
 from svdengine.kernels.cuda.step import FfnPath, Keep, Shape, State, ffn, run_step
@@ -24,7 +24,6 @@ from svdengine.models import ModelConfig, tensor_specs
 
 _SUFFIXES = ("", ".scale", ".min", ".row")
 _FEW_ROWS = 8  # up to which every row attends alone, so that a step's launches depend on its size only
-_GRAPH_ROWS = 64  # of a step that is recorded, at most
 _RESERVE = 256 << 20  # bytes that are left to the driver, the library and recorded graphs
 
 
@@ -239,8 +238,11 @@ class CudaExecutor:
 
 
 def _is_recorded(shape: Shape) -> bool:
-    """Whether steps of a shape come back often: decode, where every row is wanted and attends alone."""
-    return shape.n <= _GRAPH_ROWS and shape.tiles == shape.n == shape.wanted
+    """Whether steps of a shape come back often: decode, where every row is wanted and attends alone.
+
+    The library's products cannot be recorded.
+    """
+    return shape.n < LIBRARY_ROWS and shape.tiles == shape.n == shape.wanted
 
 
 def _copy_items(config: ModelConfig, rows: int) -> tuple[int, int]:

@@ -33,12 +33,12 @@ class HalfCopies:
 
 @cache
 def widen_kernel(weight_format: WeightFormat) -> Kernel:
-    """to (rows, stride) float16 of a matrix, two weights a thread. Grid: (blocks of pairs, rows)."""
+    """to (rows, stride) float16 of a matrix, two weights a thread. Grid: (rows, blocks of pairs)."""
     weight = WEIGHT[weight_format]
 
     @kernel(matrix_parameters(weight_format) + ", uint32* to, int32 stride", name=f"widen_{weight_format}")
     def widen(words, scale, low, row, to, stride):
-        r, pair = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+        r, pair = cuda.blockIdx.x, cuda.blockIdx.y * THREADS + cuda.threadIdx.x
         if 2 * pair < stride:
             first = weight(words, scale, low, row, r, 2 * pair, stride)
             second = weight(words, scale, low, row, r, 2 * pair + 1, stride)
@@ -111,7 +111,7 @@ def _operands(
         return matrix.words.view(np.float32), x, x_stride
     weights = matrix.words.view(np.float16)
     if matrix.format != "f16":
-        weights, grid = copies.weights, (-(-matrix.stride // (2 * THREADS)), matrix.rows)
+        weights, grid = copies.weights, (matrix.rows, -(-matrix.stride // (2 * THREADS)))
         device.launch(
             widen_kernel(matrix.format), grid, THREADS,
             matrix.words, matrix.scale, matrix.low, matrix.row, weights, matrix.stride,

@@ -35,6 +35,7 @@ from svdengine.kernels.formats import WeightFormat
 THREADS = 128
 TILE = 4  # rows of activations that share a read of the weights
 _WARPS = THREADS // 32
+_LEAST_NEURONS = 16  # of a part: fewer would not be worth its addition
 _MANY = 8192  # rows of a matrix from which warps take several each, and there is still work for all
 _TRANSPOSED_TILE = {"f32": 4, "f16": 4, "bf16": 4, "q8": 4, "q4": 2}  # more would not fit in registers
 _CHUNKS = {"f32": chunk_f32, "f16": chunk_f16, "bf16": chunk_bf16, "q8": chunk_q8, "q4": chunk_q4}
@@ -152,7 +153,8 @@ def multiply_transposed(
 
     Returns the number of parts, whose sum is the product without a bias.
     """
-    tile, parts = 1 if n == 1 else _TRANSPOSED_TILE[matrix.format], parts_of(n)
+    tile = 1 if n == 1 else _TRANSPOSED_TILE[matrix.format]
+    parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
     chunks = matrix.stride // CHUNK_COLUMNS[matrix.format]
     device.launch(
         transposed_kernel(matrix.format, tile), (-(-chunks // THREADS), parts, -(-n // tile)), THREADS,

@@ -1,0 +1,246 @@
+"""The CUDA executor against the reference: on the GPU, or in the simulator with models as small as they get."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from model_zoo import block_table, make_batch, random_tokens, relative_error, zoo
+from numpy.typing import NDArray
+from test_cpu import run_in_chunks, stored
+from test_cpu_sparse import make_predictor
+
+from svdengine.errors import DeviceError
+from svdengine.kernels.cuda import attention, executor, gemm
+from svdengine.kernels.cuda.device import SimulatedDevice
+from svdengine.kernels.cuda.executor import CudaExecutor
+from svdengine.kernels.cuda.intrinsics import SIMULATED
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
+from svdengine.kernels.predictor import Predictor
+from svdengine.kernels.reference import ReferenceExecutor
+from svdengine.models import ModelConfig
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(SIMULATED, reason="needs an NVIDIA GPU: too slow in the simulator")]
+# Together these use every field of ModelConfig; rope's tables come from the host.
+QUICK = ("mistral", "bamboo", "qwen3", "minicpm", "opt", "falcon_7b", "falcon_40b")
+BOUND = 2e-5
+
+
+def small(config: ModelConfig) -> ModelConfig:
+    """The same kind of model with a few dozen weights a matrix."""
+    kv_heads = 3 if config.kv_head_count == config.head_count else 1
+    config = replace(config, vocab_size=23, hidden_size=20, head_count=3, kv_head_count=kv_heads, head_dim=6)
+    config = replace(config, ffn_size=26, max_position=48)
+    windowed = (1,) if config.sliding_window else ()
+    layers = 2 if windowed else 1
+    return replace(config, layer_count=layers, sliding_window=3 if windowed else 0, sliding_window_layers=windowed)
+
+
+ZOO = zoo()
+MODELS = {name: small(config) if SIMULATED else config for name, config in ZOO.items()}
+LLAMA, RELU = MODELS["llama"], MODELS["llama_relu_tied"]
+
+
+@contextmanager
+def executors(
+    device: Any, config: ModelConfig, weight_format: WeightFormat = "f32", **options: Any
+) -> Iterator[tuple[CudaExecutor, ReferenceExecutor]]:
+    """The executor under test, and the reference with the weights that its stored ones stand for."""
+    arrays, formats, exact = stored(config, weight_format)
+    options = {"kv_dtype": "f32", "block_count": 8, "max_batch_rows": 40, **options}
+    cuda = CudaExecutor(config, arrays, formats, device=device, **options)
+    try:
+        yield cuda, ReferenceExecutor(config, exact, 8, predictor=cuda.predictor, ffn=cuda.ffn)
+    finally:
+        cuda.close()
+
+
+def check(device: Any, config: ModelConfig, sizes: list[int], bound: float = BOUND, **options: Any) -> None:
+    """Logits of a prompt cut into chunks agree with the reference's."""
+    tokens = random_tokens(config, sum(sizes))
+    with executors(device, config, **options) as (cuda, reference):
+        assert relative_error(run_in_chunks(cuda, tokens, sizes), run_in_chunks(reference, tokens, sizes)) < bound
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else gpu) for n in MODELS])
+def test_float32_agrees_with_the_reference(device: Any, name: str) -> None:
+    # A step of one row is launched, then recorded and replayed, then replayed.
+    check(device, MODELS[name], [5, 1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_relu_tied"])
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+def test_every_format_agrees_with_its_dequantised_weights(device: Any, name: str, weight_format: WeightFormat) -> None:
+    check(device, MODELS[name], [2, 1], weight_format=weight_format)
+
+
+def test_a_prompt_is_read_in_tiles(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "_FEW_ROWS", 1)
+    check(device, MODELS["mistral"], [2, 7])
+
+
+@pytest.mark.parametrize(("name", "weight_format"), [("llama", "q4"), ("opt", "f16"), ("llama_relu_tied", "f32")])
+def test_the_library_multiplies_many_rows(
+    device: Any, monkeypatch: pytest.MonkeyPatch, name: str, weight_format: WeightFormat
+) -> None:
+    monkeypatch.setattr(gemm, "LIBRARY_ROWS", 2)
+    monkeypatch.setattr(executor, "LIBRARY_ROWS", 2)
+    device = SimulatedDevice(has_blas=True) if SIMULATED else device
+    # Activations are rounded to float16, unless the weights are float32.
+    check(device, MODELS[name], [3, 1], BOUND if weight_format == "f32" else 3e-3, weight_format=weight_format)
+
+
+def test_the_context_is_split_over_blocks(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_LEAST_BLOCKS", 1)
+    check(device, replace(LLAMA, max_position=48), [17, 1])
+
+
+def test_half_precision_cache_stays_close(device: Any) -> None:
+    tokens = random_tokens(LLAMA, 4)
+    with executors(device, LLAMA, kv_dtype="f16") as (cuda, reference):
+        error = relative_error(run_in_chunks(cuda, tokens, [3, 1]), run_in_chunks(reference, tokens, [4]))
+    assert 0 < error < 2e-3
+
+
+def test_sequences_in_one_batch_do_not_see_each_other(device: Any) -> None:
+    a, b = random_tokens(LLAMA, 18, seed=1), random_tokens(LLAMA, 3, seed=2)
+    with executors(device, LLAMA) as (cuda, reference):
+        expected = [run_in_chunks(reference, tokens, [len(tokens)]) for tokens in (a, b)]
+        tables = [block_table(18, first=5, step=-2), [4]]
+        cuda.forward(make_batch([(a[:17], 0)], tables[:1]))
+        mixed = cuda.forward(make_batch([(a[17:], 17), (b, 0)], tables))
+        assert relative_error(mixed, np.concatenate([expected[0][17:], expected[1]])) < BOUND
+
+
+def test_only_wanted_rows_have_logits(device: Any) -> None:
+    tokens = random_tokens(LLAMA, 3)
+    with executors(device, LLAMA) as (cuda, _):
+        batch = make_batch([(tokens, 0)], [[0]])
+        every = cuda.forward(batch)
+        for wanted in ([2], [2, 0], []):
+            some = cuda.forward(replace(batch, logit_rows=np.array(wanted, np.int32)))
+            np.testing.assert_allclose(some, every[wanted], rtol=1e-4, atol=1e-5)
+
+
+def test_stale_cache_and_activations_do_not_leak_into_a_new_sequence(device: Any) -> None:
+    config = MODELS["llama_relu_biases"]
+    tokens = random_tokens(config, 3)
+    with executors(device, config) as (cuda, _):
+        fresh = cuda.forward(make_batch([(tokens, 0)], [[1]])).copy()
+        cuda.forward(make_batch([(random_tokens(config, 6, seed=5), 0)], [[1]]))
+        np.testing.assert_array_equal(cuda.forward(make_batch([(tokens, 0)], [[1]])), fresh)
+
+
+def test_what_enters_the_ffns_is_the_references(device: Any) -> None:
+    config = MODELS["falcon_40b"]
+    batch = make_batch([(random_tokens(config, 3), 0)], [[0]])
+    with executors(device, config) as (cuda, reference):
+        assert relative_error(cuda.ffn_inputs(batch), reference.ffn_inputs(batch)) < BOUND
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
+    config = replace(RELU, layer_count=2)
+    x = np.random.default_rng(0).standard_normal((2, 2, config.hidden_size), np.float32)
+    with executors(device, config) as (cuda, reference):
+        cuda.ffn = mode
+        batch = make_batch([([0, 0], 0)], [[0]])
+        expected = sum(reference._ffn(layer, batch, x[layer]) for layer in range(2))
+        assert relative_error(cuda.run_ffns(x), expected) < BOUND
+        assert relative_error(cuda.run_ffns(x[0], layers=1), reference._ffn(0, batch, x[0])) < BOUND
+
+
+def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
+    predictor = make_predictor(RELU, 8, 2, threshold=0.05)
+    tokens = random_tokens(RELU, 6)
+    with executors(device, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
+        expected = run_in_chunks(reference, tokens, [3, 1, 1, 1])
+        assert relative_error(run_in_chunks(cuda, tokens, [3, 1, 1, 1]), expected) < BOUND
+        assert cuda.neuron_counts() == reference.neuron_counts()
+        assert 0 < cuda.neuron_counts().predicted < cuda.neuron_counts().total
+        cuda.reset_neuron_counts()
+        assert cuda.neuron_counts().total == 0
+
+
+def test_thresholds_at_minus_infinity_make_sparse_equal_dense(device: Any) -> None:
+    predictor = make_predictor(RELU, 8, 0, threshold=1e9)  # the bias: scores are far above zero
+    tokens = random_tokens(RELU, 3)
+    with executors(device, RELU, predictor=predictor) as (cuda, _):
+        dense = run_in_chunks(cuda, tokens, [2, 1])
+        cuda.ffn = "sparse"
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1]), dense) < BOUND
+        assert cuda.neuron_counts().predicted == cuda.neuron_counts().total
+
+
+def test_another_predictor_is_not_run_from_old_graphs(device: Any) -> None:
+    tokens = random_tokens(RELU, 3)
+    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, 1e9), ffn="sparse") as (cuda, _):
+        run_in_chunks(cuda, tokens, [1, 1, 1])
+        cuda.predictor = make_predictor(RELU, 8, 0, -1e9)
+        cuda.reset_neuron_counts()
+        run_in_chunks(cuda, tokens, [1, 1, 1])
+        assert cuda.neuron_counts().predicted == 0
+
+
+def test_a_replayed_step_launches_what_the_first_did(device: Any) -> None:
+    if not isinstance(device, SimulatedDevice):
+        pytest.skip("only the simulator counts launches")
+    with executors(device, LLAMA) as (cuda, _):
+        counts = []
+        for position in range(3):
+            before = device.launches
+            cuda.forward(make_batch([([1], position)], [[0]]))
+            counts.append(device.launches - before)
+        assert counts[0] == counts[1] == counts[2]
+        assert len(cuda._graphs) == 1
+
+
+def test_a_model_that_does_not_fit_says_by_how_much() -> None:
+    if not SIMULATED:
+        pytest.skip("the simulator's memory is set here")
+    arrays, formats, _ = stored(LLAMA, "f32")
+    with pytest.raises(DeviceError, match=r"needs 0\.\d\d GiB on the GPU .* 0\.\d\d GiB more than is free"):
+        CudaExecutor(LLAMA, arrays, formats, device=SimulatedDevice(memory=1 << 20), block_count=8)
+
+
+def test_a_batch_that_breaks_the_rules_is_refused(device: Any) -> None:
+    with executors(device, LLAMA) as (cuda, _):
+        good = vars(make_batch([([1, 2], 0)], [[0]]))
+        for field, value in (
+            ("tokens", [1, LLAMA.vocab_size]),
+            ("positions", [0, 16]),
+            ("sequences", [0, 1]),
+            ("block_tables", [[8]]),
+            ("logit_rows", [2]),
+            ("tokens", [1]),
+        ):
+            broken: dict[str, NDArray] = {**good, field: np.array(value, np.int32)}
+            with pytest.raises(ValueError):
+                cuda.forward(type(make_batch([([1], 0)], [[0]]))(**broken))
+
+
+def test_a_matrix_of_the_wrong_shape_never_reaches_a_kernel(device: Any) -> None:
+    arrays, formats, _ = stored(LLAMA, "q8")
+    arrays["gate"] = arrays["gate"][:, :-1]
+    with pytest.raises(ValueError, match="gate"):
+        CudaExecutor(LLAMA, arrays, formats, device=device, block_count=4)
+
+
+def test_a_predictor_for_another_shape_is_refused(device: Any) -> None:
+    other: Predictor = make_predictor(replace(RELU, ffn_size=RELU.ffn_size - 2), 8, 0, 0.0)
+    with (
+        pytest.raises(ValueError, match=f"{RELU.ffn_size} neurons"),
+        executors(device, RELU, "q8", predictor=other),
+    ):
+        pass
+
+
+def test_a_closed_executor_says_so(device: Any) -> None:
+    with executors(device, LLAMA) as (cuda, _):
+        cuda.close()
+        with pytest.raises(ValueError, match="closed"):
+            cuda.forward(make_batch([([1], 0)], [[0]]))
