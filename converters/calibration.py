@@ -33,6 +33,7 @@ Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), 
 
 MAX_LOSS = 0.005  # the default budget
 _LOSS_STEPS = 7
+_LOSS_TOKENS = 5000  # held-out tokens of about which the loss is taken at each step
 _ERROR_RANGE = (1e-5, 0.1)  # of a layer, between which a budget for the loss is searched
 
 
@@ -129,6 +130,7 @@ def calibrate(
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options))
         report("layers", index + 1, config.layer_count)
     held_out = [window for index, window in enumerate(windows) if is_held_out(index) and len(window) > 1]
+    held_out = held_out[:: -(-sum(map(len, held_out)) // _LOSS_TOKENS)] if held_out else []
     levels, outcome = _meet_budget(executor, work, held_out, options, report)
     layers = tuple(w.at(level) for w, level in zip(work, levels, strict=True))
     about = {

@@ -99,8 +99,8 @@ def run_benchmark(
 def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_token: float = 1.0) -> float:
     """Bytes of weights read for each of `tokens` tokens, of which some or all ran sparse, as `neurons` says.
 
-    What is dense is read once a step, and rows of sparse execution at most once a token: where tokens of a step list the
-    same row, it is read once for them, which neuron counts do not tell.
+    What is dense is read once a step, and rows of sparse execution at most once a token: where tokens of a step list
+    the same row, it is read once for them, which neuron counts do not tell.
     """
     config, dense = llm.config, weight_bytes(llm.model_file)
     predicted, active = predicted_density(neurons), active_density(neurons)
