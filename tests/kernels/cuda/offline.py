@@ -40,13 +40,16 @@ def pretended(capability: Capability) -> Iterator[None]:
         dispatcher.get_current_device, CUDACodeLibrary._ensure_cc = before
 
 
-def compile_kernel(kernel: Kernel, capability: Capability) -> bytes:
-    """The kernel's cubin, linked as on a GPU."""
-    with pretended(capability):
-        signature = sigutils.normalize_signature(kernel.signature())[0]
-        options = kernel.dispatcher.targetoptions
-        compiled = dispatcher._Kernel(kernel.dispatcher.py_func, signature, **options)
-        return bytes(compiled._codelibrary.get_cubin(cc=capability).code)
+def compile_kernel(kernel: Kernel) -> dict[str, bytes]:
+    """The kernel's cubin for each architecture, linked as on a GPU. What comes before NVVM is the same for all."""
+    signature = sigutils.normalize_signature(kernel.signature())[0]
+    with pretended((8, 0)):
+        compiled = dispatcher._Kernel(kernel.dispatcher.py_func, signature, **kernel.dispatcher.targetoptions)
+    cubins = {}
+    for architecture, capability in CAPABILITIES.items():
+        with pretended(capability):
+            cubins[architecture] = bytes(compiled._codelibrary.get_cubin(cc=capability).code)
+    return cubins
 
 
 def inspect_cubin(cubin: bytes) -> dict[str, int]:
@@ -70,17 +73,17 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def main(names: list[str]) -> None:
-    """Compile and inspect, and print {kernel: {architecture: figures, or {"error": text}}}."""
+    """Compile and inspect, and print {kernel: {architecture: figures}}, or {kernel: {"error": text}}."""
     report: dict[str, dict[str, Any]] = {}
     for name, kernel in all_kernels().items():
         if names and name not in names:
             continue
-        report[name] = {}
-        for architecture, capability in CAPABILITIES.items():
-            try:
-                report[name][architecture] = inspect_cubin(compile_kernel(kernel, capability))
-            except Exception as error:
-                report[name][architecture] = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            report[name] = {
+                architecture: inspect_cubin(cubin) for architecture, cubin in compile_kernel(kernel).items()
+            }
+        except Exception as error:
+            report[name] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(report))
 
 
