@@ -83,15 +83,13 @@ class Workspace:
 
     # The FFN.
     gate_up: Array  # (rows, gate_up) float32
-    hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of the neurons in `active`, in its order
-    z: Array  # (rows, z) float32: hidden values of the predictor
-    z_rounded: Array  # (rows, z) float32: z as the predictor's second factor reads it
-    fine: Array  # (rows, hidden) float32: the FFN's input rounded to 16 bits, as predictors read it
-    coarse: Array  # (rows, hidden) float32: to 8 bits
-    scores: Array  # (rows, ffn) float32
-    neurons: Array  # (rows, ffn) int32: predicted active
-    active: Array  # (rows, ffn) int32: found active
-    lengths: Array  # (rows, 2) int32 of `neurons` and `active`
+    hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of the neurons that are listed, in order
+    z_rounded: Array  # (rows, z) words: hidden values of the predictor, rounded as kernels/cuda/score.py says
+    fine: Array  # (rows, hidden) words: the FFN's input rounded to 16 bits, likewise
+    coarse: Array  # (rows, hidden) words: to 8 bits
+    scores: Array  # (rows, ffn) float32; once neurons are listed, their gates
+    neurons: Array  # (rows, ffn) int32: predicted active, ascending
+    lengths: Array  # (rows,) int32 of `neurons`
     counts: Array  # (rows, COUNTS) int64: predicted, active and all neurons of rows that took the sparse path
 
     logits: Array  # (rows, logits) float32
@@ -110,14 +108,12 @@ def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
         "partial": (sizes.partial, f32),
         "gate_up": (rows * sizes.gate_up, f32),
         "hidden": (rows * sizes.ffn, f32),
-        "z": (rows * sizes.z, f32),
         "z_rounded": (rows * sizes.z, f32),
         "fine": (rows * sizes.hidden, f32),
         "coarse": (rows * sizes.hidden, f32),
         "scores": (rows * sizes.ffn, f32),
         "neurons": (rows * sizes.ffn, i32),
-        "active": (rows * sizes.ffn, i32),
-        "lengths": (rows * 2, i32),
+        "lengths": (rows, i32),
         "counts": (rows * COUNTS, np.int64),
         "logits": (rows * sizes.logits, f32),
     }
