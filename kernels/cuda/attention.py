@@ -25,6 +25,7 @@ from svdengine.kernels.cuda.intrinsics import (
     jit,
     kernel,
     lane_index,
+    ldg128,
     warp_index,
     warp_max,
     warp_sum,
@@ -40,6 +41,7 @@ _QUERY_ITEMS = 4096  # float32 of queries in shared memory, at most
 _SHARED_ITEMS = 11264  # float32 of shared memory that a block may use: 44 KiB
 _LEAST_BLOCKS = 4  # of the context in a split: fewer would not be worth a block of threads
 _UNSEEN = np.float32(-1e30)  # a score that no position has
+_NOTHING = (np.uint32(0), np.uint32(0), np.uint32(0), np.uint32(0))
 
 
 def tile_heads(group: int, head_dim: int) -> int:
@@ -64,31 +66,40 @@ def _tile_positions(queries: int, head_dim: int) -> int:
 @jit(device=True)
 def _load_half(cache, tables, table, kv, kv_heads, start, stop, positions, head_dim, words, to):
     """to (positions, head_dim + 1) = vectors of float16 at positions from `start`; zeros from `stop`."""
-    for i in range(cuda.threadIdx.x, positions * words, THREADS):
-        p, word = i // words, i % words
-        at, column = start + p, 2 * word
-        low, high = np.float32(0), np.float32(0)
-        if at < stop:
-            block = tables[table + at // BLOCK_SIZE]
-            low, high = h2f(cache[((block * kv_heads + kv) * BLOCK_SIZE + at % BLOCK_SIZE) * words + word])
-        if column < head_dim:
-            to[p * (head_dim + 1) + column] = low
-        if column + 1 < head_dim:
-            to[p * (head_dim + 1) + column + 1] = high
+    pieces = words // 4
+    for i in range(cuda.threadIdx.x, positions * pieces, THREADS):
+        p, piece = i // pieces, i % pieces
+        w = _load_piece(cache, tables, table, kv, kv_heads, start + p, stop, words, piece)
+        for k in range(4):
+            low, high = h2f(w[k])
+            column = 8 * piece + 2 * k
+            if column < head_dim:
+                to[p * (head_dim + 1) + column] = low
+            if column + 1 < head_dim:
+                to[p * (head_dim + 1) + column + 1] = high
 
 
 @jit(device=True)
 def _load_single(cache, tables, table, kv, kv_heads, start, stop, positions, head_dim, words, to):
     """As _load_half, of float32."""
-    for i in range(cuda.threadIdx.x, positions * words, THREADS):
-        p, column = i // words, i % words
-        at = start + p
-        value = np.float32(0)
-        if at < stop:
-            block = tables[table + at // BLOCK_SIZE]
-            value = as_float(cache[((block * kv_heads + kv) * BLOCK_SIZE + at % BLOCK_SIZE) * words + column])
-        if column < head_dim:
-            to[p * (head_dim + 1) + column] = value
+    pieces = words // 4
+    for i in range(cuda.threadIdx.x, positions * pieces, THREADS):
+        p, piece = i // pieces, i % pieces
+        w = _load_piece(cache, tables, table, kv, kv_heads, start + p, stop, words, piece)
+        for k in range(4):
+            column = 4 * piece + k
+            if column < head_dim:
+                to[p * (head_dim + 1) + column] = as_float(w[k])
+
+
+@jit(device=True)
+def _load_piece(cache, tables, table, kv, kv_heads, at, stop, words, piece):
+    """Four words of the vector at position `at`, or zeros from `stop`."""
+    w = _NOTHING
+    if at < stop:
+        block = tables[table + at // BLOCK_SIZE]
+        w = ldg128(cache, ((block * kv_heads + kv) * BLOCK_SIZE + at % BLOCK_SIZE) * words + 4 * piece)
+    return w
 
 
 @jit(device=True)

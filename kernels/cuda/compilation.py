@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +36,7 @@ def machine_code(kernel: Kernel, capability: Capability) -> tuple[str, bytes]:
         name, _, cubin = path.read_bytes().partition(b"\0")
         if name and cubin:
             return name.decode(), cubin
-    entry, cubin = compile_kernel(kernel, capability)
+    entry, (cubin,) = compile_kernel(kernel, [capability])
     with contextlib.suppress(OSError):  # without a cache it is compiled again next time
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}")
@@ -45,15 +45,19 @@ def machine_code(kernel: Kernel, capability: Capability) -> tuple[str, bytes]:
     return entry, cubin
 
 
-def compile_kernel(kernel: Kernel, capability: Capability) -> tuple[str, bytes]:
-    """The name of a kernel's entry and its cubin, compiled and linked."""
+def compile_kernel(kernel: Kernel, capabilities: Sequence[Capability]) -> tuple[str, list[bytes]]:
+    """The name of a kernel's entry, and its cubin for each compute capability. What comes before NVVM is the same."""
     from numba.cuda import dispatcher
     from numba.cuda.core import sigutils
 
-    with _pretended(capability):
-        arguments = sigutils.normalize_signature(kernel.signature())[0]
+    arguments = sigutils.normalize_signature(kernel.signature())[0]
+    with _pretended(capabilities[0]):
         compiled = dispatcher._Kernel(kernel.dispatcher.py_func, arguments, **kernel.dispatcher.targetoptions)
-        return compiled.entry_name, bytes(compiled._codelibrary.get_cubin(cc=capability).code)
+    cubins = []
+    for capability in capabilities:
+        with _pretended(capability):
+            cubins.append(bytes(compiled._codelibrary.get_cubin(cc=capability).code))
+    return compiled.entry_name, cubins
 
 
 @contextlib.contextmanager

@@ -136,7 +136,7 @@ def multiply(
     add: bool = False,
 ) -> None:
     """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
-    tile = 1 if n == 1 else TILE
+    tile = min(n, 2) if n <= 2 else TILE
     per_warp = 4 if matrix.rows >= _MANY and tile == 1 else 1
     grid = (-(-matrix.rows // (_WARPS * per_warp)), -(-n // tile))
     device.launch(
@@ -167,5 +167,5 @@ def multiply_transposed(
 def every_kernel() -> Iterator[Kernel]:
     """All kernels that `multiply` and `multiply_transposed` may choose."""
     for weight_format, tile in _TRANSPOSED_TILE.items():
-        yield from (gemv_kernel(weight_format, *shape) for shape in ((1, 1), (4, 1), (1, TILE)))
+        yield from (gemv_kernel(weight_format, *shape) for shape in ((1, 1), (4, 1), (1, 2), (1, TILE)))
         yield from (transposed_kernel(weight_format, t) for t in (1, tile))

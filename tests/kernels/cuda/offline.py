@@ -1,55 +1,24 @@
-"""Compiles kernels to machine code for a GPU that is not there, by the path that numba-cuda takes on one.
+"""Compiles kernels to machine code for a GPU that is not there, by the path that is taken on one.
 
 Run as a program it compiles every kernel, or those named, and prints what each uses as one line of JSON. It must not
-run in the simulator. Names that are private to numba-cuda are those of the version that pyproject.toml pins.
+run in the simulator.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 from cuda import pathfinder
-from numba.cuda import dispatcher
-from numba.cuda.codegen import CUDACodeLibrary
-from numba.cuda.core import sigutils
 
 from svdengine.kernels.cuda.catalogue import all_kernels
-from svdengine.kernels.cuda.intrinsics import Kernel
+from svdengine.kernels.cuda.compilation import Capability, compile_kernel
 
-Capability = tuple[Any, ...]
 CAPABILITIES: dict[str, Capability] = {"sm_80": (8, 0), "sm_90a": (9, 0, "a")}
-
-
-@contextlib.contextmanager
-def pretended(capability: Capability) -> Iterator[None]:
-    """Let numba-cuda believe that there is a GPU of this compute capability."""
-    before = dispatcher.get_current_device, CUDACodeLibrary._ensure_cc
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability[:2])
-    CUDACodeLibrary._ensure_cc = lambda self, cc: capability if cc is None else cc
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device, CUDACodeLibrary._ensure_cc = before
-
-
-def compile_kernel(kernel: Kernel) -> dict[str, bytes]:
-    """The kernel's cubin for each architecture, linked as on a GPU. What comes before NVVM is the same for all."""
-    signature = sigutils.normalize_signature(kernel.signature())[0]
-    with pretended((8, 0)):
-        compiled = dispatcher._Kernel(kernel.dispatcher.py_func, signature, **kernel.dispatcher.targetoptions)
-    cubins = {}
-    for architecture, capability in CAPABILITIES.items():
-        with pretended(capability):
-            cubins[architecture] = bytes(compiled._codelibrary.get_cubin(cc=capability).code)
-    return cubins
 
 
 def inspect_cubin(cubin: bytes) -> dict[str, int]:
@@ -79,9 +48,8 @@ def main(names: list[str]) -> None:
         if names and name not in names:
             continue
         try:
-            report[name] = {
-                architecture: inspect_cubin(cubin) for architecture, cubin in compile_kernel(kernel).items()
-            }
+            _, cubins = compile_kernel(kernel, list(CAPABILITIES.values()))
+            report[name] = dict(zip(CAPABILITIES, map(inspect_cubin, cubins), strict=True))
         except Exception as error:
             report[name] = {"error": f"{type(error).__name__}: {error}"}
     print(json.dumps(report))

@@ -15,7 +15,7 @@ from test_cpu import run_in_chunks, stored
 from test_cpu_sparse import make_predictor
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda import attention, executor, gemm
+from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -45,6 +45,14 @@ MODELS = {name: small(config) if SIMULATED else config for name, config in ZOO.i
 LLAMA, RELU = MODELS["llama"], MODELS["llama_relu_tied"]
 
 
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the simulator idle threads cost as much as others. Kernels that any number of threads can run get few."""
+    if SIMULATED:
+        for module in (norm, elementwise, embedding):
+            monkeypatch.setattr(module, "THREADS", 32)
+
+
 @contextmanager
 def executors(
     device: Any, config: ModelConfig, weight_format: WeightFormat = "f32", **options: Any
@@ -68,8 +76,8 @@ def check(device: Any, config: ModelConfig, sizes: list[int], bound: float = BOU
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else gpu) for n in MODELS])
 def test_float32_agrees_with_the_reference(device: Any, name: str) -> None:
-    # A step of one row is launched, then recorded and replayed, then replayed.
-    check(device, MODELS[name], [5, 1, 1, 1])
+    # A step of one row is launched first, recorded and replayed the second time, and from then on replayed.
+    check(device, MODELS[name], [2, 1, 1, 1])
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_relu_tied"])
@@ -156,10 +164,10 @@ def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
 
 def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
     predictor = make_predictor(RELU, 8, 2, threshold=0.05)
-    tokens = random_tokens(RELU, 6)
+    tokens = random_tokens(RELU, 5)
     with executors(device, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
-        expected = run_in_chunks(reference, tokens, [3, 1, 1, 1])
-        assert relative_error(run_in_chunks(cuda, tokens, [3, 1, 1, 1]), expected) < BOUND
+        expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1, 1, 1]), expected) < BOUND
         assert cuda.neuron_counts() == reference.neuron_counts()
         assert 0 < cuda.neuron_counts().predicted < cuda.neuron_counts().total
         cuda.reset_neuron_counts()
