@@ -113,7 +113,7 @@ def test_generate_chat(model: str) -> None:
             "the context holds 512",
         ),
         (("-p", "a", "--ffn", "sparse"), "", "has no predictor"),
-        (("-p", "a", "--device", "cuda"), "", "cuda is not supported"),
+        (("-p", "a", "--device", "ascend"), "", "ascend is not supported"),
     ],
 )
 def test_errors_are_one_line(model: str, arguments: tuple[str, ...], text: str, message: str) -> None:
