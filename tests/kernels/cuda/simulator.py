@@ -2,14 +2,16 @@
 
 It replaces how Numba's own simulator runs a kernel, which starts a thread of the system for every CUDA thread, knows no
 warps, and checks neither negative indices nor barriers that some threads do not reach. A thread runs until it waits for
-others, so that results are reproducible, and a race that needs two lanes in step is not seen.
+others, so that results are reproducible. A race that needs two lanes in step is not seen; one that depends on which
+thread or block comes first shows when a kernel is run in both orders (`backwards`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from numpy.typing import NDArray
 
 WARP, FULL = 32, 0xFFFFFFFF
 PACKAGE = "svdengine.kernels.cuda."  # whose modules see the simulated `cuda`
+_last_first = False  # the order of threads and blocks
 
 
 class Index(NamedTuple):
@@ -68,7 +71,7 @@ class Block:
         """Run all threads to their end. Raises RuntimeError when some wait for threads that never come."""
         indices = itertools.product(range(self.size.z), range(self.size.y), range(self.size.x))
         self.threads = [Thread(function, self, n, Index(x, y, z)) for n, (z, y, x) in enumerate(indices)]
-        live = self.threads
+        live = self.threads[::-1] if _last_first else self.threads
         for thread in live:
             self._switch(thread, *arguments)
         while live := [thread for thread in live if not thread.dead]:
@@ -219,7 +222,8 @@ def launch(function: Callable[..., None], grid: Any, block: Any, arguments: Any,
         place["cuda"] = Cuda()
     try:
         with np.errstate(over="ignore"):
-            for z, y, x in itertools.product(range(blocks.z), range(blocks.y), range(blocks.x)):
+            indices = list(itertools.product(range(blocks.z), range(blocks.y), range(blocks.x)))
+            for z, y, x in reversed(indices) if _last_first else indices:
                 Block(Index(x, y, z), threads, blocks, dynamic_bytes).run(function, seen)
     finally:
         for place, module in zip(places, before, strict=True):
@@ -238,6 +242,17 @@ def _argument(value: Any) -> Any:
     if isinstance(value, bool | np.bool_ | int | np.integer):
         return int(value)
     return np.float32(value)
+
+
+@contextlib.contextmanager
+def backwards() -> Iterator[None]:
+    """Run the last threads and blocks first."""
+    global _last_first
+    _last_first = True
+    try:
+        yield
+    finally:
+        _last_first = False
 
 
 def install() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
 import pytest
+import simulator
 from numba import cuda
+from numba.cuda import types
 
 from svdengine.kernels.cuda import intrinsics
 from svdengine.kernels.cuda.intrinsics import block_max, block_sum, kernel, lane_index, warp_max, warp_sum, warp_sum_int
@@ -109,6 +112,25 @@ def test_writing_outside_an_array_is_found(device: Any, at: int) -> None:
 def test_waiting_for_threads_that_do_not_come_is_found(device: Any) -> None:
     with pytest.raises(RuntimeError, match="do not come"):
         device.launch(part_of_a_block_waits, (1,), 64, np.zeros(4, np.float32))
+
+
+@kernel("float32* x, float32* y")
+def forget_to_wait(x, y):
+    shared = cuda.shared.array(64, types.float32)
+    i = cuda.threadIdx.x
+    shared[i] = x[i]
+    y[i] = shared[63 - i]
+
+
+@simulated
+def test_a_missing_barrier_gives_another_result_backwards(device: Any) -> None:
+    x, found = np.arange(64, dtype=np.float32), []
+    for order in (contextlib.nullcontext(), simulator.backwards()):
+        y = np.zeros(64, np.float32)
+        with order:
+            device.launch(forget_to_wait, (1,), 64, x, y)
+        found.append(y)
+    assert (found[0] != found[1]).any()
 
 
 @simulated

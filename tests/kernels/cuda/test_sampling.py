@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simulator
 from numpy.typing import NDArray
 
 from svdengine.kernels.cuda import sampling
+from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.sampling import NOT_FINITE, Choices, allocate_sampling, sample
 from svdengine.sampler import candidates
 from svdengine.sampling import SamplingParams
@@ -73,6 +75,15 @@ def test_greedy_takes_the_first_of_the_likeliest(device: Any) -> None:
     logits = np.full((2, SIZE), -3, np.float32)
     logits[0, [70, 100]] = 2.5
     assert choose(device, logits, SamplingParams(temperature=0.0), np.zeros(2)) == [70, 0]
+
+
+@pytest.mark.skipif(not SIMULATED, reason="a GPU chooses its own order")
+def test_the_order_of_threads_changes_no_token(device: Any) -> None:
+    logits = np.rint(3 * np.random.default_rng(4).standard_normal((2, SIZE))).astype(np.float32)
+    params, draws = SamplingParams(top_k=30, top_p=0.8, min_p=0.01), np.array([0.3, 0.8])
+    found = choose(device, logits, params, draws)
+    with simulator.backwards():
+        assert choose(device, logits, params, draws) == found
 
 
 def test_damaged_logits_are_reported(device: Any) -> None:

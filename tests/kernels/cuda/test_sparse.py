@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import simulator
 from model_zoo import random_weights, relative_error, zoo
 from numpy.typing import NDArray
 
 from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
+from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.plan import Plan, build_plan, place_predictor
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
@@ -246,3 +248,17 @@ def test_what_a_row_gets_does_not_depend_on_the_others(device: Any) -> None:
     found, single = together.run(layer), alone.run(layer)
     np.testing.assert_array_equal(together.lists()[0], alone.lists()[0])
     assert relative_error(found[:1], single) < 1e-6
+
+
+@pytest.mark.skipif(not SIMULATED, reason="a GPU chooses its own order")
+def test_the_order_of_threads_and_blocks_changes_no_bit(device: Any) -> None:
+    layer = layer_predictor(CONFIG, 40, 2)
+    bench = Bench(device, CONFIG, "q8")
+    found = bench.run(layer)
+    lists, counts = bench.lists(), bench.counts()
+    bench = Bench(device, CONFIG, "q8")
+    with simulator.backwards():
+        np.testing.assert_array_equal(bench.run(layer), found)
+    assert bench.counts() == counts
+    for one, other in zip(bench.lists(), lists, strict=True):
+        np.testing.assert_array_equal(one, other)
