@@ -1,0 +1,1 @@
+"""Ascend executor: aclnn operators, and AscendC kernels for the conditional FFN."""

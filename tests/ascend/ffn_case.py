@@ -1,0 +1,99 @@
+"""A layer's conditional FFN as the AscendC kernels take it, and what the definition makes of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from host_kernels import Script
+from numpy.typing import NDArray
+
+from svdengine.kernels.ascend.tiling import COUNT_INTS, list_capacity
+from svdengine.kernels.formats import dequantize, quantize
+from svdengine.kernels.predictor import LayerPredictor
+
+
+def halves(matrix: NDArray) -> NDArray[np.float16]:
+    """Rows in float16, padded with zeros as formats.py pads them."""
+    return quantize(np.asarray(matrix, np.float32), "f16")[""]
+
+
+def make_predictor(neurons: int, hidden: int, rank: int, *, relu: bool = False, seed: int = 0) -> LayerPredictor:
+    """Random factors and thresholds, of which about half of the scores are positive."""
+    random = np.random.default_rng(seed)
+    a = quantize(random.standard_normal((neurons, rank), np.float32) * np.float32(rank**-0.5), "q8")
+    b = quantize(random.standard_normal((rank, hidden), np.float32) * np.float32(hidden**-0.5), "q8")
+    bias = 0.2 * random.standard_normal(neurons).astype(np.float32)
+    unit = 0.5 + random.random(neurons, np.float32)
+    return LayerPredictor(rank, "q8", 0, a, b, {}, bias, unit, relu)
+
+
+def with_bias(predictor: LayerPredictor, bias: float) -> LayerPredictor:
+    """The same predictor with one threshold for all neurons: a large one lists all of them or none."""
+    return replace(predictor, bias=np.full_like(predictor.bias, bias))
+
+
+@dataclass(frozen=True)
+class ScoreInputs:
+    """What svd_score reads."""
+
+    a: NDArray[np.float16]  # (neurons, rank padded)
+    z: NDArray[np.float16]  # (rank,)
+    bias: NDArray[np.float32]  # (neurons,)
+    unit: NDArray[np.float32]  # (neurons,)
+    shift: float
+    relu: bool
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """(neurons,) of these very float16 factors."""
+        z = self.z.astype(np.float64)
+        z = np.maximum(z, 0) if self.relu else z
+        return self.a[:, : len(z)].astype(np.float64) @ z + self.bias - self.shift * self.unit.astype(np.float64)
+
+
+def score_inputs(predictor: LayerPredictor, x: NDArray[np.float32], shift: float = 0.0) -> ScoreInputs:
+    """A predictor as a device holds it: factors in float16, z by a product of float16 operands."""
+    a = halves(dequantize(predictor.a, predictor.factor_format, predictor.rank))
+    b = dequantize(predictor.b, predictor.factor_format, len(x)).astype(np.float16)
+    z = (b.astype(np.float32) @ x.astype(np.float16).astype(np.float32)).astype(np.float16)
+    return ScoreInputs(a, z, predictor.bias, predictor.unit, shift, predictor.relu)
+
+
+def add_list(script: Script, name: str, neurons: int, blocks: int, *, values: bool = False) -> None:
+    """Empty buffers of a list: NAME_counts, NAME and, for a list with values, NAME_values."""
+    capacity = list_capacity(neurons, blocks)
+    script.empty(f"{name}_counts", (blocks, COUNT_INTS), np.int32)
+    script.empty(name, (blocks, capacity), np.int32)
+    if values:
+        script.empty(f"{name}_values", (blocks, capacity), np.float32)
+
+
+def launch_score(script: Script, inputs: ScoreInputs, blocks: int, order: int = 0) -> None:
+    """Score and list the neurons into the list `predicted`."""
+    neurons = len(inputs.a)
+    script.buffer("a", inputs.a)
+    script.buffer("z", inputs.z)
+    script.buffer("bias", inputs.bias)
+    script.buffer("unit", inputs.unit)
+    script.buffer("shift", np.array([inputs.shift], np.float32))
+    add_list(script, "predicted", neurons, blocks)
+    capacity = list_capacity(neurons, blocks)
+    buffers = ("a", "z", "bias", "unit", "shift", "predicted_counts", "predicted")
+    script.launch("svd_score", blocks, *buffers, neurons, len(inputs.z), capacity, int(inputs.relu), order=order)
+
+
+def listed(counts: NDArray[np.int32], segments: NDArray) -> NDArray:
+    """The entries of a list, segment after segment."""
+    assert (counts[:, 1:] == 0).all()
+    return np.concatenate([segment[:count] for count, segment in zip(counts[:, 0], segments, strict=True)])
+
+
+def score(program: Path, inputs: ScoreInputs, blocks: int, order: int = 0) -> NDArray[np.int32]:
+    """The neurons that svd_score lists."""
+    script = Script(program)
+    launch_score(script, inputs, blocks, order)
+    script.dump("predicted_counts", "predicted")
+    counts, segments = script.run()
+    return listed(counts, segments)

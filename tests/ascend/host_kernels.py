@@ -1,0 +1,98 @@
+"""Compiles the AscendC kernels, or kernels that break a rule, with g++ against the shim, and runs them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+HERE = Path(__file__).parent
+OPS = HERE.parents[1] / "kernels" / "ascend" / "ops"
+BROKEN_RULE = 3  # exit code of shim/failure.h
+
+Argument = str | int | float | None  # name of a buffer, number, or a null address
+
+
+def compile_host(source: Path, folder: Path) -> Path:
+    """The executable of a source that uses the shim, with address and undefined-behaviour sanitizers."""
+    program = folder / source.stem
+    flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
+    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    paths = [f"-I{folder}" for folder in (HERE / "shim", HERE, OPS)]
+    command = ["g++", *flags, *sanitizers, *paths, str(source), "-o", str(program)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return program
+
+
+def missing_compiler() -> str | None:
+    """Why the kernels cannot be compiled here."""
+    return None if shutil.which("g++") else "g++ was not found"
+
+
+@dataclass
+class Script:
+    """Device buffers and launches, in order, as shim/script.h reads them; `run` gives the dumped buffers."""
+
+    program: Path
+    text: list[bytes] = field(default_factory=list)
+    dumps: list[tuple[tuple[int, ...], np.dtype]] = field(default_factory=list)
+    shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = field(default_factory=dict)
+
+    def buffer(self, name: str, array: NDArray) -> None:
+        """A buffer with content."""
+        array = np.ascontiguousarray(array)
+        self.text.append(f"buffer {name} {array.nbytes}\n".encode() + array.tobytes())
+        self.shapes[name] = (array.shape, array.dtype)
+
+    def empty(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> None:
+        """A buffer that a kernel must fill: NaN, or -1."""
+        dtype = np.dtype(dtype)
+        self.buffer(name, np.full(shape, np.nan if dtype.kind == "f" else -1, dtype))
+
+    def launch(self, kernel: str, blocks: int, *arguments: Argument, order: int = 0) -> None:
+        """Run a kernel. order: 0 blocks ascending, 1 descending, else the seed of a shuffle."""
+        words = [_word(argument) for argument in arguments]
+        self.text.append(" ".join(["launch", kernel, str(blocks), str(order), *words, "\n"]).encode())
+
+    def dump(self, *names: str) -> None:
+        """Ask for buffers as they are now."""
+        for name in names:
+            self.text.append(f"dump {name}\n".encode())
+            self.dumps.append(self.shapes[name])
+
+    def used(self) -> None:
+        """Ask for the UB bytes of the last launch."""
+        self.text.append(b"used\n")
+        self.dumps.append(((), np.dtype(np.uint64)))
+
+    def execute(self) -> subprocess.CompletedProcess[bytes]:
+        """Run the process, whatever comes of it."""
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        return subprocess.run([self.program], input=b"".join(self.text), capture_output=True, env=environment)
+
+    def run(self) -> list[NDArray]:
+        """Run the process and return what was asked for, in order."""
+        done = self.execute()
+        assert done.returncode == 0, done.stderr.decode()
+        arrays, at = [], 0
+        for shape, dtype in self.dumps:
+            count = int(np.prod(shape, dtype=np.int64))
+            arrays.append(np.frombuffer(done.stdout, dtype, count, at).reshape(shape))
+            at += count * dtype.itemsize
+        assert at == len(done.stdout)
+        return arrays
+
+
+def _word(argument: Argument) -> str:
+    if argument is None:
+        return "@"
+    if isinstance(argument, str):
+        return f"@{argument}"
+    return f"i{argument}" if isinstance(argument, int) else f"f{float(argument)!r}"
