@@ -39,6 +39,12 @@ def up_product(gate, up, kind):
     return gate * (max(up, _ZERO) if kind == DRELU else up)
 
 
+@jit(device=True)
+def first_of_warp():
+    """The first listed neuron of a warp. Neighbours go to different blocks, so that short lists use all."""
+    return cuda.blockIdx.x + warp_index() * cuda.gridDim.x
+
+
 def _gate(name, dot):
     @kernel(
         f"{matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
@@ -51,7 +57,7 @@ def _gate(name, dot):
         """gates and hidden = act(gate x) of the listed neurons of a row (blockIdx.y), in the list's order."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
-        for k in range(cuda.blockIdx.x * WARPS + warp_index(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
+        for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
             neuron = neurons[at + k]
             g = warp_sum(dot(words, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
             g = activate_gate(g, kind, threshold)
@@ -72,7 +78,7 @@ def _up(name, dot):
         """hidden = gate * (up x) of the listed neurons whose gate is active; after `gate`, of another format."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
-        for k in range(cuda.blockIdx.x * WARPS + warp_index(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
+        for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
             neuron, g = neurons[at + k], gates[at + k]
             if g > _ZERO:
                 u = warp_sum(dot(words, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
@@ -96,7 +102,7 @@ def _gate_up(name, dot):
         """`gate` and `up` in one: the up row of a neuron is read as soon as its gate is known to be active."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
-        for k in range(cuda.blockIdx.x * WARPS + warp_index(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
+        for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
             neuron = neurons[at + k]
             g = warp_sum(dot(g_words, g_scale, g_low, g_row, neuron, stride, x, x_at, lane)) + g_bias[neuron]
             g = activate_gate(g, kind, threshold)

@@ -26,7 +26,7 @@ from svdengine.kernels.cuda.score import (
 from svdengine.kernels.cuda.workspace import Workspace, parts_of
 from svdengine.kernels.formats import padded_columns
 
-MOST_GATHER_BLOCKS = 2048  # of a row: more than run at once on the largest GPU; warps take listed neurons in turns
+MOST_GATHER_BLOCKS = 512  # of a row: some for each multiprocessor; warps take listed neurons in turns
 
 
 def sparse_ffn(

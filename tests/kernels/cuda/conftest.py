@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-MISSING = [name for name in ("numba_cuda", "greenlet") if importlib.util.find_spec(name) is None]
+NEEDED = {"numba_cuda": "test", "greenlet": "test"}  # package -> extra
+if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":  # there is a GPU
+    NEEDED["cupy"] = "cuda"
+MISSING = {name: extra for name, extra in NEEDED.items() if importlib.util.find_spec(name) is None}
 
 
 class SkippedModule(pytest.Module):
     """A test file that cannot even be imported."""
 
     def collect(self) -> Any:
-        pytest.skip(f"needs {' and '.join(MISSING)}: pip install 'svdengine[test]'", allow_module_level=True)
+        extras = ",".join(sorted(set(MISSING.values())))
+        pytest.skip(f"needs {' and '.join(MISSING)}: pip install 'svdengine[{extras}]'", allow_module_level=True)
 
 
 def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:

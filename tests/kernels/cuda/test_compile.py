@@ -21,7 +21,7 @@ REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
 FULL_BLOCKS = ("list_positive", "project_", "sample_rows")  # of 1024 threads, which have half as many
 MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
-WIDE = ("gemv_", "gate_", "up_", "down_", "project_", "score_q8", "score_q4", "score_none_2")
+WIDE = ("attention_", "gemv_", "gate_", "up_", "down_", "project_", "score_q8", "score_q4", "score_none_2")
 PROCESSES = 2
 
 

@@ -11,6 +11,7 @@ import simulator
 from model_zoo import random_weights, relative_error, zoo
 from numpy.typing import NDArray
 
+from svdengine.kernels.cuda import sparse
 from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.plan import Plan, build_plan, place_predictor
@@ -183,6 +184,13 @@ def test_rows_longer_than_a_warp_reads_at_once(device: Any, weight_format: Weigh
     bench, layer = Bench(device, config, weight_format, rows=1), layer_predictor(config, 5, 1)
     expected = reference_ffn(config, bench.exact, bench.x, layer, np.float32(0))
     assert relative_error(bench.run(layer), expected) < 5e-6
+
+
+def test_warps_take_listed_neurons_in_turns(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, layer = Bench(device, CONFIG, "f16"), layer_predictor(CONFIG, 40, 0)
+    expected = bench.run(layer)
+    monkeypatch.setattr(sparse, "MOST_GATHER_BLOCKS", 2)
+    np.testing.assert_array_equal(bench.run(layer), expected)
 
 
 def test_gate_and_up_of_different_formats(device: Any) -> None:
