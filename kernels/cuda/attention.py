@@ -247,12 +247,14 @@ def attend(
     )  # fmt: skip
     device.launch(attention_kernel(head_dim, rows, heads, cache.dtype), grid, THREADS, *arguments)
     if splits > 1:
-        grid = (n, config.head_count)
-        device.launch(join, grid, THREADS, work.partial, work.attention, head_dim, splits, work.sizes.attention)
+        device.launch(
+            join, (n, config.head_count), THREADS, work.partial, work.attention, head_dim, splits, work.sizes.attention
+        )  # fmt: skip
 
 
 def every_kernel() -> Iterator[Kernel]:
     """Some of those that models may want: decode and prefill, few and many heads, wide and narrow ones."""
-    for head_dim, group, dtype in ((128, 1, "f16"), (128, 8, "f16"), (64, 3, "f16"), (256, 16, "f16"), (80, 4, "f32")):
-        for rows in {1, tile_rows(group, head_dim)}:
+    for head_dim, group, dtype in ((128, 8, "f16"), (80, 4, "f32")):
+        for rows in (1, tile_rows(group, head_dim)):
             yield attention_kernel(head_dim, rows, tile_heads(group, head_dim), dtype)
+    yield attention_kernel(256, 1, tile_heads(16, 256), "f16")

@@ -136,10 +136,10 @@ class SimulatedDevice:
 
     def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
         """See Device; by NumPy."""
-        w = np.float32(weights[: (gemm.columns if gemm.transposed else gemm.rows) * gemm.weight_stride])
-        w = w.reshape(-1, gemm.weight_stride)
+        items = (gemm.columns if gemm.transposed else gemm.rows) * gemm.weight_stride
+        w = weights[:items].astype(np.float32).reshape(-1, gemm.weight_stride)
         w = w[:, : gemm.rows].T if gemm.transposed else w[:, : gemm.columns]
-        a = np.float32(x[: gemm.n * gemm.x_stride]).reshape(gemm.n, -1)[:, : gemm.columns]
+        a = x[: gemm.n * gemm.x_stride].astype(np.float32).reshape(gemm.n, -1)[:, : gemm.columns]
         for row, values in enumerate(np.float32(gemm.factor) * (a @ w.T)):
             at = row * gemm.y_stride
             y[at : at + gemm.rows] = values + (y[at : at + gemm.rows] if gemm.add else 0)
