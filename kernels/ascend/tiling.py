@@ -14,6 +14,8 @@ MAX_COLUMNS = 8192  # of a row, padded
 UB_BYTES = 188_160  # of the 192 KB of a vector core of 910B, what a kernel may use
 
 _SCORE_SLOT, _SCORE_SLOTS = 16384, 2  # float16 in a slot of rows on their way into UB, and slots
+_ROW_SLOT, _ROW_SLOTS = 8192, 3  # of listed rows
+_SUM_COLUMNS = 256  # of all partial sums that are in UB at once
 _WRITER_BYTES = CHUNK // 8 + 4 * CHUNK + 4 * COUNT_INTS  # mask, packed list, count record
 _READER_BYTES = 4 * MAX_BLOCKS * COUNT_INTS + 4 * CHUNK  # counts, staging
 
@@ -32,6 +34,23 @@ def score_ub_bytes(rank: int) -> int:
     """UB bytes of a block of svd_score: slots, their float32 copy, z, and a chunk's scores, bias, unit and indices."""
     slots = _SCORE_SLOT * (2 * _SCORE_SLOTS + 4)
     return slots + 4 * padded(rank) + 4 * 4 * CHUNK + _WRITER_BYTES
+
+
+def gate_ub_bytes(hidden_size: int) -> int:
+    """UB bytes of a block of svd_gate: slots, their float32 copy, x, a chunk's neurons, gates and biases, lists."""
+    slots = _ROW_SLOT * (2 * _ROW_SLOTS + 4)
+    return slots + 4 * padded(hidden_size) + 3 * 4 * CHUNK + _READER_BYTES + _WRITER_BYTES + 4 * CHUNK
+
+
+def up_down_ub_bytes(hidden_size: int) -> int:
+    """UB bytes of a block of svd_up_down: slots, their float32 copy, x, the sum, and a chunk's neurons and values."""
+    slots = _ROW_SLOT * (2 * _ROW_SLOTS + 4)
+    return slots + 2 * 4 * padded(hidden_size) + 4 * 4 * CHUNK + _READER_BYTES
+
+
+def sum_ub_bytes(parts: int) -> int:
+    """UB bytes of a block of svd_sum: two tiles of all partial sums, bias, sum and result."""
+    return _SUM_COLUMNS * (2 * 4 * parts + 4 + 4 + 2)
 
 
 def check_shape(hidden_size: int, rank: int, blocks: int) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 from host_kernels import Script
+from model_zoo import random_weights
 from numpy.typing import NDArray
 
-from svdengine.kernels.ascend.tiling import COUNT_INTS, list_capacity
+from svdengine.kernels.ascend.tiling import COUNT_INTS, list_capacity, padded
 from svdengine.kernels.formats import dequantize, quantize
 from svdengine.kernels.predictor import LayerPredictor
+from svdengine.models.config import ModelConfig
 
 
 def halves(matrix: NDArray) -> NDArray[np.float16]:
@@ -97,3 +99,62 @@ def score(program: Path, inputs: ScoreInputs, blocks: int, order: int = 0) -> ND
     script.dump("predicted_counts", "predicted")
     counts, segments = script.run()
     return listed(counts, segments)
+
+
+@dataclass(frozen=True)
+class FfnInputs:
+    """A layer's FFN with weights that float16 holds exactly, so that the reference may use the same."""
+
+    config: ModelConfig
+    weights: dict[str, NDArray[np.float32]]  # of one layer, by canonical name
+    x: NDArray[np.float32]  # (hidden,)
+
+
+def ffn_inputs(config: ModelConfig, seed: int = 0) -> FfnInputs:
+    """Random weights and one token's FFN input, of the layer's sizes."""
+    weights = {name: w[0] for name, w in random_weights(replace(config, layer_count=1), seed).items() if w.ndim > 1}
+    weights = {
+        name: w if name.endswith("bias") else w.astype(np.float16).astype(np.float32) for name, w in weights.items()
+    }
+    x = np.random.default_rng(seed + 1).standard_normal(config.hidden_size)
+    return FfnInputs(config, weights, x.astype(np.float16).astype(np.float32))
+
+
+def add_weights(script: Script, inputs: FfnInputs) -> None:
+    """The buffers of the layer: x, and its matrices and biases by name."""
+    script.buffer("x", inputs.x.astype(np.float16))
+    for name in ("gate", "up", "down_T"):
+        if name in inputs.weights:
+            script.buffer(name, halves(inputs.weights[name]))
+    for name in ("gate.bias", "up.bias", "down.bias"):
+        if name in inputs.weights:
+            script.buffer(name, inputs.weights[name])
+
+
+def launch_ffn(script: Script, inputs: FfnInputs, producers: int, blocks: int, order: int = 0) -> None:
+    """From the list `predicted`, which `producers` blocks wrote, to `active`, `partials` and `y`."""
+    config = inputs.config
+    neurons, hidden = config.ffn_size, config.hidden_size
+    capacity = list_capacity(neurons, blocks)
+
+    def present(name: str) -> str | None:
+        return name if name in inputs.weights else None
+
+    add_weights(script, inputs)
+    add_list(script, "active", neurons, blocks, values=True)
+    script.empty("partials", (blocks, padded(hidden)), np.float32)
+    script.empty("y", (hidden,), np.float16)
+
+    first = "gate" if config.gated else "up"
+    buffers = (first, "x", present(f"{first}.bias"), "predicted_counts", "predicted")
+    buffers = (*buffers, "active_counts", "active", "active_values")
+    sizes = (neurons, hidden, producers, list_capacity(neurons, producers), capacity)
+    square = int(config.activation == "relu2")
+    script.launch("svd_gate", blocks, *buffers, *sizes, float(config.activation_threshold), square, order=order)
+
+    up, bias = ("up", present("up.bias")) if config.gated else (None, None)
+    buffers = (up, "down_T", "x", bias, "active_counts", "active", "active_values", "partials")
+    drelu = int(config.activation == "drelu")
+    script.launch("svd_up_down", blocks, *buffers, neurons, hidden, blocks, capacity, drelu, order=order)
+    script.launch("svd_sum", blocks, "partials", present("down.bias"), "y", blocks, hidden, order=order)
+    script.dump("active_counts", "active", "active_values", "partials", "y")

@@ -44,6 +44,7 @@ class Script:
     text: list[bytes] = field(default_factory=list)
     dumps: list[tuple[tuple[int, ...], np.dtype]] = field(default_factory=list)
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = field(default_factory=dict)
+    launches: int = 0
 
     def buffer(self, name: str, array: NDArray) -> None:
         """A buffer with content."""
@@ -58,6 +59,7 @@ class Script:
 
     def launch(self, kernel: str, blocks: int, *arguments: Argument, order: int = 0) -> None:
         """Run a kernel. order: 0 blocks ascending, 1 descending, else the seed of a shuffle."""
+        self.launches += 1
         words = [_word(argument) for argument in arguments]
         self.text.append(" ".join(["launch", kernel, str(blocks), str(order), *words, "\n"]).encode())
 
@@ -68,9 +70,9 @@ class Script:
             self.dumps.append(self.shapes[name])
 
     def used(self) -> None:
-        """Ask for the UB bytes of the last launch."""
+        """Ask for the UB bytes of a block of each launch so far."""
         self.text.append(b"used\n")
-        self.dumps.append(((), np.dtype(np.uint64)))
+        self.dumps.append(((self.launches,), np.dtype(np.uint64)))
 
     def execute(self) -> subprocess.CompletedProcess[bytes]:
         """Run the process, whatever comes of it."""

@@ -76,7 +76,7 @@ def test_the_memory_of_a_block_is_as_computed(host_kernels: Path, rank: int) -> 
     script = Script(host_kernels)
     launch_score(script, inputs, 2)
     script.used()
-    assert script.run()[0] == score_ub_bytes(rank) <= UB_BYTES
+    assert script.run()[0].item() == score_ub_bytes(rank) <= UB_BYTES
 
 
 def test_shapes_that_do_not_fit_are_refused() -> None:

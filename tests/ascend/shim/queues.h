@@ -65,7 +65,7 @@ public:
     }
 
     template <typename T>
-    void FreeTensor(const LocalTensor<T>& tensor)
+    void FreeTensor(LocalTensor<T>& tensor)
     {
         shim::Buffer& buffer = Own(tensor.Buffer(), "FreeTensor");
         if (buffer.life != shim::Life::IN_USE) {

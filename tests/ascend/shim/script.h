@@ -3,7 +3,7 @@
 //   buffer NAME BYTES            followed by BYTES bytes of content
 //   launch KERNEL BLOCKS ORDER ARGUMENT...    an argument is @NAME, @ (null), i7 or f0.5
 //   dump NAME                    its bytes go to standard output
-//   used                         UB bytes of a block of the last launch, as uint64, go there
+//   used                         UB bytes of a block of each launch so far, as uint64, go there
 //
 // A buffer starts at a multiple of 64 bytes and ends where its allocation ends, so that the address sanitizer sees
 // what a check might miss.
@@ -108,6 +108,7 @@ inline void ReadBuffer(std::istream& words, std::map<std::string, uint8_t*>& buf
 inline int RunScript(const Kernels& kernels)
 {
     std::map<std::string, uint8_t*> buffers;
+    std::vector<uint64_t> used;
     for (std::string line; std::getline(std::cin, line);) {
         std::istringstream words(line);
         std::string command, name;
@@ -126,13 +127,13 @@ inline int RunScript(const Kernels& kernels)
             const auto run = kernel->second(arguments);
             arguments.CheckUsed();
             Launch(blocks, order, run);
+            used.push_back(core.used);
         } else if (command == "dump") {
             words >> name;
             const auto& region = FindRegion(buffers.at(name), 0);
             std::cout.write(reinterpret_cast<const char*>(region.data), static_cast<std::streamsize>(region.bytes));
         } else if (command == "used") {
-            const uint64_t used = core.used;
-            std::cout.write(reinterpret_cast<const char*>(&used), sizeof used);
+            std::cout.write(reinterpret_cast<const char*>(used.data()), 8 * static_cast<std::streamsize>(used.size()));
         } else {
             WrongScript(command);
         }
