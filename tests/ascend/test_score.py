@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from ffn_case import ScoreInputs, launch_score, make_predictor, score, score_inputs, with_bias
-from host_kernels import Script
+from host_kernels import OPS, Script
 from numpy.typing import NDArray
 
-from svdengine.kernels.ascend.tiling import MAX_COLUMNS, UB_BYTES, check_shape, list_capacity, score_ub_bytes
+from svdengine.kernels.ascend.tiling import (
+    CHUNK,
+    COUNT_INTS,
+    LANES,
+    MAX_BLOCKS,
+    MAX_COLUMNS,
+    UB_BYTES,
+    check_shape,
+    list_capacity,
+    score_ub_bytes,
+)
 from svdengine.kernels.predictor import scores
 
 
@@ -84,6 +95,14 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     for shape in ((MAX_COLUMNS + 1, 8, 40), (90, MAX_COLUMNS + 1, 40), (90, 0, 40), (90, 8, 0), (90, 8, 65)):
         with pytest.raises(ValueError, match="the kernels take 1 to"):
             check_shape(*shape)
+
+
+def test_the_host_and_the_kernels_have_the_same_constants() -> None:
+    constants = dict(re.findall(r"constexpr uint32_t (\w+) = (\d+);", (OPS / "sizes.h").read_text()))
+    found = {name: int(constants[name]) for name in ("LANES", "CHUNK", "COUNT_INTS", "MAX_COLUMNS", "MAX_PRODUCERS")}
+    assert found == dict(
+        LANES=LANES, CHUNK=CHUNK, COUNT_INTS=COUNT_INTS, MAX_COLUMNS=MAX_COLUMNS, MAX_PRODUCERS=MAX_BLOCKS
+    )
 
 
 @pytest.mark.parametrize("blocks", [1, 40, 43, 48])

@@ -66,7 +66,7 @@ private:
     AscendC::TBuf<AscendC::TPosition::VECCALC> work_buffer_;
 };
 
-// to = the entries of a vector in device memory that are listed, by the scalar unit. No other core may write the vector.
+// to = the listed entries of a vector in device memory, by the scalar unit. No core may write the vector meanwhile.
 __aicore__ inline void GatherScalars(const AscendC::LocalTensor<float>& to, const AscendC::GlobalTensor<float>& from,
     const AscendC::LocalTensor<int32_t>& neurons, uint32_t count)
 {

@@ -4,7 +4,7 @@
 
 #include "kernel_operator.h"
 
-constexpr uint32_t LANES = 64;           // floats in a vector repeat of 256 bytes; rows and compares are multiples of it
+constexpr uint32_t LANES = 64;           // floats in a repeat of 256 bytes; rows and compares are multiples of it
 constexpr uint32_t BLOCK_BYTES = 32;     // unit of UB addresses and of strides
 constexpr uint32_t MAX_REPEAT = 255;     // repeats, and blocks of a repeat stride, that an instruction takes
 constexpr uint32_t CHUNK = 512;          // neurons of a list that are in UB at once

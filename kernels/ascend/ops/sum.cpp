@@ -85,7 +85,8 @@ private:
 
 // partials: (parts, hidden padded to 64) float32, parts at most MAX_PRODUCERS; bias: (hidden,) float32 of down, or
 // null; y: (hidden,) float16.
-extern "C" __global__ __aicore__ void svd_sum(GM_ADDR partials, GM_ADDR bias, GM_ADDR y, uint32_t parts, uint32_t hidden)
+extern "C" __global__ __aicore__ void svd_sum(
+    GM_ADDR partials, GM_ADDR bias, GM_ADDR y, uint32_t parts, uint32_t hidden)
 {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
     AscendC::TPipe pipe;

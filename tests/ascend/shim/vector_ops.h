@@ -152,7 +152,7 @@ void Duplicate(const LocalTensor<T>& to, T value, int32_t count)
 }
 
 template <typename T>
-void CreateVecIndex(const LocalTensor<T>& to, T first, uint32_t count)
+void CreateVecIndex(LocalTensor<T>& to, T first, uint32_t count)
 {
     const shim::VectorOp op("CreateVecIndex", count);
     T* out = op.Write(to);

@@ -87,7 +87,8 @@ inline void WholeReduceSum(const LocalTensor<float>& to, const LocalTensor<float
     from.CheckAligned(shim::ALIGNMENT, "WholeReduceSum");
     const uint32_t number = shim::core.pipes.Start(PIPE_V);
     for (int32_t r = 0; r < repeats; ++r) {
-        const float* x = from.Read(PIPE_V, number, static_cast<uint64_t>(r) * repeat_stride * shim::FLOATS, shim::REPEAT);
+        const uint64_t start = static_cast<uint64_t>(r) * repeat_stride * shim::FLOATS;
+        const float* x = from.Read(PIPE_V, number, start, shim::REPEAT);
         float sums[shim::REPEAT];
         std::memcpy(sums, x, sizeof sums);
         for (uint32_t left = shim::REPEAT / 2; left > 0; left /= 2) {
