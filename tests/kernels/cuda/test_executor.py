@@ -15,7 +15,7 @@ from test_cpu import run_in_chunks, stored
 from test_cpu_sparse import make_predictor
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm
+from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -33,8 +33,8 @@ BOUND = 2e-5
 def small(config: ModelConfig) -> ModelConfig:
     """The same kind of model with a few dozen weights a matrix."""
     kv_heads = 3 if config.kv_head_count == config.head_count else 1
-    config = replace(config, vocab_size=23, hidden_size=20, head_count=3, kv_head_count=kv_heads, head_dim=6)
-    config = replace(config, ffn_size=26, max_position=48)
+    config = replace(config, vocab_size=13, hidden_size=12, head_count=3, kv_head_count=kv_heads, head_dim=4)
+    config = replace(config, ffn_size=18, max_position=48)
     windowed = (1,) if config.sliding_window else ()
     layers = 2 if windowed else 1
     return replace(config, layer_count=layers, sliding_window=3 if windowed else 0, sliding_window_layers=windowed)
@@ -51,6 +51,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if SIMULATED:
         for module in (norm, elementwise, embedding):
             monkeypatch.setattr(module, "THREADS", 32)
+        for module in (attention, rope):
+            monkeypatch.setattr(module, "THREADS", 64)
+            monkeypatch.setattr(module, "_WARPS", 2)
 
 
 @contextmanager
