@@ -5,15 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from host_kernels import HERE, compile_host, missing_compiler
-
-
-def compiled(name: str, factory: pytest.TempPathFactory) -> Path:
-    """The executable of a source of this folder. Skips the test when there is no compiler."""
-    reason = missing_compiler()
-    if reason:
-        pytest.skip(reason)
-    return compile_host(HERE / name, factory.mktemp("ascend"))
+from host_kernels import compiled
 
 
 @pytest.fixture(scope="session")

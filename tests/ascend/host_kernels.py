@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.typing import DTypeLike, NDArray
 
 HERE = Path(__file__).parent
@@ -31,9 +32,11 @@ def compile_host(source: Path, folder: Path) -> Path:
     return program
 
 
-def missing_compiler() -> str | None:
-    """Why the kernels cannot be compiled here."""
-    return None if shutil.which("g++") else "g++ was not found"
+def compiled(name: str, factory: pytest.TempPathFactory) -> Path:
+    """The executable of a source of this folder. Skips the test when there is no compiler."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ was not found")
+    return compile_host(HERE / name, factory.mktemp("ascend"))
 
 
 @dataclass

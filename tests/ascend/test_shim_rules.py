@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import compiled
-from host_kernels import BROKEN_RULE, HERE, Script
+from host_kernels import BROKEN_RULE, HERE, Script, compiled
 
 # Kernel of broken_kernels.cpp -> what the shim says.
 RULES = {

@@ -11,6 +11,8 @@
 // consumers get equal parts.
 class ListReader {
 public:
+    __aicore__ inline ListReader() {}
+
     // producers: blocks that wrote the list, at most MAX_PRODUCERS. Reads all counts.
     __aicore__ inline void Init(AscendC::TPipe* pipe, GM_ADDR counts, uint32_t producers, uint32_t capacity)
     {

@@ -11,6 +11,8 @@
 //   counts (blocks, COUNT_INTS) int32, indices (blocks, capacity) int32, values (blocks, capacity) float32
 class ListWriter {
 public:
+    __aicore__ inline ListWriter() {}
+
     // values may be null: a list without them.
     __aicore__ inline void Init(
         AscendC::TPipe* pipe, GM_ADDR counts, GM_ADDR indices, GM_ADDR values, uint32_t capacity)

@@ -9,6 +9,8 @@
 
 class ListedRows {
 public:
+    __aicore__ inline ListedRows() {}
+
     // columns: of a row as stored, a multiple of LANES and at most MAX_COLUMNS.
     __aicore__ inline void Init(AscendC::TPipe* pipe, uint32_t columns)
     {
