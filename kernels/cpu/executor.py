@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
 from svdengine.kernels.cpu.compilation import compile_entry
-from svdengine.kernels.cpu.ffn_costs import FfnCosts, measure_ffn_costs
 from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.quantize import quantized_bytes
@@ -37,6 +36,7 @@ from svdengine.kernels.cpu.workspace import (
     Inputs,
     Workspace,
 )
+from svdengine.kernels.ffn_costs import FfnCosts, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables

@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
-from svdengine.kernels.cpu.ffn_costs import FfnCosts, measure_ffn_costs
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
@@ -18,6 +17,7 @@ from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_pe
 from svdengine.kernels.cuda.plan import build_plan, place_predictor
 from svdengine.kernels.cuda.step import FfnPath, Keep, Shape, State, ffn, run_step
 from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, workspace_bytes
+from svdengine.kernels.ffn_costs import FfnCosts, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig, tensor_specs

@@ -9,8 +9,8 @@ import pytest
 from model_zoo import block_table, make_batch, random_tokens, zoo
 from test_cpu_sparse import executor, make_predictor
 
-from svdengine.kernels.cpu import ffn_costs
-from svdengine.kernels.cpu.ffn_costs import SIZES, FfnCosts, measure_ffn_costs
+from svdengine.kernels import ffn_costs
+from svdengine.kernels.ffn_costs import SIZES, FfnCosts, measure_ffn_costs
 from svdengine.kernels.predictor import Predictor
 
 # A machine on which a dense FFN reads 300 rows at 1 us each, or computes 2 us a row of the step, whichever is longer.
