@@ -17,16 +17,17 @@ HERE = Path(__file__).parent
 OPS = HERE.parents[1] / "kernels" / "ascend" / "ops"
 BROKEN_RULE = 3  # exit code of shim/failure.h
 
+FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
 Argument = str | int | float | None  # name of a buffer, number, or a null address
 
 
 def compile_host(source: Path, folder: Path) -> Path:
     """The executable of a source that uses the shim, with address and undefined-behaviour sanitizers."""
     program = folder / source.stem
-    flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror"]
-    sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     paths = [f"-I{folder}" for folder in (HERE / "shim", HERE, OPS)]
-    command = ["g++", *flags, *sanitizers, *paths, str(source), "-o", str(program)]
+    command = ["g++", *FLAGS, *SANITIZERS, *paths, str(source), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
@@ -34,9 +35,14 @@ def compile_host(source: Path, folder: Path) -> Path:
 
 def compiled(name: str, factory: pytest.TempPathFactory) -> Path:
     """The executable of a source of this folder. Skips the test when there is no compiler."""
+    folder = factory.mktemp("ascend")
     if shutil.which("g++") is None:
         pytest.skip("g++ was not found")
-    return compile_host(HERE / name, factory.mktemp("ascend"))
+    (folder / "empty.cpp").write_text("int main() {}\n")
+    command = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("g++ has no address and undefined-behaviour sanitizers")
+    return compile_host(HERE / name, folder)
 
 
 @dataclass
