@@ -141,7 +141,12 @@ def _code(kind: int) -> str:
 
 
 def _parse(path: Path, reader: _Reader, magics: Collection[bytes]) -> GgufFile:
-    if reader.take(4) not in magics:
+    magic = reader.take(4)
+    if magic == b"PWRI" and magic not in magics:
+        raise ValueError(
+            "a file of PowerInfer: convert the model's own, and calibrate --predictor powerinfer --from this"
+        )
+    if magic not in magics:
         raise ValueError("neither a folder nor a GGUF file")
     version: int = reader.number("I")
     if version not in (2, 3):

@@ -113,6 +113,7 @@ def test_damaged_files(tmp_path: Path, tensors: dict[str, Any]) -> None:
         (data[:100], "truncated or damaged"),
         (b"", "truncated"),
         (b"ABCD" + data[4:], "neither a folder nor a GGUF"),
+        (b"PWRI" + data[4:], "calibrate --predictor powerinfer --from this"),
         (data[:4] + b"\x00\x00\x00\x03" + data[8:], "version 50331648 is not supported"),
         (data[:8] + b"\xff" * 8 + data[16:], "truncated or damaged"),
     ):
