@@ -144,7 +144,7 @@ def _parse(path: Path, reader: _Reader, magics: Collection[bytes]) -> GgufFile:
     magic = reader.take(4)
     if magic == b"PWRI" and magic not in magics:
         raise ValueError(
-            "a file of PowerInfer: convert the model's own, and calibrate --predictor powerinfer --from this"
+            "a file of PowerInfer: convert the model's own file, and calibrate --predictor powerinfer --from this"
         )
     if magic not in magics:
         raise ValueError("neither a folder nor a GGUF file")
