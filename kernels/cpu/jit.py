@@ -54,9 +54,10 @@ def _numba_cache_in(directory: Path) -> Iterator[None]:
 def jit(function: Callable[..., Any]) -> Any:
     """Compile `function` on first use, to run without the GIL; part of the callers' compiled code.
 
+    Python must not call it: there is no wrapper for that, which would be a quarter of the time of compiling.
     There is no fast-math: two callers of a kernel must get the same bits from it, however it is inlined.
     """
-    return numba.njit(nogil=True, error_model="numpy")(function)
+    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def entry(function: Callable[..., Any]) -> Any:

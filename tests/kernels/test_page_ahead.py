@@ -9,18 +9,18 @@ import sys
 import time
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from model_zoo import block_table, make_batch, random_tokens, zoo
 from test_cpu import executors
 from test_cpu_sparse import make_predictor
 
-from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.page_ahead import ask_for_rows
 from svdengine.kernels.cpu.plan import DATA
 
 
-@jit
+@numba.njit(nogil=True)
 def ask(matrix, size, neurons, count, gap):
     ask_for_rows(matrix, size, neurons, count, gap)
 
