@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts, check_batch
 from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.plan import build_model
@@ -210,21 +210,14 @@ class CpuExecutor:
         """Check the batch and copy it to where compiled code reads it."""
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         sequences, blocks = batch.block_tables.shape
-        if not 1 <= n <= self.max_batch_rows or wanted > n or sequences > self.max_batch_rows:
-            raise ValueError(f"a batch of {n} rows and {wanted} logits; the most is {self.max_batch_rows} rows")
-        if blocks > self._inputs.block_tables.shape[1]:
-            raise ValueError(f"a block table of {blocks} blocks; the context has {self._inputs.block_tables.shape[1]}")
-        if len(batch.positions) != n or len(batch.sequences) != n:
-            raise ValueError("tokens, positions and sequences of a batch differ in length")
-        for name, values, limit in (
-            ("token", batch.tokens, self._config.vocab_size),
-            ("position", batch.positions, min(self.context, blocks * BLOCK_SIZE)),
-            ("sequence", batch.sequences, sequences),
-            ("block", batch.block_tables, self.block_count),
-            ("logit row", batch.logit_rows, n),
-        ):
-            if values.size and not (values.min() >= 0 and values.max() < limit):
-                raise ValueError(f"a {name} lies outside 0..{limit - 1}")
+        check_batch(
+            batch,
+            max_rows=self.max_batch_rows,
+            max_blocks=self._inputs.block_tables.shape[1],
+            block_count=self.block_count,
+            context=self.context,
+            vocab_size=self._config.vocab_size,
+        )
         inputs = self._inputs
         inputs.sizes[[N_ROWS, WANTED, MODE]] = n, wanted, self._mode(n)
         inputs.claims[:] = 0

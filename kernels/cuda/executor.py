@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts, check_batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
@@ -204,23 +204,14 @@ class CudaExecutor:
 
     def _check_batch(self, batch: Batch) -> None:
         """Raise ValueError for a batch that breaks the rules of `Batch`: kernels check nothing."""
-        n, wanted = len(batch.tokens), len(batch.logit_rows)
-        sequences, blocks = batch.block_tables.shape
-        if not 1 <= n <= self.max_batch_rows or wanted > n or sequences > self.max_batch_rows:
-            raise ValueError(f"a batch of {n} rows and {wanted} logits; the most is {self.max_batch_rows} rows")
-        if blocks > self._state.work.sizes.blocks:
-            raise ValueError(f"a block table of {blocks} blocks; the context has {self._state.work.sizes.blocks}")
-        if len(batch.positions) != n or len(batch.sequences) != n:
-            raise ValueError("tokens, positions and sequences of a batch differ in length")
-        for name, values, limit in (
-            ("token", batch.tokens, self._config.vocab_size),
-            ("position", batch.positions, min(self.context, blocks * BLOCK_SIZE)),
-            ("sequence", batch.sequences, sequences),
-            ("block", batch.block_tables, self.block_count),
-            ("logit row", batch.logit_rows, n),
-        ):
-            if values.size and not (values.min() >= 0 and values.max() < limit):
-                raise ValueError(f"a {name} lies outside 0..{limit - 1}")
+        check_batch(
+            batch,
+            max_rows=self.max_batch_rows,
+            max_blocks=self._state.work.sizes.blocks,
+            block_count=self.block_count,
+            context=self.context,
+            vocab_size=self._config.vocab_size,
+        )
 
     def _path(self, n: int) -> FfnPath:
         """How a step of n rows runs its FFNs."""
