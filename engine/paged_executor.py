@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import Batch, Executor, FfnMode, Logits, NeuronCounts
+from svdengine.kernels.ffn_costs import FfnPath
 from svdengine.page_map import Advice
 from svdengine.residency import ffn_row_names
 
@@ -27,6 +28,11 @@ _FEW = 4  # rows of a step whose lists of neurons together still leave most of t
 @runtime_checkable
 class _ReadsAhead(Protocol):
     def read_ahead(self, gap: int) -> None: ...
+
+
+@runtime_checkable
+class _ChoosesPath(Protocol):
+    def ffn_path(self, n: int) -> FfnPath: ...
 
 
 class PagedExecutor:
@@ -82,9 +88,15 @@ class PagedExecutor:
         """See Executor."""
         self.inner.close()
 
+    def _path(self, n: int) -> FfnPath:
+        """How a step of n rows runs; an executor that does not say is taken to decode sparse, unless it must not."""
+        if isinstance(self.inner, _ChoosesPath):
+            return self.inner.ffn_path(n)
+        return "dense" if self.ffn == "dense" or (self.ffn == "auto" and n > 1) else "predict"
+
     def _scattered(self, n: int) -> list[str]:
         """The arrays of which a step of n rows picks rows."""
-        if self.ffn == "dense" or n > (1 if self.ffn == "auto" else _FEW):
+        if n > _FEW or self._path(n) == "dense":
             return []
         if self.predictor is not None:
             return self._rows

@@ -9,12 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import FfnMode, NeuronCounts
+
+if TYPE_CHECKING:
+    from svdengine.kernels.predictor import Predictor
+
+FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 
 SIZES = (1, 2, 8, 32)  # rows of a step that are measured; beyond them costs grow as between the last two
 _BYTES = 64e6  # of weights that are run over: more than caches hold
@@ -46,6 +51,20 @@ class FfnCosts:
     def prefers_sparse(self, rows: int, predicted: float, active: float) -> bool:
         """Whether the sparse path saves enough time to be worth what it misses."""
         return self.sparse_seconds(rows, predicted, active) < _MARGIN * self.dense_seconds(rows)
+
+
+def choose_path(ffn: FfnMode, rows: int, predictor: Predictor | None, costs: Callable[[], FfnCosts]) -> FfnPath:
+    """How a step of some rows runs the FFNs of a model whose rows of down can be skipped.
+
+    `costs` is asked only where "auto" has a predictor to choose with.
+    """
+    if ffn == "dense":
+        return "dense"
+    if predictor is None:
+        return "skip_zeros" if rows == 1 or ffn == "sparse" else "dense"
+    if ffn == "sparse" or costs().prefers_sparse(rows, *predictor.densities):
+        return "predict"
+    return "dense"
 
 
 class FfnRunner(Protocol):

@@ -36,7 +36,7 @@ from svdengine.kernels.cpu.workspace import (
     Inputs,
     Workspace,
 )
-from svdengine.kernels.ffn_costs import FfnCosts, measure_ffn_costs
+from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
@@ -228,15 +228,14 @@ class CpuExecutor:
         inputs.logit_rows[:wanted] = batch.logit_rows
         inputs.sparsity_bias[:sequences] = 0 if batch.sparsity_bias is None else batch.sparsity_bias
 
-    def _mode(self, n: int) -> int:
+    def ffn_path(self, n: int) -> FfnPath:
         """How a step of n rows runs its FFNs."""
-        if self.ffn == "dense" or not self._model.transposed_down:
-            return DENSE
-        if self._predictor is None:
-            return SKIP_ZEROS if n == 1 or self.ffn == "sparse" else DENSE
-        if self.ffn == "sparse":
-            return PREDICT
-        return PREDICT if self.ffn_costs.prefers_sparse(n, *self._predictor.densities) else DENSE
+        if not self._model.transposed_down:
+            return "dense"
+        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
+
+    def _mode(self, n: int) -> int:
+        return {"dense": DENSE, "predict": PREDICT, "skip_zeros": SKIP_ZEROS}[self.ffn_path(n)]
 
     def _allocate_cache(self, kv_dtype: KvDtype) -> Cache:
         """The block pool; untouched pages cost no memory."""

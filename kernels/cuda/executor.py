@@ -15,9 +15,9 @@ from svdengine.kernels.cuda.device import Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
 from svdengine.kernels.cuda.plan import build_plan, place_predictor
-from svdengine.kernels.cuda.step import FfnPath, Keep, Shape, State, ffn, run_step
+from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
 from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, workspace_bytes
-from svdengine.kernels.ffn_costs import FfnCosts, measure_ffn_costs
+from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig, tensor_specs
@@ -140,7 +140,7 @@ class CudaExecutor:
         rows[..., :hidden] = inputs
         device.write(work.x, np.zeros((n, stride), np.float32))
         device.write(work.sparsity_bias, np.full(n, sparsity_bias, np.float32))
-        path = self._path(n)
+        path = self.ffn_path(n)
         for index in range(layers):
             if inputs.ndim == 3 or index == 0:
                 device.write(work.normed, rows[index] if inputs.ndim == 3 else rows)
@@ -200,7 +200,7 @@ class CudaExecutor:
         tables = np.zeros((len(batch.block_tables), work.sizes.blocks), np.int32)
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables
         device.write(work.inputs, np.concatenate([header, tables.reshape(-1)]))
-        return Shape(n, wanted, len(tiles), most, self._path(n))
+        return Shape(n, wanted, len(tiles), most, self.ffn_path(n))
 
     def _check_batch(self, batch: Batch) -> None:
         """Raise ValueError for a batch that breaks the rules of `Batch`: kernels check nothing."""
@@ -213,15 +213,11 @@ class CudaExecutor:
             vocab_size=self._config.vocab_size,
         )
 
-    def _path(self, n: int) -> FfnPath:
+    def ffn_path(self, n: int) -> FfnPath:
         """How a step of n rows runs its FFNs."""
-        if self.ffn == "dense" or not self._state.plan.transposed_down:
+        if not self._state.plan.transposed_down:
             return "dense"
-        if self._predictor is None:
-            return "skip_zeros" if n == 1 or self.ffn == "sparse" else "dense"
-        if self.ffn == "sparse":
-            return "predict"
-        return "predict" if self.ffn_costs.prefers_sparse(n, *self._predictor.densities) else "dense"
+        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
 
     def _check_open(self) -> None:
         if self._closed:

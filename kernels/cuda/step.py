@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from svdengine.kernels.cuda.attention import attend
 from svdengine.kernels.cuda.device import Array, Device
@@ -17,9 +16,9 @@ from svdengine.kernels.cuda.plan import LayerPlan, Plan, PredictorPlan
 from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.sparse import sparse_ffn
 from svdengine.kernels.cuda.workspace import Workspace
+from svdengine.kernels.ffn_costs import FfnPath
 
 # Every neuron; those that are predicted active; or those whose gate is not exactly zero.
-FfnPath = Literal["dense", "predict", "skip_zeros"]
 Keep = Callable[[int, Array], None]  # takes a layer's number and what its FFN reads
 
 
