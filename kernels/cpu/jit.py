@@ -57,7 +57,8 @@ def jit(function: Callable[..., Any]) -> Any:
     Python must not call it: there is no wrapper for that, which would be a quarter of the time of compiling.
     There is no fast-math: two callers of a kernel must get the same bits from it, however it is inlined.
     """
-    return numba.njit(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
+    compile_lazily: Any = numba.njit  # its type stubs do not know the last two options
+    return compile_lazily(nogil=True, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)(function)
 
 
 def entry(function: Callable[..., Any]) -> Any:
