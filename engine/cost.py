@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from svdengine.kernels.predictor import LayerPredictor, Predictor
@@ -68,6 +69,11 @@ def stored_bytes(model_file: ModelFile, name: str) -> int:
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str = "f16") -> int:
     """Bytes of keys and values that one token adds to the KV cache."""
     return 2 * config.layer_count * config.kv_head_count * config.head_dim * (2 if kv_dtype == "f16" else 4)
+
+
+def kv_pool_bytes_per_token(config: ModelConfig, kv_dtype: str = "f16") -> int:
+    """Bytes that a token takes in the KV pool of any executor, at most: a head's vectors are padded to 16 items."""
+    return kv_bytes_per_token(replace(config, head_dim=-(-config.head_dim // 16) * 16), kv_dtype)
 
 
 def kv_read_bytes(config: ModelConfig, context: float, kv_dtype: str = "f16") -> float:

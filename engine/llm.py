@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 
 from svdengine.chat_template import ChatTemplate, Message, check_messages
 from svdengine.completion import Completion
+from svdengine.cost import kv_pool_bytes_per_token
 from svdengine.engine import Engine
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.executors import KvDtype, create_executor
 from svdengine.ffn_path import check_ffn, find_predictor, require_predictor
-from svdengine.kernels.batch import Executor
+from svdengine.kernels.batch import BLOCK_SIZE, Executor
 from svdengine.kernels.predictor import Predictor
 from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
@@ -45,16 +46,17 @@ def load(
     context: int | None = None,
     kv_dtype: KvDtype = "f16",
     kv_tokens: int | None = None,
+    kv_memory: int | None = None,
     mlock: bool = False,
     prefetch: bool = False,
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
     context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
-    the KV cache holds for all sequences together, by default one context. kv_dtype: f16 or f32. threads: by default
-    one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own file or from the model file. prefetch:
-    read the weights into memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or
-    RequestError, saying what was found and what to do.
+    the KV cache holds for all sequences together, by default one context; or kv_memory: bytes that it may take.
+    kv_dtype: f16 or f32. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own
+    file or from the model file. prefetch: read the weights into memory before anything runs; mlock: keep them there.
+    Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
     """
     mode = check_ffn(ffn)
     model_file = read_model_file(path)
@@ -63,16 +65,15 @@ def load(
         if ffn == "sparse":
             require_predictor(model_file, found)
         limit = _context_limit(model_file.config, context)
-        tokens = limit if kv_tokens is None else kv_tokens
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < limit:
-            raise RequestError(f"kv_tokens must be at least the context of {limit}, found {tokens}")
+        token_bytes = kv_pool_bytes_per_token(model_file.config, "f32" if device == "reference" else kv_dtype)
+        blocks = _pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
         executor = create_executor(
             model_file,
             device=device,
             threads=threads,
             context=limit,
-            block_count=blocks_for(tokens),
+            block_count=blocks,
             kv_dtype=kv_dtype,
             predictor=found,
             ffn=mode,
@@ -325,6 +326,27 @@ def _context_limit(config: ModelConfig, context: int | None) -> int:
     if context > config.max_position:
         raise RequestError(f"the model was made for a context of {config.max_position} tokens, found {context}")
     return context
+
+
+def _pool_blocks(context: int, kv_tokens: int | None, kv_memory: int | None, token_bytes: int) -> int:
+    """Blocks of a KV pool that holds one context, or so many tokens, or fills so many bytes."""
+    if kv_memory is None:
+        tokens = context if kv_tokens is None else kv_tokens
+        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < context:
+            raise RequestError(f"kv_tokens must be at least the context of {context}, found {tokens}")
+        return blocks_for(tokens)
+    if kv_tokens is not None:
+        raise RequestError("give the size of the KV cache as kv_tokens or as kv_memory, not as both")
+    if isinstance(kv_memory, bool) or not isinstance(kv_memory, int):
+        raise RequestError(f"kv_memory must be a whole number of bytes, found {kv_memory!r}")
+    blocks = kv_memory // (token_bytes * BLOCK_SIZE)
+    if blocks < blocks_for(context):
+        needed = blocks_for(context) * BLOCK_SIZE * token_bytes
+        raise RequestError(
+            f"kv_memory must hold a context of {context} tokens, which takes {needed / 2**20:.1f} MiB,"
+            f" found {kv_memory / 2**20:.1f} MiB; use more, or a smaller context"
+        )
+    return blocks
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

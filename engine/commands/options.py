@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,21 @@ if TYPE_CHECKING:
     from svdengine.llm import LLM
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Size(click.ParamType):
+    """Bytes: a number with K, M, G or T after it for 2^10, 2^20, 2^30 or 2^40 of them."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes, at least 1."""
+        found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
+        size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
+        if not size:
+            self.fail(f"expected a size such as 512M or 4G, found {value!r}", param, ctx)
+        return size
+
 
 _MODEL: tuple[Decorator, ...] = (
     click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]"),
@@ -46,6 +62,12 @@ _EXECUTION: tuple[Decorator, ...] = (
         default="f16",
         show_default=True,
         help="How keys and values are cached.",
+    ),
+    click.option(
+        "--kv-memory",
+        type=Size(),
+        metavar="SIZE",
+        help="Memory of the KV cache, such as 4G, for all sequences together; by default one context's.",
     ),
     click.option("--prefetch", is_flag=True, help="Read the weights into memory before anything runs."),
     click.option("--mlock", is_flag=True, help="Keep the weights in memory; the system may have to permit it."),
@@ -116,24 +138,34 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
 
     With --ffn both, the model is one that can run sparse.
     """
+    from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.llm import load
     from svdengine.sequence import blocks_for
 
+    kv_memory = options["kv_memory"]
     path = options["model"] if options["model"] is not None else _demo_model()
     context = options["context"] or context
-    return load(
+    llm = load(
         path,
         options["device"],
         "sparse" if options["ffn"] == "both" else options["ffn"],
         options["threads"],
         options["predictor"],
         context=context,
-        kv_tokens=None if context is None else sequences * blocks_for(context) * BLOCK_SIZE,
+        kv_tokens=None if kv_memory or context is None else sequences * blocks_for(context) * BLOCK_SIZE,
+        kv_memory=kv_memory,
         kv_dtype=options["kv_dtype"],
         mlock=options["mlock"],
         prefetch=options["prefetch"],
     )
+    if llm.executor.block_count < sequences * blocks_for(llm.context):
+        llm.close()
+        raise RequestError(
+            f"--kv-memory holds {llm.executor.block_count * BLOCK_SIZE} tokens, fewer than {sequences} sequences of"
+            f" {llm.context}; use more, or a smaller context"
+        )
+    return llm
 
 
 def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:

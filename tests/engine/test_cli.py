@@ -73,6 +73,15 @@ def test_generate(model: str) -> None:
     assert both.stderr == "[1]\n[2]\n"
 
 
+def test_sizes_of_the_kv_cache(model: str) -> None:
+    assert run("generate", model, "-p", "hello", "--kv-memory", "0.5G", *GREEDY).exit_code == 0
+    assert run("generate", model, "-p", "hello", "--kv-memory", "half", *GREEDY).exit_code == 2
+    assert "takes" in error_of(run("generate", model, "-p", "hello", "--kv-memory", "1K", *GREEDY))
+    small = ("bench", model, "-p", "0", "-n", "16", "-r", "1", "--kv-memory", "100K")
+    assert "fewer than 99 sequences of 16" in error_of(run(*small, "--parallel", "99"))
+    assert run(*small).exit_code == 0
+
+
 def test_generate_json(model: str, tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("once upon\n", encoding="utf-8")
     prompts = ("-p", "hello", "-f", str(tmp_path / "prompt.txt"))

@@ -13,8 +13,9 @@ from tiny_model import write_tiny_model
 import svdengine
 from svdengine import LLM, ContextOverflowError, ModelFileError, RequestError, SamplingParams, SvdEngineError
 from svdengine.benchmark import run_benchmark
-from svdengine.cost import kv_bytes_per_token, kv_read_bytes, weight_bytes
+from svdengine.cost import kv_bytes_per_token, kv_pool_bytes_per_token, kv_read_bytes, weight_bytes
 from svdengine.executors import float32_weights
+from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.perplexity import measure_perplexity, negative_log_likelihood
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
@@ -192,6 +193,9 @@ def test_unusable_requests(llm: LLM, call: Any, message: str) -> None:
         ({"context": 10**6}, "made for a context of 512"),
         ({"kv_dtype": "q3"}, "kv_dtype must be one of f16, f32"),
         ({"kv_tokens": 5}, "kv_tokens must be at least"),
+        ({"kv_tokens": 512, "kv_memory": 1 << 30}, "not as both"),
+        ({"kv_memory": "1G"}, "kv_memory must be a whole number of bytes"),
+        ({"context": 20, "kv_memory": 32 * 768 - 1}, r"a context of 20 tokens, which takes 0\.0 MiB, found 0\.0 MiB"),
         ({"ffn": "fast"}, "ffn must be one of"),
         ({"ffn": "sparse"}, "has no predictor"),
         ({"predictor": "x.safetensors"}, "x.safetensors: No such file"),
@@ -264,6 +268,15 @@ def test_costs(llm: LLM) -> None:
     assert weight_bytes(llm.model_file) == sum(a.nbytes for a in arrays.values())  # the embedding is tied
     assert kv_bytes_per_token(config, "f32") == 2 * 2 * 3 * 10 * 4
     assert kv_read_bytes(config, 10) == 10 * kv_bytes_per_token(config)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+def test_a_kv_pool_fills_the_memory_it_is_given(path: Path, kv_dtype: Any) -> None:
+    with svdengine.load(path, device="cpu", threads=1, context=40, kv_memory=100_000, kv_dtype=kv_dtype) as llm:
+        pool = llm.executor.block_count * BLOCK_SIZE
+        padded = kv_pool_bytes_per_token(llm.config, kv_dtype)
+        assert pool * llm.executor.kv_bytes_per_token <= 100_000 < (pool + BLOCK_SIZE) * padded
+        assert padded >= kv_bytes_per_token(llm.config, kv_dtype)
 
 
 def test_benchmark_rows(llm: LLM) -> None:
