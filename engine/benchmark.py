@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from svdengine.cost import kv_read_bytes, sparse_weight_bytes, weight_bytes
-from svdengine.kernels.batch import Batch, Executor, Logits, NeuronCounts
+from svdengine.kernels.batch import Batch, Choice, Executor, Logits, NeuronCounts, SamplingExecutor
 from svdengine.neurons import active_density, add, predicted_density, since
 from svdengine.page_faults import PageFaults, page_faults
 from svdengine.sequence import blocks_for
@@ -236,7 +236,14 @@ def _decode(executor: Executor, count: int, sequences: int, bias: float) -> None
             logit_rows=rows,
             sparsity_bias=np.full(sequences, bias, np.float32) if bias else None,
         )
-        tokens = executor.forward(batch).argmax(1).astype(np.int32)
+        tokens = _likeliest(executor, batch)
+
+
+def _likeliest(executor: Executor, batch: Batch) -> np.ndarray:
+    """The likeliest next tokens, as the engine gets them: from the executor, where it can choose."""
+    if isinstance(executor, SamplingExecutor):
+        return executor.forward_and_sample(batch, [Choice(temperature=0.0)] * len(batch.logit_rows))[0]
+    return executor.forward(batch).argmax(1).astype(np.int32)
 
 
 def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float) -> None:

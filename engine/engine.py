@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
 from svdengine.block_pool import BlockPool
 from svdengine.errors import SvdEngineError
-from svdengine.kernels.batch import Executor, FfnMode, Logits, NeuronCounts
+from svdengine.kernels.batch import Choice, Executor, FfnMode, Logits, NeuronCounts, SamplingExecutor
 from svdengine.neurons import since
 from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
-from svdengine.scheduler import Scheduler, Step
+from svdengine.scheduler import Chunk, Scheduler, Step
 from svdengine.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a step gave: for each row with logits either a token, if it was chosen by the executor, or the logits."""
+
+    choices: list[Choice | None]  # of each row; None: its logits are there
+    tokens: NDArray[np.int32]  # (rows,), read where there is a choice
+    logits: Logits  # (rows without a choice, vocabulary)
 
 
 class Engine:
@@ -34,22 +50,27 @@ class Engine:
             return
         before = self.executor.neuron_counts()
         try:
-            logits = self.executor.forward(step.batch)
+            outputs = self._forward(step)
         except BaseException as error:
             self._fail_all(error)
             raise
         self.scheduler.advance(step)
-        self.postprocess(step, logits, since(before, self.executor.neuron_counts()))
+        self.postprocess(step, outputs, since(before, self.executor.neuron_counts()))
 
-    def postprocess(self, step: Step, logits: Logits, neurons: NeuronCounts) -> None:
-        """Hand each request its rows of the logits, (rows asked for, vocabulary), and the neurons of the whole step."""
-        start = 0
+    def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts) -> None:
+        """Hand each request its token or its rows of the logits, and the neurons of the whole step."""
+        row = logit = 0
         for chunk in step.chunks:
-            rows = logits[start : start + chunk.logit_rows]
-            start += chunk.logit_rows
-            self._requests[chunk.sequence].note_neurons(neurons)
-            if chunk.logit_rows:
-                self._hand_over(self._requests[chunk.sequence], rows)
+            request, count = self._requests[chunk.sequence], chunk.logit_rows
+            request.note_neurons(neurons)
+            if not count:
+                continue
+            if outputs.choices[row] is None:
+                self._hand_over(request, partial(request.accept, outputs.logits[logit : logit + count]))
+                logit += count
+            else:
+                self._hand_over(request, partial(request.accept_token, int(outputs.tokens[row])))
+            row += count
 
     def set_ffn(self, ffn: FfnMode) -> None:
         """Choose the FFN's path from the next step on. What the other path cached is not built upon."""
@@ -67,9 +88,24 @@ class Engine:
         self.prefix_cache.clear()
         self.executor.close()
 
-    def _hand_over(self, request: Request, rows: Logits) -> None:
+    def _forward(self, step: Step) -> Outputs:
+        """Run a step. An executor that can chooses the tokens of those requests that leave it to do so."""
+        rows = len(step.batch.logit_rows)
+        if isinstance(self.executor, SamplingExecutor):
+            choices = [c for chunk in step.chunks for c in self._choices(chunk)]
+            if any(choice is not None for choice in choices):
+                return Outputs(choices, *self.executor.forward_and_sample(step.batch, choices))
+        return Outputs([None] * rows, np.empty(0, np.int32), self.executor.forward(step.batch))
+
+    def _choices(self, chunk: Chunk) -> list[Choice | None]:
+        """How a token is chosen for each of a chunk's rows with logits; None where their logits are wanted."""
+        if chunk.logit_rows != 1:
+            return [None] * chunk.logit_rows
+        return [self._requests[chunk.sequence].choice()]
+
+    def _hand_over(self, request: Request, accept: Callable[[], bool]) -> None:
         try:
-            if request.accept(rows):
+            if accept():
                 self.scheduler.shift(request.sequence, request.keep)
         except Exception as error:
             request.error = error  # one request's trouble does not stop the others

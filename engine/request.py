@@ -11,9 +11,9 @@ import numpy as np
 
 from svdengine.completion import Completion, FinishReason, Stats
 from svdengine.errors import ContextOverflowError, RequestError
-from svdengine.kernels.batch import Logits, NeuronCounts
+from svdengine.kernels.batch import Choice, Logits, NeuronCounts
 from svdengine.neurons import NO_NEURONS, active_density, add, predicted_density
-from svdengine.sampler import Sampler, TokenLogprobs, token_logprobs
+from svdengine.sampler import Sampler, TokenLogprobs, check_chosen, token_logprobs
 from svdengine.sampling import SamplingParams
 from svdengine.sequence import Sequence
 from svdengine.stop_strings import StopStrings
@@ -40,8 +40,16 @@ class Request(Protocol):
         """Whether it needs no further step."""
         ...
 
+    def choice(self) -> Choice | None:
+        """How an executor may choose the next token itself; None where its logits are wanted. Asked once a token."""
+        ...
+
     def accept(self, logits: Logits) -> bool:
         """Take the logits of the step just computed (rows, vocabulary); true when the context must be shifted."""
+        ...
+
+    def accept_token(self, token: int) -> bool:
+        """Take the token that the executor chose, or NOT_FINITE; true when the context must be shifted."""
         ...
 
     def note_neurons(self, counts: NeuronCounts) -> None:
@@ -97,12 +105,25 @@ class Generation:
         """Tokens that a shift keeps."""
         return self._limit.keep
 
+    def choice(self) -> Choice | None:
+        """How an executor may choose the next token; None where logits are changed first, or logprobs are wanted."""
+        return None if self.params.logprobs is not None else self._sampler.choice()
+
     def accept(self, logits: Logits) -> bool:
         """Sample the next token; true when the context is full and has to be shifted."""
         row = logits[-1]
         token = self._sampler.sample(row)
         if self.params.logprobs is not None:
             self.logprobs.append(token_logprobs(row, token, self.params.logprobs))
+        return self._take(token)
+
+    def accept_token(self, token: int) -> bool:
+        """Take the token that an executor chose, as `choice` said. Raises SvdEngineError where it found none."""
+        check_chosen(token)
+        return self._take(token)
+
+    def _take(self, token: int) -> bool:
+        """Add a token to the completion; true when the context is full and has to be shifted."""
         self._note_time()
         self.token_ids.append(token)
         self.sequence.append(token)
@@ -172,6 +193,13 @@ class Scoring:
         self.logits = np.empty((len(tokens), vocab_size), np.float32)
         self.error: Exception | None = None
         self.done = False
+
+    def choice(self) -> None:
+        """All logits are wanted."""
+
+    def accept_token(self, token: int) -> bool:
+        """Never called: no choice is given."""
+        raise NotImplementedError
 
     def accept(self, logits: Logits) -> bool:
         """Keep the rows, which are those of the tokens cached last."""

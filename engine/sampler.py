@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import RequestError, SvdEngineError
+from svdengine.kernels.batch import NOT_FINITE, Choice
 from svdengine.sampling import SamplingParams
 
 _FIRST_CANDIDATES = 256  # of a top-p search; it grows eightfold until their probability suffices
@@ -48,14 +49,23 @@ class Sampler:
             logits = self._adjust(logits)
         token = int(logits.argmax())  # NumPy's argmax stops at the first NaN, so this one look finds any
         if not np.isfinite(logits[token]):
-            raise SvdEngineError(
-                "the model gave logits that are not finite; its weights may be damaged, or too large for their format"
-            )
+            raise _not_finite()
         if not self.params.greedy:
             token = self._draw(logits)
         if self._penalised:
             self._counts[token] += 1
         return token
+
+    def choice(self) -> Choice | None:
+        """How an executor is to choose the next token itself, with a number drawn for it: to be called once a token.
+
+        None where logits are changed before a token is chosen: then `sample` is for it.
+        """
+        if self._penalised or self._bias_ids.size:
+            return None
+        params = self.params
+        draw = 0.0 if params.greedy else self._random.random()
+        return Choice(params.temperature, params.top_k, params.top_p, params.min_p, draw)
 
     def _adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Penalties, then bias, on a copy."""
@@ -78,6 +88,18 @@ class Sampler:
         cumulative = np.cumsum(probabilities)
         index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(tokens[min(index, len(tokens) - 1)])
+
+
+def check_chosen(token: int) -> None:
+    """Raise SvdEngineError where an executor found logits that are NaN or infinite, instead of a token."""
+    if token == NOT_FINITE:
+        raise _not_finite()
+
+
+def _not_finite() -> SvdEngineError:
+    return SvdEngineError(
+        "the model gave logits that are not finite; its weights may be damaged, or too large for their format"
+    )
 
 
 def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
@@ -108,8 +130,9 @@ def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDA
 
 def _weights(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
     """Probabilities times a constant that makes the largest 1."""
-    scaled = logits.astype(np.float64) / temperature
-    return np.exp(scaled - scaled.max())
+    distances = logits.astype(np.float64) - float(logits.max())
+    with np.errstate(over="ignore"):  # divided by a tiny temperature
+        return np.exp(distances / temperature)
 
 
 def token_logprobs(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprobs:

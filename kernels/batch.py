@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,6 +61,20 @@ def check_batch(
             raise ValueError(f"a {name} lies outside 0..{limit - 1}")
 
 
+NOT_FINITE = -1  # instead of a token, where the logits that it would be chosen from are not finite
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How the next token is chosen from a row of logits, as `SamplingParams` defines it (engine/sampling.py)."""
+
+    temperature: float  # 0: the likeliest token
+    top_k: int = 0  # 0: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    draw: float = 0.0  # in [0, 1), of the request's own random generator; not used where the likeliest is taken
+
+
 FfnMode = Literal["dense", "sparse", "auto"]
 
 
@@ -98,4 +113,17 @@ class Executor(Protocol):
 
     def close(self) -> None:
         """Give back threads and device memory; the executor cannot be used afterwards."""
+        ...
+
+
+@runtime_checkable
+class SamplingExecutor(Executor, Protocol):
+    """An executor that can choose tokens where the logits are, so that these need not be copied to the host."""
+
+    def forward_and_sample(self, batch: Batch, choices: Sequence[Choice | None]) -> tuple[NDArray[np.int32], Logits]:
+        """Run one step; `choices` has an entry for each of `batch.logit_rows`, None where the logits are wanted.
+
+        Returns a token for each entry, NOT_FINITE where the logits are damaged and anything where there was no choice;
+        and the logits of the rows without a choice, in their order, (rows without, vocabulary) float32.
+        """
         ...

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts, check_batch
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, Choice, FfnMode, Logits, NeuronCounts, check_batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
 from svdengine.kernels.cuda.plan import build_plan, place_predictor
+from svdengine.kernels.cuda.sampling import pack_choices
 from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
-from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, workspace_bytes
+from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, pack_inputs, workspace_bytes
 from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor
@@ -71,6 +72,7 @@ class CudaExecutor:
             copies=HalfCopies(*(device.zeros(c, np.float16) for c in copies)) if device.has_blas else None,
         )
         self._graphs: dict[Shape, Graph | None] = {}
+        self._counted: NeuronCounts | None = None  # what the device has counted, where that is known
         self.predictor = predictor
         self.ffn: FfnMode = ffn
 
@@ -78,10 +80,23 @@ class CudaExecutor:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
         shape = self._load(batch)
         self._run(shape)
-        work = self._state.work
-        logits = self._state.device.download(work.logits[: shape.wanted * work.sizes.logits])
-        found: Logits = logits.reshape(shape.wanted, work.sizes.logits)[:, : self._config.vocab_size]
-        return found
+        return self._logits(0, shape.wanted)
+
+    def forward_and_sample(self, batch: Batch, choices: Sequence[Choice | None]) -> tuple[NDArray[np.int32], Logits]:
+        """Run one step; see `SamplingExecutor`. ValueError as from `forward`, and for too many or few choices."""
+        if len(choices) != len(batch.logit_rows):
+            raise ValueError(f"{len(choices)} choices for {len(batch.logit_rows)} rows of logits")
+        shape = self._load(batch, choices)
+        self._run(shape)
+        tokens: NDArray[np.int32] = self._state.device.download(self._state.work.chosen[: shape.wanted])
+        rows = [self._logits(row, row + 1) for row, choice in enumerate(choices) if choice is None]
+        return tokens, np.concatenate([np.empty((0, self._config.vocab_size), np.float32), *rows])
+
+    def _logits(self, first: int, end: int) -> Logits:
+        """Some of the rows with logits."""
+        stride = self._state.work.sizes.logits
+        found: Logits = self._state.device.download(self._state.work.logits[first * stride : end * stride])
+        return found.reshape(-1, stride)[:, : self._config.vocab_size]
 
     @property
     def predictor(self) -> Predictor | None:
@@ -104,6 +119,7 @@ class CudaExecutor:
             layer_bytes = self._ffn_bytes / config.layer_count
             self._costs = measure_ffn_costs(self, config.layer_count, config.ffn_size, layer_bytes, config.hidden_size)
             self._state.device.write(work.counts, counts)
+            self._counted = None
         return self._costs
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
@@ -141,6 +157,7 @@ class CudaExecutor:
         device.write(work.x, np.zeros((n, stride), np.float32))
         device.write(work.sparsity_bias, np.full(n, sparsity_bias, np.float32))
         path = self.ffn_path(n)
+        self._note_counting(path)
         for index in range(layers):
             if inputs.ndim == 3 or index == 0:
                 device.write(work.normed, rows[index] if inputs.ndim == 3 else rows)
@@ -150,11 +167,14 @@ class CudaExecutor:
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
-        counts = self._state.device.download(self._state.work.counts).reshape(-1, COUNTS).sum(0)
-        return NeuronCounts(*map(int, counts))
+        if self._counted is None:
+            counts = self._state.device.download(self._state.work.counts).reshape(-1, COUNTS).sum(0)
+            self._counted = NeuronCounts(*map(int, counts))
+        return self._counted
 
     def reset_neuron_counts(self) -> None:
         """Start counting anew."""
+        self._counted = None
         self._state.device.write(self._state.work.counts, np.zeros(self.max_batch_rows * COUNTS, np.int64))
 
     def close(self) -> None:
@@ -167,6 +187,7 @@ class CudaExecutor:
 
     def _run(self, shape: Shape, keep: Keep | None = None) -> None:
         """Run a step: its first time as launches, which compiles what it needs, from then on as a graph."""
+        self._note_counting(shape.ffn)
         device = self._state.device
         graph = self._graphs.get(shape)
         if keep is not None or not _is_recorded(shape) or shape not in self._graphs:
@@ -178,29 +199,32 @@ class CudaExecutor:
             graph = self._graphs[shape] = device.record(lambda: run_step(self._state, self._placed, shape))
         device.replay(graph)
 
-    def _load(self, batch: Batch) -> Shape:
+    def _load(self, batch: Batch, choices: Sequence[Choice | None] = ()) -> Shape:
         """Check the batch, copy it to the device, and say which launches it takes."""
         self._check_open()
         self._check_batch(batch)
         device, work = self._state.device, self._state.work
-        n, wanted, rows = len(batch.tokens), len(batch.logit_rows), work.sizes.rows
+        n, wanted = len(batch.tokens), len(batch.logit_rows)
         group = self._config.head_count // self._config.kv_head_count
         alone = n <= _FEW_ROWS or len(np.unique(batch.sequences)) == n
         most = 1 if alone else tile_rows(group, self._config.head_dim)
         tiles = cut_tiles(batch.sequences, most)
-        header = np.zeros(7 * rows, np.int32)
-        header[:n] = batch.tokens
-        header[rows : rows + n] = batch.positions
-        header[2 * rows : 2 * rows + n] = batch.sequences
-        header[3 * rows : 3 * rows + wanted] = batch.logit_rows
-        header[4 * rows : 4 * rows + tiles.size] = tiles.reshape(-1)
-        if batch.sparsity_bias is not None:
-            bias = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
-            header[6 * rows : 6 * rows + n] = bias.view(np.int32)
         tables = np.zeros((len(batch.block_tables), work.sizes.blocks), np.int32)
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables
-        device.write(work.inputs, np.concatenate([header, tables.reshape(-1)]))
-        return Shape(n, wanted, len(tiles), most, self.ffn_path(n))
+        values: dict[str, NDArray] = {
+            "tokens": batch.tokens,
+            "positions": batch.positions,
+            "sequences": batch.sequences,
+            "logit_rows": batch.logit_rows,
+            "tiles": tiles,
+            "block_tables": tables,
+        }
+        if batch.sparsity_bias is not None:
+            values["sparsity_bias"] = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
+        if choices:
+            values["choice_numbers"], values["choice_top_k"] = pack_choices(choices, work.sizes.rows)
+        device.write(work.inputs, pack_inputs(work.sizes, values))
+        return Shape(n, wanted, len(tiles), most, self.ffn_path(n), sample=any(c is not None for c in choices))
 
     def _check_batch(self, batch: Batch) -> None:
         """Raise ValueError for a batch that breaks the rules of `Batch`: kernels check nothing."""
@@ -218,6 +242,11 @@ class CudaExecutor:
         if not self._state.plan.transposed_down:
             return "dense"
         return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
+
+    def _note_counting(self, path: FfnPath) -> None:
+        """Neurons are about to be counted, unless the path is dense."""
+        if path != "dense":
+            self._counted = None
 
     def _check_open(self) -> None:
         if self._closed:

@@ -1,4 +1,4 @@
-"""One step of the model, from tokens to logits, as launches on a device's stream."""
+"""One step of the model, from tokens to logits and the tokens chosen from them, as launches on a device's stream."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from svdengine.kernels.cuda.kv_cache import KvCache
 from svdengine.kernels.cuda.norm import normalize
 from svdengine.kernels.cuda.plan import LayerPlan, Plan, PredictorPlan
 from svdengine.kernels.cuda.rope import place_keys
+from svdengine.kernels.cuda.sampling import sample_tokens
 from svdengine.kernels.cuda.sparse import sparse_ffn
 from svdengine.kernels.cuda.workspace import Workspace
 from svdengine.kernels.ffn_costs import FfnPath
@@ -31,6 +32,7 @@ class Shape:
     tiles: int  # of rows that attend together
     tile_rows: int  # rows of a tile, at most
     ffn: FfnPath
+    sample: bool = False  # whether tokens are chosen from the logits
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,10 @@ class State:
 
 
 def run_step(state: State, predictor: tuple[PredictorPlan, ...], shape: Shape, keep: Keep | None = None) -> None:
-    """Launch a step on the batch in the workspace. It leaves the logits of the wanted rows in work.logits."""
+    """Launch a step on the batch in the workspace. It leaves the logits of the wanted rows in work.logits.
+
+    Where `shape.sample`, it leaves tokens that are chosen from them in work.chosen.
+    """
     device, plan, work = state.device, state.plan, state.work
     embed_tokens(device, plan, work, shape.n)
     for index, layer in enumerate(plan.layers):
@@ -59,6 +64,8 @@ def run_step(state: State, predictor: tuple[PredictorPlan, ...], shape: Shape, k
         product(
             device, state.copies, plan.lm_head, work.normed, sizes.hidden, work.logits, sizes.logits, shape.wanted
         )  # fmt: skip
+    if shape.sample:
+        sample_tokens(device, work, shape.wanted, plan.config.vocab_size)
 
 
 def run_layer(

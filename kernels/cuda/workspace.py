@@ -6,10 +6,12 @@ whole chunks of it. Buffers live as long as the executor, since recorded graphs 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.formats import padded_columns
@@ -20,6 +22,7 @@ Array = Any  # of the device: flat, see kernels/cuda/device.py
 
 LEAST_PARTS = 64  # blocks over which work on few rows is split, whose results are added afterwards
 PREDICTED, ACTIVE, TOTAL, COUNTS = range(4)  # of a row's counts
+CHOICE_NUMBERS = 4  # float64 of a row that say how its token is chosen
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Workspace:
 
     # The batch, written by the host before a step: parts of `inputs`, which is uploaded at once.
     inputs: Array  # int32
+    choice_numbers: Array  # (CHOICE_NUMBERS, rows) float64, for each row with logits: see kernels/cuda/sampling.py
+    choice_top_k: Array  # (rows,) int32
     tokens: Array  # (rows,) int32
     positions: Array  # (rows,) int32
     sequences: Array  # (rows,) int32: row of `block_tables`
@@ -93,13 +98,14 @@ class Workspace:
     counts: Array  # (rows, COUNTS) int64: predicted, active and all neurons of rows that took the sparse path
 
     logits: Array  # (rows, logits) float32
+    chosen: Array  # (rows,) int32: tokens of those rows of logits that have a choice
 
 
 def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
     """Items and type of each buffer."""
     rows, f32, i32 = sizes.rows, np.float32, np.int32
     return {
-        "inputs": (rows * (7 + sizes.blocks), i32),
+        "inputs": (input_parts(sizes)["block_tables"][1], i32),
         "x": (rows * sizes.hidden, f32),
         "normed": (rows * sizes.hidden, f32),
         "second": (rows * sizes.hidden, f32),
@@ -116,6 +122,7 @@ def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
         "lengths": (rows, i32),
         "counts": (rows * COUNTS, np.int64),
         "logits": (rows * sizes.logits, f32),
+        "chosen": (rows, i32),
     }
 
 
@@ -127,18 +134,45 @@ def workspace_bytes(sizes: Sizes) -> int:
 def allocate_workspace(device: Any, sizes: Sizes) -> Workspace:
     """Zeroed buffers on the device."""
     buffers = {name: device.zeros(items, dtype) for name, (items, dtype) in buffer_shapes(sizes).items()}
-    rows, inputs = sizes.rows, buffers["inputs"]
-    return Workspace(
-        sizes=sizes,
-        tokens=inputs[:rows],
-        positions=inputs[rows : 2 * rows],
-        sequences=inputs[2 * rows : 3 * rows],
-        logit_rows=inputs[3 * rows : 4 * rows],
-        tiles=inputs[4 * rows : 6 * rows],
-        sparsity_bias=inputs[6 * rows : 7 * rows].view(np.float32),
-        block_tables=inputs[7 * rows :],
-        **buffers,
-    )
+    inputs = buffers["inputs"]
+    parts = {name: inputs[start:end].view(dtype) for name, (start, end, dtype) in input_parts(sizes).items()}
+    return Workspace(sizes=sizes, **parts, **buffers)
+
+
+def input_parts(sizes: Sizes) -> dict[str, tuple[int, int, type]]:
+    """Where each part of `inputs` begins and ends, in items of `inputs`, and its type. What has 64 bits comes first."""
+    rows, f32, i32 = sizes.rows, np.float32, np.int32
+    lengths = {
+        "choice_numbers": (2 * CHOICE_NUMBERS * rows, np.float64),
+        "choice_top_k": (rows, i32),
+        "tokens": (rows, i32),
+        "positions": (rows, i32),
+        "sequences": (rows, i32),
+        "logit_rows": (rows, i32),
+        "tiles": (2 * rows, i32),
+        "sparsity_bias": (rows, f32),
+        "block_tables": (rows * sizes.blocks, i32),
+    }
+    parts: dict[str, tuple[int, int, type]] = {}
+    start = 0
+    for name, (length, dtype) in lengths.items():
+        parts[name] = (start, start + length, dtype)
+        start += length
+    return parts
+
+
+def pack_inputs(sizes: Sizes, values: Mapping[str, NDArray]) -> NDArray[np.int32]:
+    """What is written to the beginning of `inputs`: each part's first items; what lies behind them is zero.
+
+    It ends with the last item of the block tables.
+    """
+    parts = input_parts(sizes)
+    packed = np.zeros(parts["block_tables"][0] + values["block_tables"].size, np.int32)
+    for name, value in values.items():
+        start, _, dtype = parts[name]
+        words = np.ascontiguousarray(value, dtype).reshape(-1).view(np.int32)
+        packed[start : start + len(words)] = words
+    return packed
 
 
 def parts_of(rows: int) -> int:

@@ -171,6 +171,13 @@ def _shared_array(shape: int, dtype: Any, alignment: int | None = None) -> Memor
     return block.shared[key]
 
 
+def _add_atomic(values: Memory, i: int, x: Any) -> Any:
+    """Threads run one at a time, so nothing comes between."""
+    before = values[i]
+    values[i] = before + x
+    return before
+
+
 def _local_array(shape: int, dtype: Any, alignment: int | None = None) -> Memory:
     return Memory(np.full(shape * _dtype(dtype).itemsize, 0x7B, np.uint8).view(_dtype(dtype)))
 
@@ -199,6 +206,7 @@ class Cuda:
     any_sync = staticmethod(lambda mask, value: any(_meet_warp(mask, value)[1].values()))
     all_sync = staticmethod(lambda mask, value: all(_meet_warp(mask, value)[1].values()))
 
+    atomic = SimpleNamespace(add=_add_atomic)
     popc = staticmethod(lambda value: (int(value) & FULL).bit_count())
     ffs = staticmethod(lambda value: (int(value) & -int(value)).bit_length())  # 1 for the lowest bit, 0 for none
     clz = staticmethod(lambda value: WARP - (int(value) & FULL).bit_length())

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import simulator
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from svdengine.kernels.batch import NOT_FINITE, Choice
 from svdengine.kernels.cuda import sampling
 from svdengine.kernels.cuda.intrinsics import SIMULATED
-from svdengine.kernels.cuda.sampling import NOT_FINITE, Choices, allocate_sampling, sample
+from svdengine.kernels.cuda.sampling import pack_choices, sample_tokens
 from svdengine.sampler import candidates
 from svdengine.sampling import SamplingParams
 
@@ -19,20 +23,33 @@ SIZE, STRIDE = 119, 128
 
 
 @pytest.fixture(autouse=True)
-def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of which each still has several tokens, and the simulator less to do."""
-    monkeypatch.setattr(sampling, "SAMPLE_THREADS", 64)
+def little_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the simulator few threads, of which each still has several tokens, and more and smaller digits."""
+    if SIMULATED:
+        monkeypatch.setattr(sampling, "SAMPLE_THREADS", 64)
+        monkeypatch.setattr(sampling, "_DIGIT", 7)
 
 
-def choose(device: Any, logits: NDArray[np.float32], params: SamplingParams, draws: NDArray[np.float64]) -> list[int]:
-    """A token for every row of logits (rows, SIZE)."""
-    n = len(logits)
-    padded = np.full((n, STRIDE), np.inf, np.float32)  # what lies behind the vocabulary must not matter
+def choose(device: Any, logits: NDArray[np.float32], choices: list[Choice | None]) -> list[int]:
+    """A token for every row of logits (rows, SIZE); -7 where none is chosen."""
+    rows = len(logits)
+    padded = np.full((rows, STRIDE), np.inf, np.float32)  # what lies behind the vocabulary must not matter
     padded[:, :SIZE] = logits
-    columns = [np.full(n, v) for v in (params.temperature, params.top_k, params.top_p, params.min_p)]
-    buffers = allocate_sampling(device, n, STRIDE)
-    found = sample(device, buffers, device.upload(padded), STRIDE, SIZE, Choices(*columns, draws))
-    return found.tolist()
+    numbers, top_k = pack_choices(choices, rows)
+    work: Any = SimpleNamespace(
+        sizes=SimpleNamespace(rows=rows, logits=STRIDE),
+        logits=device.upload(padded),
+        choice_numbers=device.upload(numbers),
+        choice_top_k=device.upload(top_k),
+        chosen=device.upload(np.full(rows, -7, np.int32)),
+    )
+    sample_tokens(device, work, rows, SIZE)
+    found: list[int] = device.download(work.chosen).tolist()
+    return found
+
+
+def choice_of(params: SamplingParams, draw: float) -> Choice:
+    return Choice(params.temperature, params.top_k, params.top_p, params.min_p, draw)
 
 
 def defined(logits: NDArray[np.float32], params: SamplingParams, draw: float) -> int:
@@ -62,28 +79,56 @@ FILTERS = [
 @pytest.mark.parametrize("ties", [False, True])
 def test_tokens_are_the_definitions(device: Any, fields: dict[str, Any], ties: bool) -> None:
     random = np.random.default_rng(len(str(fields)))
-    logits = (2 * random.standard_normal((2, SIZE))).astype(np.float32)
+    logits = (2 * random.standard_normal((4, SIZE))).astype(np.float32)
     if ties:
         logits = np.rint(logits)  # zeros of both signs too
-    params = SamplingParams(**{"temperature": 1.0, **fields})
-    for draws in np.array([[0.0, 0.999999], *random.random((2, 2))]):
-        expected = [defined(row, params, draw) for row, draw in zip(logits, draws, strict=True)]
-        assert choose(device, logits, params, draws) == expected
+    params, draws = SamplingParams(**{"temperature": 1.0, **fields}), [0.0, 0.999999, *random.random(2)]
+    expected = [defined(row, params, draw) for row, draw in zip(logits, draws, strict=True)]
+    assert choose(device, logits, [choice_of(params, draw) for draw in draws]) == expected
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in scalar divide")
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([-1e30, -80.0, -3.0, -0.5, 0.0, 0.25, 0.3, 2.0]), min_size=SIZE, max_size=SIZE),
+    st.fixed_dictionaries(
+        {
+            "temperature": st.sampled_from([1e-300, 1e-3, 0.5, 1.0, 100.0]),
+            "top_k": st.sampled_from([0, 1, 2, 30, SIZE, 1 << 24]),
+            "top_p": st.sampled_from([1e-12, 0.1, 0.75, 1 - 2**-53, 1.0]),
+            "min_p": st.sampled_from([0.0, 1e-9, 0.3, 1.0]),
+        }
+    ),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_tokens_are_the_definitions_at_the_edges(
+    device: Any, values: list[float], fields: dict[str, Any], draw: float
+) -> None:
+    logits, params = np.array([values], np.float32), SamplingParams(**fields)
+    # Weights are rounded to 2^-38: a number that close to a border may fall on its other side.
+    near = {defined(logits[0], params, min(max(draw + step, 0.0), 1 - 2**-53)) for step in (-1e-9, 0.0, 1e-9)}
+    assert choose(device, logits, [choice_of(params, draw)])[0] in near
 
 
 def test_greedy_takes_the_first_of_the_likeliest(device: Any) -> None:
     logits = np.full((2, SIZE), -3, np.float32)
     logits[0, [70, 100]] = 2.5
-    assert choose(device, logits, SamplingParams(temperature=0.0), np.zeros(2)) == [70, 0]
+    assert choose(device, logits, [Choice(temperature=0.0)] * 2) == [70, 0]
+
+
+def test_rows_without_a_choice_are_left_out(device: Any) -> None:
+    logits = np.zeros((3, SIZE), np.float32)
+    logits[1, 5] = 1
+    assert choose(device, logits, [None, Choice(temperature=0.0), None]) == [-7, 5, -7]
 
 
 @pytest.mark.skipif(not SIMULATED, reason="a GPU chooses its own order")
 def test_the_order_of_threads_changes_no_token(device: Any) -> None:
     logits = np.rint(3 * np.random.default_rng(4).standard_normal((2, SIZE))).astype(np.float32)
-    params, draws = SamplingParams(top_k=30, top_p=0.8, min_p=0.01), np.array([0.3, 0.8])
-    found = choose(device, logits, params, draws)
+    choices: list[Choice | None] = [Choice(1.0, 30, 0.8, 0.01, draw) for draw in (0.3, 0.8)]
+    found = choose(device, logits, choices)
     with simulator.backwards():
-        assert choose(device, logits, params, draws) == found
+        assert choose(device, logits, choices) == found
 
 
 def test_damaged_logits_are_reported(device: Any) -> None:
@@ -91,5 +136,4 @@ def test_damaged_logits_are_reported(device: Any) -> None:
     logits[0, 80], logits[1, 3], logits[2] = np.nan, np.inf, -np.inf
     logits[3, :5] = -np.inf  # a few of these are tokens that may not be chosen
     for temperature in (0.0, 1.0):
-        found = choose(device, logits, SamplingParams(temperature=temperature), np.zeros(4))
-        assert found == [NOT_FINITE] * 3 + [5]
+        assert choose(device, logits, [Choice(temperature)] * 4) == [NOT_FINITE] * 3 + [5]

@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from test_cpu import run_in_chunks, stored
 from test_cpu_sparse import make_predictor
 
+from svdengine.engine import Engine
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope
+from svdengine.kernels.batch import Choice
+from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -23,6 +25,9 @@ from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig
+from svdengine.request import ContextLimit, Generation
+from svdengine.sampler import candidates
+from svdengine.sampling import SamplingParams
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(SIMULATED, reason="needs an NVIDIA GPU: too slow in the simulator")]
 # Together these use every field of ModelConfig; rope's tables come from the host.
@@ -51,6 +56,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if SIMULATED:
         for module in (norm, elementwise, embedding):
             monkeypatch.setattr(module, "THREADS", 32)
+        monkeypatch.setattr(sampling, "SAMPLE_THREADS", 32)
+        monkeypatch.setattr(sampling, "_DIGIT", 7)
         for module in (attention, rope):
             monkeypatch.setattr(module, "THREADS", 64)
             monkeypatch.setattr(module, "_WARPS", 2)
@@ -208,6 +215,77 @@ def test_a_replayed_step_launches_what_the_first_did(device: Any) -> None:
             counts.append(device.launches - before)
         assert counts[0] == counts[1] == counts[2]
         assert len(cuda._graphs) == 1
+
+
+def test_tokens_are_chosen_in_the_recorded_step(device: Any) -> None:
+    with executors(device, LLAMA) as (cuda, _):
+        for position in range(3):  # launched, recorded and replayed, replayed
+            batch = make_batch([([position], position), ([5], position)], [[0], [1]])
+            logits = cuda.forward(batch).copy()
+            sampled, greedy = Choice(1.3, 5, 0.9, 0.01, draw=0.37 + 0.2 * position), Choice(temperature=0.0)
+            both, none = cuda.forward_and_sample(batch, [sampled, greedy])
+            assert none.shape == (0, LLAMA.vocab_size)
+            params = SamplingParams(temperature=1.3, top_k=5, top_p=0.9, min_p=0.01)
+            assert both.tolist() == [drawn(logits[0], params, sampled.draw), logits[1].argmax()]
+        assert {shape.sample for shape in cuda._graphs} == {True, False}
+        mixed, rest = cuda.forward_and_sample(batch, [None, greedy])
+        assert mixed[1] == both[1]
+        np.testing.assert_array_equal(rest, logits[:1])
+        with pytest.raises(ValueError, match="1 choices for 2 rows"):
+            cuda.forward_and_sample(batch, [greedy])
+
+
+def drawn(logits: NDArray[np.float32], params: SamplingParams, draw: float) -> int:
+    """The token that engine/sampler.py takes for this random number."""
+    tokens, weights = candidates(logits, params)
+    return int(tokens[np.searchsorted(np.cumsum(weights), draw * weights.sum(), side="right")])
+
+
+class LogitsOnly:
+    """An executor that leaves sampling to the host."""
+
+    def __init__(self, inner: CudaExecutor) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "forward_and_sample":
+            raise AttributeError(name)
+        return getattr(self._inner, name)
+
+
+def test_the_engine_gets_the_same_tokens_from_the_device_as_from_the_host(device: Any) -> None:
+    fields: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"temperature": 1.5, "seed": 3, "top_p": 0.9},
+        {"temperature": 1.0, "seed": 4, "logprobs": 1},
+        {"temperature": 0.8, "seed": 5, "top_k": 3, "repetition_penalty": 1.2},
+    ]
+    found = []
+    with executors(device, LLAMA) as (cuda, _):
+        for executor in (cuda, LogitsOnly(cuda)):
+            engine = Engine(executor, cached_prefixes=0)  # type: ignore[arg-type]
+            limit = ContextLimit(16)
+            requests = [
+                Generation([1, 2, n], SamplingParams(max_tokens=2, **f), vocab_size=LLAMA.vocab_size,
+                           end_tokens=frozenset(), limit=limit, decoder=None)
+                for n, f in enumerate(fields)
+            ]  # fmt: skip
+            for request in requests:
+                engine.add(request)
+            while not all(request.done for request in requests):
+                engine.step()
+            assert not any(request.error for request in requests)
+            found.append([request.token_ids for request in requests])
+    assert found[0] == found[1]
+
+
+def test_neurons_are_fetched_only_when_they_were_counted(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, 1e9), ffn="sparse") as (cuda, _):
+        cuda.forward(make_batch([([1], 0)], [[0]]))
+        counted = cuda.neuron_counts()
+        assert counted.total > 0
+        monkeypatch.setattr(device, "download", lambda array: pytest.fail("fetched"))
+        assert cuda.neuron_counts() is counted
 
 
 def test_a_model_that_does_not_fit_says_by_how_much() -> None:
