@@ -15,6 +15,7 @@ from svdengine.errors import SvdEngineError
 COMMANDS = {
     "chat": "Talk with a model.",
     "generate": "Complete prompts.",
+    "serve": "Serve OpenAI's interface, and a chat page.",
     "convert": "Turn a checkpoint into a model file.",
     "calibrate": "Make the predictor that lets a model run sparse.",
     "inspect": "Show what is in a model file.",

@@ -21,5 +21,13 @@ class ContextOverflowError(RequestError):
     """A sequence does not fit the context or the KV pool."""
 
 
+class QueueFullError(SvdEngineError):
+    """As many requests as were allowed are running or waiting; the same one may be taken later."""
+
+
+class ShutdownError(SvdEngineError):
+    """The program is ending and takes no more requests, or cut one short."""
+
+
 class DeviceError(SvdEngineError):
     """A device or an instruction set that was asked for is not there."""

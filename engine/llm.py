@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.chat_template import ChatTemplate, Message, check_messages
-from svdengine.completion import Completion
+from svdengine.completion import Completion, FinishReason
 from svdengine.cost import kv_pool_bytes_per_token
 from svdengine.engine import Engine
 from svdengine.errors import RequestError, SvdEngineError
@@ -47,16 +47,17 @@ def load(
     kv_dtype: KvDtype = "f16",
     kv_tokens: int | None = None,
     kv_memory: int | None = None,
+    sequences: int = 1,
     mlock: bool = False,
     prefetch: bool = False,
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
     context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
-    the KV cache holds for all sequences together, by default one context; or kv_memory: bytes that it may take.
-    kv_dtype: f16 or f32. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a predictor comes from its own
-    file or from the model file. prefetch: read the weights into memory before anything runs; mlock: keep them there.
-    Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
+    the KV cache holds for all sequences together, by default `sequences` whole contexts; or kv_memory: bytes that it
+    may take. kv_dtype: f16 or f32. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a predictor comes
+    from its own file or from the model file. prefetch: read the weights into memory before anything runs; mlock: keep
+    them there. Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
     """
     mode = check_ffn(ffn)
     model_file = read_model_file(path)
@@ -66,6 +67,8 @@ def load(
             require_predictor(model_file, found)
         limit = _context_limit(model_file.config, context)
         token_bytes = kv_pool_bytes_per_token(model_file.config, "f32" if device == "reference" else kv_dtype)
+        if kv_tokens is None and kv_memory is None:
+            kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = _pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
         executor = create_executor(
@@ -158,10 +161,7 @@ class LLM:
         the oldest half of a full context is forgotten, instead of ending with finish_reason "length".
         Raises RequestError at once when prompt or parameters are unusable, ContextOverflowError when it is too long.
         """
-        tokens = self._prompt_tokens(prompt)
-        keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
-        request = self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
-        return self._start(request)
+        return self._start(self.prepare(prompt, params, context_shift=context_shift, **fields))
 
     def stream_chat(
         self,
@@ -177,10 +177,8 @@ class LLM:
         `template`: further variables for the chat template, such as tools. Nothing is kept between calls but the KV
         cache: a conversation that goes on costs only its new tokens.
         """
-        extra = dict(template or {})
-        tokens = self.chat_template.encode(messages, **extra)
-        keep = self._system_length(messages, tokens, extra) if context_shift else 0
-        return self._start(self._generation(tokens, self._params(params, fields), context_shift, keep, ()))
+        request = self.prepare_chat(messages, params, context_shift=context_shift, template=template, **fields)
+        return self._start(request)
 
     def generate(
         self,
@@ -229,16 +227,59 @@ class LLM:
         """
         check_sparsity_bias(sparsity_bias)
         request = Scoring(_token_list(token_ids), self.config.vocab_size, self.context, sparsity_bias)
-        self._add(request)
+        self.add(request)
         try:
             while not request.done and request.error is None:
                 self._advance(request)
         finally:
             if not request.done:
-                self._abort(request)
+                self.abort(request)
         if request.error is not None:
             raise request.error
         return request.logits
+
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, context_shift: bool = False, **fields: Any
+    ) -> Generation:
+        """The request that `stream` would run, for a program that drives the model itself; see `step`."""
+        tokens = self._prompt_tokens(prompt)
+        keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
+        return self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
+
+    def prepare_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Any,
+    ) -> Generation:
+        """The request that `stream_chat` would run; see `step`."""
+        extra = dict(template or {})
+        tokens = self.chat_template.encode(messages, **extra)
+        keep = self._system_length(messages, tokens, extra) if context_shift else 0
+        return self._generation(tokens, self._params(params, fields), context_shift, keep, ())
+
+    def add(self, request: Generation | Scoring) -> None:
+        """Queue a request. Raises SvdEngineError when the model was closed."""
+        with self._lock:
+            if self._closed:
+                raise SvdEngineError("the model was closed")
+            self._engine.add(request)
+
+    def step(self) -> None:
+        """Advance all requests that were added. Raises what the executor raises, which is each request's error too."""
+        with self._lock:
+            self._end_abandoned()
+            self._engine.step()
+
+    def abort(self, request: Generation | Scoring, reason: FinishReason = "abort") -> None:
+        """Take out a request and free its KV blocks; one that is done already is left as it is."""
+        with self._lock:
+            self._engine.abort(request)
+            if isinstance(request, Generation):
+                request.finish(reason)
 
     def close(self) -> None:
         """Give back threads and memory; requests that still run end with an error. Closing twice is fine."""
@@ -295,27 +336,18 @@ class LLM:
         return same if same < len(tokens) else 0
 
     def _start(self, request: Generation) -> TextStream:
-        self._add(request)
-        return TextStream(request, self._advance, self._abort, self._abandoned.append)
-
-    def _add(self, request: Generation | Scoring) -> None:
-        with self._lock:
-            if self._closed:
-                raise SvdEngineError("the model was closed")
-            self._engine.add(request)
+        self.add(request)
+        return TextStream(request, self._advance, self.abort, self._abandoned.append)
 
     def _advance(self, request: Generation | Scoring) -> None:
         with self._lock:
-            while self._abandoned:
-                self._engine.abort(self._abandoned.popleft())
+            self._end_abandoned()
             if not request.done and request.error is None:  # another thread may have taken the step meanwhile
                 self._engine.step()
 
-    def _abort(self, request: Generation | Scoring) -> None:
-        with self._lock:
-            self._engine.abort(request)
-            if isinstance(request, Generation):
-                request.finish("abort")
+    def _end_abandoned(self) -> None:
+        while self._abandoned:
+            self._engine.abort(self._abandoned.popleft())
 
 
 def _context_limit(config: ModelConfig, context: int | None) -> int:
@@ -329,12 +361,11 @@ def _context_limit(config: ModelConfig, context: int | None) -> int:
 
 
 def _pool_blocks(context: int, kv_tokens: int | None, kv_memory: int | None, token_bytes: int) -> int:
-    """Blocks of a KV pool that holds one context, or so many tokens, or fills so many bytes."""
+    """Blocks of a KV pool that holds so many tokens, or fills so many bytes."""
     if kv_memory is None:
-        tokens = context if kv_tokens is None else kv_tokens
-        if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < context:
-            raise RequestError(f"kv_tokens must be at least the context of {context}, found {tokens}")
-        return blocks_for(tokens)
+        if isinstance(kv_tokens, bool) or not isinstance(kv_tokens, int) or kv_tokens < context:
+            raise RequestError(f"kv_tokens must be at least the context of {context}, found {kv_tokens}")
+        return blocks_for(kv_tokens)
     if kv_tokens is not None:
         raise RequestError("give the size of the KV cache as kv_tokens or as kv_memory, not as both")
     if isinstance(kv_memory, bool) or not isinstance(kv_memory, int):

@@ -80,6 +80,12 @@ class Tokenizer:
         once, twice = self.decode([token]), self.decode([token, token])
         return twice[len(once) :] if twice.startswith(once) else once
 
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 that one token adds in the middle of a text, which may be a part of a character."""
+        if token in self._texts:
+            return self._texts[token].encode()
+        return self._require().token_bytes(token)
+
     def is_silent(self, token: int) -> bool:
         """Whether the token adds nothing to decoded text: a control token, or one that the tokenizer does not know."""
         return token in self._texts or not 0 <= token < self._size

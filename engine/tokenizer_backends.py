@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Protocol
 
 from svdengine.errors import ModelFileError
@@ -40,6 +42,10 @@ class Backend(Protocol):
         """Text of ids, with or without control tokens. Ids outside the vocabulary are left out."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """UTF-8 that one token adds in the middle of a text, which may be a part of a character."""
+        ...
+
 
 @contextmanager
 def _explained(what: str) -> Iterator[None]:
@@ -68,6 +74,8 @@ class JsonBackend:
             SpecialToken(i, t.content, t.lstrip, t.rstrip) for i, t in added.items() if t.special and t.content
         )
         self._data = data
+        self._added = frozenset(added)  # written as they are, whatever the alphabet
+        self._byte_level = any(step.get("type") == "ByteLevel" for step in _steps(json.loads(data).get("decoder")))
         self._inner: Any = None  # for text that does not stand first; made when it is needed
         self._lock = threading.Lock()
 
@@ -89,15 +97,20 @@ class JsonBackend:
         with _explained("tokenizer.json"):
             return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
 
+    def token_bytes(self, token: int) -> bytes:
+        """See `Backend.token_bytes`."""
+        piece = self._tokenizer.id_to_token(token) or ""
+        if token in self._added:
+            return piece.encode()
+        return b"".join(map(_bytes_of_letter, piece)) if self._byte_level else _bytes_of_piece(piece)
+
     def _inner_tokenizer(self) -> Any:
         """The same tokenizer, without the space that some put before the first word of a prompt only."""
         if self._inner is None:
             import tokenizers
 
             settings = json.loads(self._data)
-            before = settings.get("pre_tokenizer") or {}
-            steps = [step for step in (before, *before.get("pretokenizers", ())) if isinstance(step, dict)]
-            first_only = [step for step in steps if step.get("prepend_scheme") == "first"]
+            first_only = [s for s in _steps(settings.get("pre_tokenizer")) if s.get("prepend_scheme") == "first"]
             for step in first_only:
                 step["prepend_scheme"] = "never"
             self._inner = tokenizers.Tokenizer.from_str(json.dumps(settings)) if first_only else self._tokenizer
@@ -136,3 +149,36 @@ class SentencePieceBackend:
                 return self._processor.decode(known)
             pieces = [self._processor.IdToPiece(i) if i in self._control else i for i in known]
             return "".join(p if isinstance(p, str) else self._processor.decode([p]) for p in pieces)
+
+    def token_bytes(self, token: int) -> bytes:
+        """See `Backend.token_bytes`."""
+        return _bytes_of_piece(self._processor.IdToPiece(token)) if 0 <= token < self.vocab_size else b""
+
+
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _bytes_of_piece(piece: str) -> bytes:
+    byte = _BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace("\u2581", " ").encode()
+
+
+@cache
+def _letter_table() -> dict[str, bytes]:
+    """GPT-2's way to write bytes: printable Latin-1 letters are themselves, the others follow from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+    return {letter: bytes([byte]) for letter, byte in letters.items()}
+
+
+def _bytes_of_letter(letter: str) -> bytes:
+    return _letter_table().get(letter) or letter.encode()
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """A component of a tokenizer.json, and those that it is a sequence of."""
+    if not isinstance(part, dict):
+        return []
+    inner = [step for name in ("pretokenizers", "decoders") for step in part.get(name, ())]
+    return [step for step in (part, *inner) if isinstance(step, dict)]

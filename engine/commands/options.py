@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,18 +144,16 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.llm import load
     from svdengine.sequence import blocks_for
 
-    kv_memory = options["kv_memory"]
     path = options["model"] if options["model"] is not None else _demo_model()
-    context = options["context"] or context
     llm = load(
         path,
         options["device"],
         "sparse" if options["ffn"] == "both" else options["ffn"],
         options["threads"],
         options["predictor"],
-        context=context,
-        kv_tokens=None if kv_memory or context is None else sequences * blocks_for(context) * BLOCK_SIZE,
-        kv_memory=kv_memory,
+        context=options["context"] or context,
+        kv_memory=options["kv_memory"],
+        sequences=sequences,
         kv_dtype=options["kv_dtype"],
         mlock=options["mlock"],
         prefetch=options["prefetch"],
@@ -166,6 +165,15 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
             f" {llm.context}; use more, or a smaller context"
         )
     return llm
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Raise SvdEngineError with what to install when a module of an optional part is missing."""
+    from svdengine.errors import SvdEngineError
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise SvdEngineError(f'this needs {" and ".join(missing)}; run: pip install "svdengine[{extra}]"')
 
 
 def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,16 @@ def test_token_texts(kind: str) -> None:
     assert tokenizer.token_text(tokenizer.eos_id) == tokenizer.special_text(tokenizer.eos_id)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", ["hello world", "€ and 😀 \n\t\x00"])
+def test_token_bytes_join_to_the_text(kind: str, text: str) -> None:
+    tokenizer = make_tokenizer(kind)
+    found = b"".join(map(tokenizer.token_bytes, tokenizer.encode(text))).decode()
+    assert found.removeprefix("" if kind == "byte_level" else " ") == text
+    assert tokenizer.token_bytes(tokenizer.eos_id) == tokenizer.special_text(tokenizer.eos_id).encode()
+    assert tokenizer.token_bytes(99999) == b""
+
+
 def test_ids_outside_the_vocabulary_are_left_out() -> None:
     for kind in KINDS:
         tokenizer = make_tokenizer(kind)

@@ -1,0 +1,76 @@
+"""svdengine serve: OpenAI's interface over HTTP, and a chat page."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svdengine.commands.options import check_extra, model_options, open_model
+
+_KV_CONTEXTS = 2  # that the KV cache holds, when --kv-memory does not say
+
+
+@click.command("serve")
+@model_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@click.option("--name", metavar="NAME", help="What the model is called in requests; by default as its file.")
+@click.option("--api-key", multiple=True, metavar="KEY", help="Who shows it may use the server. Repeatable.")
+@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
+@click.option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
+@click.option(
+    "--max-requests",
+    type=click.IntRange(1, 4096),
+    default=64,
+    show_default=True,
+    metavar="N",
+    help="Completions that may run or wait; others are told to come later.",
+)
+@click.option("--max-body", type=click.IntRange(1), default=4, show_default=True, metavar="MIB", help="Of a request.")
+@click.option(
+    "--request-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=600.0,
+    show_default=True,
+    metavar="S",
+    help="An answer that takes longer ends there.",
+)
+@click.option(
+    "--drain-seconds",
+    type=click.FloatRange(min=0),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="On SIGTERM or Ctrl-C, time for running answers to end.",
+)
+def command(api_key: tuple[str, ...], api_key_file: Path | None, **options: Any) -> None:
+    """Serve MODEL, a .svdp file, to programs that speak OpenAI's interface, and to browsers.
+
+    API keys are also read from the environment variable SVDENGINE_API_KEY.
+    """
+    check_extra("serve", "starlette", "uvicorn")
+    from svdengine.server.http_server import HttpServer, listen, url_of
+    from svdengine.server.service import Service
+    from svdengine.server.settings import Settings, read_api_keys
+
+    settings = Settings(
+        name=options["name"] or (options["model"].stem if options["model"] else "smollm2"),
+        host=options["host"],
+        port=options["port"],
+        api_keys=read_api_keys(api_key, api_key_file),
+        cors_origins=options["cors_origin"],
+        capacity=options["max_requests"],
+        max_body=options["max_body"] << 20,
+        request_seconds=options["request_seconds"],
+        drain_seconds=options["drain_seconds"],
+    )
+    sequences = 1 if options["kv_memory"] else _KV_CONTEXTS
+    with listen(settings) as listening, open_model(options, sequences=sequences) as llm:
+        service = Service(llm, settings)
+        server = HttpServer(service, lambda: click.echo("\nending; a second signal ends at once", err=True))
+        click.echo(f"{settings.name} on {llm.executor.name} at {url_of(listening)}", err=True)
+        if not settings.loopback and not settings.api_keys:
+            click.echo("warning: whoever reaches this machine may use the server; --api-key restricts it", err=True)
+        server.run(listening)

@@ -1,0 +1,257 @@
+"""The HTTP routes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from svdengine import __version__
+from svdengine.errors import SvdEngineError
+from svdengine.llm import LLM
+from svdengine.server import metrics
+from svdengine.server.api_error import ApiError
+from svdengine.server.body import Body, parse_json
+from svdengine.server.chat_job import ChatJob
+from svdengine.server.completion_job import CompletionJob
+from svdengine.server.event_stream import EventStream, encode_json, until_disconnected
+from svdengine.server.guard import Guard
+from svdengine.server.job import Job
+from svdengine.server.messages import read_messages
+from svdengine.server.service import Service
+
+log = logging.getLogger("svdengine.server")
+
+_DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
+
+_NO_EMBEDDINGS = "this server's model generates text; it has no embeddings"
+
+MakeJob = Callable[[LLM, str, Any], Job]
+
+
+def create_app(service: Service) -> Starlette:
+    """The ASGI application of a service, which it closes at its end."""
+    routes = Routes(service)
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        service.close()
+
+    middleware = [Middleware(Watch, service=service)]
+    origins = service.settings.cors_origins
+    if origins:
+        headers = ["authorization", "content-type"]
+        middleware.append(
+            Middleware(
+                CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=headers
+            )
+        )
+    middleware.append(Middleware(Guard, settings=service.settings))
+    return Starlette(routes=routes.table(), middleware=middleware, lifespan=lifespan)
+
+
+class Watch:
+    """ASGI middleware that counts responses, and turns errors into OpenAI's shape."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+        self._paths = {path for path, _, _ in Routes(service).paths()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 0
+
+        async def watched_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        service = self._service
+        service.open_responses += 1
+        try:
+            await self._app(scope, receive, watched_send)
+        except (ClientDisconnect, TimeoutError):
+            status = status or 499  # nginx's number for a client that went
+        finally:
+            service.open_responses -= 1
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            service.metrics.responses[path, status] += 1
+
+
+class Routes:
+    """The endpoints."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._started = int(time.time())
+
+    def paths(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+        """Path, method and endpoint."""
+        return [
+            ("/v1/chat/completions", "POST", self.chat_completions),
+            ("/v1/completions", "POST", self.completions),
+            ("/v1/embeddings", "POST", self.embeddings),
+            ("/v1/models", "GET", self.models),
+            ("/v1/models/{name:path}", "GET", self.model),
+            ("/tokenize", "POST", self.tokenize),
+            ("/detokenize", "POST", self.detokenize),
+            ("/health", "GET", self.health),
+            ("/metrics", "GET", self.metrics),
+        ]
+
+    def table(self) -> list[Route]:
+        """For Starlette."""
+        table = [Route(path, self._explained(call), methods=[method]) for path, method, call in self.paths()]
+        return [*table, Route("/{path:path}", self._explained(self.missing), methods=_METHODS)]
+
+    async def chat_completions(self, request: Request) -> Any:
+        """Answer a conversation."""
+        return await self._run(request, ChatJob)
+
+    async def completions(self, request: Request) -> Any:
+        """Complete text."""
+        return await self._run(request, CompletionJob)
+
+    async def embeddings(self, _: Request) -> Any:
+        """Not what this server is for."""
+        raise ApiError(404, _NO_EMBEDDINGS, code="unsupported_endpoint")
+
+    async def models(self, _: Request) -> Any:
+        """The one model."""
+        return _json({"object": "list", "data": [self._model()]})
+
+    async def model(self, request: Request) -> Any:
+        """The same, by name."""
+        name = request.path_params["name"]
+        if name != self._service.settings.name:
+            raise ApiError(404, f"the model {name[:200]!r} is not served here", "model", "model_not_found")
+        return _json(self._model())
+
+    async def tokenize(self, request: Request) -> Any:
+        """Token ids of a text, or of the prompt of a conversation."""
+        llm = self._service.llm
+        body = Body(await self._body(request))
+        messages, content = body.take("messages", list), body.take("content", str)
+        special, pieces = body.take("add_special", bool, False), body.take("with_pieces", bool, False)
+        body.ignore("model")
+        body.finish()
+        if messages is not None and content is None:
+            tokens = await asyncio.to_thread(llm.chat_template.encode, read_messages(messages))
+        elif content is not None and messages is None:
+            tokens = await asyncio.to_thread(llm.tokenizer.encode, content, bos=special)
+        else:
+            raise ApiError(400, "give content, a text, or messages, a conversation", "content")
+        found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": llm.context}
+        if pieces:
+            found["tokens"] = [{"id": token, "piece": llm.tokenizer.token_text(token)} for token in tokens]
+        return _json(found)
+
+    async def detokenize(self, request: Request) -> Any:
+        """Text of token ids."""
+        body = Body(await self._body(request))
+        tokens = body.need("tokens", list)
+        body.ignore("model")
+        body.finish()
+        if not all(type(token) is int and 0 <= token < self._service.llm.config.vocab_size for token in tokens):
+            raise ApiError(400, "tokens must be token ids of this model", "tokens", "invalid_value")
+        return _json({"content": self._service.llm.tokenizer.decode(tokens, special=True)})
+
+    async def health(self, _: Request) -> Any:
+        """Whether requests are answered."""
+        service = self._service
+        status = "shutting down" if service.draining else "failing" if service.loop.failing else "ok"
+        return _json({"status": status, "version": __version__}, 200 if status == "ok" else 503)
+
+    async def metrics(self, _: Request) -> Any:
+        """Counters for Prometheus."""
+        service = self._service
+        return PlainTextResponse(service.metrics.text(service.gauges()), media_type=metrics.CONTENT_TYPE)
+
+    async def missing(self, request: Request) -> Any:
+        """Whatever else is asked for."""
+        path, method = request.url.path, request.method
+        right = [m for p, m, _ in self.paths() if p == path]
+        if right:
+            raise ApiError(405, f"{path} takes {right[0]}, not {method}", headers={"allow": right[0]})
+        raise ApiError(404, f"there is no {path[:200]!r} on this server")
+
+    async def _run(self, request: Request, make: MakeJob) -> Any:
+        value = await self._body(request)
+        service = self._service
+        job = await asyncio.to_thread(make, service.llm, service.settings.name, value)
+        delivery = service.submit(job)
+        if job.options.stream:
+            return EventStream(service, job, delivery)
+        done = await until_disconnected(request.receive, service.complete(job, delivery))
+        if done is None:
+            raise ClientDisconnect
+        return _json(job.answer(done))
+
+    async def _body(self, request: Request) -> Any:
+        """The JSON of a body. Raises ApiError when it is too long, comes too slowly or is no JSON."""
+        settings = self._service.settings
+        data, size = bytearray(), 0
+        try:
+            async with asyncio.timeout(settings.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    if size <= settings.max_body:
+                        data += part
+                    elif size > _DISCARD * settings.max_body:
+                        break
+        except TimeoutError:
+            message = f"the body did not arrive within {settings.body_seconds:g} seconds"
+            raise ApiError(408, message, headers={"connection": "close"}) from None
+        if size > settings.max_body:
+            message = f"the body has more than {settings.max_body} bytes, the limit of this server"
+            raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+        return await asyncio.to_thread(parse_json, bytes(data))
+
+    def _explained(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
+        async def explained(request: Request) -> Any:
+            try:
+                return await endpoint(request)
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                if not isinstance(error, ApiError | SvdEngineError):
+                    log.exception("an error in %s", request.url.path)
+                told = self._service.error(error)
+                return _json(told.body, told.status, told.headers)
+
+        return explained
+
+    def _model(self) -> dict[str, Any]:
+        llm = self._service.llm
+        return {
+            "id": self._service.settings.name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "svdengine",
+            "max_model_len": llm.context,
+            "chat": llm.model_file.chat_template is not None,
+        }
+
+
+_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+
+
+def _json(value: Any, status: int = 200, headers: Any = None) -> Response:
+    return Response(encode_json(value), status, dict(headers or {}), media_type="application/json")

@@ -1,0 +1,92 @@
+"""The fields of a request body: taken one by one, and what is left over is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from typing import Any, TypeVar, overload
+
+from svdengine.server.api_error import ApiError, unsupported
+
+T = TypeVar("T")
+
+_KINDS: dict[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    list: "a list",
+    dict: "an object",
+}
+
+
+def parse_json(data: bytes) -> Any:
+    """A JSON value. Raises ApiError when it is none, or nested too deep."""
+    try:
+        return json.loads(data, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deep") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+
+
+class Body:
+    """A JSON object. Null stands for a field that is not given."""
+
+    def __init__(self, value: Any) -> None:
+        if not isinstance(value, dict):
+            raise ApiError(400, f"the body must be a JSON object, found {_kind(value)}")
+        self._fields = {name: item for name, item in value.items() if item is not None}
+
+    @overload
+    def take(self, name: str, kind: type[T]) -> T | None: ...
+
+    @overload
+    def take(self, name: str, kind: type[T], default: T) -> T: ...
+
+    def take(self, name: str, kind: type[T], default: T | None = None) -> T | None:
+        """A field of one kind. Raises ApiError when it is of another."""
+        value = self._fields.pop(name, None)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ApiError(400, f"{name} must be {_KINDS[kind]}, found {_kind(value)}", name)
+        return value
+
+    def take_any(self, name: str) -> Any:
+        """A field of any kind, or None; whoever gets it checks it."""
+        return self._fields.pop(name, None)
+
+    def need(self, name: str, kind: type[T]) -> T:
+        """The same for a field that must be there."""
+        value = self.take(name, kind)
+        if value is None:
+            raise ApiError(400, f"{name} is missing", name, "missing_required_parameter")
+        return value
+
+    def ignore(self, *names: str) -> None:
+        """Drop fields that change nothing here."""
+        for name in names:
+            self._fields.pop(name, None)
+
+    def only(self, name: str, *values: Any) -> None:
+        """Drop a field that may have these values, which change nothing. Raises ApiError when it has another."""
+        value = self._fields.pop(name, None)
+        if value is not None and value not in values:
+            raise unsupported(name, f" but as {' or '.join(map(json.dumps, values))}")
+
+    def finish(self, known: Collection[str] = ()) -> None:
+        """Raise ApiError when a field is left. `known`: fields that exist in OpenAI's interface, but not here."""
+        for name in self._fields:
+            if name in known:
+                raise unsupported(name)
+            raise ApiError(400, f"{name[:100]!r} is not a field of this request", name[:100], "unknown_parameter")
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return next((text for kind, text in _KINDS.items() if type(value) is kind), "a number")
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")

@@ -1,0 +1,119 @@
+"""Chat completions: /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from svdengine.completion import Completion
+from svdengine.llm import LLM
+from svdengine.request_loop import Update
+from svdengine.sampling import SamplingParams
+from svdengine.server.api_error import ApiError
+from svdengine.server.body import Body
+from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
+from svdengine.server.logprobs import LogprobTrail
+from svdengine.server.messages import read_messages
+from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
+
+# Fields of OpenAI that say nothing about the answer.
+_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_UNSUPPORTED: tuple[str, ...] = (
+    "audio",
+    "function_call",
+    "functions",
+    "modalities",
+    "moderation",
+    "prediction",
+    "reasoning_effort",
+)
+_UNSUPPORTED += ("verbosity", "web_search_options", "service_tier", "store")
+
+
+class ChatJob:
+    """The answers to one conversation."""
+
+    def __init__(self, llm: LLM, name: str, value: Any) -> None:
+        """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""
+        body = Body(value)
+        check_model(body, name)
+        messages = read_messages(body.need("messages", list))
+        self.options: StreamOptions = take_stream_options(body)
+        self._choices = take_choices(body)
+        params = _take_length(body, take_sampling(body, llm.default_params))
+        params = _take_logprobs(body, params)
+        template = body.take("chat_template_kwargs", dict)
+        body.only("service_tier", "auto", "default")
+        body.only("store", False)
+        body.only("modalities", ["text"])
+        body.ignore(*_IGNORED)
+        body.finish(_UNSUPPORTED)
+        each = [choice_params(params, i) for i in range(self._choices)]
+        self.requests = [llm.prepare_chat(messages, one, template=template) for one in each]
+        self._head = Head("chat.completion", name)
+        self._trails = [_trail(llm, params) for _ in self.requests]
+
+    def opening(self) -> list[Object]:
+        """See `Job.opening`."""
+        return [self._piece(i, {"role": "assistant", "content": ""}) for i in range(self._choices)]
+
+    def pieces(self, index: int, update: Update) -> list[Object]:
+        """See `Job.pieces`."""
+        trail = self._trails[index]
+        entries = trail.push(update.logprobs, update.text) if trail else []
+        found = []
+        if update.text or entries:
+            shape = trail.chat_shape(entries) if trail else None
+            found.append(self._piece(index, {"content": update.text}, shape))
+        if update.completion is not None:
+            found.append(self._piece(index, {}, finish_reason=update.completion.finish_reason))
+        return found
+
+    def closing(self, completions: Sequence[Completion]) -> list[Object]:
+        """See `Job.closing`."""
+        if not self.options.include_usage:
+            return []
+        return [{**self._head.object(".chunk"), "choices": [], "usage": usage(completions, self._choices)}]
+
+    def answer(self, completions: Sequence[Completion]) -> Object:
+        """See `Job.answer`."""
+        choices = [self._choice(i, c) for i, c in enumerate(completions)]
+        return {**self._head.object(), "choices": choices, "usage": usage(completions, self._choices)}
+
+    def _choice(self, index: int, completion: Completion) -> Object:
+        trail = self._trails[index]
+        shape = trail.chat_shape(trail.push(completion.logprobs or (), completion.text)) if trail else None
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": shape,
+            "finish_reason": completion.finish_reason,
+        }
+
+    def _piece(
+        self, index: int, delta: Object, logprobs: Object | None = None, finish_reason: str | None = None
+    ) -> Object:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        piece = {**self._head.object(".chunk"), "choices": [choice]}
+        return {**piece, "usage": None} if self.options.include_usage else piece
+
+
+def _take_length(body: Body, params: SamplingParams) -> SamplingParams:
+    old, new = body.take_any("max_tokens"), body.take_any("max_completion_tokens")
+    if new is not None:
+        return changed(params, "max_tokens", new, "max_completion_tokens")
+    return changed(params, "max_tokens", old)  # None: as many as the context has room for
+
+
+def _take_logprobs(body: Body, params: SamplingParams) -> SamplingParams:
+    wanted, top = body.take("logprobs", bool), body.take("top_logprobs", int)
+    if top is not None and not wanted:
+        raise ApiError(400, "top_logprobs is only for logprobs: true", "top_logprobs")
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        message = f"top_logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, found {top}"
+        raise ApiError(400, message, "top_logprobs", "invalid_value")
+    return changed(params, "logprobs", top or 0) if wanted else params
+
+
+def _trail(llm: LLM, params: SamplingParams) -> LogprobTrail | None:
+    return None if params.logprobs is None else LogprobTrail(llm.tokenizer)

@@ -1,0 +1,120 @@
+"""Completions of plain text: /v1/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from svdengine.completion import Completion
+from svdengine.llm import LLM
+from svdengine.request_loop import Update
+from svdengine.sampling import SamplingParams
+from svdengine.server.api_error import ApiError, unsupported
+from svdengine.server.body import Body
+from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
+from svdengine.server.logprobs import LogprobTrail
+from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
+
+MAX_PROMPTS = 64
+_DEFAULT_LENGTH = 16  # tokens, as OpenAI documents it
+
+_IGNORED = ("user",)
+_UNSUPPORTED = ("suffix", "best_of")
+
+
+class CompletionJob:
+    """Completions of one prompt or several."""
+
+    def __init__(self, llm: LLM, name: str, value: Any) -> None:
+        """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""
+        body = Body(value)
+        check_model(body, name)
+        prompts = _prompts(body)
+        self.options: StreamOptions = take_stream_options(body)
+        self._choices = take_choices(body)
+        echo = bool(body.take("echo", bool))
+        params = take_sampling(body, llm.default_params)
+        length = body.take_any("max_tokens")
+        params = changed(params, "max_tokens", _DEFAULT_LENGTH if length is None else length)
+        params = _take_logprobs(body, params)
+        if echo and params.logprobs is not None:
+            raise unsupported("echo", " together with logprobs")
+        body.only("best_of", self._choices)
+        body.ignore(*_IGNORED)
+        body.finish(_UNSUPPORTED)
+        each = [choice_params(params, i) for i in range(self._choices)]
+        self.requests = [llm.prepare(prompt, one) for prompt in prompts for one in each]
+        self._head = Head("text_completion", name)
+        self._echoes = [_text(llm, prompt) if echo else "" for prompt in prompts for _ in each]
+        self._trails = [_trail(llm, params, request.sequence.tokens) for request in self.requests]
+
+    def opening(self) -> list[Object]:
+        """See `Job.opening`."""
+        return [self._piece(i, text) for i, text in enumerate(self._echoes) if text]
+
+    def pieces(self, index: int, update: Update) -> list[Object]:
+        """See `Job.pieces`."""
+        trail = self._trails[index]
+        entries = trail.push(update.logprobs, update.text) if trail else []
+        reason = update.completion.finish_reason if update.completion is not None else None
+        if not (update.text or entries or reason):
+            return []
+        return [self._piece(index, update.text, trail.completion_shape(entries) if trail else None, reason)]
+
+    def closing(self, completions: Sequence[Completion]) -> list[Object]:
+        """See `Job.closing`."""
+        if not self.options.include_usage:
+            return []
+        return [{**self._head.object(), "choices": [], "usage": usage(completions, self._choices)}]
+
+    def answer(self, completions: Sequence[Completion]) -> Object:
+        """See `Job.answer`."""
+        choices = []
+        for index, completion in enumerate(completions):
+            trail = self._trails[index]
+            entries = trail.push(completion.logprobs or (), completion.text) if trail else []
+            shape = trail.completion_shape(entries) if trail else None
+            text = self._echoes[index] + completion.text
+            choices.append(_choice(index, text, shape, completion.finish_reason))
+        return {**self._head.object(), "choices": choices, "usage": usage(completions, self._choices)}
+
+    def _piece(self, index: int, text: str, logprobs: Object | None = None, reason: str | None = None) -> Object:
+        piece = {**self._head.object(), "choices": [_choice(index, text, logprobs, reason)]}
+        return {**piece, "usage": None} if self.options.include_usage else piece
+
+
+def _choice(index: int, text: str, logprobs: Object | None, reason: str | None) -> Object:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
+
+
+def _prompts(body: Body) -> list[str | list[int]]:
+    prompt = body.take_any("prompt")
+    if prompt is None:
+        raise ApiError(400, "prompt is missing", "prompt", "missing_required_parameter")
+    if isinstance(prompt, str) or _is_tokens(prompt):
+        return [prompt]
+    if not isinstance(prompt, list) or not all(isinstance(p, str) or _is_tokens(p) for p in prompt):
+        raise ApiError(400, "prompt must be a string, a list of token ids, or a list of these", "prompt")
+    if not 1 <= len(prompt) <= MAX_PROMPTS:
+        raise ApiError(400, f"1 to {MAX_PROMPTS} prompts can be given, found {len(prompt)}", "prompt")
+    return prompt
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _take_logprobs(body: Body, params: SamplingParams) -> SamplingParams:
+    top = body.take("logprobs", int)
+    if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
+        message = f"logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, found {top}"
+        raise ApiError(400, message, "logprobs", "invalid_value")
+    return changed(params, "logprobs", top)
+
+
+def _text(llm: LLM, prompt: str | list[int]) -> str:
+    return prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+
+
+def _trail(llm: LLM, params: SamplingParams, prompt: list[int]) -> LogprobTrail | None:
+    return None if params.logprobs is None else LogprobTrail(llm.tokenizer, prompt)

@@ -1,0 +1,93 @@
+"""Answers in pieces: server-sent events, for as long as the client listens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Coroutine, Iterable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+from starlette.types import Receive, Scope, Send
+
+from svdengine.completion import Completion
+from svdengine.server.delivery import Delivery
+from svdengine.server.job import Job, Object
+from svdengine.server.service import Service, completions
+
+T = TypeVar("T")
+
+_SEND_SECONDS = 60.0  # for a client to take what was sent
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold back the pieces
+]
+
+log = logging.getLogger("svdengine.server")
+
+
+class EventStream:
+    """The ASGI response of a job that was submitted."""
+
+    def __init__(self, service: Service, job: Job, delivery: Delivery) -> None:
+        self._service = service
+        self._job = job
+        self._delivery = delivery
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the pieces until the job is done, or the client goes."""
+        await until_disconnected(receive, self._send_all(send))
+
+    async def _send_all(self, send: Send) -> None:
+        job = self._job
+        done: dict[int, Completion] = {}
+        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        try:
+            async with aclosing(self._service.updates(job, self._delivery)) as updates:
+                await _send_body(send, _events(job.opening()))
+                async for news in updates:
+                    done |= completions(news)
+                    pieces = [piece for index, update in news.items() for piece in job.pieces(index, update)]
+                    await _send_body(send, _events(pieces) if news else b": still at work\n\n")
+            last = job.closing([done[i] for i in range(len(job.requests))])
+        except TimeoutError:
+            log.info("a client took nothing of its answer for %g seconds", _SEND_SECONDS)
+            raise
+        except Exception as error:
+            last = [self._service.error(error).body]
+        await _send_body(send, _events(last) + b"data: [DONE]\n\n", more=False)
+
+
+def _events(objects: Iterable[Object]) -> bytes:
+    return b"".join(b"data: " + encode_json(each) + b"\n\n" for each in objects)
+
+
+async def _send_body(send: Send, data: bytes, more: bool = True) -> None:
+    """Send a part of the body. Raises TimeoutError when the client does not take it."""
+    async with asyncio.timeout(_SEND_SECONDS):
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as UTF-8."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    """Do the work, which is cancelled when the client goes; None then. Raises what the work raises."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else None
+    finally:
+        for each in (task, watch):
+            each.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,65 @@
+"""How tokens are chosen, from the body of a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from svdengine.errors import RequestError
+from svdengine.sampling import SamplingParams, merge_params
+from svdengine.server.api_error import ApiError
+from svdengine.server.body import Body
+
+MAX_CHOICES = 16
+MAX_TOP_LOGPROBS = 20
+
+# Those of OpenAI first; then those that other servers have as well.
+_FIELDS: tuple[str, ...] = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop")
+_FIELDS += ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "sparsity_bias")
+
+
+def take_sampling(body: Body, base: SamplingParams) -> SamplingParams:
+    """`base` with what the body says. Raises ApiError, which names the field that is unusable."""
+    fields = {name: body.take_any(name) for name in _FIELDS}
+    fields["seed"] = _seed(body.take("seed", int))
+    fields["logit_bias"] = _logit_bias(body.take("logit_bias", dict))
+    params = base
+    for name, value in fields.items():
+        if value is not None:
+            params = changed(params, name, value)
+    return params
+
+
+def changed(params: SamplingParams, name: str, value: Any, field: str | None = None) -> SamplingParams:
+    """`params` with one value changed; `field`: what the body calls it."""
+    try:
+        return merge_params(params, {name: value})
+    except RequestError as error:
+        raise ApiError(400, str(error), field or name, "invalid_value") from error
+
+
+def take_choices(body: Body) -> int:
+    """How many completions of a prompt are wanted."""
+    choices = body.take("n", int, 1)
+    if not 1 <= choices <= MAX_CHOICES:
+        raise ApiError(400, f"n must lie between 1 and {MAX_CHOICES}, found {choices}", "n", "invalid_value")
+    return choices
+
+
+def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
+    """Parameters of one of several choices: with a seed, each has its own, so that they differ and repeat."""
+    if params.seed is None or choice == 0:
+        return params
+    return merge_params(params, {"seed": (params.seed + choice) % (1 << 64)})
+
+
+def _seed(seed: int | None) -> int | None:
+    return None if seed is None else seed % (1 << 64)  # clients send signed numbers
+
+
+def _logit_bias(bias: dict[str, Any] | None) -> dict[int, Any] | None:
+    if bias is None:
+        return None
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError:
+        raise ApiError(400, "logit_bias must map token ids to numbers", "logit_bias", "invalid_value") from None

@@ -1,0 +1,98 @@
+"""What the HTTP routes work with: the model, the loop that runs requests, the limits and the counters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from functools import partial
+
+from svdengine.completion import Completion
+from svdengine.errors import QueueFullError
+from svdengine.llm import LLM
+from svdengine.request_loop import RequestLoop, Update
+from svdengine.server.api_error import ApiError, api_error
+from svdengine.server.delivery import Delivery
+from svdengine.server.job import Job
+from svdengine.server.metrics import Metrics
+from svdengine.server.settings import Settings
+
+QUIET_SECONDS = 15.0  # without news, after which a stream shows that it is alive
+
+
+class Service:
+    """One model and those who use it."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.loop = RequestLoop(llm, settings.capacity)
+        self.metrics = Metrics()
+        self.draining = False
+        self.open_responses = 0
+
+    def submit(self, job: Job) -> Delivery:
+        """Have the job run. Raises QueueFullError, ShutdownError or RequestError."""
+        delivery = Delivery()
+        pairs = [(request, partial(delivery.push, i)) for i, request in enumerate(job.requests)]
+        self.loop.submit(pairs, self.settings.request_seconds)
+        return delivery
+
+    async def updates(self, job: Job, delivery: Delivery) -> AsyncGenerator[dict[int, Update], None]:
+        """What a submitted job gives, by request; empty when there was nothing for a while. Ending it early cancels
+        the job. Raises what ended one of the requests.
+        """
+        running = len(job.requests)
+        try:
+            while running:
+                news = await delivery.take(QUIET_SECONDS)
+                for update in news.values():
+                    if update.error is not None:
+                        raise update.error
+                    if update.completion is not None:
+                        running -= 1
+                        self.metrics.completed(update.completion.stats, update.completion.finish_reason)
+                yield news
+        finally:
+            if running:
+                for request in job.requests:
+                    self.loop.cancel(request)
+
+    async def complete(self, job: Job, delivery: Delivery) -> list[Completion]:
+        """The completions of a submitted job, when all are done. Raises what ended one of them."""
+        done: dict[int, Completion] = {}
+        async with aclosing(self.updates(job, delivery)) as updates:
+            async for news in updates:
+                done |= completions(news)
+        return [done[i] for i in range(len(job.requests))]
+
+    def error(self, error: BaseException) -> ApiError:
+        """How an error is told."""
+        return api_error(error, self._retry_after() if isinstance(error, QueueFullError) else 1)
+
+    def drain(self) -> None:
+        """Take no more requests, and give those that run their time to end."""
+        self.draining = True
+        self.loop.drain(self.settings.drain_seconds)
+
+    def close(self) -> None:
+        """End the loop. The model stays open."""
+        self.loop.close()
+
+    def gauges(self) -> list[tuple[str, str, float]]:
+        """What is measured now, for /metrics."""
+        return [
+            ("requests", "Completions that run or wait.", self.loop.request_count),
+            ("request_capacity", "Most completions that may run or wait.", self.loop.capacity),
+        ]
+
+    def _retry_after(self) -> int:
+        """Seconds until a place is likely to be free: places come free evenly over the time of a completion."""
+        duration = self.metrics.duration
+        mean = duration.sum / duration.count if duration.count else 1.0
+        return min(60, max(1, math.ceil(mean / self.loop.capacity)))
+
+
+def completions(news: Mapping[int, Update]) -> dict[int, Completion]:
+    """Those of the requests that are done."""
+    return {index: update.completion for index, update in news.items() if update.completion is not None}

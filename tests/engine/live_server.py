@@ -1,0 +1,89 @@
+"""A server on loopback with a tiny model, whose steps a test can hold up."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tiny_model import write_tiny_model
+
+import svdengine
+from svdengine import LLM
+from svdengine.kernels.batch import Batch, Logits
+from svdengine.server.http_server import HttpServer, listen, url_of
+from svdengine.server.service import Service
+from svdengine.server.settings import Settings
+
+
+class GatedExecutor:
+    """Passes everything on to another executor; while it is held, steps wait to be allowed."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self._held = False
+        self._allowed = threading.Semaphore(0)
+        self.fail = False
+
+    def hold(self) -> None:
+        self._held = True
+
+    def allow(self, steps: int) -> None:
+        self._allowed.release(steps)
+
+    def let_go(self) -> None:
+        self._held = False
+        self._allowed.release()
+
+    def forward(self, batch: Batch) -> Logits:
+        if self._held:
+            self._allowed.acquire()
+        if self.fail:
+            raise RuntimeError("the device is on fire")
+        logits: Logits = self._inner.forward(batch)
+        return logits
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class LiveServer:
+    """A running server and what is behind it."""
+
+    def __init__(self, llm: LLM, **settings: Any) -> None:
+        self.llm = llm
+        self.gate = GatedExecutor(llm._engine.executor)
+        llm._engine.executor = self.gate  # type: ignore[assignment]
+        self.settings = Settings(name="tiny", port=0, **settings)
+        self.service = Service(llm, self.settings)
+        self._listening = listen(self.settings)
+        self.url = url_of(self._listening)
+        self.address = self._listening.getsockname()[:2]
+        self.http = HttpServer(self.service)
+        self.thread = threading.Thread(target=self.http.run, args=(self._listening,))
+        self.thread.start()
+
+    def close(self) -> None:
+        self.gate.let_go()
+        self.http.stop()
+        self.thread.join(30)
+        assert not self.thread.is_alive()
+        self._listening.close()
+
+    def blocks_in_use(self) -> int:
+        """KV blocks that neither a request nor the prefix cache gave back; when no request runs."""
+        self.llm._engine.prefix_cache.clear()
+        return self.llm._engine.pool.block_count - self.llm._engine.pool.free_count
+
+
+@contextmanager
+def live_server(folder: Path, **settings: Any) -> Iterator[LiveServer]:
+    path = folder / "tiny.svdp"
+    if not path.exists():
+        write_tiny_model(path)
+    with svdengine.load(path, device="reference", context=256, sequences=4) as llm:
+        server = LiveServer(llm, **settings)
+        try:
+            yield server
+        finally:
+            server.close()
