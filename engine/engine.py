@@ -15,7 +15,7 @@ from svdengine.kernels.batch import Choice, Executor, FfnMode, Logits, NeuronCou
 from svdengine.neurons import since
 from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
-from svdengine.scheduler import Chunk, Scheduler, Step
+from svdengine.scheduler import PREFILL_ROWS, Chunk, Scheduler, Step
 from svdengine.sequence import Sequence
 
 
@@ -31,17 +31,17 @@ class Outputs:
 class Engine:
     """Runs all requests together, one step at a time. It has no lock: callers take turns."""
 
-    def __init__(self, executor: Executor, *, cached_prefixes: int = 4) -> None:
+    def __init__(self, executor: Executor, *, prefix_caching: bool = True, prefill_rows: int = PREFILL_ROWS) -> None:
         self.executor = executor
         self.pool = BlockPool(executor.block_count)
-        self.prefix_cache = PrefixCache(self.pool, cached_prefixes)
-        self.scheduler = Scheduler(self.pool, executor.max_batch_rows, self.prefix_cache)
+        self.prefix_cache = PrefixCache(self.pool, enabled=prefix_caching)
+        self.scheduler = Scheduler(self.pool, executor.max_batch_rows, self.prefix_cache, prefill_rows)
         self._requests: dict[Sequence, Request] = {}
 
     def add(self, request: Request) -> None:
-        """Queue a request; it is `done` after some steps."""
-        self._requests[request.sequence] = request
+        """Queue a request; it is `done` after some steps. Raises ContextOverflowError when the pool cannot hold it."""
         self.scheduler.add(request.sequence)
+        self._requests[request.sequence] = request
 
     def step(self) -> None:
         """Advance every scheduled request. An error of the executor ends them all, and is raised."""
@@ -73,9 +73,9 @@ class Engine:
             row += count
 
     def set_ffn(self, ffn: FfnMode) -> None:
-        """Choose the FFN's path from the next step on. What the other path cached is not built upon."""
+        """Choose the FFN's path from the next step on. What the other path cached is computed anew."""
         self.executor.ffn = ffn
-        self.prefix_cache.clear()
+        self.scheduler.restart()
 
     def abort(self, request: Request) -> None:
         """Drop a request that nobody waits for. Its computed prefix stays in the cache."""
@@ -107,10 +107,12 @@ class Engine:
         try:
             if accept():
                 self.scheduler.shift(request.sequence, request.keep)
+            if not request.done:
+                self.scheduler.check_length(request.sequence)
         except Exception as error:
             request.error = error  # one request's trouble does not stop the others
             self._requests.pop(request.sequence)
-            self.scheduler.remove(request.sequence)
+            self.scheduler.finish(request.sequence)
             return
         if request.done:
             self._requests.pop(request.sequence)
@@ -120,6 +122,6 @@ class Engine:
         """The KV cache is in an unknown state: nothing of it is kept."""
         for request in self._requests.values():
             request.error = error if isinstance(error, SvdEngineError) else SvdEngineError(f"a step failed: {error!r}")
-            self.scheduler.remove(request.sequence)
+            self.scheduler.finish(request.sequence)
         self._requests.clear()
         self.prefix_cache.clear()

@@ -1,82 +1,175 @@
-"""The prefix cache: KV blocks of sequences that ended, for the next prompt that begins with the same tokens."""
+"""The prefix cache: which KV block holds which tokens, so that sequences that begin alike share their blocks.
+
+A full block is known by a digest of its tokens and of the digest of the block before it, so that one look-up compares
+the whole prefix. The digests are cryptographic: no two prefixes that can be found have the same, and tokens need not be
+compared. Blocks are shared while they are in use, and stay known without owners until the pool gives them out anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence as TokenIds
+import hashlib
+import struct
+from array import array
+from collections.abc import Iterable, Sequence as TokenIds
 from dataclasses import dataclass
 
 from svdengine.block_pool import BlockPool
 from svdengine.kernels.batch import BLOCK_SIZE
-from svdengine.sequence import blocks_for
+from svdengine.sequence import Sequence
+
+_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True)
-class CachedPrefix:
-    """Tokens and the blocks that hold their keys and values."""
+class CachedBlock:
+    """A block whose content is known."""
 
-    tokens: tuple[int, ...]
-    blocks: tuple[int, ...]
-    sparsity_bias: float = 0.0  # that they were computed with
+    block: int
+    parent: bytes  # digest of the block before it, or `root_digest`
+    digest: bytes
+    tokens: tuple[int, ...]  # BLOCK_SIZE, or fewer in the last block of a sequence that ended
+    sparsity_bias: float  # that it was computed with, and all blocks before it
 
 
 class PrefixCache:
-    """A few entries, the least recently used first. An entry is one owner of each of its blocks."""
+    """The known blocks of a pool. All blocks of sequences are taken and given back here.
 
-    def __init__(self, pool: BlockPool, capacity: int = 4) -> None:
+    With `enabled` false it knows none.
+    """
+
+    def __init__(self, pool: BlockPool, *, enabled: bool = True) -> None:
         self._pool = pool
-        self._capacity = capacity
-        self._entries: list[CachedPrefix] = []
+        self._enabled = enabled
+        self._full: dict[bytes, CachedBlock] = {}  # by digest
+        self._tails: dict[bytes, CachedBlock] = {}  # blocks that are not full, by parent
+        self._known: dict[int, CachedBlock] = {}  # all of them, by block
 
     def __len__(self) -> int:
-        return len(self._entries)
+        """Blocks whose content is known."""
+        return len(self._known)
 
-    def take(self, tokens: TokenIds[int], sparsity_bias: float = 0.0) -> tuple[list[int], int]:
-        """Blocks that hold a prefix of `tokens`, which the caller owns from now on, and the length of that prefix.
+    def allocate(self, count: int) -> list[int]:
+        """Take blocks from the pool; what idle ones held is forgotten. Raises ContextOverflowError."""
+        blocks = self._pool.allocate(count)
+        for block in blocks:
+            self._forget(block)
+        return blocks
 
-        At least one token is left out, since its logits are wanted. A conversation that goes on takes its entry whole;
-        a prompt that shares only the beginning shares the full blocks and leaves the entry.
+    def extend(self, sequence: Sequence) -> int:
+        """Give a sequence the known blocks that hold what comes after its cached tokens; returns how many tokens.
+
+        At least one token stays pending, since its logits are wanted. Blocks that the sequence had for them are
+        released. A block that is not full is taken out of the cache, because the sequence will write to it; so this
+        is done only where at least half of what it holds is wanted.
         """
-        best, length = None, 0
-        for entry in self._entries:
-            common = min(_common_prefix(entry.tokens, tokens), len(tokens) - 1)
-            if common >= max(length, 1) and entry.sparsity_bias == sparsity_bias:
-                best, length = entry, common
-        if best is None:
-            return [], 0
-        if 2 * length < len(best.tokens):
-            length = length // BLOCK_SIZE * BLOCK_SIZE
-            shared = list(best.blocks[: blocks_for(length)])
-            self._pool.share(shared)
-            return shared, length
-        self._entries.remove(best)
-        if length % BLOCK_SIZE and self._pool.owner_count(best.blocks[length // BLOCK_SIZE]) > 1:
-            length = length // BLOCK_SIZE * BLOCK_SIZE  # the block would be written to, and another reads it
-        count = blocks_for(length)
-        self._pool.release(best.blocks[count:])
-        return list(best.blocks[:count]), length
+        if not self._enabled or sequence.all_logits:
+            return 0
+        before, limit = sequence.cached, len(sequence) - 1
+        while (len(sequence.digests) + 1) * BLOCK_SIZE <= limit:
+            found = self._full.get(_next_digest(sequence))
+            if found is None:
+                break
+            self._place(found.block, sequence)
+            sequence.digests.append(found.digest)
+            sequence.cached = len(sequence.digests) * BLOCK_SIZE
+        if sequence.cached % BLOCK_SIZE == 0:
+            self._extend_by_tail(sequence, limit)
+        return sequence.cached - before
 
-    def store(self, tokens: TokenIds[int], blocks: TokenIds[int], sparsity_bias: float = 0.0) -> None:
-        """Keep the blocks of `tokens`, which the cache owns from now on. Blocks past the tokens are released."""
-        count = blocks_for(len(tokens))
-        self._pool.release(blocks[count:])
-        if not tokens or not self._capacity:
-            self._pool.release(blocks[:count])
+    def register(self, sequence: Sequence) -> None:
+        """Make the sequence's blocks known that are full by now. One that is known already replaces its own."""
+        if not self._enabled or sequence.all_logits:
             return
-        self._entries.append(CachedPrefix(tuple(tokens), tuple(blocks[:count]), sparsity_bias))
-        if len(self._entries) > self._capacity:
-            self.evict()
+        while (len(sequence.digests) + 1) * BLOCK_SIZE <= sequence.cached:
+            digest, at = _next_digest(sequence), len(sequence.digests)
+            found = self._full.get(digest)
+            if found is None:
+                self._add(_block_of(sequence, digest, sequence.block_table[at], BLOCK_SIZE))
+            elif found.block != sequence.block_table[at]:
+                self._place(found.block, sequence)
+            sequence.digests.append(digest)
 
-    def evict(self) -> bool:
-        """Release the blocks of the entry that was not used for longest. False when there is none."""
-        if not self._entries:
-            return False
-        self._pool.release(self._entries.pop(0).blocks)
-        return True
+    def retire(self, sequence: Sequence) -> None:
+        """Take back all blocks of a sequence, which holds nothing afterwards. What they hold stays known."""
+        count = sequence.cached % BLOCK_SIZE
+        if self._enabled and not sequence.all_logits and count:
+            block = sequence.block_table[sequence.cached // BLOCK_SIZE]
+            self._add(_block_of(sequence, b"", block, count))
+        self.release(reversed(sequence.block_table))  # the last is given out first: others build on those before it
+        sequence.block_table, sequence.digests, sequence.cached = [], [], 0
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Drop one owner of each block."""
+        self._pool.release(blocks, self._known)
 
     def clear(self) -> None:
-        """Release everything."""
-        while self.evict():
-            pass
+        """Forget everything."""
+        for block in list(self._known):
+            self._forget(block)
+
+    def _extend_by_tail(self, sequence: Sequence, limit: int) -> None:
+        tail = self._tails.get(_parent(sequence))
+        if tail is None:
+            return
+        same = _common_prefix(tail.tokens, sequence.tokens[sequence.cached : limit])
+        if 2 * same < len(tail.tokens):
+            return
+        self._place(tail.block, sequence)
+        self._forget(tail.block)
+        sequence.cached += same
+
+    def _place(self, block: int, sequence: Sequence) -> None:
+        """Make a known block the sequence's next one after those that have digests."""
+        self._pool.share(block)
+        at = len(sequence.digests)
+        self.release(sequence.block_table[at : at + 1])
+        sequence.block_table[at : at + 1] = [block]
+
+    def _add(self, found: CachedBlock) -> None:
+        if len(found.tokens) == BLOCK_SIZE:
+            self._full[found.digest] = found
+        else:
+            if found.parent in self._tails:
+                self._forget(self._tails[found.parent].block)
+            self._tails[found.parent] = found
+        self._known[found.block] = found
+
+    def _forget(self, block: int) -> None:
+        known = self._known.pop(block, None)
+        if known is None:
+            return
+        if len(known.tokens) == BLOCK_SIZE:
+            del self._full[known.digest]
+        else:
+            del self._tails[known.parent]
+        self._pool.blank(block)
+
+
+def root_digest(sparsity_bias: float) -> bytes:
+    """What the first block of a sequence has for a parent: all that keys and values depend on besides tokens."""
+    return hashlib.blake2b(struct.pack("<d", sparsity_bias), digest_size=_DIGEST_BYTES).digest()
+
+
+def block_digest(parent: bytes, tokens: TokenIds[int]) -> bytes:
+    """The digest of a full block: of its tokens, and by way of `parent` of all before them."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=_DIGEST_BYTES).digest()
+
+
+def _parent(sequence: Sequence) -> bytes:
+    return sequence.digests[-1] if sequence.digests else root_digest(sequence.sparsity_bias)
+
+
+def _next_digest(sequence: Sequence) -> bytes:
+    """Of the first block that has none yet."""
+    start = len(sequence.digests) * BLOCK_SIZE
+    return block_digest(_parent(sequence), sequence.tokens[start : start + BLOCK_SIZE])
+
+
+def _block_of(sequence: Sequence, digest: bytes, block: int, count: int) -> CachedBlock:
+    """The sequence's first block without a digest, of which `count` tokens are cached."""
+    start = len(sequence.digests) * BLOCK_SIZE
+    tokens = tuple(sequence.tokens[start : start + count])
+    return CachedBlock(block, _parent(sequence), digest, tokens, sequence.sparsity_bias)
 
 
 def _common_prefix(a: TokenIds[int], b: TokenIds[int]) -> int:

@@ -11,12 +11,13 @@ from svdengine.errors import RequestError
 
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
+MAX_PRIORITY = 1 << 31
 MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How tokens are chosen and when generation ends. Raises RequestError on a field that is out of range.
+    """How tokens are chosen, when generation ends, and who waits. Raises RequestError on a field that is out of range.
 
     The logits of a step are changed in this order, which is that of Hugging Face: repetition penalty, presence and
     frequency penalties, logit bias, temperature, top-k, top-p, min-p. Temperature 0 is greedy: the filters are not run.
@@ -37,6 +38,7 @@ class SamplingParams:
     logprobs: int | None = None  # log-probabilities of the chosen and of this many likeliest tokens; None: none
     ignore_eos: bool = False  # the model's end tokens do not end generation
     sparsity_bias: float = 0.0  # shifts the sparsity predictor's thresholds; above 0: fewer neurons are computed
+    priority: int = 0  # where requests wait for each other, lower numbers go first; equal ones in order of arrival
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -50,6 +52,7 @@ class SamplingParams:
         _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         check_sparsity_bias(self.sparsity_bias)
+        _check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if self.top_p == 0.0:
             raise RequestError("top_p must be above 0; use temperature 0 for greedy decoding")
         if self.seed is not None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from collections import Counter
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 
 import numpy as np
 
 from svdengine.block_pool import BlockPool
+from svdengine.errors import ContextOverflowError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.prefix_cache import PrefixCache
 from svdengine.sequence import Sequence, blocks_for
+
+PREFILL_ROWS = 64  # of a step in which others decode: what bounds the time between their tokens
 
 
 @dataclass(frozen=True)
@@ -32,19 +36,35 @@ class Step:
 
 
 class Scheduler:
-    """First come, first served, with continuous batching.
+    """Continuous batching: a step mixes rows of sequences that decode with chunks of prompts.
 
-    Decoding sequences get their row first; what is left of a step's rows goes to prompts, cut into chunks. A sequence
-    is admitted when the pool has blocks for all its tokens. When a running one finds no block, cached prefixes are
-    given up, then the sequence that was admitted last goes back to the queue; its tokens are computed anew later.
+    Sequences are ordered by priority, lower numbers first, and by arrival among equals. They are admitted in that order,
+    when the pool has blocks for all their tokens; where it has too few, running ones of a lower priority make room. When
+    a running sequence finds no block, the last in order goes back to the queue, and its tokens are computed anew later,
+    but for those that the prefix cache still has. So the first in order always advances, and every sequence ends,
+    unless others of a higher priority never cease to come.
+
+    Each decoding sequence gets its row of a step. The rest, but no more than `prefill_rows` where any decodes, goes to
+    prompts: half of it to the first in order, what remains to the shortest. So a short prompt waits neither for a
+    long one nor for several.
     """
 
-    def __init__(self, pool: BlockPool, max_batch_rows: int, prefix_cache: PrefixCache | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_batch_rows: int,
+        prefix_cache: PrefixCache | None = None,
+        prefill_rows: int = PREFILL_ROWS,
+    ) -> None:
         self.pool = pool
-        self.prefix_cache = PrefixCache(pool, capacity=0) if prefix_cache is None else prefix_cache
+        self.prefix_cache = PrefixCache(pool, enabled=False) if prefix_cache is None else prefix_cache
+        self.preemptions = 0  # so far
+        self.prefix_hit_tokens = 0  # so far; tokens that did not have to be computed
         self._max_rows = max_batch_rows
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []  # in order of admission
+        self._prefill_rows = prefill_rows
+        self._arrivals = 0
+        self._waiting: list[Sequence] = []  # both in order
+        self._running: list[Sequence] = []
 
     @property
     def token_capacity(self) -> int:
@@ -56,24 +76,36 @@ class Scheduler:
         """Whether there is nothing to do."""
         return not self._waiting and not self._running
 
+    @property
+    def waiting_count(self) -> int:
+        """Sequences in the queue."""
+        return len(self._waiting)
+
+    @property
+    def running_count(self) -> int:
+        """Sequences that have been admitted."""
+        return len(self._running)
+
     def add(self, sequence: Sequence) -> None:
-        """Put a sequence at the end of the queue."""
-        self._waiting.append(sequence)
+        """Queue a sequence. Raises ContextOverflowError; see `check_length`."""
+        self.check_length(sequence)
+        self._arrivals += 1
+        sequence.arrival = self._arrivals
+        insort(self._waiting, sequence, key=_order)
+
+    def check_length(self, sequence: Sequence) -> None:
+        """Raise ContextOverflowError when the whole pool could not hold the sequence."""
+        if len(sequence) > self.token_capacity:
+            raise ContextOverflowError(
+                f"{len(sequence)} tokens need {blocks_for(len(sequence))} KV blocks and there are "
+                f"{self.pool.block_count}; shorten the prompt, or give the KV cache more tokens (kv_tokens)"
+            )
 
     def schedule(self) -> Step | None:
-        """The next step, or None when no sequence is left. It must be followed by `advance` or by `remove`."""
-        plan: dict[Sequence, int] = {}
-        budget = self._max_rows
-        for sequence in sorted(self._running, key=lambda s: s.pending > 1):
-            rows = min(sequence.pending, budget)
-            if rows and sequence in self._running and self._make_room(sequence, rows, plan):
-                plan[sequence] = rows
-            budget = self._max_rows - sum(plan.values())
-        while budget and self._waiting and self._admit(self._waiting[0]):
-            sequence = self._waiting.popleft()
-            self._running.append(sequence)
-            plan[sequence] = min(sequence.pending, budget)
-            budget -= plan[sequence]
+        """The next step, or None when no sequence is left. It must be followed by `advance` or by `finish`."""
+        self._grow_tables()
+        self._admit_waiting()
+        plan = self._share_rows()
         if not plan:
             return None
         chunks = tuple(Chunk(s, rows, _logit_rows(s, rows)) for s, rows in plan.items())
@@ -83,73 +115,94 @@ class Scheduler:
         """Note that the step was computed."""
         for chunk in step.chunks:
             chunk.sequence.cached += chunk.rows
+            self.prefix_cache.register(chunk.sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take out a sequence that is complete; the prefix cache gets its blocks."""
-        self._forget(sequence)
-        self._store_prefix(sequence)
-        sequence.block_table = []
-        sequence.cached = 0
-
-    def remove(self, sequence: Sequence) -> None:
-        """Take out a sequence and free its blocks, whatever state it is in."""
-        self._forget(sequence)
-        self._release(sequence)
+        """Take out a sequence, whatever state it is in, and free its blocks; the prefix cache knows what they hold."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
+        self.prefix_cache.retire(sequence)
 
     def shift(self, sequence: Sequence, keep: int) -> None:
         """Drop the older half of what follows the first `keep` tokens, because the context is full."""
         sequence.drop_oldest(keep)
         count = blocks_for(sequence.cached)
-        self.pool.release(sequence.block_table[count:])
+        self.prefix_cache.release(sequence.block_table[count:])
         del sequence.block_table[count:]
 
-    def _forget(self, sequence: Sequence) -> None:
-        if sequence in self._running:
-            self._running.remove(sequence)
-        elif sequence in self._waiting:
-            self._waiting.remove(sequence)
+    def restart(self) -> None:
+        """Have all tokens computed anew: send running sequences back to the queue, and forget all cached prefixes."""
+        while self._running:
+            self._preempt(self._running[-1])
+        self.prefix_cache.clear()
 
-    def _make_room(self, sequence: Sequence, rows: int, plan: dict[Sequence, int]) -> bool:
-        """Give the sequence blocks for its next rows. False when it had to be preempted itself."""
-        missing = blocks_for(sequence.cached + rows) - len(sequence.block_table)
-        while not self.pool.can_allocate(missing):
-            if self.prefix_cache.evict():
-                continue
-            victim = self._running[-1]
-            plan.pop(victim, None)
-            self._preempt(victim)
-            if victim is sequence:
-                return False
-        sequence.block_table += self.pool.allocate(max(missing, 0))
-        return True
+    def _grow_tables(self) -> None:
+        """Give every running sequence blocks for all its tokens, the first in order first."""
+        position = 0
+        while position < len(self._running):
+            sequence = self._running[position]
+            missing = blocks_for(len(sequence)) - len(sequence.block_table)
+            if self.pool.can_allocate(missing):
+                sequence.block_table += self.prefix_cache.allocate(max(missing, 0))
+                position += 1
+            else:
+                self._preempt(self._running[-1])  # perhaps this one
+
+    def _admit_waiting(self) -> None:
+        while self._waiting and len(self._running) < self._max_rows and self._admit(self._waiting[0]):
+            insort(self._running, self._waiting.pop(0), key=_order)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all its tokens, reusing a cached prefix. False when there are too few."""
-        if not sequence.all_logits:
-            sequence.block_table, sequence.cached = self.prefix_cache.take(sequence.tokens, sequence.sparsity_bias)
+        """Give a waiting sequence blocks for all its tokens. False when there are too few.
+
+        A block is left for each running sequence, so that the next steps need not send the new one back.
+        """
+        found = self.prefix_cache.extend(sequence)
         missing = blocks_for(len(sequence)) - len(sequence.block_table)
-        while not self.pool.can_allocate(missing):
-            if not self.prefix_cache.evict():
-                self._store_prefix(sequence)
-                sequence.block_table, sequence.cached = [], 0
+        while not self.pool.can_allocate(missing + len(self._running)):
+            if not self._running or self._running[-1].priority <= sequence.priority:
+                self.prefix_cache.retire(sequence)
                 return False
-        sequence.reused = sequence.cached
-        sequence.block_table += self.pool.allocate(missing)
+            self._preempt(self._running[-1])
+        sequence.block_table += self.prefix_cache.allocate(missing)
+        sequence.reused = found
+        self.prefix_hit_tokens += found
         return True
 
-    def _store_prefix(self, sequence: Sequence) -> None:
-        cached = sequence.tokens[: sequence.cached]
-        self.prefix_cache.store(cached, sequence.block_table, sequence.sparsity_bias)
+    def _share_rows(self) -> dict[Sequence, int]:
+        """How many rows of the next step each running sequence gets."""
+        for sequence in self._running:
+            if sequence.pending > 1:  # others may have computed what it needs
+                found = self.prefix_cache.extend(sequence)
+                sequence.reused += found
+                self.prefix_hit_tokens += found
+        decoding = [s for s in self._running if s.pending == 1]
+        prompts = [s for s in self._running if s.pending > 1]
+        budget = self._max_rows - len(decoding)
+        return dict.fromkeys(decoding, 1) | _prefill(prompts, min(budget, self._prefill_rows) if decoding else budget)
 
     def _preempt(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
-        self._release(sequence)
-        self._waiting.appendleft(sequence)
+        self.finish(sequence)
+        insort(self._waiting, sequence, key=_order)
+        self.preemptions += 1
 
-    def _release(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        sequence.block_table = []
-        sequence.cached = 0
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    return sequence.priority, sequence.arrival
+
+
+def _prefill(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
+    """Rows of prompts, which are in order: half of the budget to the first, what remains to the shortest."""
+    rows: Counter[Sequence] = Counter()
+    shortest = sorted(prompts, key=lambda s: (s.priority, s.pending))
+    for sequence, most in [*((s, -(-budget // 2)) for s in prompts[:1]), *((s, budget) for s in shortest)]:
+        more = min(sequence.pending - rows[sequence], most, budget)
+        if more:
+            rows[sequence] += more
+            budget -= more
+    return rows
 
 
 def _logit_rows(sequence: Sequence, rows: int) -> int:

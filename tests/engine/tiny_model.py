@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,10 @@ def write_tiny_model(path: Path, template: str | None = CHATML, add_bos: bool = 
 
 
 class FakeExecutor:
-    """Keeps the tokens themselves where keys and values would be; logits are a pure function of what a row sees."""
+    """Keeps the tokens themselves where keys and values would be; logits are a pure function of what a row sees.
+
+    A sparsity bias is added to the tokens, times 1000, so that what was computed with another one shows too.
+    """
 
     name = "fake"
 
@@ -122,6 +125,7 @@ class FakeExecutor:
         self.max_batch_rows = max_batch_rows
         self.vocab_size = vocab_size
         self.cache = np.full(block_count * BLOCK_SIZE, -1, np.int64)
+        self.paths = np.full(block_count * BLOCK_SIZE, "", object)  # by which each slot was computed
         self.steps = 0
         self.rows = 0
         self.fail = False
@@ -143,7 +147,8 @@ class FakeExecutor:
             self.counts = NeuronCounts(was.predicted + 3 * n, was.active + 2 * n, was.total + 10 * n)
         slots = [self._slot(batch, s, p) for s, p in zip(batch.sequences, batch.positions, strict=True)]
         assert len(set(slots)) == len(slots), "two rows write the same slot"
-        self.cache[slots] = batch.tokens
+        self.paths[slots] = self.ffn
+        self.cache[slots] = batch.tokens + (1000 * bias[batch.sequences]).astype(np.int64)
         for sequence, length in enumerate(batch.context_lengths):
             assert batch.positions[batch.sequences == sequence][-1] == length - 1
         return np.stack([self._logits(batch, int(row)) for row in batch.logit_rows] or [np.empty(0, np.float32)])
@@ -162,12 +167,19 @@ class FakeExecutor:
 
     def _logits(self, batch: Batch, row: int) -> np.ndarray:
         sequence = int(batch.sequences[row])
-        seen = [int(self.cache[self._slot(batch, sequence, p)]) for p in range(int(batch.positions[row]) + 1)]
+        slots = [self._slot(batch, sequence, p) for p in range(int(batch.positions[row]) + 1)]
+        seen = self.cache[slots].tolist()
         assert -1 not in seen
+        assert set(self.paths[slots]) == {self.ffn}
         return logits_after(seen, self.vocab_size)
 
 
 def logits_after(tokens: list[int], vocab_size: int) -> np.ndarray:
     """What FakeExecutor gives after these tokens."""
+    return _logits_after(tuple(tokens), vocab_size)
+
+
+@lru_cache(20_000)
+def _logits_after(tokens: tuple[int, ...], vocab_size: int) -> np.ndarray:
     seed = int.from_bytes(hashlib.blake2b(np.asarray(tokens, np.int64).tobytes(), digest_size=8).digest(), "little")
     return np.random.default_rng(seed).standard_normal(vocab_size).astype(np.float32)
