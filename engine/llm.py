@@ -26,6 +26,7 @@ from svdengine.paged_executor import PagedExecutor
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.residency import arrange_memory
 from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
+from svdengine.scheduler import PREFILL_ROWS
 from svdengine.sequence import blocks_for
 from svdengine.stream_decoder import StreamDecoder
 from svdengine.text_stream import TextStream
@@ -48,6 +49,7 @@ def load(
     kv_tokens: int | None = None,
     kv_memory: int | None = None,
     sequences: int = 1,
+    prefill_rows: int = PREFILL_ROWS,
     mlock: bool = False,
     prefetch: bool = False,
 ) -> LLM:
@@ -56,10 +58,14 @@ def load(
     context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
     the KV cache holds for all sequences together, by default `sequences` whole contexts; or kv_memory: bytes that it
     may take. kv_dtype: f16 or f32. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a predictor comes
-    from its own file or from the model file. prefetch: read the weights into memory before anything runs; mlock: keep
-    them there. Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
+    from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads while others
+    decode: more read prompts faster, fewer let the others wait less for each token. prefetch: read the weights into
+    memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or RequestError, saying
+    what was found and what to do.
     """
     mode = check_ffn(ffn)
+    if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
+        raise RequestError(f"prefill_rows must be a whole number of at least 1, found {prefill_rows!r}")
     model_file = read_model_file(path)
     try:
         found = find_predictor(model_file, predictor)
@@ -83,7 +89,7 @@ def load(
         )
         if not fits:
             executor = PagedExecutor(executor, model_file)
-        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, predictor=found)
+        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, predictor=found, prefill_rows=prefill_rows)
     except BaseException:
         model_file.close()
         raise
@@ -103,6 +109,7 @@ class LLM:
         context: int,
         kv_dtype: KvDtype = "f16",
         predictor: Predictor | None = None,
+        prefill_rows: int = PREFILL_ROWS,
     ) -> None:
         self.model_file = model_file
         self.predictor = predictor
@@ -110,7 +117,7 @@ class LLM:
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
-        self._engine = Engine(executor)
+        self._engine = Engine(executor, prefill_rows=prefill_rows)
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import struct
 from array import array
-from collections.abc import Iterable, Sequence as TokenIds
+from collections.abc import Iterable
+from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
 
 from svdengine.block_pool import BlockPool

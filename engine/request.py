@@ -76,9 +76,7 @@ class Generation:
         decoder: StreamDecoder | None,
     ) -> None:
         _check_tokens(prompt, vocab_size)
-        self.sequence = Sequence(
-            _fit(prompt, limit), sparsity_bias=params.sparsity_bias, priority=params.priority
-        )
+        self.sequence = Sequence(_fit(prompt, limit), sparsity_bias=params.sparsity_bias, priority=params.priority)
         self.params = params
         self.pieces: deque[str] = deque()  # text that nobody has fetched yet
         self.token_ids: list[int] = []

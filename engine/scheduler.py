@@ -38,11 +38,11 @@ class Step:
 class Scheduler:
     """Continuous batching: a step mixes rows of sequences that decode with chunks of prompts.
 
-    Sequences are ordered by priority, lower numbers first, and by arrival among equals. They are admitted in that order,
-    when the pool has blocks for all their tokens; where it has too few, running ones of a lower priority make room. When
-    a running sequence finds no block, the last in order goes back to the queue, and its tokens are computed anew later,
-    but for those that the prefix cache still has. So the first in order always advances, and every sequence ends,
-    unless others of a higher priority never cease to come.
+    Sequences are ordered by priority, lower numbers first, and by arrival among equals. They are admitted in that
+    order, when the pool has blocks for all their tokens; where it has too few, running ones of a lower priority make
+    room. When a running sequence finds no block, the last in order goes back to the queue, and its tokens are computed
+    anew later, but for those that the prefix cache still has. So the first in order always advances, and every
+    sequence ends, unless others of a higher priority never cease to come.
 
     Each decoding sequence gets its row of a step. The rest, but no more than `prefill_rows` where any decodes, goes to
     prompts: half of it to the first in order, what remains to the shortest. So a short prompt waits neither for a

@@ -1,4 +1,4 @@
-"""Random schedules on tiny pools: whatever comes and goes, each request gets what it would get alone, and no block is lost.
+"""Random schedules on tiny pools: whatever comes and goes, requests get what they get alone, and no block is lost.
 
 The executor's logits depend on every token in the slots that it is told of, so that a wrong block table shows.
 """

@@ -173,6 +173,7 @@ def test_logprobs(logits: np.ndarray, top: int) -> None:
         ({"top_k": 1.5}, "top_k must be a whole number"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"seed": -1}, "seed"),
+        ({"priority": 0.5}, "priority must be a whole number"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": [""]}, "stop"),
         ({"stop": [3]}, "stop"),

@@ -8,7 +8,6 @@ from tiny_model import FakeExecutor, logits_after
 
 from svdengine.engine import Engine
 from svdengine.errors import ContextOverflowError, RequestError, SvdEngineError
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.sampling import SamplingParams
 
@@ -58,6 +57,65 @@ def test_admission_is_first_come_first_served() -> None:
     assert [len(one.token_ids) for one in (large, larger, small)] == [1, 0, 0]
 
 
+def test_a_lower_number_goes_first() -> None:
+    engine = Engine(FakeExecutor(4, 64))
+    running = request([1] * 40, 64, ignore_eos=True)
+    later, sooner = request([2] * 40, 64), request([3] * 40, 64, priority=-1)
+    for one in (running, later, sooner):
+        engine.add(one)
+    engine.step()  # the one of the lower number is admitted alone
+    assert [len(one.token_ids) for one in (running, later, sooner)] == [0, 0, 1]
+    urgent = request([4] * 20, 64, priority=-2)
+    run(engine, urgent)  # and makes room for another
+    assert not sooner.done
+    assert engine.scheduler.preemptions == 1
+    while not (running.done and later.done):
+        engine.step()
+        assert not later.token_ids or running.done
+    assert sooner.token_ids == alone([3] * 40, 64, {})
+
+
+def test_a_short_prompt_waits_neither_for_one_long_prompt_nor_for_several() -> None:
+    """Nor do those that decode: their steps stay small."""
+    executor = FakeExecutor(300, 64)
+    engine = Engine(executor, prefill_rows=16)
+    decoding = request([1], 1000, max_tokens=None, ignore_eos=True)
+    engine.add(decoding)
+    engine.step()
+    long = [request([i] * 900, 1000) for i in range(2, 6)]
+    for one in long:
+        engine.add(one)
+    for _ in range(5):
+        engine.step()
+    short = request([9] * 24, 1000, max_tokens=1)
+    engine.add(short)
+    steps = 0
+    while not short.done:
+        executor.rows = 0
+        engine.step()
+        assert executor.rows <= 1 + 16
+        steps += 1
+    assert steps == 24 / (16 / 2)  # half of the rows for prompts were its own
+    assert len(decoding.token_ids) == 1 + 5 + steps
+    assert long[0].sequence.cached == 5 * 16 + steps * 8
+    engine.abort(decoding)
+    executor.rows = 0
+    engine.step()
+    assert executor.rows == 64  # nobody waits for a token now
+
+
+def test_a_request_that_the_pool_cannot_hold_is_refused_at_once() -> None:
+    engine = Engine(FakeExecutor(4, 64))
+    with pytest.raises(ContextOverflowError, match="70 tokens need 5 KV blocks and there are 4; shorten the prompt"):
+        engine.add(request([1] * 70, 100))
+    grows = request([1] * 60, 100, max_tokens=30, ignore_eos=True)
+    run(engine, grows, fine := request([2], 60))
+    assert isinstance(grows.error, ContextOverflowError)
+    assert len(grows.token_ids) == 5
+    assert fine.token_ids == alone([2], 60, {})
+    assert engine.pool.free_count == 4
+
+
 def test_the_last_admitted_is_preempted_and_comes_back() -> None:
     engine = Engine(FakeExecutor(4, 64), prefix_caching=False)
     requests = [request([i] * 15, 64, max_tokens=30, ignore_eos=True) for i in (1, 2, 3)]
@@ -77,6 +135,63 @@ def test_a_conversation_costs_only_its_new_tokens() -> None:
     run(engine, second)
     assert executor.rows == 3  # the last token of the answer was never read
     assert second.completion().stats.cached_tokens == 24
+
+
+def test_a_preempted_sequence_finds_what_nobody_needed() -> None:
+    executor = FakeExecutor(6, 64)
+    engine = Engine(executor)
+    first = request([1] * 31, 90, max_tokens=40, ignore_eos=True)
+    second = request(list(range(40)), 90, max_tokens=10, ignore_eos=True)
+    run(engine, first, second)
+    assert engine.scheduler.preemptions == 1
+    assert engine.scheduler.prefix_hit_tokens > 0
+    assert second.token_ids == alone(list(range(40)), 90, {"max_tokens": 10, "ignore_eos": True})
+
+
+def test_running_sequences_share_what_they_have_in_common() -> None:
+    executor = FakeExecutor(16, 64)
+    engine = Engine(executor, prefill_rows=64)
+    system = [i % VOCAB for i in range(48)]
+    prompts = [[*system, i, i] for i in range(1, 4)]
+    requests = [request(prompt, 200, max_tokens=12, ignore_eos=True) for prompt in prompts]
+    engine.add(requests[0])
+    engine.step()
+    for one in requests[1:]:
+        engine.add(one)
+    engine.step()
+    tables = [one.sequence.block_table for one in requests]
+    assert tables[0][:3] == tables[1][:3] == tables[2][:3]
+    assert len({table[3] for table in tables}) == 3
+    assert engine.pool.free_count == 16 - 3 - 3
+    assert executor.rows == 50 + 1 + 2 * 2
+    for one in requests[1:]:
+        engine.abort(one)
+    run(engine, again := request(prompts[1], 200, max_tokens=12, ignore_eos=True))
+    assert again.token_ids == alone(prompts[1], 200, {"max_tokens": 12, "ignore_eos": True})
+
+
+def test_prompts_that_come_together_compute_what_they_share_once() -> None:
+    executor = FakeExecutor(32, 16)
+    engine = Engine(executor)
+    system = [i % VOCAB for i in range(160)]
+    requests = [request([*system, i], 400, max_tokens=1) for i in range(3)]
+    run(engine, *requests)
+    assert executor.rows <= 161 + 2 * 1 + 2 * 16
+    tables = {tuple(one.sequence.block_table) for one in requests}
+    assert tables == {()}
+    assert engine.pool.free_count == 32
+
+
+def test_the_least_recently_used_prefix_is_given_up_first() -> None:
+    executor = FakeExecutor(7, 64)
+    engine = Engine(executor)
+    prompts = [[i] * 33 for i in (1, 2, 3)]
+    for prompt in (prompts[0], prompts[1], prompts[0], prompts[2]):  # each takes three blocks
+        run(engine, request(prompt, 100, max_tokens=1))
+    for prompt, computed in ((prompts[2], 1), (prompts[0], 1), (prompts[1], 33)):
+        executor.rows = 0
+        run(engine, request(prompt, 100, max_tokens=1))
+        assert executor.rows == computed
 
 
 def test_other_prompts_share_full_blocks() -> None:
