@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.block_pool import BlockPool
+from svdengine.engine_stats import EngineStats
 from svdengine.errors import SvdEngineError
-from svdengine.kernels.batch import Choice, Executor, FfnMode, Logits, NeuronCounts, SamplingExecutor
+from svdengine.kernels.batch import Choice, Executor, FfnMode, FfnPath, Logits, NeuronCounts, SamplingExecutor
 from svdengine.neurons import since
 from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
@@ -37,6 +39,8 @@ class Engine:
         self.prefix_cache = PrefixCache(self.pool, enabled=prefix_caching)
         self.scheduler = Scheduler(self.pool, executor.max_batch_rows, self.prefix_cache, prefill_rows)
         self._requests: dict[Sequence, Request] = {}
+        self._steps: Counter[FfnPath] = Counter()
+        self._rows: Counter[FfnPath] = Counter()
 
     def add(self, request: Request) -> None:
         """Queue a request; it is `done` after some steps. Raises ContextOverflowError when the pool cannot hold it."""
@@ -55,6 +59,9 @@ class Engine:
             self._fail_all(error)
             raise
         self.scheduler.advance(step)
+        path = self.executor.ffn_path(len(step.batch.tokens))
+        self._steps[path] += 1
+        self._rows[path] += len(step.batch.tokens)
         self.postprocess(step, outputs, since(before, self.executor.neuron_counts()))
 
     def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts) -> None:
@@ -71,6 +78,23 @@ class Engine:
             else:
                 self._hand_over(request, partial(request.accept_token, int(outputs.tokens[row])))
             row += count
+
+    def stats(self) -> EngineStats:
+        """What was done so far, and the state of the queue and of the pool. It may be called during a step."""
+        scheduler, pool = self.scheduler, self.pool
+        return EngineStats(
+            steps=dict(self._steps),
+            rows=dict(self._rows),
+            prompt_tokens=scheduler.prompt_tokens,
+            prefix_hit_tokens=scheduler.prefix_hit_tokens,
+            generated_tokens=scheduler.generated_tokens,
+            preemptions=scheduler.preemptions,
+            waiting=scheduler.waiting_count,
+            running=scheduler.running_count,
+            blocks_used=pool.block_count - pool.free_count,
+            blocks_cached=pool.idle_count,
+            blocks_free=pool.blank_count,
+        )
 
     def set_ffn(self, ffn: FfnMode) -> None:
         """Choose the FFN's path from the next step on. What the other path cached is computed anew."""

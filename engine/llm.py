@@ -15,6 +15,7 @@ from svdengine.chat_template import ChatTemplate, Message, check_messages
 from svdengine.completion import Completion, FinishReason
 from svdengine.cost import kv_pool_bytes_per_token
 from svdengine.engine import Engine
+from svdengine.engine_stats import EngineStats
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.executors import KvDtype, create_executor
 from svdengine.ffn_path import check_ffn, find_predictor, require_predictor
@@ -287,6 +288,10 @@ class LLM:
             self._engine.abort(request)
             if isinstance(request, Generation):
                 request.finish(reason)
+
+    def stats(self) -> EngineStats:
+        """What was done since the model was loaded, and the state of queue and KV cache. It waits for no step."""
+        return self._engine.stats()
 
     def close(self) -> None:
         """Give back threads and memory; requests that still run end with an error. Closing twice is fine."""

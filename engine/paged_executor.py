@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import Batch, Executor, FfnMode, Logits, NeuronCounts
-from svdengine.kernels.ffn_costs import FfnPath
+from svdengine.kernels.batch import Batch, Executor, FfnMode, FfnPath, Logits, NeuronCounts
 from svdengine.page_map import Advice
 from svdengine.residency import ffn_row_names
 
@@ -28,11 +27,6 @@ _FEW = 4  # rows of a step whose lists of neurons together still leave most of t
 @runtime_checkable
 class _ReadsAhead(Protocol):
     def read_ahead(self, gap: int) -> None: ...
-
-
-@runtime_checkable
-class _ChoosesPath(Protocol):
-    def ffn_path(self, n: int) -> FfnPath: ...
 
 
 class PagedExecutor:
@@ -76,6 +70,10 @@ class PagedExecutor:
         inputs: NDArray[np.float32] = self.inner.ffn_inputs(batch)  # type: ignore[attr-defined]
         return inputs
 
+    def ffn_path(self, n: int) -> FfnPath:
+        """See Executor."""
+        return self.inner.ffn_path(n)
+
     def neuron_counts(self) -> NeuronCounts:
         """See Executor."""
         return self.inner.neuron_counts()
@@ -88,15 +86,9 @@ class PagedExecutor:
         """See Executor."""
         self.inner.close()
 
-    def _path(self, n: int) -> FfnPath:
-        """How a step of n rows runs; an executor that does not say is taken to decode sparse, unless it must not."""
-        if isinstance(self.inner, _ChoosesPath):
-            return self.inner.ffn_path(n)
-        return "dense" if self.ffn == "dense" or (self.ffn == "auto" and n > 1) else "predict"
-
     def _scattered(self, n: int) -> list[str]:
         """The arrays of which a step of n rows picks rows."""
-        if n > _FEW or self._path(n) == "dense":
+        if n > _FEW or self.ffn_path(n) == "dense":
             return []
         if self.predictor is not None:
             return self._rows

@@ -60,6 +60,8 @@ class Scheduler:
         self.prefix_cache = PrefixCache(pool, enabled=False) if prefix_cache is None else prefix_cache
         self.preemptions = 0  # so far
         self.prefix_hit_tokens = 0  # so far; tokens that did not have to be computed
+        self.prompt_tokens = 0  # so far; computed in chunks of prompts
+        self.generated_tokens = 0  # so far
         self._max_rows = max_batch_rows
         self._prefill_rows = prefill_rows
         self._arrivals = 0
@@ -114,6 +116,8 @@ class Scheduler:
     def advance(self, step: Step) -> None:
         """Note that the step was computed."""
         for chunk in step.chunks:
+            self.prompt_tokens += chunk.rows if chunk.sequence.pending > 1 else 0
+            self.generated_tokens += 1 if chunk.logit_rows and not chunk.sequence.all_logits else 0
             chunk.sequence.cached += chunk.rows
             self.prefix_cache.register(chunk.sequence)
 

@@ -76,6 +76,7 @@ class Choice:
 
 
 FfnMode = Literal["dense", "sparse", "auto"]
+FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Executor(Protocol):
 
         The array may be the executor's own buffer: it holds until the next call.
         """
+        ...
+
+    def ffn_path(self, n: int) -> FfnPath:
+        """How a step of n rows runs its FFNs now."""
         ...
 
     def neuron_counts(self) -> NeuronCounts:

@@ -9,17 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import FfnMode, NeuronCounts
+from svdengine.kernels.batch import FfnMode, FfnPath, NeuronCounts
 
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
-
-FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 
 SIZES = (1, 2, 8, 32)  # rows of a step that are measured; beyond them costs grow as between the last two
 _BYTES = 64e6  # of weights that are run over: more than caches hold

@@ -12,7 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, FfnPath, Logits, NeuronCounts
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
@@ -93,6 +93,10 @@ class ReferenceExecutor:
             return np.stack(self._ffn_inputs)
         finally:
             self.ffn, self._ffn_inputs = path, None
+
+    def ffn_path(self, n: int) -> FfnPath:
+        """How a step runs its FFNs; see `Executor`."""
+        return "predict" if self.ffn == "sparse" else "dense"
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""

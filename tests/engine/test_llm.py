@@ -17,6 +17,7 @@ from svdengine.cost import kv_bytes_per_token, kv_pool_bytes_per_token, kv_read_
 from svdengine.executors import float32_weights
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.perplexity import measure_perplexity, negative_log_likelihood
+from svdengine.sequence import blocks_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 HELLO = [{"role": "user", "content": "hello world"}]
@@ -61,6 +62,14 @@ def test_greedy_tokens_are_those_of_the_teacher_forced_logits(llm: LLM) -> None:
     total = negative_log_likelihood(rows, done.token_ids)
     assert -sum(p.logprob for p in done.logprobs) == pytest.approx(total, abs=1e-3)
     assert all(p.top[0][0] == p.token and len(p.top) == 3 for p in done.logprobs)
+
+
+def test_stats_say_what_was_done(llm: LLM) -> None:
+    (done,) = llm.generate("hello world", GREEDY)
+    stats = llm.stats()
+    assert stats.generated_tokens == 12 and stats.prompt_tokens == done.stats.prompt_tokens
+    assert stats.steps == {"dense": 12}
+    assert stats.blocks_cached == blocks_for(done.stats.prompt_tokens + 11) == 8 - stats.blocks_free
 
 
 def test_seeds(llm: LLM) -> None:

@@ -12,6 +12,7 @@ from tiny_predictor import write_sparse_model
 import svdengine
 from svdengine import LLM
 from svdengine.benchmark import run_benchmark
+from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.paged_executor import PagedExecutor
 
 ROWS = {"gate", "up", "down_T"}
@@ -62,8 +63,11 @@ def test_a_prompt_is_read_in_order_and_sparse_decoding_at_random(llm: LLM, told:
     assert told == [("normal", ROWS)]
 
 
-def test_without_a_predictor_all_gates_are_read_in_order(llm: LLM, told: list[tuple[str, set[str]]]) -> None:
+def test_without_a_predictor_all_gates_are_read_in_order(
+    llm: LLM, told: list[tuple[str, set[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     llm.executor.predictor = None
+    monkeypatch.setattr(ReferenceExecutor, "ffn_path", lambda _, n: "skip_zeros" if n == 1 else "dense")
     llm.ffn = "auto"
     llm.generate([1, 2, 3], max_tokens=3, temperature=0, ignore_eos=True)
     assert told == [("normal", ROWS), ("random", {"up", "down_T"})]

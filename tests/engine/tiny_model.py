@@ -13,7 +13,7 @@ import sentencepiece
 import tokenizers
 from model_zoo import random_weights, zoo
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, Logits, NeuronCounts
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnPath, Logits, NeuronCounts
 from svdengine.model_file import TokenizerInfo
 from svdengine.model_writer import ModelWriter, StoredTokenizer
 from svdengine.models.config import ModelConfig
@@ -152,6 +152,9 @@ class FakeExecutor:
         for sequence, length in enumerate(batch.context_lengths):
             assert batch.positions[batch.sequences == sequence][-1] == length - 1
         return np.stack([self._logits(batch, int(row)) for row in batch.logit_rows] or [np.empty(0, np.float32)])
+
+    def ffn_path(self, n: int) -> FfnPath:
+        return "predict" if self.ffn == "sparse" else "dense"
 
     def neuron_counts(self) -> NeuronCounts:
         return self.counts
