@@ -10,6 +10,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from svdengine.kernels.cuda.availability import GpuDescription
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,7 @@ class Machine:
     memory_bytes: int | None
     bandwidth_gb_per_second: float | None  # measured, reading with `threads` threads
     accelerators: tuple[Accelerator, ...]
+    gpus: tuple[GpuDescription, ...]  # that can be used
 
 
 _INTERESTING: tuple[str, ...] = (
@@ -52,9 +57,10 @@ _INTERESTING += ("dotprod", "i8mm", "sve", "bf16")
 
 
 def describe_machine(measure: bool = True) -> Machine:
-    """Look at the machine; `measure` its read bandwidth too, which takes some seconds."""
+    """Look at the machine; `measure` read bandwidths too, which takes some seconds."""
     cores = usable_cores()
     isa, features = _instruction_sets()
+    gpus = _gpus(measure)
     return Machine(
         cpu=_cpu_name(),
         architecture=platform.machine() or "unknown",
@@ -64,7 +70,8 @@ def describe_machine(measure: bool = True) -> Machine:
         threads=cores,
         memory_bytes=memory_bytes(),
         bandwidth_gb_per_second=measured_bandwidth(cores) if measure else None,
-        accelerators=(_cuda(measure), _ascend()),
+        accelerators=(_cuda(len(gpus)), _ascend()),
+        gpus=gpus,
     )
 
 
@@ -107,15 +114,26 @@ def memory_bytes() -> int | None:
         return None
 
 
-def _cuda(measure: bool) -> Accelerator:
-    from svdengine.kernels.cuda.availability import find_gpu, measured_bandwidth
+def gpu_bandwidth() -> float:
+    """Read bandwidth of the GPU's memory in GB/s, measured. Raises DeviceError where there is none."""
+    from svdengine.kernels.cuda.availability import measured_bandwidth
+
+    return measured_bandwidth()
+
+
+def _gpus(measure: bool) -> tuple[GpuDescription, ...]:
+    from svdengine.kernels.cuda.availability import describe_gpus
+
+    return describe_gpus(measure)
+
+
+def _cuda(count: int) -> Accelerator:
+    from svdengine.kernels.cuda.availability import find_gpu
 
     gpu = find_gpu()
     if isinstance(gpu, str):
         return Accelerator("CUDA", False, gpu)
-    capability = ".".join(map(str, gpu.capability))
-    found = f"{gpu.name}, {gpu.memory_bytes / 2**30:.1f} GiB, compute capability {capability}"
-    return Accelerator("CUDA", True, f"{found}, copies at {measured_bandwidth():.0f} GB/s" if measure else found)
+    return Accelerator("CUDA", True, "1 GPU" if count == 1 else f"{count} GPUs")
 
 
 def _ascend() -> Accelerator:

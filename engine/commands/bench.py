@@ -44,7 +44,7 @@ def command(
     measured tokens took, and at most, where several sequences list the same rows.
     """
     from svdengine.benchmark import run_benchmark
-    from svdengine.machine import measured_bandwidth, usable_cores
+    from svdengine.machine import usable_cores
 
     if not pp and not tg:
         raise click.UsageError("there is nothing to measure: --pp and --tg are both 0")
@@ -61,8 +61,8 @@ def command(
             sparsity_bias=options["sparsity_bias"] or 0.0,
             faults=faults,
         )
-        bandwidth = measured_bandwidth(threads) if llm.executor.name == "cpu" else None
         facts = _facts(llm, threads)
+    bandwidth = _bandwidth(facts)  # the model has given its memory back
     if as_json:
         click.echo(json.dumps([{**facts, **asdict(row), "read_bandwidth": bandwidth} for row in rows], indent=2))
     else:
@@ -98,8 +98,19 @@ def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None)
     lines = [head, ["-" * width for width in widths], *cells]
     table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
     if bandwidth:
-        table += ["", f"The memory of this machine reads {bandwidth:.1f} GB/s with {facts['threads']} threads."]
+        cpu = f"The memory of this machine reads {bandwidth:.1f} GB/s with {facts['threads']} threads."
+        gpu = f"The memory of the GPU reads {bandwidth:.1f} GB/s."
+        table += ["", gpu if facts["backend"] == "cuda" else cpu]
     return "\n".join(table)
+
+
+def _bandwidth(facts: dict[str, Any]) -> float | None:
+    """Read bandwidth of the memory that the weights were in, in GB/s."""
+    from svdengine.machine import gpu_bandwidth, measured_bandwidth
+
+    if facts["backend"] == "cuda":
+        return gpu_bandwidth()
+    return measured_bandwidth(facts["threads"]) if facts["backend"] == "cpu" else None
 
 
 def _cells(row: BenchRow, bandwidth: float | None) -> dict[str, str]:

@@ -5,6 +5,7 @@ Arrays are flat. A kernel's parameters say what it reads an array as, so that fl
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -74,6 +75,10 @@ class Device(Protocol):
 
     def replay(self, graph: Graph) -> None:
         """Run a recorded step."""
+        ...
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """How long the device is busy with what `work` asks for."""
         ...
 
     def free_bytes(self) -> int:
@@ -157,6 +162,12 @@ class SimulatedDevice:
         """See Device."""
         for launch in graph:
             self._run(*launch)
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """See Device; the simulator's own time, which says nothing of a GPU."""
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
 
     def free_bytes(self) -> int:
         """See Device."""
@@ -270,6 +281,16 @@ class CupyDevice:
         """See Device."""
         with self._used():
             graph.launch(self._stream)
+
+    def seconds(self, work: Callable[[], None]) -> float:
+        """See Device; between two events of the stream."""
+        with self._used():
+            start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
+            start.record(self._stream)
+            work()
+            end.record(self._stream)
+            end.synchronize()
+            return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
     def free_bytes(self) -> int:
         """See Device."""

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from tiny_model import write_tiny_model
 
 from svdengine import machine
+from svdengine.commands.devices import command
 from svdengine.errors import DeviceError
 from svdengine.executors import create_executor, resolve_device
 from svdengine.kernels.cuda import availability
@@ -51,12 +56,18 @@ def pretend(
             raise RuntimeError(error)
         return count
 
+    runtime = SimpleNamespace(
+        getDeviceCount=device_count,
+        getDeviceProperties=lambda index: properties,
+        memGetInfo=lambda: (1 << 29, 1 << 30),
+        driverGetVersion=lambda: 13020,
+        runtimeGetVersion=lambda: 13000,
+        deviceGetAttribute=lambda attribute, index: {36: 2_619_000, 37: 5120}[attribute],
+    )
     properties = {"name": b"a card", "major": major, "minor": 0, "totalGlobalMem": 1 << 30}
     cupy: Any = ModuleType("cupy")
-    cupy.cuda = SimpleNamespace(
-        runtime=SimpleNamespace(getDeviceCount=device_count, getDeviceProperties=lambda index: properties)
-    )
-    monkeypatch.setitem(__import__("sys").modules, "cupy", cupy)
+    cupy.cuda = SimpleNamespace(runtime=runtime, Device=lambda index: nullcontext())
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
     monkeypatch.setattr(availability.ctypes, "CDLL", lambda name: None)
     found = importlib.util.find_spec
     specs = {"cupy": object(), "numba_cuda": object(), missing: None}
@@ -81,10 +92,32 @@ def test_what_is_missing_is_named_in_one_line(
     assert isinstance(found, str) and reason in found and "\n" not in found
 
 
-def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend(monkeypatch)
+def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, count=2)
     assert find_gpu() == Gpu("a card", 1 << 30, (9, 0))
-    monkeypatch.setattr(availability, "measured_bandwidth", lambda: 1234.5)
-    described = machine.describe_machine(measure=False).accelerators[0]
-    assert described.available and described.reason == "a card, 1.0 GiB, compute capability 9.0"
-    assert "copies at 1234 GB/s" in machine._cuda(measure=True).reason
+    monkeypatch.setattr(availability, "measured_bandwidth", lambda index: 3000.0 + index)
+    described = machine.describe_machine(measure=False)
+    assert described.accelerators[0] == machine.Accelerator("CUDA", True, "2 GPUs")
+    assert [gpu.read_gb_per_second for gpu in described.gpus] == [None, None]
+    (first, second) = availability.describe_gpus(measure=True)
+    assert (first.driver_cuda, first.runtime_cuda, first.capability) == ("13.2", "13.0", "9.0")
+    assert (first.memory_bytes, first.free_bytes) == (1 << 30, 1 << 29)
+    assert first.peak_gb_per_second == pytest.approx(3352.3, abs=0.1)
+    assert (first.read_gb_per_second, second.read_gb_per_second) == (3000, 3001)
+
+
+def test_a_driver_that_does_not_tell_the_clock_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    monkeypatch.delattr(sys.modules["cupy"].cuda.runtime, "deviceGetAttribute")
+    assert availability.describe_gpus()[0].peak_gb_per_second is None
+
+
+def test_the_command_shows_every_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch)
+    shown = CliRunner().invoke(command, ["--no-measure"]).output
+    assert "CUDA            available: 1 GPU\n" in shown
+    assert "GPU 0           a card, compute capability 9.0\n" in shown
+    assert "1.0 GiB, 0.5 GiB free\n" in shown and "13.2 of the driver, 13.0 of CuPy\n" in shown
+    assert "not measured; by clock and width 3352 GB/s\n" in shown
+    found = json.loads(CliRunner().invoke(command, ["--no-measure", "--json"]).output)
+    assert found["gpus"][0]["driver_cuda"] == "13.2"

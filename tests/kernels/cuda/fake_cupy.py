@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,17 @@ class Stream:
         """Nothing runs behind the caller's back."""
 
 
+class Event:
+    """An event, which notes on which stream it was recorded."""
+
+    def record(self, stream: Stream) -> None:
+        assert stream is Stream.current and not stream.captured_in_progress
+        self.time = time.perf_counter()
+
+    def synchronize(self) -> None:
+        """It has happened."""
+
+
 class Function:
     """A kernel that notes its calls."""
 
@@ -104,6 +116,8 @@ def fake_cupy(free: int = 1 << 30) -> Any:
     cupy.cuda = SimpleNamespace(
         Device=Device,
         Stream=Stream,
+        Event=Event,
+        get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
         function=SimpleNamespace(Module=Module),
         memory=SimpleNamespace(OutOfMemoryError=MemoryError),
         runtime=SimpleNamespace(memGetInfo=lambda: (free, free), CUDA_R_16F=2, CUDA_R_32F=0),

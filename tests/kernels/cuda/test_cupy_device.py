@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,8 @@ from fake_cupy import fake_cublas, fake_cupy
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.cuda import compilation, device
-from svdengine.kernels.cuda.availability import Gpu
+from svdengine.kernels.cuda.availability import Gpu, measured_bandwidth
+from svdengine.kernels.cuda.bandwidth import BLOCKS, THREADS
 from svdengine.kernels.cuda.device import CupyDevice, Gemm, SimulatedDevice
 from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -82,6 +84,18 @@ def test_a_failed_recording_gives_the_stream_back(cupy: Any) -> None:
     with pytest.raises(ZeroDivisionError):
         gpu.record(lambda: print(1 // 0))
     gpu.download(gpu.zeros(1, np.float32))
+
+
+def test_work_is_timed_by_events(cupy: Any) -> None:
+    gpu = CupyDevice()
+    assert 0.01 < gpu.seconds(lambda: time.sleep(0.01)) < 5
+
+
+def test_the_bandwidth_of_a_card_is_measured(cupy: Any) -> None:
+    assert measured_bandwidth() > 0
+    name, grid, block, arguments = cupy.calls[-1]
+    assert name.startswith("entry of read_words") and (grid, block) == ((BLOCKS,), (THREADS,))
+    assert arguments[0].size == arguments[2] == (1 << 30) // 4 // 4  # words of a quarter of the free memory
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
