@@ -132,7 +132,10 @@ def calibrate(
     held_out = [window for index, window in enumerate(windows) if is_held_out(index) and len(window) > 1]
     held_out = held_out[:: -(-sum(map(len, held_out)) // _LOSS_TOKENS)] if held_out else []
     levels, outcome = _meet_budget(executor, work, held_out, options, report)
-    layers = tuple(w.at(level) for w, level in zip(work, levels, strict=True))
+    measured = [
+        _measure_layer(model_file, statistics, index, w.kind, w.at(level))
+        for index, (w, level) in enumerate(zip(work, levels, strict=True))
+    ]
     about = {
         "kind": options.kind,
         "thresholds": options.thresholds,
@@ -140,9 +143,9 @@ def calibrate(
         "outcome": outcome,
         "fingerprint": fingerprint,
         "tokens": statistics.tokens,
-        "table": [_describe_layer(model_file, statistics, i, work[i].kind, layer) for i, layer in enumerate(layers)],
+        "table": [row for _, row in measured],
     }
-    return Predictor(layers, about)
+    return Predictor(tuple(layer for layer, _ in measured), about)
 
 
 def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | PowerInferFile:
@@ -228,16 +231,16 @@ def _bisect_loss(
     return levels, outcome if math.isnan(rise) else {**outcome, "perplexity_rise": rise}
 
 
-def _describe_layer(
+def _measure_layer(
     model_file: ModelFile, statistics: Statistics, index: int, kind: str, predictor: LayerPredictor
-) -> dict[str, Any]:
-    """One row of the report, measured on held-out tokens."""
+) -> tuple[LayerPredictor, dict[str, Any]]:
+    """A layer with its neurons' frequencies, and its row of the report, measured on held-out tokens."""
     layer = read_ffn_layer(model_file, index)
     held = layer_sample(statistics, index, held_out=True)
     truth = run_neurons(layer, held)
     found = scores(predictor, held)
     selection = {name: round(value, 6) for name, value in asdict(select(found > 0, truth)).items()}
-    return {
+    row = {
         "kind": kind,
         "rank": predictor.rank,
         "bits": predictor.residual_bits,
@@ -246,6 +249,7 @@ def _describe_layer(
         "bytes": layer_predictor_bytes(predictor),
         "dense_bytes": _dense_bytes(layer),
     }
+    return replace(predictor, frequency=(found > 0).mean(0, dtype=np.float32).astype(np.float16)), row
 
 
 def _auroc(found: np.ndarray, truth: Neurons) -> float | None:

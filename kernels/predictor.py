@@ -40,6 +40,7 @@ class LayerPredictor:
     bias: NDArray[np.float32]  # (f,)
     unit: NDArray[np.float32]  # (f,)
     relu: bool = False  # between B and A
+    frequency: NDArray[np.float16] | None = None  # (f,) share of held-out calibration tokens that predict each neuron
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ def layer_arrays(index: int, layer: LayerPredictor) -> dict[str, NDArray]:
         for suffix, array in parts.items():
             arrays[f"{PREFIX}{index}.{name}{suffix}"] = array
     arrays[f"{PREFIX}{index}.bias"], arrays[f"{PREFIX}{index}.unit"] = layer.bias, layer.unit
+    if layer.frequency is not None:
+        arrays[f"{PREFIX}{index}.frequency"] = layer.frequency
     return arrays
 
 
@@ -131,6 +134,9 @@ def predictor_from_arrays(
             f"{PREFIX}{index}.{name}": value
             for name, value in _stored(rank, factors, bits, ffn_size, hidden_size).items()
         }
+        frequency = f"{PREFIX}{index}.frequency"
+        if frequency in arrays:  # files of earlier versions have none
+            expected[frequency] = ((ffn_size,), "F16")
     for name, (shape, dtype) in expected.items():
         found = arrays.get(name)
         if found is None or found.shape != shape or found.dtype != np.dtype(_NUMPY[dtype]):
@@ -182,4 +188,5 @@ def _layer(
         return {s: arrays[prefix + name + s] for s in suffixes if prefix + name + s in arrays}
 
     bias, unit = arrays[prefix + "bias"], arrays[prefix + "unit"]
-    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit, relu)
+    frequency = arrays.get(prefix + "frequency")
+    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit, relu, frequency)

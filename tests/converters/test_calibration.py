@@ -70,6 +70,8 @@ def test_a_predictor_says_how_it_was_made(model: ModelFile, predictor: Predictor
         assert 0.5 < row["auroc"] < 1 and row["relative_error"] == pytest.approx(0.01, rel=0.3)
         assert row["computed_density"] <= min(row["active_density"], row["predicted_density"]) < 1
         assert row["bytes"] > 0 and row["dense_bytes"] > 0
+        assert layer.frequency is not None and len(np.unique(layer.frequency)) > 10
+        assert layer.frequency.mean(dtype=np.float64) == pytest.approx(row["predicted_density"], abs=1e-3)
 
 
 def test_the_loss_budget_is_met_and_used(model: ModelFile, executor: ReferenceExecutor) -> None:

@@ -131,6 +131,21 @@ def test_arrays_and_description_rebuild_the_predictor() -> None:
         predictor_from_arrays(arrays, describe(predictor), 3, *sizes[1:])
 
 
+def test_frequencies_are_optional_in_a_file() -> None:
+    layers = (
+        replace(layer_predictor(33, 20), frequency=np.linspace(0, 1, 33, dtype=np.float16)),
+        layer_predictor(33, 20),
+    )
+    predictor = Predictor(layers, {})
+    arrays = {name: a for i, layer in enumerate(layers) for name, a in layer_arrays(i, layer).items()}
+    found = predictor_from_arrays(arrays, describe(predictor), 2, 33, 20)
+    np.testing.assert_array_equal(found.layers[0].frequency, layers[0].frequency)
+    assert found.layers[1].frequency is None
+    with pytest.raises(ValueError, match=r"predictor\.1\.frequency: found float16 \(32,\)"):
+        extra = {"predictor.1.frequency": np.zeros(32, np.float16)}
+        predictor_from_arrays({**arrays, **extra}, describe(predictor), 2, 33, 20)
+
+
 @pytest.mark.parametrize("name", SPARSE)
 def test_sparse_is_dense_when_everything_is_predicted(name: str) -> None:
     config = zoo()[name]
