@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError, RequestError
 from svdengine.kernels.batch import Executor, FfnMode
+from svdengine.residency import usable_memory
 
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
@@ -38,10 +39,13 @@ def create_executor(
     max_batch_rows: int = MAX_BATCH_ROWS,
     predictor: Predictor | None = None,
     ffn: FfnMode = "dense",
+    gpu_memory: int | None = None,
 ) -> Executor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
 
-    Raises DeviceError when the device is not there, RequestError on unusable arguments.
+    `gpu_memory`: bytes that the model may take on a GPU, by default what is free; FFN rows that do not fit stay in host
+    memory, which is said on standard error. Raises DeviceError when the device is not there or too small, RequestError
+    on unusable arguments.
     """
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
         raise RequestError(f"threads must be a whole number, found {threads!r}")
@@ -49,10 +53,14 @@ def create_executor(
         raise RequestError(f"threads must lie between 1 and {MAX_THREADS}, found {threads}")
     if kv_dtype not in KV_DTYPES:
         raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
+    if gpu_memory is not None and (isinstance(gpu_memory, bool) or not isinstance(gpu_memory, int) or gpu_memory < 1):
+        raise RequestError(f"gpu_memory must be a whole number of bytes, found {gpu_memory!r}")
     chosen = resolve_device(device)
     if chosen == "cuda":
         try:
-            return _cuda_executor(model_file, context, block_count, kv_dtype, max_batch_rows, predictor, ffn)
+            return _cuda_executor(
+                model_file, context, block_count, kv_dtype, max_batch_rows, predictor, ffn, gpu_memory
+            )
         except DeviceError as error:
             if device != "auto" or os.environ.get(DEVICE_VARIABLE):
                 raise
@@ -89,6 +97,7 @@ def _cuda_executor(
     max_batch_rows: int,
     predictor: Predictor | None,
     ffn: FfnMode,
+    gpu_memory: int | None,
 ) -> Executor:
     """An executor on the GPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
     from svdengine.kernels.cuda.availability import find_gpu
@@ -101,7 +110,7 @@ def _cuda_executor(
 
     device = CupyDevice()
     try:
-        return CudaExecutor(
+        executor = CudaExecutor(
             model_file.config,
             model_file.arrays,
             model_file.formats,
@@ -112,10 +121,15 @@ def _cuda_executor(
             kv_dtype=kv_dtype,
             predictor=predictor,
             ffn=ffn,
+            gpu_memory=gpu_memory,
+            host_memory=usable_memory(),
         )
     except BaseException:
         device.close()
         raise
+    if executor.memory.host:
+        print(executor.memory.describe(), file=sys.stderr)
+    return executor
 
 
 def resolve_device(device: str) -> str:

@@ -51,6 +51,7 @@ def load(
     kv_memory: int | None = None,
     sequences: int = 1,
     prefill_rows: int = PREFILL_ROWS,
+    gpu_memory: int | None = None,
     mlock: bool = False,
     prefetch: bool = False,
 ) -> LLM:
@@ -58,11 +59,12 @@ def load(
 
     context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
     the KV cache holds for all sequences together, by default `sequences` whole contexts; or kv_memory: bytes that it
-    may take. kv_dtype: f16 or f32. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a predictor comes
-    from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads while others
-    decode: more read prompts faster, fewer let the others wait less for each token. prefetch: read the weights into
-    memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or RequestError, saying
-    what was found and what to do.
+    may take. kv_dtype: f16 or f32. gpu_memory: bytes of a GPU's memory for all of this, by default what is free; FFN
+    weights that do not fit stay in the host's. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a
+    predictor comes from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads
+    while others decode: more read prompts faster, fewer let the others wait less for each token. prefetch: read the
+    weights into memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or
+    RequestError, saying what was found and what to do.
     """
     mode = check_ffn(ffn)
     if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
@@ -87,8 +89,9 @@ def load(
             kv_dtype=kv_dtype,
             predictor=found,
             ffn=mode,
+            gpu_memory=gpu_memory,
         )
-        if not fits:
+        if not fits and executor.name != "cuda":  # a GPU has its own copy of the weights
             executor = PagedExecutor(executor, model_file)
         return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, predictor=found, prefill_rows=prefill_rows)
     except BaseException:

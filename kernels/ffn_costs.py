@@ -81,14 +81,20 @@ class FfnRunner(Protocol):
 
 
 def measure_ffn_costs(
-    runner: FfnRunner, layer_count: int, neurons: int, layer_bytes: float, hidden_size: int
+    runner: FfnRunner,
+    layer_count: int,
+    neurons: int,
+    layer_bytes: float,
+    hidden_size: int,
+    layers: int | None = None,
 ) -> FfnCosts:
     """Time the FFNs of the first layers of a model with a predictor, on random inputs. Takes some tenths of a second.
 
-    `layer_bytes` are the stored bytes of one layer's FFN. The runner's `ffn` is as before afterwards, and its counters
+    `layer_bytes` are the stored bytes of one layer's FFN. `layers`: how many run, by default enough for caches to be of
+    no help; more take longer. The runner's `ffn` is as before afterwards, and its counters
     have counted.
     """
-    layers = min(layer_count, max(1, round(_BYTES / layer_bytes)))
+    layers = layers or min(layer_count, max(1, round(_BYTES / layer_bytes)))
     sizes = [n for n in SIZES if n <= runner.max_batch_rows]
     x = np.random.default_rng(0).standard_normal((sizes[-1], hidden_size), np.float32)
 

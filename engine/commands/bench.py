@@ -79,7 +79,16 @@ def _facts(llm: LLM, threads: int) -> dict[str, Any]:
         "parameters": parameter_count(llm.config),
         "backend": llm.executor.name,
         "threads": threads,
+        **_placement(llm),
     }
+
+
+def _placement(llm: LLM) -> dict[str, Any]:
+    """Where the weights lie, of an executor that has a device's memory to share out."""
+    memory = getattr(llm.executor, "memory", None)
+    if memory is None:
+        return {}
+    return {"gpu_weight_bytes": memory.weights, "host_weight_bytes": memory.host, "placement": memory.describe()}
 
 
 def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None) -> str:
@@ -97,6 +106,8 @@ def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None)
     widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
     lines = [head, ["-" * width for width in widths], *cells]
     table = ["| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines]
+    if "placement" in facts:
+        table += ["", f"{facts['placement']}."]
     if bandwidth:
         cpu = f"The memory of this machine reads {bandwidth:.1f} GB/s with {facts['threads']} threads."
         gpu = f"The memory of the GPU reads {bandwidth:.1f} GB/s."

@@ -70,6 +70,13 @@ _EXECUTION: tuple[Decorator, ...] = (
         metavar="SIZE",
         help="Memory of the KV cache, such as 4G, for all sequences together; by default one context's.",
     ),
+    click.option(
+        "--gpu-memory",
+        type=Size(),
+        metavar="SIZE",
+        help="What the model may take of a GPU's memory; by default all that is free. FFN weights that do not fit stay"
+        " in the host's memory.",
+    ),
     click.option("--prefetch", is_flag=True, help="Read the weights into memory before anything runs."),
     click.option("--mlock", is_flag=True, help="Keep the weights in memory; the system may have to permit it."),
 )
@@ -154,6 +161,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         context=options["context"] or context,
         kv_memory=options["kv_memory"],
         sequences=sequences,
+        gpu_memory=options["gpu_memory"],
         kv_dtype=options["kv_dtype"],
         mlock=options["mlock"],
         prefetch=options["prefetch"],

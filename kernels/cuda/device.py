@@ -5,6 +5,7 @@ Arrays are flat. A kernel's parameters say what it reads an array as, so that fl
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,13 @@ class Device(Protocol):
 
     def upload(self, array: NDArray) -> Array:
         """A flat copy of a host array."""
+        ...
+
+    def pin(self, array: NDArray) -> Array:
+        """A flat copy of a host array in page-locked host memory, which kernels read over the bus.
+
+        Raises DeviceError when the system refuses to lock that much.
+        """
         ...
 
     def write(self, to: Array, values: NDArray) -> None:
@@ -106,6 +114,7 @@ class SimulatedDevice:
         if not SIMULATED:
             raise DeviceError("the simulator needs NUMBA_ENABLE_CUDASIM=1")
         self._memory, self._recorded, self.has_blas = memory, None, has_blas
+        self.pinned = 0  # bytes of host memory
         self.launches = 0  # how many were asked for: replays count, and recordings do not
 
     _recorded: list[tuple[Any, ...]] | None
@@ -120,6 +129,11 @@ class SimulatedDevice:
         copy = self.zeros(array.size, array.dtype)
         copy[:] = array.reshape(-1)
         return copy
+
+    def pin(self, array: NDArray) -> Array:
+        """See Device."""
+        self.pinned += array.nbytes
+        return array.reshape(-1).copy()
 
     def write(self, to: Array, values: NDArray) -> None:
         """See Device."""
@@ -227,6 +241,19 @@ class CupyDevice:
         to = self.zeros(array.size, array.dtype)
         self.write(to, array)
         return to
+
+    def pin(self, array: NDArray) -> Array:
+        """See Device. Page-locked memory has the same address for kernels as for the host."""
+        values, cuda = np.ascontiguousarray(array).reshape(-1), self._cupy.cuda
+        with self._used():
+            try:
+                memory = cuda.PinnedMemory(values.nbytes)
+            except cuda.runtime.CUDARuntimeError as error:
+                size = f"{values.nbytes / 2**20:.1f} MiB"
+                raise DeviceError(f"the system refuses to lock {size} more of its memory: {error}") from error
+            ctypes.memmove(memory.ptr, values.ctypes.data, values.nbytes)
+            owned = cuda.UnownedMemory(memory.ptr, values.nbytes, memory, self._index)
+            return self._cupy.ndarray(values.size, values.dtype, cuda.MemoryPointer(owned, 0))
 
     def write(self, to: Array, values: NDArray) -> None:
         """See Device."""

@@ -63,14 +63,17 @@ def activate_rows(gate_up, hidden, ffn, from_stride, to_stride, kind, gated, thr
     hidden[row * to_stride + i] = value
 
 
-@kernel("float32* partial, float32* bias, float32* x, int32 columns, int32 stride, int32 parts, float32 factor")
-def add_parts_to_rows(partial, bias, x, columns, stride, parts, factor):
-    """x (n, stride) += factor * (bias + the sum of the parts), for partial (n, parts, stride)."""
+@kernel(
+    "float32* partial, float32* bias, float32* x, int32 columns, int32 stride, int32 parts, int32 biased,"
+    " float32 factor"
+)
+def add_parts_to_rows(partial, bias, x, columns, stride, parts, biased, factor):
+    """x (n, stride) += factor * (bias, if `biased`, + the sum of the parts), for partial (n, parts, stride)."""
     i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if i >= columns:
         return
     row = cuda.blockIdx.y
-    total = bias[i]
+    total = bias[i] if biased else np.float32(0)
     for part in range(parts):
         total += partial[(row * parts + part) * stride + i]
     x[row * stride + i] += factor * total
@@ -88,8 +91,19 @@ def activate_ffn(
 
 
 def add_parts(
-    device: Device, partial: Array, parts: int, bias: Array, x: Array, columns: int, stride: int, n: int, factor: float
+    device: Device,
+    partial: Array,
+    parts: int,
+    bias: Array | None,
+    x: Array,
+    columns: int,
+    stride: int,
+    n: int,
+    factor: float,
 ) -> None:
     """x (n, stride) += factor * (bias + the parts of each row), for partial (n, parts, stride)."""
-    grid = (-(-columns // THREADS), n)
-    device.launch(add_parts_to_rows, grid, THREADS, partial, bias, x, columns, stride, parts, factor)
+    grid, biased = (-(-columns // THREADS), n), bias is not None
+    device.launch(
+        add_parts_to_rows, grid, THREADS, partial, bias if biased else partial, x, columns, stride, parts, int(biased),
+        factor,
+    )  # fmt: skip

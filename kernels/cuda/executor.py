@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, Choice, FfnMode, Logits, NeuronCounts, check_batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
+from svdengine.kernels.cuda.memory_plan import plan_memory
 from svdengine.kernels.cuda.plan import build_plan, place_predictor
 from svdengine.kernels.cuda.sampling import pack_choices
 from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
@@ -25,15 +25,15 @@ from svdengine.models import ModelConfig, tensor_specs
 
 _SUFFIXES = ("", ".scale", ".min", ".row")
 _FEW_ROWS = 8  # up to which every row attends alone, so that a step's launches depend on its size only
-_RESERVE = 256 << 20  # bytes that are left to the driver, the library and recorded graphs
 
 
 class CudaExecutor:
     """Runs a model on a device of kernels/cuda/device.py. Not for use from several threads at once.
 
     `arrays` are the stored parts of the model file by name, layers stacked, and `formats` the format of each matrix;
-    both must match `config` (ValueError otherwise). `context` is the longest sequence. Raises DeviceError, with how
-    much is missing, when the device's memory does not hold the model, its buffers and the KV blocks.
+    both must match `config` (ValueError otherwise). `context` is the longest sequence. `gpu_memory`: bytes that the
+    model may take of the device's memory, by default all that is free; `host_memory`: bytes of the host's for FFN rows
+    that do not fit, by default any. Raises DeviceError, with how much is missing, when they do not suffice.
     """
 
     name = "cuda"
@@ -51,22 +51,31 @@ class CudaExecutor:
         kv_dtype: KvDtype = "f16",
         predictor: Predictor | None = None,
         ffn: FfnMode = "dense",
+        gpu_memory: int | None = None,
+        host_memory: int | None = None,
     ) -> None:
         self.block_count, self.max_batch_rows = block_count, max_batch_rows
         self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
         self._config, self._closed = config, False
         sizes = Sizes.of(config, max_batch_rows, self.context)
-        names = [spec.name + suffix for spec in tensor_specs(config) for suffix in _SUFFIXES]
-        weights = sum(arrays[name].nbytes for name in names if name in arrays)
         self.kv_bytes_per_token = kv_bytes_per_token(config, kv_dtype)
         cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * block_count
         copies = _copy_items(config, max_batch_rows) if device.has_blas else (0, 0)
-        check_memory(device, weights, workspace_bytes(sizes) + 2 * sum(copies), cache_bytes)
+        free = device.free_bytes()
+        self.memory = plan_memory(
+            config,
+            arrays,
+            predictor,
+            cache=cache_bytes,
+            buffers=workspace_bytes(sizes) + 2 * sum(copies),
+            available=free if gpu_memory is None else min(free, gpu_memory),
+            host_available=host_memory,
+        )
         ffn_names = (name + suffix for name in ("gate", "up", "down_T") for suffix in _SUFFIXES)
         self._ffn_bytes = sum(arrays[name].nbytes for name in ffn_names if name in arrays)
         self._state = State(
             device=device,
-            plan=build_plan(device, config, arrays, formats, self.context),
+            plan=build_plan(device, config, arrays, formats, self.context, self.memory.splits),
             work=allocate_workspace(device, sizes),
             cache=allocate_cache(device, config, block_count, kv_dtype),
             copies=HalfCopies(*(device.zeros(c, np.float16) for c in copies)) if device.has_blas else None,
@@ -105,7 +114,8 @@ class CudaExecutor:
 
     @predictor.setter
     def predictor(self, predictor: Predictor | None) -> None:
-        self._placed = place_predictor(self._state.device, self._config, predictor)
+        orders = [layer.order for layer in self._state.plan.layers]
+        self._placed = place_predictor(self._state.device, self._config, predictor, orders)
         self._predictor = predictor
         self._costs: FfnCosts | None = None
         self._graphs.clear()  # they hold the addresses of what was placed before
@@ -117,7 +127,11 @@ class CudaExecutor:
             config, work = self._config, self._state.work
             counts = self._state.device.download(work.counts)
             layer_bytes = self._ffn_bytes / config.layer_count
-            self._costs = measure_ffn_costs(self, config.layer_count, config.ffn_size, layer_bytes, config.hidden_size)
+            # Layers that are split differ in what they read over the bus, so all of them are measured.
+            layers = config.layer_count if self.memory.splits else None
+            self._costs = measure_ffn_costs(
+                self, config.layer_count, config.ffn_size, layer_bytes, config.hidden_size, layers
+            )
             self._state.device.write(work.counts, counts)
             self._counted = None
         return self._costs
@@ -267,15 +281,3 @@ def _copy_items(config: ModelConfig, rows: int) -> tuple[int, int]:
     joined = 3 * max(r * padded_columns(c) for r, c in shapes[1:-1] or shapes)  # q, k and v, or gate and up, as one
     single = max(r * padded_columns(c) for r, c in shapes)
     return max(joined, single), rows * padded_columns(max(max(shape) for shape in shapes))
-
-
-def check_memory(device: Device, weights: int, buffers: int, cache: int) -> None:
-    """Raise DeviceError, saying how much is missing, unless the device has room for all."""
-    needed, free = weights + buffers + cache + _RESERVE, device.free_bytes()
-    if needed > free:
-        gib = 2.0**30
-        raise DeviceError(
-            f"the model needs {needed / gib:.2f} GiB on the GPU ({weights / gib:.2f} weights, {cache / gib:.2f} KV"
-            f" cache, {(buffers + _RESERVE) / gib:.2f} buffers), {(needed - free) / gib:.2f} GiB more than is free;"
-            " use a smaller context, a smaller weight format, or --device cpu"
-        )

@@ -3,6 +3,9 @@
 A warp computes a listed neuron's gate and, only where it is active, at once its up. Parts of the list are then cut down
 to their active neurons in shared memory and add rows of down, each to a sum of its own, which are added in order later:
 the result does not depend on how threads are scheduled. Grids are sized for the longest lists; lengths stay here.
+
+Of a layer that is split (kernels/cuda/memory_plan.py) the words of neurons from `hot` on lie in host memory, `cold`,
+and are read over the bus where they lie. Kernels for such layers are compiled apart: others know nothing of it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,15 @@ from numba.cuda import types
 from svdengine.kernels.cuda.compact import ballot, below
 from svdengine.kernels.cuda.elementwise import DRELU, FATRELU, RELU2
 from svdengine.kernels.cuda.intrinsics import add_atomic, jit, kernel, lane_index, ldg128, stg128, warp_index, warp_sum
-from svdengine.kernels.cuda.rows import ADDS, CHUNK_COLUMNS, COLUMN_OF, DOTS, NOTHING, matrix_parameters
+from svdengine.kernels.cuda.rows import (
+    ADDS,
+    CHUNK_COLUMNS,
+    COLUMN_OF,
+    DOTS,
+    HELD_ROW,
+    NOTHING,
+    neuron_matrix_parameters,
+)
 from svdengine.kernels.cuda.workspace import ACTIVE, COUNTS
 from svdengine.kernels.formats import WEIGHT_FORMATS
 
@@ -22,6 +33,7 @@ WARPS = 8
 GATHER_THREADS = 32 * WARPS
 DOWN_THREADS = 128
 _ZERO = np.float32(0)
+_SUFFIX = {False: "", True: "_split"}  # of a kernel's name, by whether the layer is split
 
 
 @jit(device=True)
@@ -45,21 +57,25 @@ def first_of_warp():
     return cuda.blockIdx.x + warp_index() * cuda.gridDim.x
 
 
-def _gate(name, dot):
+def _gate(name, dot, split):
+    held_row = HELD_ROW[split]
+
     @kernel(
-        f"{matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
-        "float32* hidden, int32 kind, float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
-        f"gate_{name}",
+        f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
+        "float32* hidden, int32 hot, int32 kind, float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
+        f"gate_{name}{_SUFFIX[split]}",
     )
     def gate(
-        words, scale, low, row, bias, x, neurons, lengths, gates, hidden, kind, threshold, stride, x_stride, list_stride
-    ):
+        words, scale, low, row, cold, bias, x, neurons, lengths, gates, hidden,
+        hot, kind, threshold, stride, x_stride, list_stride,
+    ):  # fmt: skip
         """gates and hidden = act(gate x) of the listed neurons of a row (blockIdx.y), in the list's order."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
         for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
             neuron = neurons[at + k]
-            g = warp_sum(dot(words, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
+            source, held = held_row(words, cold, hot, neuron)
+            g = warp_sum(dot(source, held, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
             g = activate_gate(g, kind, threshold)
             if lane == 0:
                 gates[at + k] = g
@@ -68,47 +84,58 @@ def _gate(name, dot):
     return gate
 
 
-def _up(name, dot):
+def _up(name, dot, split):
+    held_row = HELD_ROW[split]
+
     @kernel(
-        f"{matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
-        "float32* hidden, int32 kind, int32 stride, int32 x_stride, int32 list_stride",
-        f"up_{name}",
+        f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
+        "float32* hidden, int32 hot, int32 kind, int32 stride, int32 x_stride, int32 list_stride",
+        f"up_{name}{_SUFFIX[split]}",
     )
-    def up(words, scale, low, row, bias, x, neurons, lengths, gates, hidden, kind, stride, x_stride, list_stride):
+    def up(
+        words, scale, low, row, cold, bias, x, neurons, lengths, gates, hidden,
+        hot, kind, stride, x_stride, list_stride,
+    ):  # fmt: skip
         """hidden = gate * (up x) of the listed neurons whose gate is active; after `gate`, of another format."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
         for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
             neuron, g = neurons[at + k], gates[at + k]
             if g > _ZERO:
-                u = warp_sum(dot(words, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
+                source, held = held_row(words, cold, hot, neuron)
+                u = warp_sum(dot(source, held, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
                 if lane == 0:
                     hidden[at + k] = up_product(g, u, kind)
 
     return up
 
 
-def _gate_up(name, dot):
+def _gate_up(name, dot, split):
+    held_row = HELD_ROW[split]
+
     @kernel(
-        f"{matrix_parameters(name, 'g_')}, float32* g_bias, {matrix_parameters(name, 'u_')}, float32* u_bias,"
-        "uint32* x, int32* neurons, int32* lengths, float32* gates, float32* hidden, int32 kind, float32 threshold,"
-        "int32 stride, int32 x_stride, int32 list_stride",
-        f"gate_up_{name}",
+        f"{neuron_matrix_parameters(name, 'g_')}, float32* g_bias,"
+        f"{neuron_matrix_parameters(name, 'u_')}, float32* u_bias,"
+        "uint32* x, int32* neurons, int32* lengths, float32* gates, float32* hidden, int32 hot, int32 kind,"
+        "float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
+        f"gate_up_{name}{_SUFFIX[split]}",
     )
     def gate_up(
-        g_words, g_scale, g_low, g_row, g_bias, u_words, u_scale, u_low, u_row, u_bias, x,
-        neurons, lengths, gates, hidden, kind, threshold, stride, x_stride, list_stride,
+        g_words, g_scale, g_low, g_row, g_cold, g_bias, u_words, u_scale, u_low, u_row, u_cold, u_bias, x,
+        neurons, lengths, gates, hidden, hot, kind, threshold, stride, x_stride, list_stride,
     ):  # fmt: skip
         """`gate` and `up` in one: the up row of a neuron is read as soon as its gate is known to be active."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
         for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
             neuron = neurons[at + k]
-            g = warp_sum(dot(g_words, g_scale, g_low, g_row, neuron, stride, x, x_at, lane)) + g_bias[neuron]
+            source, held = held_row(g_words, g_cold, hot, neuron)
+            g = warp_sum(dot(source, held, g_scale, g_low, g_row, neuron, stride, x, x_at, lane)) + g_bias[neuron]
             g = activate_gate(g, kind, threshold)
             h = _ZERO
             if g > _ZERO:  # all lanes have the same sum
-                u = warp_sum(dot(u_words, u_scale, u_low, u_row, neuron, stride, x, x_at, lane)) + u_bias[neuron]
+                source, held = held_row(u_words, u_cold, hot, neuron)
+                u = warp_sum(dot(source, held, u_scale, u_low, u_row, neuron, stride, x, x_at, lane)) + u_bias[neuron]
                 h = up_product(g, u, kind)
             if lane == 0:
                 gates[at + k] = g
@@ -129,15 +156,15 @@ def active_of(neurons, gates, hidden, k, last, lane, found, values):
     return np.int32(cuda.popc(mask))
 
 
-def _down(name, add, columns, nothing, column_of):
-    fours = columns // 4
+def _down(name, add, columns, nothing, column_of, split):
+    fours, held_row = columns // 4, HELD_ROW[split]
 
     @kernel(
-        f"{matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden, float32* partial,"
-        "int64* counts, int32 stride, int32 list_stride",
-        f"down_{name}",
+        f"{neuron_matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden,"
+        "float32* partial, int64* counts, int32 hot, int32 stride, int32 list_stride",
+        f"down_{name}{_SUFFIX[split]}",
     )
-    def down(words, scale, low, row, neurons, lengths, gates, hidden, partial, counts, stride, list_stride):
+    def down(words, scale, low, row, cold, neurons, lengths, gates, hidden, partial, counts, hot, stride, list_stride):
         """The sum of hidden times down's rows, of one part (blockIdx.y of gridDim.y) of the list of a row (blockIdx.z).
 
         partial: (rows, parts, stride). Each thread has a chunk of columns; blockIdx.x numbers the blocks of them, of
@@ -166,16 +193,21 @@ def _down(name, add, columns, nothing, column_of):
             if j < count:
                 for i in range(0, kept - 3, 4):  # four loads are on their way at once
                     r0, r1, r2, r3 = found[i], found[i + 1], found[i + 2], found[i + 3]
-                    w0 = ldg128(words, (r0 * count + j) * 4)
-                    w1 = ldg128(words, (r1 * count + j) * 4)
-                    w2 = ldg128(words, (r2 * count + j) * 4)
-                    w3 = ldg128(words, (r3 * count + j) * 4)
+                    s0, h0 = held_row(words, cold, hot, r0)
+                    s1, h1 = held_row(words, cold, hot, r1)
+                    s2, h2 = held_row(words, cold, hot, r2)
+                    s3, h3 = held_row(words, cold, hot, r3)
+                    w0 = ldg128(s0, (h0 * count + j) * 4)
+                    w1 = ldg128(s1, (h1 * count + j) * 4)
+                    w2 = ldg128(s2, (h2 * count + j) * 4)
+                    w3 = ldg128(s3, (h3 * count + j) * 4)
                     total = add(total, values[i], w0, scale, low, row, r0, stride, j)
                     total = add(total, values[i + 1], w1, scale, low, row, r1, stride, j)
                     total = add(total, values[i + 2], w2, scale, low, row, r2, stride, j)
                     total = add(total, values[i + 3], w3, scale, low, row, r3, stride, j)
                 for i in range(kept >> 2 << 2, kept):
-                    w = ldg128(words, (found[i] * count + j) * 4)
+                    source, held = held_row(words, cold, hot, found[i])
+                    w = ldg128(source, (held * count + j) * 4)
                     total = add(total, values[i], w, scale, low, row, found[i], stride, j)
             cuda.syncthreads()
         if j < count:
@@ -187,7 +219,12 @@ def _down(name, add, columns, nothing, column_of):
     return down
 
 
-GATE = {name: _gate(name, DOTS[name]) for name in WEIGHT_FORMATS}
-UP = {name: _up(name, DOTS[name]) for name in WEIGHT_FORMATS}
-GATE_UP = {name: _gate_up(name, DOTS[name]) for name in WEIGHT_FORMATS}
-DOWN = {name: _down(name, ADDS[name], CHUNK_COLUMNS[name], NOTHING[name], COLUMN_OF[name]) for name in WEIGHT_FORMATS}
+# By weight format, and whether the layer is split.
+GATE = {(name, split): _gate(name, DOTS[name], split) for name in WEIGHT_FORMATS for split in _SUFFIX}
+UP = {(name, split): _up(name, DOTS[name], split) for name in WEIGHT_FORMATS for split in _SUFFIX}
+GATE_UP = {(name, split): _gate_up(name, DOTS[name], split) for name in WEIGHT_FORMATS for split in _SUFFIX}
+DOWN = {
+    (name, split): _down(name, ADDS[name], CHUNK_COLUMNS[name], NOTHING[name], COLUMN_OF[name], split)
+    for name in WEIGHT_FORMATS
+    for split in _SUFFIX
+}

@@ -72,7 +72,8 @@ def product(
 ) -> None:
     """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
     if copies is None or n < LIBRARY_ROWS:
-        multiply(device, matrix, x, x_stride, y, y_stride, n, factor=factor, add=add)
+        for first, piece in matrix.pieces():
+            multiply(device, piece, x, x_stride, y[first:], y_stride, n, factor=factor, add=add)
         return
     weights, halves, stride = _operands(device, copies, matrix, x, x_stride, n, matrix.stride)
     sizes = (matrix.rows, matrix.stride, n)
@@ -94,8 +95,9 @@ def add_transposed_product(
     """y (n, matrix.stride) += factor * (matrix transposed times hidden + bias); hidden: (n, hidden_stride) float32."""
     columns, stride = matrix.columns, matrix.stride
     if copies is None or n < LIBRARY_ROWS:
-        parts = multiply_transposed(device, matrix, hidden, hidden_stride, partial, n)
-        add_parts(device, partial, parts, matrix.bias, y, columns, stride, n, factor)
+        for first, piece in matrix.pieces():
+            parts = multiply_transposed(device, piece, hidden[first:], hidden_stride, partial, n)
+            add_parts(device, partial, parts, None if first else matrix.bias, y, columns, stride, n, factor)
         return
     weights, halves, x_stride = _operands(device, copies, matrix, hidden, hidden_stride, n, hidden_stride)
     sizes = (columns, matrix.rows, n)
@@ -106,16 +108,21 @@ def add_transposed_product(
 def _operands(
     device: Device, copies: HalfCopies, matrix: Matrix, x: Array, x_stride: int, n: int, columns: int
 ) -> tuple[Array, Array, int]:
-    """Weights and activations of one type, and the activations' stride."""
-    if matrix.format == "f32":
+    """Weights and activations of one type, and the activations' stride.
+
+    What lies in host memory is read once: a split matrix is copied to float16, in whatever format it is.
+    """
+    if matrix.format == "f32" and not matrix.is_split:
         return matrix.words.view(np.float32), x, x_stride
-    weights = matrix.words.view(np.float16)
-    if matrix.format != "f16":
-        weights, grid = copies.weights, (matrix.rows, -(-matrix.stride // (2 * THREADS)))
-        device.launch(
-            widen_kernel(matrix.format), grid, THREADS,
-            matrix.words, matrix.scale, matrix.low, matrix.row, weights, matrix.stride,
-        )  # fmt: skip
+    weights = copies.weights
+    if matrix.format == "f16" and not matrix.is_split:
+        weights = matrix.words.view(np.float16)
+    else:
+        for first, piece in matrix.pieces():
+            device.launch(
+                widen_kernel(piece.format), (piece.rows, -(-piece.stride // (2 * THREADS))), THREADS,
+                piece.words, piece.scale, piece.low, piece.row, weights[first * piece.stride :], piece.stride,
+            )  # fmt: skip
     device.launch(narrow, (-(-columns // (2 * THREADS)), n), THREADS, x, copies.x, x_stride, columns)
     return weights, copies.x, columns
 

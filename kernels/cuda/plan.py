@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.memory_plan import LayerSplit, hot_outputs
 from svdengine.kernels.formats import WeightFormat, padded_columns, stored_parts
 from svdengine.kernels.lowbit import BLOCK
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
@@ -28,27 +29,52 @@ class Matrix:
     rows: int
     columns: int
     stride: int  # columns as stored: padded to 64
-    words: Array  # uint32: the stored rows, of stride * bits / 32 words each
+    words: Array  # uint32: the stored rows up to `hot`, of stride * bits / 32 words each
     scale: Array  # (rows, stride / 32): float16 of q8, uint8 of q4
     low: Array  # (rows, stride / 32) uint8: `.min` of q4
     row: Array  # (rows, 2) float32: of q4
     bias: Array  # (rows,) float32; zeros where the model has none
+    hot: int  # rows whose words lie on the device: all of them, unless the layer is split (kernels/cuda/memory_plan.py)
+    cold: Array  # uint32: the words of the other rows, in host memory; where there are none, `words` again
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some rows lie in host memory."""
+        return self.hot < self.rows
+
+    def pieces(self) -> tuple[tuple[int, Matrix], ...]:
+        """The parts that lie in one place each, with their first rows. They share the memory."""
+        if not self.is_split:
+            return ((0, self),)
+        cold = replace(self.rows_from(self.hot, self.rows - self.hot), words=self.cold, cold=self.cold)
+        return (*([(0, self.rows_from(0, self.hot))] if self.hot else []), (self.hot, cold))
 
     def rows_from(self, first: int, count: int) -> Matrix:
-        """A part of the matrix: `count` rows from `first`. It shares the memory."""
-        words, groups = self.stride * BITS[self.format] // 32, self.stride // 32
+        """A part of the matrix: `count` rows from `first`. It shares the memory.
+
+        The bias is that of the part where rows are outputs, and of no use where columns are.
+        """
+        groups = self.stride // 32
         scaled, rowed = self.format in ("q8", "q4"), self.format == "q4"
+        words = self.words[first * self.row_words : (first + count) * self.row_words]
         return Matrix(
             self.format,
             count,
             self.columns,
             self.stride,
-            self.words[first * words : (first + count) * words],
+            words,
             self.scale[first * groups : (first + count) * groups] if scaled else self.scale,
             self.low[first * groups : (first + count) * groups] if rowed else self.low,
             self.row[2 * first : 2 * (first + count)] if rowed else self.row,
             self.bias[first : first + count],
+            count,
+            words,
         )
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row."""
+        return self.stride * BITS[self.format] // 32
 
 
 BITS: dict[WeightFormat, int] = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4}
@@ -85,6 +111,7 @@ class LayerPlan:
     up: Matrix
     down: Matrix  # (hidden, ffn), or (ffn, hidden) where Plan.transposed_down; its bias is (hidden,) either way
     window: int  # a token sees itself and the window - 1 before it
+    order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
 
 
 @dataclass(frozen=True)
@@ -131,8 +158,9 @@ def build_plan(
     arrays: Mapping[str, NDArray],
     formats: Mapping[str, WeightFormat],
     context: int,
+    splits: Sequence[LayerSplit] = (),
 ) -> Plan:
-    """Copy a model to the device.
+    """Copy a model to the device, and what `splits`, of each layer, leave out to host memory that it can read.
 
     `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
     an array's shape or type is not what the config says: kernels check nothing.
@@ -140,7 +168,7 @@ def build_plan(
     specs = {spec.name: spec for spec in tensor_specs(config)}
     for spec in specs.values():
         check_stored(spec, arrays, formats)
-    build = _Builder(device, config, arrays, formats)
+    build = _Builder(device, config, arrays, formats, splits)
     layers = tuple(build.layer(i) for i in range(config.layer_count))
     embedding = build.matrix(["embedding"], None)
     lm_head = embedding if config.tied_embeddings else build.matrix(["lm_head"], None)
@@ -171,16 +199,24 @@ def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mappi
             raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
 
 
-def place_predictor(device: Device, config: ModelConfig, predictor: Predictor | None) -> tuple[PredictorPlan, ...]:
-    """Copy a predictor to the device. Raises ValueError when it does not fit the model."""
+def place_predictor(
+    device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None]
+) -> tuple[PredictorPlan, ...]:
+    """Copy a predictor to the device, with its neurons in the `orders` of the layers' rows.
+
+    Raises ValueError when it does not fit the model.
+    """
     if predictor is None:
         return ()
     if len(predictor.layers) != config.layer_count:
         raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
-    return tuple(_place_layer(device, config, i, layer) for i, layer in enumerate(predictor.layers))
+    layers = enumerate(zip(predictor.layers, orders, strict=True))
+    return tuple(_place_layer(device, config, index, layer, order) for index, (layer, order) in layers)
 
 
-def _place_layer(device: Device, config: ModelConfig, index: int, layer: LayerPredictor) -> PredictorPlan:
+def _place_layer(
+    device: Device, config: ModelConfig, index: int, layer: LayerPredictor, order: NDArray[np.intp] | None
+) -> PredictorPlan:
     d, f, rank, bits = config.hidden_size, config.ffn_size, layer.rank, layer.residual_bits
     where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
     if len(layer.bias) != f or len(layer.unit) != f:
@@ -194,22 +230,31 @@ def _place_layer(device: Device, config: ModelConfig, index: int, layer: LayerPr
         raise ValueError(f"{where} has scales of {layer.q['.scale'].shape}, expected {(f, columns // BLOCK)}")
     nothing = device.zeros(1, np.uint32)
 
-    def factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> Matrix:
+    def ordered(array: NDArray) -> NDArray:
+        return array if order is None else array[order]
+
+    def check_factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> None:
         for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
             if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != _DTYPES[dtype]:
                 raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
-        return _matrix(device, [parts], layer.factor_format, columns, device.zeros(rows, np.float32))
+
+    def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
+        return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
+
+    if rank:
+        check_factor("A", layer.a, f, rank)
+        check_factor("B", layer.b, rank, d)
 
     return PredictorPlan(
         rank,
         layer.factor_format,
         bits,
-        factor("A", layer.a, f, rank) if rank else None,
-        factor("B", layer.b, rank, d) if rank else None,
-        device.upload(_words(layer.q[""])) if bits else nothing,
-        device.upload(layer.q[".scale"]) if bits else nothing,
-        device.upload(np.asarray(layer.bias, np.float32)),
-        device.upload(np.asarray(layer.unit, np.float32)),
+        factor({suffix: ordered(part) for suffix, part in layer.a.items()}, rank) if rank else None,
+        factor(layer.b, d) if rank else None,
+        device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
+        device.upload(ordered(layer.q[".scale"])) if bits else nothing,
+        device.upload(ordered(np.asarray(layer.bias, np.float32))),
+        device.upload(ordered(np.asarray(layer.unit, np.float32))),
         layer.relu,
     )
 
@@ -223,16 +268,17 @@ class _Builder:
         config: ModelConfig,
         arrays: Mapping[str, NDArray],
         formats: Mapping[str, WeightFormat],
+        splits: Sequence[LayerSplit],
     ) -> None:
-        self.device, self.config, self.arrays, self.formats = device, config, arrays, formats
+        self.device, self.config, self.arrays, self.formats, self.splits = device, config, arrays, formats, splits
         self.nothing = device.zeros(1, np.float32)
 
     def layer(self, index: int) -> LayerPlan:
         """All weights of a layer."""
         config = self.config
-        gate_up = self.projections(["gate", "up"] if config.gated else ["up"], index)
+        gate_up, down, order = self.ffn(index)
         f = config.ffn_size
-        halves = [p.matrix.rows_from(i * f, f) for p in gate_up for i in range(p.matrix.rows // f)]
+        halves = [m for p in gate_up for m in _halves(p.matrix, f)]
         windowed = config.sliding_window and index in config.sliding_window_layers
         return LayerPlan(
             attention_norm=self.norm("attention_norm", index),
@@ -244,9 +290,26 @@ class _Builder:
             gate_up=gate_up,
             gate=halves[0] if config.gated else None,
             up=halves[-1],
-            down=self.matrix(["down_T" if config.sparse_ffn else "down"], index),
+            down=down,
             window=config.sliding_window if windowed else _WINDOW,
+            order=order,
         )
+
+    def ffn(self, index: int) -> tuple[tuple[Projection, ...], Matrix, NDArray[np.intp] | None]:
+        """Gate and up, down, and the order of the neurons' rows."""
+        config = self.config
+        names, down = ["gate", "up"] if config.gated else ["up"], "down_T" if config.sparse_ffn else "down"
+        split = self.splits[index] if self.splits else None
+        if split is None or split.hot == config.ffn_size:
+            return self.projections(names, index), self.matrix([down], index), None
+        # Where down's columns are the neurons, all stay in the model's order.
+        order = split.order if config.sparse_ffn else None
+        gate_up = tuple(
+            Projection(self.split_matrix(name, index, order, split.hot), i * config.ffn_size)
+            for i, name in enumerate(names)
+        )
+        hot = split.hot if config.sparse_ffn else hot_outputs(config, split.hot)
+        return gate_up, self.split_matrix(down, index, order, hot), order
 
     def projections(self, names: Sequence[str], layer: int) -> tuple[Projection, ...]:
         """Matrices that read the same rows, joined where neighbours have the same format: one launch for all."""
@@ -274,6 +337,22 @@ class _Builder:
             if source in self.arrays:
                 bias[end - size : end] = self.part(source, layer)
         return _matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
+
+    def split_matrix(self, name: str, layer: int, order: NDArray[np.intp] | None, hot: int) -> Matrix:
+        """A matrix with its rows in some order, of which the words of those from `hot` on stay in host memory."""
+        parts = {s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays}
+        columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[name]
+        source = f"{'down' if name == 'down_T' else name}.bias"
+        bias = np.zeros(columns if name == "down_T" else len(parts[""]), np.float32)
+        if source in self.arrays:
+            bias[:] = self.part(source, layer)
+        if order is not None:
+            parts = {suffix: part[order] for suffix, part in parts.items()}
+            bias = bias if name == "down_T" else bias[order]
+        rows = {**parts, "": parts[""][:hot]}
+        matrix = _matrix(self.device, [rows], self.formats[name], columns, self.device.upload(bias))
+        cold = self.device.pin(_words(parts[""][hot:]))
+        return replace(matrix, rows=len(parts[""]), cold=cold)
 
     def norm(self, name: str, layer: int | None) -> Norm:
         """A norm's weight and bias."""
@@ -310,16 +389,22 @@ def _matrix(
         if suffix not in parts[0]:
             return device.zeros(1, dtype)
         sources = [_words(p[suffix]) if suffix == "" else p[suffix].reshape(-1) for p in parts]
-        to, end = device.zeros(sum(map(len, sources)), sources[0].dtype), 0
+        to, end = device.zeros(max(1, sum(map(len, sources))), sources[0].dtype), 0
         for source in sources:
-            device.write(to[end : end + len(source)], source)
+            if len(source):
+                device.write(to[end : end + len(source)], source)
             end += len(source)
         return to
 
     rows = sum(len(p[""]) for p in parts)
     words, scale = joined("", np.uint32), joined(".scale", np.float16 if weight_format == "q8" else np.uint8)
     low, row = joined(".min", np.uint8), joined(".row", np.float32)
-    return Matrix(weight_format, rows, columns, padded_columns(columns), words, scale, low, row, bias)
+    return Matrix(weight_format, rows, columns, padded_columns(columns), words, scale, low, row, bias, rows, words)
+
+
+def _halves(matrix: Matrix, rows: int) -> tuple[Matrix, ...]:
+    """Matrices of `rows` rows that lie one below the other."""
+    return (matrix,) if matrix.rows == rows else (matrix.rows_from(0, rows), matrix.rows_from(rows, rows))
 
 
 def _words(array: NDArray) -> NDArray[np.uint32]:

@@ -24,6 +24,25 @@ def matrix_parameters(weight_format: WeightFormat, prefix: str = "") -> str:
     return f"uint32* {prefix}words, {scale}* {prefix}scale, uint8* {prefix}low, float32* {prefix}row"
 
 
+def neuron_matrix_parameters(weight_format: WeightFormat, prefix: str = "") -> str:
+    """The same of a matrix with a row for each neuron, of which those from `hot` on may lie in host memory, `cold`."""
+    return f"{matrix_parameters(weight_format, prefix)}, uint32* {prefix}cold"
+
+
+def _held_row(split):
+    @jit(device=True)
+    def held_row(words, cold, hot, r):
+        if split and r >= hot:
+            return cold, r - hot
+        return words, r
+
+    return held_row
+
+
+# By whether a matrix is split: held_row(words, cold, hot, r), the array that holds the words of row r, and their row.
+HELD_ROW = {split: _held_row(split) for split in (False, True)}
+
+
 @jit(device=True)
 def dot_four(values, x, at):
     """Four values times four activations from item `at`."""
@@ -115,9 +134,9 @@ def chunk_q4(w, scale, low, row, r, stride, x, at, j):
 
 def _dot(columns, chunk):
     @jit(device=True)
-    def dot(words, scale, low, row, r, stride, x, at, lane):
+    def dot(words, held, scale, low, row, r, stride, x, at, lane):
         count = stride // columns
-        base = r * (4 * count)
+        base = held * (4 * count)
         total = _ZERO
         j = lane
         while j + 96 < count:  # four loads are on their way at once
@@ -138,7 +157,8 @@ def _dot(columns, chunk):
     return dot
 
 
-# By format: dot(words, scale, low, row, r, stride, x, at, lane), one lane's share of row r times an activation row.
+# By format: dot(words, held, scale, low, row, r, stride, x, at, lane), one lane's share of row r, whose words are row
+# `held` of those, times an activation row.
 DOTS = {
     "f32": _dot(4, chunk_f32),
     "f16": _dot(8, chunk_f16),

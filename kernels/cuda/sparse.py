@@ -88,24 +88,25 @@ def score_rows(device: Device, plan: Plan, work: Workspace, predictor: Predictor
 def gate_listed(device: Device, plan: Plan, work: Workspace, layer: LayerPlan, x: Array, n: int) -> None:
     """work.scores = the gates of the listed neurons, work.hidden = their activations, in the lists' order."""
     config, sizes = plan.config, work.sizes
-    kind = ACTIVATIONS.index(config.activation)
+    kind, split, hot = ACTIVATIONS.index(config.activation), layer.up.is_split, layer.up.hot
     grid = (min(-(-config.ffn_size // WARPS), MOST_GATHER_BLOCKS), n)
     lists = (x, work.neurons, work.lengths, work.scores, work.hidden)
     gate = layer.up if layer.gate is None else layer.gate
     if layer.gate is not None and layer.gate.format == layer.up.format:
         device.launch(
-            GATE_UP[gate.format], grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), *lists,
-            kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
+            GATE_UP[gate.format, split], grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), *lists,
+            hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
         return
     device.launch(
-        GATE[gate.format], grid, GATHER_THREADS, *_parts(gate), *lists,
-        kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
+        GATE[gate.format, split], grid, GATHER_THREADS, *_parts(gate), *lists,
+        hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
     )  # fmt: skip
     if layer.gate is not None:
         up = layer.up
         device.launch(
-            UP[up.format], grid, GATHER_THREADS, *_parts(up), *lists, kind, up.stride, sizes.hidden, sizes.ffn
+            UP[up.format, split], grid, GATHER_THREADS, *_parts(up), *lists,
+            hot, kind, up.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
 
 
@@ -114,12 +115,14 @@ def add_down(device: Device, work: Workspace, down: Matrix, n: int) -> int:
     parts = parts_of(n)
     blocks = -(-(down.stride // CHUNK_COLUMNS[down.format]) // DOWN_THREADS)
     device.launch(
-        DOWN[down.format], (blocks, parts, n), DOWN_THREADS, down.words, down.scale, down.low, down.row,
-        work.neurons, work.lengths, work.scores, work.hidden, work.partial, work.counts, down.stride, work.sizes.ffn,
+        DOWN[down.format, down.is_split], (blocks, parts, n), DOWN_THREADS,
+        down.words, down.scale, down.low, down.row, down.cold,
+        work.neurons, work.lengths, work.scores, work.hidden, work.partial, work.counts,
+        down.hot, down.stride, work.sizes.ffn,
     )  # fmt: skip
     return parts
 
 
 def _parts(matrix: Matrix) -> tuple[Array, ...]:
     """A matrix with its bias, as kernels take it."""
-    return matrix.words, matrix.scale, matrix.low, matrix.row, matrix.bias
+    return matrix.words, matrix.scale, matrix.low, matrix.row, matrix.cold, matrix.bias

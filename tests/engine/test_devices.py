@@ -46,6 +46,26 @@ def test_a_gpu_that_was_asked_for_is_missed(monkeypatch: pytest.MonkeyPatch, tmp
     model_file.close()
 
 
+def test_what_does_not_fit_on_the_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'svdengine[test]'")
+    from svdengine.kernels.cuda import device
+    from svdengine.kernels.cuda.memory_plan import RESERVE
+
+    if not device.SIMULATED:
+        pytest.skip("there is a GPU, whose memory is its own")
+    monkeypatch.setattr(availability, "find_gpu", lambda: Gpu("a card", 1 << 30, (9, 0)))
+    monkeypatch.setattr(device, "CupyDevice", device.SimulatedDevice)
+    with read_model_file(write_tiny_model(tmp_path / "model.svdp")) as model_file:
+        whole: Any = create_executor(model_file, device="cuda", context=16, block_count=4)
+        assert whole.memory.host == 0 and capsys.readouterr().err == ""
+        budget = whole.memory.device + RESERVE - 20_000
+        split: Any = create_executor(model_file, device="cuda", context=16, block_count=4, gpu_memory=budget)
+        assert 20_000 <= split.memory.host < 25_000
+        assert "in host memory" in capsys.readouterr().err
+        with pytest.raises(DeviceError, match="without any FFN rows"):
+            create_executor(model_file, device="cuda", context=16, block_count=4, gpu_memory=RESERVE)
+
+
 def pretend(
     monkeypatch: pytest.MonkeyPatch, missing: str = "", count: int = 1, major: int = 9, error: str = ""
 ) -> None:

@@ -85,10 +85,52 @@ class Function:
             self.calls.append((self.name, grid, block, arguments))
 
 
+class PinnedMemory:
+    """Page-locked memory of the host, which is given back with the last reference; `held` counts bytes."""
+
+    held = 0
+    most = 1 << 20
+
+    def __init__(self, size: int) -> None:
+        if PinnedMemory.held + size > PinnedMemory.most:
+            raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+        self.size, self.buffer = size, ctypes.create_string_buffer(size)
+        self.ptr = ctypes.addressof(self.buffer)
+        PinnedMemory.held += size
+
+    def __del__(self) -> None:
+        PinnedMemory.held -= getattr(self, "size", 0)
+
+
+class UnownedMemory:
+    """Memory at an address, which another object owns."""
+
+    def __init__(self, ptr: int, size: int, owner: Any, device_id: int) -> None:
+        assert device_id == 0
+        self.ptr, self.size, self.owner = ptr, size, owner
+
+
+class MemoryPointer:
+    """A place in memory."""
+
+    def __init__(self, memory: UnownedMemory, offset: int) -> None:
+        self.memory, self.ptr = memory, memory.ptr + offset
+
+
+def array_at(size: int, dtype: Any, pointer: MemoryPointer) -> Array:
+    """An array of the memory at a place, which keeps its owner alive."""
+    assert size * np.dtype(dtype).itemsize <= pointer.memory.size
+    # NumPy keeps the buffer's object, and the object keeps the pointer.
+    buffer = (ctypes.c_byte * pointer.memory.size).from_address(pointer.ptr)
+    buffer.pointer = pointer
+    return np.frombuffer(buffer, dtype, size).view(Array)
+
+
 def fake_cupy(free: int = 1 << 30) -> Any:
     """The module; `calls` lists what kernels were called with."""
     cupy: Any = ModuleType("cupy")
     cupy.calls = calls = []
+    cupy.ndarray = array_at
 
     def zeros(size: int, dtype: Any) -> Any:
         if size * np.dtype(dtype).itemsize > free:
@@ -120,7 +162,12 @@ def fake_cupy(free: int = 1 << 30) -> Any:
         get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
         function=SimpleNamespace(Module=Module),
         memory=SimpleNamespace(OutOfMemoryError=MemoryError),
-        runtime=SimpleNamespace(memGetInfo=lambda: (free, free), CUDA_R_16F=2, CUDA_R_32F=0),
+        runtime=SimpleNamespace(
+            memGetInfo=lambda: (free, free), CUDA_R_16F=2, CUDA_R_32F=0, CUDARuntimeError=RuntimeError
+        ),
+        PinnedMemory=PinnedMemory,
+        UnownedMemory=UnownedMemory,
+        MemoryPointer=MemoryPointer,
         get_cublas_handle=lambda: "handle",
     )
     return cupy

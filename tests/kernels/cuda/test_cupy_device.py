@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import fake_cublas, fake_cupy
+from fake_cupy import PinnedMemory, fake_cublas, fake_cupy
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.cuda import compilation, device
@@ -52,6 +53,21 @@ def test_arrays_come_and_go(cupy: Any) -> None:
     gpu.close()
 
 
+def test_page_locked_memory_is_given_back_with_its_array(cupy: Any) -> None:
+    gpu, before = CupyDevice(), PinnedMemory.held
+    array = gpu.pin(np.arange(6, dtype=np.uint32).reshape(2, 3))
+    view = array[4:]
+    del array
+    gc.collect()
+    assert PinnedMemory.held == before + 24
+    np.testing.assert_array_equal(view, [4, 5])
+    del view
+    gc.collect()
+    assert PinnedMemory.held == before
+    with pytest.raises(DeviceError, match=r"refuses to lock 2\.0 MiB more of its memory: cudaErrorMemoryAllocation"):
+        gpu.pin(np.zeros(1 << 21, np.uint8))
+
+
 def test_a_launch_gives_numbers_of_the_declared_types(cupy: Any) -> None:
     gpu = CupyDevice()
     arrays = [gpu.zeros(300, np.float32) for _ in range(3)]
@@ -59,7 +75,7 @@ def test_a_launch_gives_numbers_of_the_declared_types(cupy: Any) -> None:
     ((name, grid, block, arguments),) = cupy.calls
     assert name == "entry of add_parts_to_rows (9, 0, 'a')" and (grid, block) == ((2, 1), (256,))
     assert all(found is given for found, given in zip(arguments, arrays, strict=False))
-    assert [type(a) for a in arguments[3:]] == [np.int32, np.int32, np.int32, np.float32]
+    assert [type(a) for a in arguments[3:]] == [np.int32] * 4 + [np.float32]
     assert len(arguments) == len(add_parts_to_rows.parameters)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from numpy.typing import NDArray
 from svdengine.kernels.cuda import sparse
 from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
 from svdengine.kernels.cuda.intrinsics import SIMULATED
+from svdengine.kernels.cuda.memory_plan import LayerSplit
 from svdengine.kernels.cuda.plan import Plan, build_plan, place_predictor
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
@@ -67,14 +69,20 @@ class Bench:
     """A model of one layer on a device, with a few rows of input."""
 
     def __init__(
-        self, device: Any, config: ModelConfig, formats: dict[str, WeightFormat] | WeightFormat, rows: int = ROWS
+        self,
+        device: Any,
+        config: ModelConfig,
+        formats: dict[str, WeightFormat] | WeightFormat,
+        rows: int = ROWS,
+        splits: Sequence[LayerSplit] = (),
     ) -> None:
         names = [spec.name for spec in tensor_specs(config) if spec.matrix]
         formats = dict.fromkeys(names, formats) if isinstance(formats, str) else formats
         formats = {**formats, "embedding": "f32", "lm_head": "f32", "position_embedding": "f32"}
         arrays, self.exact = stored(config, formats)
         self.device, self.config, self.rows = device, config, rows
-        self.plan: Plan = build_plan(device, config, arrays, formats, 16)
+        self.plan: Plan = build_plan(device, config, arrays, formats, 16, splits)
+        self.orders = [layer.order for layer in self.plan.layers]
         self.work: Workspace = allocate_workspace(device, Sizes.of(config, rows, 16))
         self.x = np.random.default_rng(1).standard_normal((rows, config.hidden_size)).astype(np.float32)
         padded = np.zeros((rows, self.work.sizes.hidden), np.float32)
@@ -88,7 +96,7 @@ class Bench:
         """The FFN of all rows, (rows, hidden), with the bias of down."""
         placed = None
         if predictor is not None:
-            placed = place_predictor(self.device, self.config, Predictor((predictor,), {}))[0]
+            placed = place_predictor(self.device, self.config, Predictor((predictor,), {}), self.orders)[0]
         parts = sparse_ffn(self.device, self.plan, self.work, 0, placed, self.source, self.rows)
         partial = self.device.download(self.work.partial)[: self.rows * parts * self.work.sizes.hidden]
         total = partial.reshape(self.rows, parts, -1).sum(1)[:, : self.config.hidden_size]
@@ -128,7 +136,7 @@ def test_scores_and_lists_are_the_definitions(
     bench, layer = Bench(device, CONFIG, "f16"), layer_predictor(CONFIG, rank, bits, factors, relu)
     bias = [0.0, 0.4]
     bench.set_bias(bias)
-    placed = place_predictor(device, CONFIG, Predictor((layer,), {}))[0]
+    placed = place_predictor(device, CONFIG, Predictor((layer,), {}), bench.orders)[0]
     score_rows(device, bench.plan, bench.work, placed, bench.source, ROWS)
     found = device.download(bench.work.scores).reshape(ROWS, -1)[:, : CONFIG.ffn_size]
     expected = np.stack([scores(layer, bench.x[r : r + 1], bias[r])[0] for r in range(ROWS)])
