@@ -107,8 +107,8 @@ class RequestLoop:
                 raise ShutdownError("the program is shutting down and takes no more requests")
             if inbox.requests + len(requests) > self.capacity:
                 raise QueueFullError(
-                    f"{inbox.requests} requests are running or waiting and {len(requests)} more would exceed the "
-                    f"limit of {self.capacity}; try again later"
+                    f"{inbox.requests} of at most {self.capacity} completions are running or waiting, and "
+                    f"{len(requests)} more were asked for; try again later"
                 )
             inbox.requests += len(requests)
             inbox.calls.extend(
@@ -201,17 +201,15 @@ class RequestLoop:
                     self._cut(request, error)
 
     def _hand_on(self) -> None:
-        ended = []
-        for request, entry in self._entries.items():
-            update = _news(request, entry)
-            if update.last:
-                ended.append(request)
-            if update.tokens or update.text or update.last:
-                entry.listener(update)
+        news = [(request, entry, _news(request, entry)) for request, entry in self._entries.items()]
+        ended = [request for request, _, update in news if update.last]
         for request in ended:
             del self._entries[request]
-        with self._inbox.changed:
+        with self._inbox.changed:  # before it is told: whoever hears of an end may submit at once
             self._inbox.requests -= len(ended)
+        for _, entry, update in news:
+            if update.tokens or update.text or update.last:
+                entry.listener(update)
 
 
 def _news(request: Generation, entry: _Entry) -> Update:

@@ -29,6 +29,7 @@ from svdengine.server.event_stream import EventStream, encode_json, until_discon
 from svdengine.server.guard import Guard
 from svdengine.server.job import Job
 from svdengine.server.messages import read_messages
+from svdengine.server.page_files import PAGE_FILES, page_routes
 from svdengine.server.service import Service
 
 log = logging.getLogger("svdengine.server")
@@ -68,7 +69,7 @@ class Watch:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._paths = {path for path, _, _ in Routes(service).paths()}
+        self._paths = {*PAGE_FILES, *(path for path, _, _ in Routes(service).paths())}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -119,7 +120,7 @@ class Routes:
     def table(self) -> list[Route]:
         """For Starlette."""
         table = [Route(path, self._explained(call), methods=[method]) for path, method, call in self.paths()]
-        return [*table, Route("/{path:path}", self._explained(self.missing), methods=_METHODS)]
+        return [*table, *page_routes(), Route("/{path:path}", self._explained(self.missing), methods=_METHODS)]
 
     async def chat_completions(self, request: Request) -> Any:
         """Answer a conversation."""

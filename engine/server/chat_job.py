@@ -46,10 +46,11 @@ class ChatJob:
         body.only("service_tier", "auto", "default")
         body.only("store", False)
         body.only("modalities", ["text"])
+        shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)
         body.finish(_UNSUPPORTED)
         each = [choice_params(params, i) for i in range(self._choices)]
-        self.requests = [llm.prepare_chat(messages, one, template=template) for one in each]
+        self.requests = [llm.prepare_chat(messages, one, template=template, context_shift=shift) for one in each]
         self._head = Head("chat.completion", name)
         self._trails = [_trail(llm, params) for _ in self.requests]
 

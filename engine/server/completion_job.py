@@ -40,10 +40,11 @@ class CompletionJob:
         if echo and params.logprobs is not None:
             raise unsupported("echo", " together with logprobs")
         body.only("best_of", self._choices)
+        shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)
         body.finish(_UNSUPPORTED)
         each = [choice_params(params, i) for i in range(self._choices)]
-        self.requests = [llm.prepare(prompt, one) for prompt in prompts for one in each]
+        self.requests = [llm.prepare(prompt, one, context_shift=shift) for prompt in prompts for one in each]
         self._head = Head("text_completion", name)
         self._echoes = [_text(llm, prompt) if echo else "" for prompt in prompts for _ in each]
         self._trails = [_trail(llm, params, request.sequence.tokens) for request in self.requests]

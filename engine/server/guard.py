@@ -10,10 +10,11 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from svdengine.server.api_error import ApiError
+from svdengine.server.page_files import PAGE_FILES
 from svdengine.server.settings import Settings, is_loopback
 
 # The page asks for a key itself, and monitors need none to see that the server is alive.
-OPEN_PATHS = frozenset(["/", "/page.js", "/page.css", "/favicon.ico", "/health"])
+_OPEN_PATHS = frozenset([*PAGE_FILES, "/health"])
 
 
 class Guard:
@@ -40,7 +41,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._allowed_origin(origin, host):
             return ApiError(403, f"web pages of {origin[:200]!r} may not use this server; see --cors-origin")
-        if self._keys and path not in OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+        if self._keys and path not in _OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
             challenge = {"www-authenticate": "Bearer"}
             return ApiError(401, "a valid API key is missing", code="invalid_api_key", headers=challenge)
         return None

@@ -109,7 +109,7 @@ def test_capacity(llm: LLM, loop: RequestLoop) -> None:
     gate_of(llm).hold()
     each = [Updates() for _ in range(8)]
     loop.submit([(llm.prepare("hello", GREEDY), u.push) for u in each])
-    with pytest.raises(QueueFullError, match="8 requests are running"):
+    with pytest.raises(QueueFullError, match="8 of at most 8 completions are running"):
         loop.submit([(llm.prepare("hello", GREEDY), Updates().push)])
     with pytest.raises(RequestError, match="at most 8"):
         loop.submit([(llm.prepare("hello", GREEDY), Updates().push)] * 9)

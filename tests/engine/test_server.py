@@ -228,6 +228,14 @@ def test_penalties_and_bias(client: OpenAI, llm: LLM) -> None:
     ].message.content == (expected.text)
 
 
+def test_a_full_context_can_be_shifted(client: OpenAI) -> None:
+    fields: dict[str, Any] = {**GREEDY, "max_tokens": 300, "extra_body": {"ignore_eos": True, "context_shift": True}}
+    done = client.chat.completions.create(model="tiny", messages=HELLO, **fields)
+    assert done.usage is not None and done.usage.completion_tokens == 300
+    long = client.completions.create(model="tiny", prompt=[5] * 400, **fields)
+    assert long.usage is not None and long.usage.completion_tokens == 300
+
+
 def test_fields_that_change_nothing_are_taken(client: OpenAI) -> None:
     more: dict[str, Any] = {"user": "ann", "metadata": {"a": "b"}, "store": False, "service_tier": "auto"}
     more |= {"max_completion_tokens": 3, "top_p": 0.9, "stop": None, "modalities": ["text"], "safety_identifier": "x"}
