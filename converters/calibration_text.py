@@ -22,7 +22,7 @@ TOKENS = 16_384  # in all windows
 _TOGETHER = 16  # sequences sampled at once
 
 # Beginnings that lead a model to different kinds of text.
-_OPENINGS = (
+OPENINGS = (
     "The history of",
     "def ",
     "Chapter 1\n\n",
@@ -44,7 +44,7 @@ _OPENINGS = (
     "Ingredients:",
     "Abstract\n\n",
 )
-_QUESTIONS = (
+QUESTIONS = (
     "Explain how a bicycle stays upright.",
     "Write a Python function that reverses a linked list.",
     "What is 17 times 23? Show your steps.",
@@ -79,11 +79,7 @@ def text_windows(llm: LLM, path: Path, tokens: int = TOKENS, window: int = WINDO
 
     Raises ConversionError when the file cannot be read or is empty.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    return cut_windows(llm, llm.tokenizer.encode(text, bos=False), tokens, window)
+    return cut_windows(llm, llm.tokenizer.encode(read_text(path), bos=False), tokens, window)
 
 
 def chat_windows(llm: LLM, path: Path, tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:
@@ -93,7 +89,7 @@ def chat_windows(llm: LLM, path: Path, tokens: int = TOKENS, window: int = WINDO
     ConversionError, with the line, when one is no chat.
     """
     windows: list[list[int]] = []
-    for number, messages in _read_chats(path):
+    for number, messages in read_chats(path):
         try:
             ids = llm.chat_template.encode(messages, add_generation_prompt=False)
         except RequestError as error:
@@ -113,9 +109,9 @@ def sampled_windows(
     Every other window is an answer to a question when the model has a chat template. The same seed gives the same
     windows.
     """
-    prompts = [llm.tokenizer.encode(text) for text in _OPENINGS]
+    prompts = [llm.tokenizer.encode(text) for text in OPENINGS]
     if llm.model_file.chat_template is not None:
-        chats = [llm.chat_template.encode([{"role": "user", "content": text}]) for text in _QUESTIONS]
+        chats = [llm.chat_template.encode([{"role": "user", "content": text}]) for text in QUESTIONS]
         length = max(len(prompts), len(chats))
         pairs = ((prompts[i % len(prompts)], chats[i % len(chats)]) for i in range(length))
         prompts = [prompt for pair in pairs for prompt in pair]
@@ -154,12 +150,17 @@ def _spread(windows: list[list[int]], count: int) -> list[list[int]]:
     return [windows[i] for i in np.linspace(0, len(windows) - 1, max(count, 1)).astype(int)]
 
 
-def _read_chats(path: Path) -> Iterator[tuple[int, list[Any]]]:
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. Raises ConversionError when it cannot be read."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConversionError(f"{path}: cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
+
+
+def read_chats(path: Path) -> Iterator[tuple[int, list[Any]]]:
+    """Line number and messages of each chat of a JSONL file. Raises ConversionError."""
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

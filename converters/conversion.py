@@ -38,7 +38,7 @@ def convert(
     checkpoint = open_checkpoint(source, activation)
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
-    plan = list(_plan(checkpoint))
+    plan = list(plan_tensors(checkpoint))
     provenance = {
         "source": source.resolve().name,
         "files": describe_files(checkpoint.files),
@@ -51,7 +51,7 @@ def convert(
         output, checkpoint.config, dtype, checkpoint.tokenizer, checkpoint.generation, provenance
     ) as writer:
         for spec, layer, origin in plan:
-            array = _build(checkpoint, origin)
+            array = build_tensor(checkpoint, origin)
             try:
                 writer.write(spec.name, array, layer)
             except ValueError as error:
@@ -75,7 +75,7 @@ def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:
     return GgufCheckpoint(source, activation)
 
 
-def _plan(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
+def plan_tensors(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
     """Every (tensor, layer) and where it comes from, checked to be there before any work is done."""
     names = frozenset(checkpoint.tensor_names)
     for spec in tensor_specs(checkpoint.config):
@@ -90,7 +90,8 @@ def _plan(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
             yield spec, layer, origin
 
 
-def _build(checkpoint: Checkpoint, origin: Source) -> NDArray[np.float32]:
+def build_tensor(checkpoint: Checkpoint, origin: Source) -> NDArray[np.float32]:
+    """One canonical tensor, or one layer of it, in float32. Raises ConversionError."""
     arrays = [checkpoint.read(name) for name in origin.names]
     try:
         return origin.build(arrays)

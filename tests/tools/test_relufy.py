@@ -1,0 +1,314 @@
+"""ReLU-fication: a small random SwiGLU model becomes a ReGLU one, through interruptions, and is written as it was."""
+
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from model_zoo import block_table, make_batch, random_tokens, random_weights, relative_error, zoo
+from small_checkpoints import CONFIG, checkpoint_weights, gguf_tensors, hf_tensors, write_gguf, write_hf
+
+from svdengine.converters.conversion import open_checkpoint
+from svdengine.errors import SvdEngineError
+from svdengine.kernels.reference import ReferenceExecutor
+from svdengine.models.config import ModelConfig
+
+torch = pytest.importorskip("torch")
+
+from svdengine.tools.relufy.__main__ import main, parse, seconds  # noqa: E402
+from svdengine.tools.relufy.decoder import Decoder, KvCache, make_student, parameter, read_decoder  # noqa: E402
+from svdengine.tools.relufy.distill import divergence_gradient  # noqa: E402
+from svdengine.tools.relufy.run import Interrupted, Run  # noqa: E402
+from svdengine.tools.relufy.schedule import Steering, learning_rate  # noqa: E402
+from svdengine.tools.relufy.settings import Settings  # noqa: E402
+from svdengine.tools.relufy.text import Writer, read_windows, sample_windows  # noqa: E402
+
+SILU = replace(CONFIG, activation="silu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small products are slower on two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class Silent:
+    """A status line that can do something at its nth update."""
+
+    def __init__(self, at: int | None = None, act: Any = None) -> None:
+        self.at, self.act, self.updates, self.said = at, act, 0, []
+
+    def show(self, text: str) -> None:
+        self.updates += 1
+        if self.updates == self.at:
+            self.act()
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+
+def source(folder: Path, ffn_scale: float = 1.0) -> Path:
+    weights = checkpoint_weights(SILU)
+    weights["down"] *= ffn_scale
+    return write_hf(folder / "source", hf_tensors(weights, SILU), hidden_act="silu")
+
+
+def settings(folder: Path, name: str = "out", **changes: Any) -> Settings:
+    """A run of a few seconds."""
+    small = Settings(
+        folder / "source", folder / name, sampled_tokens=4096, sparsity=0.6, window=32, layer_tokens=2048,
+        layer_epochs=6, layer_rate=3e-3, steps=60, rate=2e-3,
+    )  # fmt: skip
+    return replace(small, **changes)
+
+
+def weights_of(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def decoder(config: ModelConfig) -> tuple[Decoder, dict[str, Any]]:
+    weights = random_weights(config)
+    model = Decoder(config)
+    with torch.no_grad():
+        for name, w in weights.items():
+            if len(w) == config.layer_count and w.ndim > 1 and name not in ("embedding", "lm_head"):
+                for layer, part in enumerate(w):
+                    parameter(model, name, layer).copy_(torch.from_numpy(part))
+            else:
+                parameter(model, name, None).copy_(torch.from_numpy(w))
+    return model.requires_grad_(False), weights
+
+
+def logits(model: Decoder, tokens: list[int]) -> Any:
+    return model.head(model(torch.tensor([tokens])))[0].detach().numpy()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_silu_biases", "llama_llama3", "llama_yarn", "mistral", "qwen2", "qwen3"]
+)
+def test_the_model_is_that_of_the_executors(name: str) -> None:
+    config = zoo()[name]
+    model, weights = decoder(config)
+    tokens = random_tokens(config, 29)
+    expected = ReferenceExecutor(config, weights, 8).forward(make_batch([(tokens, 0)], [block_table(len(tokens))]))
+    assert relative_error(logits(model, tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_token_by_token_is_the_same_as_all_at_once(name: str) -> None:
+    model, _ = decoder(zoo()[name])
+    tokens = torch.tensor([random_tokens(model.config, 17), random_tokens(model.config, 17, 1)])
+    caches = [KvCache(2, 17, model.config, model.embedding.weight) for _ in model.layers]
+    steps = torch.cat([model(tokens[:, i : i + 1], caches) for i in range(17)], 1)
+    assert torch.allclose(steps, model(tokens), atol=1e-5)
+
+
+def test_the_student_owns_only_what_it_trains() -> None:
+    teacher, _ = decoder(zoo()["qwen3"])  # tied embeddings
+    names = {name for name, _ in teacher.named_parameters()}
+    for train, trained in (("ffn", ("ffn.", "ffn_norm.")), ("layers", ("layers.",)), ("all", ("",))):
+        student = make_student(teacher, 0.0, train)
+        theirs = dict(teacher.named_parameters())
+        own = {name for name, p in student.named_parameters() if p is not theirs[name]}
+        assert own == {n for n in names if any(part in n for part in trained)}
+        assert own == {name for name, p in student.named_parameters() if p.requires_grad}
+        assert student.head.weight is student.embedding.weight
+
+
+def test_the_gradient_of_the_divergence() -> None:
+    generator = torch.Generator().manual_seed(0)
+    found, wanted = (torch.randn(4100, 8, generator=generator) for _ in range(2))  # more rows than are held at once
+    head = torch.nn.Linear(8, 19, bias=False)
+    leaf = found.clone().requires_grad_()
+    ours, theirs = torch.log_softmax(head(leaf), -1), torch.log_softmax(head(wanted), -1)
+    expected = (theirs.exp() * (theirs - ours)).sum(-1).mean()
+    expected.backward()
+    divergence, gradient = divergence_gradient(found, head.requires_grad_(False), wanted, head)
+    assert divergence == pytest.approx(expected.item(), rel=1e-4)
+    assert torch.allclose(gradient, leaf.grad, rtol=1e-3, atol=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0.05, 0.95))
+def test_steering_is_bounded_and_begins_late(zeros: list[float], goal: float) -> None:
+    steering, total = Steering(), len(zeros)
+    for step, measured in enumerate(zeros):
+        weight = steering.weight(step, total, goal)
+        assert 0 <= weight <= 6 and (weight == 0 or step >= 0.15 * total)
+        steering = steering.after(measured, step, total, goal)
+    assert 0 <= learning_rate(1.0, total - 1, total) <= 1
+
+
+def test_steering_reaches_its_goal() -> None:
+    """Against a plant in which sparsity answers the weight with a delay."""
+    steering, zeros, total = Steering(), 0.6, 400
+    for step in range(total):
+        weight = steering.weight(step, total, 0.9)
+        zeros += 0.05 * (0.6 + 0.2 * weight - zeros)
+        steering = steering.after(min(zeros, 1.0), step, total, 0.9)
+    assert zeros == pytest.approx(0.9, abs=0.02)
+
+
+def test_the_student_ends_close_to_its_teacher_and_sparse(tmp_path: Path) -> None:
+    folder = source(tmp_path, ffn_scale=4.0)  # or the residual stream would hardly notice
+    status = Silent()
+    report = Run(settings(tmp_path, steps=200, sampled_tokens=16384, sparsity=0.6), status).run()  # type: ignore[arg-type]
+    teacher = read_decoder(open_checkpoint(folder))
+    student = read_decoder_of(tmp_path / "out")
+    swapped = make_student(teacher, 0.0, "ffn")
+    tokens = [random_tokens(CONFIG, 100, seed) for seed in range(8)]
+
+    def distance(model: Decoder) -> float:
+        ours, theirs = (torch.log_softmax(m.head(m(torch.tensor(tokens))), -1) for m in (model, teacher))
+        return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+
+    assert distance(student) < 0.7 * distance(swapped)  # which has fewer zeros, 50 %
+    assert report.stages[-1].zeros == pytest.approx(0.6, abs=0.05)
+    assert [stage.name[:7] for stage in report.stages] == ["teacher", "ReLU in", "stage 1", "stage 2"]
+    assert "stage 2, end to end" in status.said[-1] and "stage 2" in (tmp_path / "out/README.md").read_text()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def read_decoder_of(folder: Path) -> Decoder:
+    """The student that a run wrote."""
+    checkpoint = open_checkpoint(folder)
+    silu = replace(checkpoint.config, activation="silu")
+    model = make_student(Decoder(silu), 0.0, "all")
+    tensors = weights_of(folder)
+    with torch.no_grad():
+        from svdengine.tools.relufy.output import tensor_names
+
+        for (spec, layer), name in tensor_names(silu).items():
+            parameter(model, spec, layer).copy_(tensors[name].float())
+    return model
+
+
+def test_transformers_and_the_reference_give_the_same_logits(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    from model_zoo import canonical_weights
+
+    from svdengine.models import hf_source
+
+    source(tmp_path)
+    Run(settings(tmp_path, steps=3, layer_epochs=1), Silent()).run()  # type: ignore[arg-type]
+    folder = tmp_path / "out"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config == CONFIG
+    tensors = {name: t.float().numpy() for name, t in weights_of(folder).items()}
+    weights = canonical_weights(CONFIG, tensors, hf_source)
+    tokens = random_tokens(CONFIG, 41)
+    ours = ReferenceExecutor(CONFIG, weights, 8).forward(make_batch([(tokens, 0)], [block_table(len(tokens))]))
+    with torch.no_grad():
+        expected = theirs(torch.tensor([tokens])).logits[0].numpy()
+    assert relative_error(ours, expected) < 1e-4
+
+
+def interrupted(wanted: Settings, at: int, act: Any) -> bool:
+    """Run until the nth update; whether it came to that."""
+    try:
+        Run(wanted, Silent(at, act), save_every=0).run()  # type: ignore[arg-type]
+    except (Interrupted, ZeroDivisionError):
+        return True
+    return False
+
+
+def stop() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def crash() -> None:
+    raise ZeroDivisionError
+
+
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+    """Stopped and broken off while sampling, in the middle of a layer, and in stage 2, again and again."""
+    source(tmp_path)
+    short = {"steps": 12, "layer_epochs": 2, "layer_tokens": 1024}
+    whole = Silent()
+    Run(settings(tmp_path, "whole", **short), whole).run()  # type: ignore[arg-type]
+    for name, act, stride in (("stopped", stop, 7), ("broken", crash, 11)):
+        wanted = settings(tmp_path, name, **short)
+        at, count = 1, 0
+        while interrupted(wanted, at, act):
+            at, count = at + stride, count + 1
+        assert count >= 2
+        assert all(torch.equal(w, weights_of(tmp_path / "whole")[n]) for n, w in weights_of(tmp_path / name).items())
+
+
+def test_another_run_does_not_go_on_from_this_one(tmp_path: Path) -> None:
+    source(tmp_path)
+    assert interrupted(settings(tmp_path), 3, stop)
+    with pytest.raises(SvdEngineError, match="other settings or files \\(sparsity\\)"):
+        Run(settings(tmp_path, sparsity=0.7), Silent())  # type: ignore[arg-type]
+    (tmp_path / "out.partial/state.pt").write_bytes(b"damaged")
+    with pytest.raises(SvdEngineError, match="remove the folder to begin anew"):
+        Run(settings(tmp_path), Silent())  # type: ignore[arg-type]
+
+
+def test_from_gguf_with_a_threshold(tmp_path: Path) -> None:
+    tensors = gguf_tensors(checkpoint_weights(SILU), SILU)
+    path = write_gguf(tmp_path / "source.gguf", tensors, **{"llama.hidden_act": None})
+    wanted = settings(tmp_path, steps=2, layer_epochs=1, threshold=0.02)
+    Run(replace(wanted, source=path), Silent()).run()  # type: ignore[arg-type]
+    before, after = open_checkpoint(path), open_checkpoint(tmp_path / "out")
+    assert after.config == replace(before.config, activation="fatrelu", activation_threshold=0.02)
+    assert after.tokenizer.info == before.tokenizer.info
+    assert after.tokenizer.chat_template == before.tokenizer.chat_template
+    attention = "model.layers.1.self_attn.q_proj.weight"  # frozen, and in Hugging Face's layout
+    q = torch.from_numpy(checkpoint_weights(SILU)["q"][1]).half()
+    assert torch.equal(weights_of(tmp_path / "out")[attention], q)
+
+
+def test_text_of_files_and_chats(tmp_path: Path) -> None:
+    writer = Writer(open_checkpoint(source(tmp_path)))
+    text, chats = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("".join(chr(97 + i // 40 % 10) for i in range(4000)))
+    chats.write_text('[{"role": "user", "content": "%s"}]\n' % ("0123456789" * 40))
+    found = read_windows(writer, [text, chats], 20)
+    assert found.train.shape[1] == found.held_out.shape[1] == 20 and len(found.held_out) == 200 // 20 + 1
+    seen = {writer.tokenizer.decode(list(map(int, w))) for w in found.held_out}
+    assert "0123456789" * 2 in seen
+    text.write_text("short")
+    with pytest.raises(SvdEngineError, match="too short"):
+        read_windows(writer, [text], 20)
+
+
+def test_sampled_text_begins_with_prompts_and_is_repeatable(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(source(tmp_path))
+    model, writer = read_decoder(checkpoint), Writer(checkpoint)
+    windows = sample_windows(model, writer, 24, 5, tokens=1000)
+    assert windows.shape == (42, 24) and windows.min() >= 0 and windows.max() < CONFIG.vocab_size
+    prompts = [prompt[:12] for prompt in writer.prompts()]
+    assert all(list(row[: len(p)]) == p for row, p in zip(windows, prompts, strict=False))
+    assert np.array_equal(windows, sample_windows(model, writer, 24, 5, tokens=1000))
+    assert not np.array_equal(windows, sample_windows(model, writer, 24, 6, tokens=1000))
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = source(tmp_path)
+    assert seconds("1h30m") == 5400 and seconds("90s") == 90 and seconds("0.5h") == 1800
+    assert parse([str(folder), "-o", "x", "--budget", "20m", "--text", "a", "--text", "b"]).seconds == 1200
+    small = ["--sample", "2048", "--window", "32", "--layer-tokens", "512", "--layer-epochs", "1", "--threads", "1"]
+    main([str(folder), "-o", str(tmp_path / "out"), "--budget", "4s", *small])
+    assert "stage 2, end to end" in capsys.readouterr().err
+    for arguments, what in (
+        ([str(folder), "-o", str(tmp_path / "out")], "exists already"),
+        ([str(tmp_path / "nothing"), "-o", "x"], "no such file"),
+        ([str(tmp_path / "out"), "-o", str(tmp_path / "y")], "found a llama model with relu"),
+    ):
+        with pytest.raises(SystemExit, match=what):
+            main(arguments)
+    for wrong in (["--budget", "soon"], ["--sparsity", "2"], ["--rows", "0"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([str(folder), "-o", "x", *wrong])

@@ -1,0 +1,243 @@
+"""The transformer in PyTorch, from the ModelConfig and the canonical tensors that the executors use: to train with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from svdengine.converters.checkpoint import Checkpoint
+from svdengine.converters.conversion import build_tensor, plan_tensors
+from svdengine.errors import SvdEngineError
+from svdengine.kernels.rope import rope_tables
+from svdengine.models.config import ModelConfig
+from svdengine.models.family import split_suffix
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class Gates:
+    """How sparse the gates of an FFN were in a forward pass."""
+
+    penalty: Tensor  # mean over root mean square, a scalar with gradient: it shrinks as fewer gates hold the energy
+    zeros: Tensor  # share of gates that are zero, a scalar
+
+
+class Ffn(nn.Module):
+    """A gated FFN. `relu` None is SiLU; a number t is ReLU with threshold t: x if x > t else 0."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        d, f, bias = config.hidden_size, config.ffn_size, config.ffn_bias
+        self.gate, self.up = nn.Linear(d, f, bias), nn.Linear(d, f, bias)
+        self.down = nn.Linear(f, d, bias)
+        self.relu: float | None = None
+        self.recorded: list[Gates] | None = None  # see `record_gates`
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the FFN adds to the residual stream, for what comes out of the norm before it (..., d)."""
+        gate = self.gate(x)
+        if self.relu is None:
+            gate = functional.silu(gate)
+        else:
+            gate = functional.threshold(gate, self.relu, 0.0)
+            if self.recorded is not None:
+                self.recorded.append(_measure(gate))
+        return self.down(gate * self.up(x))
+
+
+def _measure(gate: Tensor) -> Gates:
+    g = gate.float()
+    penalty = g.mean() / (g.square().mean() + 1e-12).sqrt()
+    return Gates(penalty, (gate == 0).float().mean().detach())
+
+
+@contextmanager
+def record_gates(ffns: Iterable[Ffn]) -> Iterator[list[Gates]]:
+    """While it lasts, every forward pass of the ReLU FFNs adds its gates to the list, in the order of the passes."""
+    found: list[Gates] = []
+    for ffn in (changed := list(ffns)):
+        ffn.recorded = found
+    try:
+        yield found
+    finally:
+        for ffn in changed:
+            ffn.recorded = None
+
+
+class KvCache:
+    """Keys and values of the tokens so far of one layer, in a buffer for all tokens to come."""
+
+    def __init__(self, rows: int, length: int, config: ModelConfig, like: Tensor) -> None:
+        shape = (2, rows, config.kv_head_count, length, config.head_dim)
+        self._both = torch.empty(shape, dtype=like.dtype, device=like.device)
+        self.length = 0
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add keys and values (rows, kv_heads, n, head_dim); all of them so far."""
+        end = self.length + k.shape[2]
+        self._both[0, :, :, self.length : end], self._both[1, :, :, self.length : end] = k, v
+        self.length = end
+        return self._both[0, :, :, :end], self._both[1, :, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rope; `window` 0 sees all that is before."""
+
+    def __init__(self, config: ModelConfig, window: int) -> None:
+        super().__init__()
+        d, heads, kv = config.hidden_size, config.head_count, config.kv_head_count
+        self.head_dim, self.window = config.head_dim, window
+        self.q = nn.Linear(d, heads * config.head_dim, config.qkv_bias)
+        self.k, self.v = (nn.Linear(d, kv * config.head_dim, config.qkv_bias) for _ in range(2))
+        self.o = nn.Linear(heads * config.head_dim, d, config.output_bias)
+        norms = config.qk_norm
+        self.q_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if norms else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, config.norm_eps) if norms else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None = None) -> Tensor:
+        """What attention adds to the residual stream, for what comes out of the norm before it (rows, n, d)."""
+        q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = _rotate(self.q_norm(q), cos, sin).to(v.dtype), _rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        n, total = q.shape[2], k.shape[2]
+        if self.window and total > self.window:
+            mask = _window_mask(n, total, self.window, q.device)
+            out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        else:
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=True)
+        return self.o(out.transpose(1, 2).flatten(2))
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _window_mask(n: int, total: int, window: int, device: torch.device) -> Tensor:
+    """Which of `total` positions the last n of them see, (n, total) bool."""
+    distance = torch.arange(total - n, total, device=device)[:, None] - torch.arange(total, device=device)
+    return (distance >= 0) & (distance < window)
+
+
+class Layer(nn.Module):
+    """Attention, then the FFN, each after its norm and added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, config.sliding_window if index in config.sliding_window_layers else 0)
+        self.ffn_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn = Ffn(config)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None = None) -> Tensor:
+        """The residual stream between attention and FFN."""
+        return x + self.attention(self.attention_norm(x), cos, sin, cache)
+
+    def feed(self, x: Tensor) -> Tensor:
+        """The residual stream after the FFN."""
+        return x + self.ffn(self.ffn_norm(x))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KvCache | None = None) -> Tensor:
+        """The residual stream after the layer."""
+        return self.feed(self.attend(x, cos, sin, cache))
+
+
+class Decoder(nn.Module):
+    """The model. Token ids (rows, n) to the hidden states (rows, n, d) that `head` makes logits of."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layer_count))
+        self.output_norm = nn.RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
+        self._rope: tuple[Tensor, Tensor] | None = None
+
+    def rope(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of positions first..end, (end - first, head_dim / 2) each."""
+        device = self.embedding.weight.device
+        if self._rope is None or len(self._rope[0]) < end or self._rope[0].device != device:
+            cos, sin = rope_tables(self.config, np.arange(max(end, 1024)))
+            self._rope = torch.from_numpy(cos).to(device), torch.from_numpy(sin).to(device)
+        return self._rope[0][first:end], self._rope[1][first:end]
+
+    def forward(self, tokens: Tensor, caches: list[KvCache] | None = None) -> Tensor:
+        """Hidden states of tokens that stand at the beginning, or after those that the caches hold."""
+        start = caches[0].length if caches else 0
+        cos, sin = self.rope(start, start + tokens.shape[1])
+        x = self.embedding(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, caches[index] if caches else None)
+        return self.output_norm(x)
+
+    def ffns(self) -> Iterator[Ffn]:
+        """The FFN of each layer."""
+        for layer in self.layers:
+            yield layer.ffn
+
+
+def read_decoder(checkpoint: Checkpoint) -> Decoder:
+    """The model of a checkpoint in float32. Raises SvdEngineError for one that is no gated SiLU model we can train."""
+    config = checkpoint.config
+    if config.family not in FAMILIES or config.activation != "silu" or not config.gated:
+        raise SvdEngineError(
+            f"{checkpoint.path}: found a {config.family} model with {config.activation},"
+            f" expected one of {', '.join(FAMILIES)} with silu"
+        )
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.to_empty(device="cpu")
+    if config.tied_embeddings:
+        model.head.weight = model.embedding.weight
+    with torch.no_grad():
+        for spec, layer, origin in plan_tensors(checkpoint):
+            target = parameter(model, spec.name, layer if spec.stacked else None)
+            target.copy_(torch.from_numpy(np.ascontiguousarray(build_tensor(checkpoint, origin))))
+    return model.requires_grad_(False).eval()
+
+
+def parameter(model: Decoder, tensor: str, layer: int | None) -> nn.Parameter:
+    """The parameter that holds a canonical tensor, or a layer of it."""
+    stem, suffix = split_suffix(tensor)
+    if layer is None:
+        holder = {"embedding": model.embedding, "output_norm": model.output_norm, "lm_head": model.head}[stem]
+    else:
+        parts = model.layers[layer]
+        owner = parts.ffn if stem in ("gate", "up", "down") else parts
+        owner = parts.attention if stem in ("q", "k", "v", "o", "q_norm", "k_norm") else owner
+        holder = getattr(owner, stem)
+    found: nn.Parameter = getattr(holder, suffix.removeprefix("."))
+    return found
+
+
+def make_student(teacher: Decoder, threshold: float, train: str) -> Decoder:
+    """A copy of the teacher with ReLU in its FFNs. What is not trained is shared with the teacher.
+
+    train: ffn (the FFNs and the norms before them), layers (attention and its norms too), all (everything).
+    """
+    own = {id(p) for name, p in teacher.named_parameters() if train == "all" or _is_trained(name, train)}
+    shared = {id(p): p for p in teacher.parameters() if id(p) not in own}
+    student: Decoder = copy.deepcopy(teacher, shared)
+    for p in student.parameters():
+        if id(p) not in shared:
+            p.requires_grad_(True)
+    for ffn in student.ffns():
+        ffn.relu = threshold
+    return student
+
+
+def _is_trained(name: str, train: str) -> bool:
+    parts = name.split(".")
+    return parts[0] == "layers" and (train == "layers" or parts[2] in ("ffn", "ffn_norm"))

@@ -1,0 +1,270 @@
+"""A whole run: text, stage 1, stage 2, output; saved as it goes, so that it can be interrupted at any point."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from svdengine.converters.checkpoint import Checkpoint
+from svdengine.converters.conversion import open_checkpoint
+from svdengine.errors import SvdEngineError
+from svdengine.tools.relufy.decoder import Decoder, make_student, read_decoder
+from svdengine.tools.relufy.distill import Distillation, StepResult, layer_zeros, perplexity
+from svdengine.tools.relufy.layerwise import LayerResult, tokens_in_time, train_layers
+from svdengine.tools.relufy.output import write_model
+from svdengine.tools.relufy.report import Report, Stage, duration, summary
+from svdengine.tools.relufy.saved_run import SavedRun
+from svdengine.tools.relufy.schedule import Steering
+from svdengine.tools.relufy.settings import Settings
+from svdengine.tools.relufy.status_line import StatusLine
+from svdengine.tools.relufy.text import Text, Writer, hold_out, joined, read_windows, sample_windows
+
+SAVE_EVERY = 120.0  # seconds
+
+# What the parts of a run may take of its time.
+_SAMPLING_SHARE, _LAYERS_SHARE = 0.15, 0.15
+_SHOWN_STEPS = 20  # divergence and sparsity on the status line are means over so many
+
+
+class Interrupted(SvdEngineError):
+    """The run was stopped; what it has done is saved."""
+
+
+class Run:
+    """One run with its models and its saved state."""
+
+    def __init__(self, settings: Settings, status: StatusLine, save_every: float = SAVE_EVERY) -> None:
+        """Open everything that the settings name. Raises SvdEngineError."""
+        if settings.output.exists():
+            raise SvdEngineError(f"{settings.output}: exists already; choose another name, or remove it")
+        self.settings, self.status = settings, status
+        self.checkpoint: Checkpoint = open_checkpoint(settings.source)
+        self.writer = Writer(self.checkpoint)
+        self.saved = SavedRun(settings, self.checkpoint)
+        self.state: dict[str, Any] = self.saved.load_state()
+        self.teacher: Decoder = read_decoder(self.checkpoint).to(settings.device)
+        self.student = make_student(self.teacher, settings.threshold, settings.train)
+        self._save_every, self._last_save = save_every, time.monotonic()
+        self._stop = False
+
+    def run(self) -> Report:
+        """Do what is left to do, and write the output. Raises Interrupted on SIGINT and SIGTERM."""
+        with self._stopping():
+            text = self._text()
+            self._stages(text)
+            self._first_stage(text)
+            self._second_stage(text)
+        report = Report(
+            self.checkpoint.path.name,
+            self._text_in_words(text),
+            tuple(Stage(**stage) for stage in self.state["stages"]),
+            tuple(layer_zeros(self.student, text.held_out)),
+            text.held_out.size,
+        )
+        write_model(self.student, self.checkpoint, self.settings.threshold, report, self.settings.output)
+        self.saved.remove()
+        self.status.say(summary(report))
+        return report
+
+    def _text(self) -> Text:
+        """The text of the run: saved, from files, and sampled."""
+        text = self.saved.load_text()
+        if text is not None:
+            return text
+        settings, parts = self.settings, []
+
+        def sampling(done: int, total: int) -> None:
+            self._leave_if_stopped()
+            self.status.show(f"sampling text: {done:,} of {total:,} tokens")
+
+        if settings.text:
+            parts.append(read_windows(self.writer, settings.text, settings.window))
+        if settings.sampled_tokens or (settings.sampled_tokens is None and not settings.text):
+            sampled = sample_windows(
+                self.teacher,
+                self.writer,
+                settings.window,
+                settings.seed,
+                tokens=settings.sampled_tokens,
+                seconds=settings.seconds * _SAMPLING_SHARE,
+                progress=sampling,
+            )
+            parts.append(hold_out(sampled))
+        if not parts:
+            raise SvdEngineError("there is no text to train on; give --text, or --sample above 0")
+        text = joined(parts)
+        self.saved.save_text(text)
+        self.status.say(f"text: {text.train.size:,} tokens to train on, {text.held_out.size:,} held out")
+        return text
+
+    def _text_in_words(self, text: Text) -> str:
+        names = ", ".join(path.name for path in self.settings.text)
+        sampled = self.settings.sampled_tokens != 0 and (self.settings.sampled_tokens or not self.settings.text)
+        parts = [names] * bool(names) + ["text that the original wrote itself"] * bool(sampled)
+        return f"{text.train.size:,} tokens of {' and '.join(parts)}"
+
+    def _stages(self, text: Text) -> None:
+        """Measure the teacher, and the student before it is trained."""
+        if "stages" in self.state:
+            return
+        self.status.show("measuring the teacher")
+        teacher = perplexity(self.teacher, text.held_out)
+        swapped = perplexity(self.student, text.held_out)
+        zeros = _mean(layer_zeros(self.student, text.held_out))
+        stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage("ReLU in place of SiLU", 0, 0, swapped, zeros)]
+        self.state["stages"] = [asdict(stage) for stage in stages]
+        self._say_stage(stages[0])
+        self._say_stage(stages[1])
+
+    def _first_stage(self, text: Text) -> None:
+        """Layer by layer. The state holds the layers that are done."""
+        state, settings = self.state, self.settings
+        if "steps_done" in state:
+            return  # stage 2 has begun
+        if "layer_windows" not in state:
+            seconds = settings.seconds * _LAYERS_SHARE
+            tokens = settings.layer_tokens or tokens_in_time(self.teacher, self.student, settings, seconds)
+            rows = max(settings.rows, tokens // settings.window)
+            state |= {"layer_windows": min(rows, len(text.train)), "layers": [], "layer_seconds": 0.0}
+            self._save()
+        for index, parts in enumerate(state["layers"]):
+            self.student.layers[index].load_state_dict(parts)
+        order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(settings.seed))
+        windows = torch.from_numpy(text.train)[order[: state["layer_windows"]]].long().to(settings.device)
+        count, first = len(self.student.layers), len(state["layers"])
+        started = last = time.monotonic()
+
+        def progress(share: float, error: float) -> None:
+            done = index + share
+            left = (time.monotonic() - started) / max(done - first, 1e-6) * (count - done)
+            self.status.show(f"stage 1: layer {index + 1} of {count}, error {error:.4f}, {duration(left)} left")
+
+        index = first
+        results: Iterator[LayerResult] = train_layers(
+            self.teacher, self.student, windows, settings, first, self._stopped, progress
+        )
+        for result in results:
+            state["layers"].append(_on_cpu(self.student.layers[result.index].state_dict()))
+            now, index = time.monotonic(), result.index + 1
+            state["layer_seconds"] += now - last
+            last = now
+            self._save_sometimes()
+        self._leave_if_stopped()
+        self._end_stage(
+            "stage 1, layer by layer", state["layer_seconds"], windows.numel() * settings.layer_epochs, text
+        )
+        state |= {"steps_done": 0, "step_seconds": 0.0}
+        state |= {"student": self._trained(), "layers": []}
+        self._save()
+
+    def _second_stage(self, text: Text) -> None:
+        """End to end. The state holds the trained tensors, the optimiser's, and where the schedule stands."""
+        state, settings = self.state, self.settings
+        if state.get("finished"):
+            self._load_trained()
+            return
+        self._load_trained()
+        distillation = Distillation(self.teacher, self.student, settings, text.train)
+        if state["steps_done"]:
+            distillation.optimizer.load_state_dict(state["optimizer"])
+            distillation.steering = Steering(**state["steering"])
+            distillation.step = state["steps_done"]
+        if "steps" not in state:
+            spent = state["layer_seconds"] + settings.seconds * _SAMPLING_SHARE * (not settings.text)
+            state["steps"] = settings.steps or distillation.steps_in_time(settings.seconds - spent)
+        total: int = state["steps"]
+        recent: list[StepResult] = []
+        before, started, first = state["step_seconds"], time.monotonic(), distillation.step
+
+        def save() -> None:
+            state["step_seconds"] = before + time.monotonic() - started
+            state["steps_done"], state["steering"] = distillation.step, asdict(distillation.steering)
+            state["student"], state["optimizer"] = self._trained(), distillation.optimizer.state_dict()
+
+        while distillation.step < total:
+            recent = [*recent[-_SHOWN_STEPS + 1 :], distillation.run_step(total)]
+            speed = (distillation.step - first) / (time.monotonic() - started)
+            self.status.show(
+                f"stage 2: step {distillation.step} of {total}, divergence {_mean([r.divergence for r in recent]):.4f},"
+                f" zeros {_mean([r.zeros for r in recent]):.1%}, penalty weight {recent[-1].weight:.2f},"
+                f" {speed * settings.step_tokens:,.0f} tokens/s, {duration((total - distillation.step) / speed)} left"
+            )
+            if self._stop:
+                save()
+            self._leave_if_stopped()
+            self._save_sometimes(save)
+        save()
+        tokens = total * settings.step_tokens
+        self._end_stage("stage 2, end to end", state["step_seconds"], tokens, text)
+        state |= {"finished": True, "optimizer": {}}
+        self._save()
+
+    def _end_stage(self, name: str, seconds: float, tokens: int, text: Text) -> None:
+        found = perplexity(self.student, text.held_out)
+        stage = Stage(name, seconds, tokens, found, _mean(layer_zeros(self.student, text.held_out)))
+        self.state["stages"].append(asdict(stage))
+        self._say_stage(stage)
+
+    def _say_stage(self, stage: Stage) -> None:
+        zeros = f", {stage.zeros:.1%} zeros" if stage.zeros else ""
+        took = f" ({duration(stage.seconds)})" if stage.seconds else ""
+        self.status.say(f"{stage.name}: held-out perplexity {stage.perplexity:,.2f}{zeros}{took}")
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return _on_cpu({name: p for name, p in self.student.named_parameters() if p.requires_grad})
+
+    def _load_trained(self) -> None:
+        with torch.no_grad():
+            for name, p in self.student.named_parameters():
+                if p.requires_grad:
+                    p.copy_(self.state["student"][name])
+
+    def _save_sometimes(self, update: Callable[[], None] = lambda: None) -> None:
+        if time.monotonic() - self._last_save > self._save_every:
+            update()
+            self._save()
+
+    def _save(self) -> None:
+        self.saved.save_state(self.state)
+        self._last_save = time.monotonic()
+
+    def _stopped(self) -> bool:
+        return self._stop
+
+    def _leave_if_stopped(self) -> None:
+        if self._stop:
+            self._save()
+            raise Interrupted(f"stopped; the same command goes on from {self.saved.folder}")
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """While it lasts, the first SIGINT or SIGTERM asks for a stop at the next border; a second one kills."""
+
+        before: dict[int, Any] = {}
+
+        def ask(number: int, _: object) -> None:
+            self._stop = True
+            signal.signal(number, before[number])
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for changed, handler in before.items():
+                signal.signal(changed, handler)
+
+
+def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies that later steps do not change."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
