@@ -1,0 +1,228 @@
+"""Causal attention over the KV block pool.
+
+Where every row belongs to another sequence, as in decoding, one fused operator reads the blocks through their tables.
+Everything else, prompts and sliding windows above all, goes sequence by sequence: gather its blocks, two batched
+products and a softmax, with a mask that the host made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.operators import add, gather, scale
+from svdengine.kernels.ascend.tensor import Tensor
+from svdengine.kernels.ascend.workspace import Workspace, mask_piece
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.models import ModelConfig
+
+FUSED = "aclnnIncreFlashAttentionV4"
+_PRECISE = 0
+_BATCH_PRODUCT = "aclnnBatchMatMul"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Neighbouring rows of a batch that belong to one sequence."""
+
+    first: int  # row
+    rows: int
+    length: int  # tokens of the sequence in the cache
+    mask: int  # where its masks begin in Workspace.masks
+
+
+@dataclass(frozen=True)
+class Attending:
+    """How the rows of a step attend; the same in all layers."""
+
+    chunks: tuple[Chunk, ...]
+    lengths: tuple[int, ...]  # tokens that each row sees
+    alone: bool  # every row belongs to another sequence
+    windowed_masks: int  # where the masks of layers with a window begin
+
+
+@dataclass(frozen=True)
+class KvCache:
+    """Keys after rope, and values, of each layer: (blocks, BLOCK_SIZE * kv heads * head_dim) float16."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def kv_bytes_per_token(config: ModelConfig) -> int:
+    """Bytes that one token takes in the pool."""
+    return 4 * config.layer_count * config.kv_head_count * config.head_dim
+
+
+def allocate_cache(device: AscendDevice, config: ModelConfig, block_count: int) -> KvCache:
+    """An empty pool."""
+    shape = (block_count, BLOCK_SIZE * config.kv_head_count * config.head_dim)
+    keys = tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count))
+    return KvCache(keys, tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count)))
+
+
+def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
+    """Whether the fused operator is there and takes the model's heads ("aclnnIncreFlashAttentionV4", constraints)."""
+    kv = config.kv_head_count * config.head_dim
+    fits = config.head_dim % 16 == 0 and config.head_dim <= 512 and config.head_count <= 256 and kv < 1 << 16
+    grouped = config.head_count // config.kv_head_count <= 64
+    return fits and grouped and device.cann.find(FUSED + "GetWorkspaceSize") is not None
+
+
+def plan_attention(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
+    """How rows with these sequences and positions attend."""
+    bounds = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), len(sequences)]
+    chunks, mask = [], 0
+    for first, last in pairwise(bounds):
+        length = int(positions[last - 1]) + 1
+        chunks.append(Chunk(first, last - first, length, mask))
+        mask += mask_piece(last - first, length)
+    alone = len(np.unique(sequences)) == len(sequences)
+    return Attending(tuple(chunks), tuple((positions + 1).tolist()), alone, mask_items // 2)
+
+
+def write_masks(
+    device: AscendDevice, work: Workspace, attending: Attending, positions: NDArray[np.int32], window: int, fused: bool
+) -> None:
+    """Write what is added to the scores of the rows: 0 where a row sees a token, else minus infinity.
+
+    window: of the layers that have one, 0 if none has. A step that only the fused operator attends needs no mask.
+    """
+    if not (fused and attending.alone):
+        _write_mask(device, work.masks, attending.chunks, positions, 0)
+    if window and not (fused and _sees_all(attending, window)):
+        _write_mask(device, _windowed(work, attending), attending.chunks, positions, window)
+
+
+def attend(
+    device: AscendDevice,
+    config: ModelConfig,
+    work: Workspace,
+    attending: Attending,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    window: int,
+    fused: bool,
+) -> None:
+    """work.attended = attention of rows q (n, heads * head_dim) over a layer's keys and values."""
+    with device.varying():
+        if fused and attending.alone and (not window or _sees_all(attending, window)):
+            _attend_fused(device, config, work, attending.lengths, q, keys, values)
+            return
+        masks = _windowed(work, attending) if window else work.masks
+        for chunk in attending.chunks:
+            _attend_sequence(device, config, work, chunk, masks, q, keys, values)
+
+
+def _sees_all(attending: Attending, window: int) -> bool:
+    """Whether no row is so late that the window hides something, where rows attend alone."""
+    return attending.alone and max(attending.lengths) <= window
+
+
+def _windowed(work: Workspace, attending: Attending) -> Tensor:
+    half = work.masks.size - attending.windowed_masks
+    return work.masks.rows(attending.windowed_masks, half)
+
+
+def _write_mask(
+    device: AscendDevice, masks: Tensor, chunks: Sequence[Chunk], positions: NDArray[np.int32], window: int
+) -> None:
+    last = chunks[-1]
+    values = np.zeros(last.mask + mask_piece(last.rows, last.length), np.float16)
+    for chunk in chunks:
+        distance = positions[chunk.first : chunk.first + chunk.rows, None] - np.arange(chunk.length)
+        hidden = (distance < 0) | (distance >= window) if window else distance < 0
+        values[chunk.mask : chunk.mask + hidden.size][hidden.ravel()] = -np.inf
+    device.write(masks.leading(len(values)), values)
+
+
+def _attend_fused(
+    device: AscendDevice,
+    config: ModelConfig,
+    work: Workspace,
+    lengths: tuple[int, ...],
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """One token of each of some sequences. Its lengths are host values, so that it is planned anew each step."""
+    n, width = q.shape
+    blocks = keys.shape[0]
+    paged = (blocks, BLOCK_SIZE, config.kv_head_count * config.head_dim)
+    device.run(
+        FUSED, q.reshape(n, 1, width), (keys.reshape(*paged),), (values.reshape(*paged),), None, None, lengths,
+        None, None, None, None, None, None, None, work.inputs.tables.rows(0, n), None,
+        config.head_count, config.head_dim**-0.5, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
+        work.attended.rows(0, n).reshape(n, 1, width),
+    )  # fmt: skip
+
+
+def _attend_sequence(
+    device: AscendDevice,
+    config: ModelConfig,
+    work: Workspace,
+    chunk: Chunk,
+    masks: Tensor,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """The rows of one sequence, as many at once as their scores have room for."""
+    kv, head, length = config.kv_head_count, config.head_dim, chunk.length
+    blocks = -(-length // BLOCK_SIZE)
+    table = work.inputs.tables.rows(chunk.first, 1).reshape(work.blocks).leading(blocks)
+    for source, gathered in ((keys, work.gathered_k), (values, work.gathered_v)):
+        gather(device, source, table, gathered.leading(blocks * source.shape[1]).reshape(blocks, source.shape[1]))
+
+    # What lies in the last block beyond the sequence is not looked at.
+    shape = (length, kv, head)
+    turned_keys = work.permuted_k.leading(length * kv * head).reshape(kv, head, length)
+    turned_values = work.permuted_v.leading(length * kv * head).reshape(kv, length, head)
+    device.run("aclnnPermute", work.gathered_k.leading(length * kv * head).reshape(*shape), (1, 2, 0), turned_keys)
+    device.run("aclnnPermute", work.gathered_v.leading(length * kv * head).reshape(*shape), (1, 0, 2), turned_values)
+
+    mask = masks.rows(chunk.mask, chunk.rows * length).reshape(chunk.rows, length)
+    most = max(1, work.score_items // (config.head_count * length))
+    for first in range(0, chunk.rows, most):
+        n = min(most, chunk.rows - first)
+        rows = chunk.first + first, n
+        _attend_rows(
+            device, config, work, q.rows(*rows), turned_keys, turned_values, mask.rows(first, n),
+            work.attended.rows(*rows),
+        )  # fmt: skip
+
+
+def _attend_rows(
+    device: AscendDevice,
+    config: ModelConfig,
+    work: Workspace,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    out: Tensor,
+) -> None:
+    """out (n, heads * head_dim): rows q of a sequence over keys (kv, head_dim, t) and values (kv, t, head_dim)."""
+    n, t = mask.shape
+    kv, head = config.kv_head_count, config.head_dim
+    group = config.head_count // kv
+    size = n * config.head_count
+
+    # Neighbouring query heads share a kv head: (kv, group * n, head_dim).
+    queries = work.permuted_q.leading(size * head)
+    device.run("aclnnPermute", q.reshape(n, kv, group, head), (1, 2, 0, 3), queries.reshape(kv, group, n, head))
+    scale(device, queries, head**-0.5)
+    scores, shares = work.scores.leading(size * t), work.shares.leading(size * t)
+    grouped = (kv, group * n, t)
+    device.run(_BATCH_PRODUCT, queries.reshape(kv, group * n, head), keys, scores.reshape(*grouped), 0)
+    add(device, scores.reshape(config.head_count, n, t), mask)
+    device.run("aclnnSoftmax", scores.reshape(*grouped), -1, shares.reshape(*grouped))
+    mixed = work.mixed.leading(size * head)
+    device.run(_BATCH_PRODUCT, shares.reshape(*grouped), values, mixed.reshape(kv, group * n, head), 0)
+    device.run("aclnnPermute", mixed.reshape(kv, group, n, head), (2, 0, 1, 3), out.reshape(n, kv, group, head))

@@ -1,0 +1,162 @@
+"""One NPU: its context and stream, memory, copies, operators, and launches of own kernels.
+
+What is asked for runs on one stream, in order. Everything is freed once, in `close`, also when opening fails half-way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from svdengine.errors import DeviceError
+from svdengine.kernels.ascend.cann import Cann
+from svdengine.kernels.ascend.operator_calls import OperatorCalls
+from svdengine.kernels.ascend.tensor import Tensor, whole
+
+_HUGE_PAGES_FIRST = 0  # policy of acl.rt.malloc
+_TO_DEVICE, _TO_HOST = 1, 2  # directions of acl.rt.memcpy
+_HBM = 1  # attribute of acl.rt.get_mem_info
+_VECTOR_CORES = 1  # attribute of acl.get_device_capability
+_LEAST_WORKSPACE = 1 << 20
+
+
+class AscendDevice:
+    """A device that is open. Not for use from several threads at once, but from any: `use` makes it a thread's own."""
+
+    def __init__(self, cann: Cann, index: int = 0) -> None:
+        self.cann = cann
+        self.repeat = False  # whether operators that are run now will come again with the same arguments
+        self._closed = False
+        self._memory: dict[int, int] = {}  # address -> bytes
+        self._workspace = (0, 0)  # address, bytes
+        cann.start()
+        with ExitStack() as stack:
+            cann.call("rt.set_device", index)
+            stack.callback(cann.call, "rt.reset_device", index)
+            self.soc = str(cann.acl.get_soc_name())
+            self.vector_cores = int(cann.call("get_device_capability", index, _VECTOR_CORES))
+            self._context = cann.call("rt.create_context", index)
+            stack.callback(cann.call, "rt.destroy_context", self._context)
+            cann.call("rt.set_context", self._context)
+            self._stream = cann.call("rt.create_stream")
+            stack.callback(cann.call, "rt.destroy_stream", self._stream)
+            self._calls = OperatorCalls(cann, self._stream, self._workspace_of)
+            self._resources = stack.pop_all()
+
+    def use(self) -> None:
+        """Make this the device of the calling thread: the runtime keeps one for each."""
+        self.cann.call("rt.set_context", self._context)
+
+    def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Tensor:
+        """New memory of undefined content. Raises DeviceError when it runs out."""
+        count = int(np.prod(shape, dtype=np.int64))
+        return whole(self._allocate(max(count, 1) * np.dtype(dtype).itemsize), shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Tensor:
+        """New memory of zeros."""
+        tensor = self.empty(shape, dtype)
+        size = tensor.size * tensor.item_bytes
+        if size:
+            self.cann.call("rt.memset", tensor.address, size, 0, size)
+        return tensor
+
+    def upload(self, array: NDArray) -> Tensor:
+        """A copy of a host array."""
+        tensor = self.empty(array.shape, array.dtype)
+        self.write(tensor, array)
+        return tensor
+
+    def write(self, to: Tensor, array: NDArray) -> None:
+        """Copy a host array into a view without gaps. The stream must not be using it: this does not wait."""
+        array = np.ascontiguousarray(array)
+        if array.dtype.name != to.dtype or array.size > to.size or not to.contiguous:
+            raise ValueError(f"{array.dtype} {array.shape} does not fit a view of {to.dtype} {to.shape}")
+        if array.nbytes:
+            room = to.size * to.item_bytes
+            self.cann.call("rt.memcpy", to.pointer, room, array.ctypes.data, array.nbytes, _TO_DEVICE)
+
+    def read(self, tensor: Tensor) -> NDArray[Any]:
+        """A host copy of a view without gaps, once all work before it is done."""
+        if not tensor.contiguous:
+            raise ValueError(f"a view of shape {tensor.shape} and strides {tensor.strides} has gaps")
+        self.synchronize()
+        array = np.empty(tensor.shape, tensor.dtype)
+        if array.nbytes:
+            self.cann.call("rt.memcpy", array.ctypes.data, array.nbytes, tensor.pointer, array.nbytes, _TO_HOST)
+        return array
+
+    def run(self, name: str, *arguments: Any) -> None:
+        """Start an operator; see OperatorCalls.run."""
+        self._calls.run(name, *arguments, keep=self.repeat)
+
+    @contextmanager
+    def varying(self) -> Iterator[None]:
+        """Operators that are run inside have other arguments each time."""
+        before, self.repeat = self.repeat, False
+        try:
+            yield
+        finally:
+            self.repeat = before
+
+    def launch(self, kernel: Callable[..., int], name: str, blocks: int, *arguments: Any) -> None:
+        """Start an own kernel on `blocks` vector cores: tensors by their addresses (None: null), and numbers."""
+        values = [argument.pointer if isinstance(argument, Tensor) else argument for argument in arguments]
+        code = kernel(blocks, self._stream, *values)
+        if code:
+            raise DeviceError(self.cann.failure(f"launching {name}", code))
+
+    def synchronize(self) -> None:
+        """Wait for everything that was started. Raises DeviceError where some of it failed."""
+        self.cann.call("rt.synchronize_stream", self._stream)
+
+    def free_bytes(self) -> int:
+        """Memory that could still be allocated."""
+        free, _ = self.cann.call("rt.get_mem_info", _HBM)
+        return int(free)
+
+    def free(self, tensors: Iterable[Tensor]) -> None:
+        """Give memory back before the device is closed, by tensors that begin where it does."""
+        self.synchronize()
+        self._calls.close()  # plans that are kept may use it
+        with ExitStack() as stack:
+            for tensor in tensors:
+                stack.callback(self._free, tensor.address)
+
+    def close(self) -> None:
+        """Wait, and give everything back. Calling it twice is fine. Raises DeviceError after all was tried."""
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as stack:
+            stack.push(self._resources)
+            for address in list(self._memory):
+                stack.callback(self._free, address)
+            stack.callback(self._calls.close)
+            stack.callback(self.synchronize)
+            stack.callback(self.use)
+
+    def _allocate(self, size: int) -> int:
+        address: int = self.cann.call("rt.malloc", size, _HUGE_PAGES_FIRST)
+        self._memory[address] = size
+        return address
+
+    def _free(self, address: int) -> None:
+        del self._memory[address]
+        self.cann.call("rt.free", address)
+
+    def _workspace_of(self, size: int) -> int:
+        """Memory for the operator that comes next; operators of a stream run in order and share it."""
+        address, room = self._workspace
+        if room < size:
+            if room:
+                self.synchronize()
+                self._workspace = (0, 0)
+                self._free(address)
+            room = max(_LEAST_WORKSPACE, 1 << (size - 1).bit_length())
+            address = self._allocate(room)
+            self._workspace = (address, room)
+        return address

@@ -1,0 +1,122 @@
+"""What a step asks of CANN's operators, by what it does: products, norms, activations, copies of rows.
+
+Sources of what each accepts: its page in CANN's operator documentation, named in signatures.py. Tensors are float16
+and contiguous unless said otherwise.
+"""
+
+from __future__ import annotations
+
+from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.plan import HalfMatrix, Matrix, Norm, Projection
+from svdengine.kernels.ascend.tensor import Tensor
+from svdengine.kernels.formats import GROUP
+from svdengine.models import ModelConfig
+from svdengine.models.config import Activation
+
+_KEEP_TYPE = 0  # cube type: multiply in the operands' own type
+_HALVES = 0  # mode of rotary embedding: dimension i pairs with i + head_dim / 2
+_EXACT, _TANH = 0, 1  # approximations of GELU
+
+
+def needed_operators(config: ModelConfig) -> tuple[str, ...]:
+    """The operators that a model of this config runs, but for those that have a substitute."""
+    names = ["aclnnMm", "aclnnBatchMatMul", "aclnnSoftmax", "aclnnEmbedding", "aclnnIndexSelect"]
+    names += ["aclnnInplaceIndexCopy", "aclnnPermute", "aclnnInplaceAdd", "aclnnInplaceMul", "aclnnInplaceMuls"]
+    names += ["aclnnRmsNorm"] if config.norm == "rms" or config.qk_norm else []
+    names += ["aclnnLayerNorm"] if config.norm == "layer" else []
+    names += ["aclnnRotaryPositionEmbedding"] if config.rope is not None else []
+    names += ["aclnnInplaceRelu"] if config.activation == "drelu" else []
+    return (*names, _ACTIVATIONS[config.activation])
+
+
+def multiply(device: AscendDevice, matrix: Matrix, x: Tensor, y: Tensor) -> None:
+    """y (n, rows) = x (n, columns) times a matrix (rows, columns)."""
+    if isinstance(matrix, HalfMatrix):
+        device.run("aclnnMm", x, matrix.rows.transposed, y, _KEEP_TYPE)
+        return
+    arguments = (x, matrix.weights, matrix.scales, None, None, None, None, GROUP, y)
+    device.run("aclnnWeightQuantBatchMatmulV2", *arguments)
+
+
+def project(device: AscendDevice, projection: Projection, x: Tensor, y: Tensor, *, turned: bool = False) -> None:
+    """y (n, rows) = x (n, columns) times a matrix, plus its bias. turned: the matrix is (columns, rows)."""
+    if turned:
+        assert isinstance(projection.matrix, HalfMatrix)
+        device.run("aclnnMm", x, projection.matrix.rows, y, _KEEP_TYPE)
+    else:
+        multiply(device, projection.matrix, x, y)
+    if projection.bias is not None:
+        add(device, y, projection.bias)
+
+
+def add(device: AscendDevice, to: Tensor, values: Tensor, factor: float = 1.0) -> None:
+    """to += factor * values, whose shape may lack leading dimensions."""
+    device.run("aclnnInplaceAdd", to, values, factor)
+
+
+def scale(device: AscendDevice, x: Tensor, factor: float) -> None:
+    """x *= factor; nothing for a factor of 1."""
+    if factor != 1.0:
+        device.run("aclnnInplaceMuls", x, factor)
+
+
+def normalize(device: AscendDevice, config: ModelConfig, norm: Norm, x: Tensor, inverse: Tensor, y: Tensor) -> None:
+    """y (n, hidden) = the model's kind of norm of x. inverse: (n or more,) float32, overwritten."""
+    if config.norm == "rms":
+        rms_norm(device, norm, config.norm_eps, x, inverse, y)
+        return
+    device.run("aclnnLayerNorm", x, x.shape[-1:], norm.weight, norm.bias, config.norm_eps, y, None, None)
+
+
+def rms_norm(device: AscendDevice, norm: Norm, epsilon: float, x: Tensor, inverse: Tensor, y: Tensor) -> None:
+    """y (n, columns) = x over the root of its mean square, times the weight."""
+    n = x.shape[0]
+    device.run("aclnnRmsNorm", x, norm.weight, epsilon, y, inverse.leading(n).reshape(n, 1))
+
+
+def rotate(device: AscendDevice, x: Tensor, heads: int, cos: Tensor, sin: Tensor, y: Tensor) -> None:
+    """y = rows x (n, heads * head_dim), each head turned by its row's angles, whose cosines are (n, head_dim)."""
+    n, width = cos.shape
+    angles = (cos.reshape(1, n, 1, width), sin.reshape(1, n, 1, width))
+    shape = (1, n, heads, width)
+    device.run("aclnnRotaryPositionEmbedding", x.reshape(*shape), *angles, _HALVES, y.reshape(*shape))
+
+
+def look_up(device: AscendDevice, table: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """rows (n, columns) = rows of a table by their int32 indices (n,)."""
+    device.run("aclnnEmbedding", table, indices, rows)
+
+
+def gather(device: AscendDevice, source: Tensor, indices: Tensor, rows: Tensor) -> None:
+    """The same for sources that are no weights."""
+    device.run("aclnnIndexSelect", source, 0, indices, rows)
+
+
+def put(device: AscendDevice, rows: Tensor, indices: Tensor, to: Tensor) -> None:
+    """Copy rows (n, columns) to the rows of `to` with the int32 indices (n,), which are distinct."""
+    device.run("aclnnInplaceIndexCopy", to, 0, indices, rows)
+
+
+# The operator of each activation's first factor; fatrelu alone has arguments.
+_ACTIVATIONS: dict[Activation, str] = {
+    "relu": "aclnnRelu",
+    "drelu": "aclnnRelu",
+    "relu2": "aclnnRelu",
+    "fatrelu": "aclnnThreshold",
+    "silu": "aclnnSilu",
+    "gelu": "aclnnGeluV2",
+    "gelu_tanh": "aclnnGeluV2",
+}
+
+
+def activate(device: AscendDevice, activation: Activation, threshold: float, x: Tensor, y: Tensor) -> None:
+    """y = the activation of x, both of one shape. y may not be x. threshold: that of fatrelu."""
+    name = _ACTIVATIONS[activation]
+    if activation == "fatrelu":
+        device.run(name, x, threshold, 0.0, y)
+    elif activation in ("gelu", "gelu_tanh"):
+        device.run(name, x, _TANH if activation == "gelu_tanh" else _EXACT, y)
+    else:
+        device.run(name, x, y)
+    if activation == "relu2":
+        device.run("aclnnInplaceMul", y, y)

@@ -1,0 +1,302 @@
+"""The model on the device, layer by layer. Products read float16 weights, or q8 ones as they are stored.
+
+q8 matrices stay in 8 bits where aclnnWeightQuantBatchMatmulV2 takes them; all other formats become float16 when they
+are loaded. The FFN of a model whose neurons can be zero is float16 always: its rows are what our kernels read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import DeviceError
+from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.tensor import Tensor
+from svdengine.kernels.formats import GROUP, Parts, WeightFormat, dequantize, padded_columns, stored_parts
+from svdengine.kernels.rope import rope_tables
+from svdengine.models import ModelConfig, TensorSpec, tensor_specs
+
+_SUFFIXES = ("", ".scale", ".min", ".row")
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
+_MOST_QUANTISED = 65535  # rows and columns that the quantised product takes
+
+
+@dataclass(frozen=True)
+class HalfMatrix:
+    """Rows of float16. For our kernels they are padded with zeros to a multiple of 64 columns."""
+
+    rows: Tensor  # (rows, columns), of a storage that may have wider rows
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its memory."""
+        return self.rows.storage * 2
+
+
+@dataclass(frozen=True)
+class QuantisedMatrix:
+    """Columns of int8 with a scale for each group of 32: the form that the product is fastest with."""
+
+    weights: Tensor  # (columns, rows) int8
+    scales: Tensor  # (columns / 32, rows) float16
+
+
+Matrix = HalfMatrix | QuantisedMatrix
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A product and what is added to it."""
+
+    matrix: Matrix
+    bias: Tensor | None  # (rows,) float16
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weight and bias (columns,) float16 of a norm; RMSNorm has no bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """What our kernels read of a layer's FFN: rows as in HalfMatrix, and biases in float32."""
+
+    gate: Tensor  # (ffn, padded hidden); of a model without a gate, up
+    up: Tensor | None
+    down: Tensor
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's weights."""
+
+    attention_norm: Norm
+    ffn_norm: Norm | None  # None where attention and FFN share a norm
+    q: Projection
+    k: Projection
+    v: Projection
+    q_norm: Norm | None
+    k_norm: Norm | None
+    o: Projection
+    gate: Projection | None
+    up: Projection
+    down: Projection  # its matrix is (ffn, hidden) where the model's neurons can be zero, else (hidden, ffn)
+    sparse: SparseRows | None
+    window: int  # a token sees itself and the window - 1 before it; 0: all
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model."""
+
+    config: ModelConfig
+    layers: tuple[LayerPlan, ...]
+    embedding: Tensor  # (vocabulary, hidden) float16
+    positions: Tensor | None  # (max_position, hidden) float16
+    output_norm: Norm
+    lm_head: Matrix
+    cos: Tensor | None  # (context, head_dim) float16: both halves are equal
+    sin: Tensor | None
+
+
+def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]) -> None:
+    """Raise ValueError unless the arrays of a tensor are there, of the shapes and types that its format has."""
+    lead = spec.shape[:-2] if spec.matrix else ()
+    stored = {"": (spec.shape, "F32")}
+    if spec.matrix:
+        parts = stored_parts(formats[spec.name], *spec.shape[-2:])
+        stored = {suffix: ((*lead, *shape), dtype) for suffix, (shape, dtype) in parts.items()}
+    for suffix, (shape, dtype) in stored.items():
+        array = arrays.get(spec.name + suffix)
+        if array is None or array.shape != shape or array.dtype != _DTYPES[dtype]:
+            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
+
+
+def stays_quantised(config: ModelConfig, name: str, formats: Mapping[str, WeightFormat]) -> bool:
+    """Whether a matrix keeps its 8 bits on the device: "aclnnWeightQuantBatchMatmulV2" of CANN's documentation."""
+    spec = {spec.name: spec for spec in tensor_specs(config)}[name]
+    rows, columns = spec.shape[-2:]
+    if formats[name] != "q8" or name in ("embedding", "position_embedding"):
+        return False
+    if config.sparse_ffn and name in ("gate", "up", "down_T"):
+        return False
+    return GROUP < columns <= _MOST_QUANTISED and rows <= _MOST_QUANTISED
+
+
+def device_bytes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> int:
+    """Bytes that the model takes on the device."""
+    total = 0
+    for spec in tensor_specs(config):
+        if not spec.matrix:
+            total += 2 * int(np.prod(spec.shape))
+            continue
+        layers, (rows, columns) = spec.shape[0] if spec.stacked else 1, spec.shape[-2:]
+        if stays_quantised(config, spec.name, formats):
+            total += layers * rows * (columns + 2 * -(-columns // GROUP))
+        else:
+            total += layers * rows * 2 * padded_columns(columns)
+    return total
+
+
+def build_plan(
+    device: AscendDevice,
+    config: ModelConfig,
+    arrays: Mapping[str, NDArray],
+    formats: Mapping[str, WeightFormat],
+    context: int,
+) -> Plan:
+    """Copy a model to the device.
+
+    `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
+    an array's shape or type is not what the config says, DeviceError where a weight is too large for float16.
+    """
+    for spec in tensor_specs(config):
+        check_stored(spec, arrays, formats)
+    build = _Builder(device, config, arrays, formats)
+    embedding = build.half("embedding", None)
+    tied = config.tied_embeddings
+    cos, sin = build.rope(context) if config.rope is not None else (None, None)
+    return Plan(
+        config=config,
+        layers=tuple(build.layer(i) for i in range(config.layer_count)),
+        embedding=embedding.rows,
+        positions=build.half("position_embedding", None).rows if config.learned_positions else None,
+        output_norm=build.norm("output_norm", None),
+        lm_head=embedding if tied else build.matrix("lm_head", None),
+        cos=cos,
+        sin=sin,
+    )
+
+
+def to_half(values: NDArray[np.float32], name: str) -> NDArray[np.float16]:
+    """Values in float16. Raises DeviceError where one is too large for it."""
+    with np.errstate(over="ignore"):
+        half = values.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise DeviceError(
+            f"{name} holds a weight of {np.abs(values).max():.3g}, too large for float16, which is what runs on Ascend;"
+            " use --device cpu"
+        )
+    return half
+
+
+class _Builder:
+    """Copies tensors of a model to the device."""
+
+    def __init__(
+        self,
+        device: AscendDevice,
+        config: ModelConfig,
+        arrays: Mapping[str, NDArray],
+        formats: Mapping[str, WeightFormat],
+    ) -> None:
+        self.device, self.config, self.arrays, self.formats = device, config, arrays, formats
+        self.columns = {spec.name: spec.shape[-1] for spec in tensor_specs(config)}
+
+    def layer(self, index: int) -> LayerPlan:
+        """All weights of a layer."""
+        config = self.config
+        windowed = config.sliding_window and index in config.sliding_window_layers
+        gate = self.projection("gate", index) if config.gated else None
+        up = self.projection("up", index)
+        down = Projection(
+            self.matrix("down_T" if config.sparse_ffn else "down", index), self.vector("down.bias", index)
+        )
+        return LayerPlan(
+            attention_norm=self.norm("attention_norm", index),
+            ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
+            q=self.projection("q", index),
+            k=self.projection("k", index),
+            v=self.projection("v", index),
+            q_norm=self.norm("q_norm", index) if config.qk_norm else None,
+            k_norm=self.norm("k_norm", index) if config.qk_norm else None,
+            o=self.projection("o", index),
+            gate=gate,
+            up=up,
+            down=down,
+            sparse=self.sparse_rows(index, gate, up, down) if config.sparse_ffn else None,
+            window=config.sliding_window if windowed else 0,
+        )
+
+    def sparse_rows(self, index: int, gate: Projection | None, up: Projection, down: Projection) -> SparseRows:
+        """The FFN as our kernels take it: the same matrices, whole rows."""
+        first, second = (up, None) if gate is None else (gate, up)
+        first_bias, second_bias = ("up.bias", None) if gate is None else ("gate.bias", "up.bias")
+        return SparseRows(
+            gate=_padded(first),
+            up=None if second is None else _padded(second),
+            down=_padded(down),
+            gate_bias=self.float_vector(first_bias, index),
+            up_bias=None if second_bias is None else self.float_vector(second_bias, index),
+            down_bias=self.float_vector("down.bias", index),
+        )
+
+    def projection(self, name: str, layer: int) -> Projection:
+        """A matrix with its bias."""
+        return Projection(self.matrix(name, layer), self.vector(f"{name}.bias", layer))
+
+    def matrix(self, name: str, layer: int | None) -> Matrix:
+        """A matrix in the form that it has on the device."""
+        if not stays_quantised(self.config, name, self.formats):
+            return self.half(name, layer)
+        parts, columns = self.parts(name, layer), self.columns[name]
+        groups = -(-columns // GROUP)
+        return QuantisedMatrix(
+            self.device.upload(np.ascontiguousarray(parts[""][:, :columns].T)),
+            self.device.upload(np.ascontiguousarray(parts[".scale"][:, :groups].T)),
+        )
+
+    def half(self, name: str, layer: int | None) -> HalfMatrix:
+        """A matrix in float16, of any format. Rows of the FFN are padded where our kernels read them."""
+        columns = self.columns[name]
+        dense = to_half(dequantize(self.parts(name, layer), self.formats[name], columns), name)
+        if self.config.sparse_ffn and name in ("gate", "up", "down_T"):
+            dense = np.pad(dense, ((0, 0), (0, padded_columns(columns) - columns)))
+        return HalfMatrix(self.device.upload(dense).columns(columns))
+
+    def norm(self, name: str, layer: int | None) -> Norm:
+        """A norm's weight and bias."""
+        weight = self.vector(f"{name}.weight", layer)
+        assert weight is not None
+        return Norm(weight, self.vector(f"{name}.bias", layer))
+
+    def vector(self, name: str, layer: int | None) -> Tensor | None:
+        """A vector in float16, or None where the model has none."""
+        if name not in self.arrays:
+            return None
+        return self.device.upload(to_half(self.part(name, layer), name))
+
+    def float_vector(self, name: str, layer: int) -> Tensor | None:
+        """A vector in float32, or None where the model has none."""
+        return self.device.upload(self.part(name, layer)) if name in self.arrays else None
+
+    def rope(self, context: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of all positions, (context, head_dim) each."""
+        cos, sin = rope_tables(self.config, np.arange(context))
+        both = [np.concatenate([table, table], 1).astype(np.float16) for table in (cos, sin)]
+        return self.device.upload(both[0]), self.device.upload(both[1])
+
+    def parts(self, name: str, layer: int | None) -> Parts:
+        """The stored arrays of a matrix by suffix."""
+        return {s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays}
+
+    def part(self, name: str, layer: int | None) -> NDArray:
+        """An array, or its layer."""
+        return self.arrays[name] if layer is None else self.arrays[name][layer]
+
+
+def _padded(projection: Projection) -> Tensor:
+    """The rows of a float16 matrix with their padding."""
+    assert isinstance(projection.matrix, HalfMatrix)
+    rows = projection.matrix.rows
+    return Tensor(rows.address, rows.dtype, rows.storage, (rows.shape[0], rows.strides[0]), rows.strides)

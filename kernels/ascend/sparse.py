@@ -1,0 +1,248 @@
+"""The conditional FFN by our own kernels (ops/README.md), one row at a time.
+
+Four launches a row, no host in between: lists and their lengths stay on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from svdengine.kernels.ascend.custom_ops import CustomOps
+from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.operators import multiply
+from svdengine.kernels.ascend.plan import HalfMatrix, SparseRows, to_half
+from svdengine.kernels.ascend.tensor import Tensor
+from svdengine.kernels.ascend.tiling import COUNT_INTS, MAX_BLOCKS, check_shape, list_capacity, padded
+from svdengine.kernels.formats import Parts, dequantize, padded_columns, stored_parts
+from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
+from svdengine.models import ModelConfig
+
+_PREDICTED, _ACTIVE = 0, 1  # lists that are counted
+
+
+@dataclass(frozen=True)
+class PredictorPlan:
+    """One layer's predictor: s = A act(B x) + b."""
+
+    rank: int
+    a: Tensor  # (ffn, padded rank) float16
+    b: HalfMatrix  # (rank, hidden)
+    bias: Tensor  # (ffn,) float32
+    unit: Tensor  # (ffn,) float32
+    relu: bool
+
+
+@dataclass(frozen=True)
+class PlacedPredictor:
+    """A predictor on the device."""
+
+    layers: tuple[PredictorPlan, ...]
+    z: Tensor  # (rows * largest rank,) float16: B x
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All memory that it has."""
+        parts = [(p.a, p.b.rows, p.bias, p.unit) for p in self.layers]
+        return (self.z, *(tensor for part in parts for tensor in part))
+
+
+@dataclass(frozen=True)
+class NeuronList:
+    """A list of neurons in segments, one for each block that wrote it."""
+
+    producers: int
+    capacity: int
+    indices: Tensor  # (producers, capacity) int32
+
+
+@dataclass(frozen=True)
+class SparseState:
+    """Memory of the kernels, and how many blocks they run in."""
+
+    ops: CustomOps
+    blocks: int  # vector cores
+    predicted: NeuronList
+    every: NeuronList  # all neurons: what is read where nothing predicts
+    every_counts: Tensor  # (1, COUNT_INTS) int32
+    active: NeuronList
+    values: Tensor  # (blocks, capacity) float32: gates of the active neurons
+    partials: Tensor  # (blocks, padded hidden) float32
+    counts: Tensor  # (rows, layers, 2 lists, blocks, COUNT_INTS) int32
+
+
+def why_not(config: ModelConfig, predictor: Predictor | None, blocks: int) -> str | None:
+    """One line on why the kernels cannot run this model's FFN with this predictor, or None."""
+    ranks = [layer.rank for layer in predictor.layers] if predictor is not None else [1]
+    if predictor is not None and any(layer.residual_bits or not layer.rank for layer in predictor.layers):
+        kind = predictor.about.get("kind", "of its kind")
+        return (
+            f"the predictor ({kind}) has a low-bit part, which the Ascend kernels lack;"
+            " make one with: svdengine calibrate --predictor svd"
+        )
+    try:
+        check_shape(config.hidden_size, max(ranks), min(blocks, MAX_BLOCKS))
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def place_predictor(device: AscendDevice, config: ModelConfig, predictor: Predictor, rows: int) -> PlacedPredictor:
+    """Copy a predictor to the device in float16, for steps of up to `rows` rows."""
+    layers = tuple(_place_layer(device, config, layer) for layer in predictor.layers)
+    most = max(layer.rank for layer in layers)
+    return PlacedPredictor(layers, device.empty((rows * most,), np.float16))
+
+
+def check_predictor(config: ModelConfig, predictor: Predictor) -> None:
+    """Raise ValueError when a predictor does not fit the model: kernels check nothing."""
+    d, f = config.hidden_size, config.ffn_size
+    if len(predictor.layers) != config.layer_count:
+        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
+    for index, layer in enumerate(predictor.layers):
+        where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
+        if len(layer.bias) != f or len(layer.unit) != f:
+            raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
+        if not 0 <= layer.rank <= most:
+            raise ValueError(f"{where} has rank {layer.rank}, which must lie in 0..{most}")
+        if layer.rank:
+            _check_factor(where, "A", layer, layer.a, f, layer.rank)
+            _check_factor(where, "B", layer, layer.b, layer.rank, d)
+
+
+def allocate_sparse(device: AscendDevice, config: ModelConfig, ops: CustomOps, rows: int) -> SparseState:
+    """Memory for sparse steps of up to `rows` rows."""
+    blocks, f = min(device.vector_cores, MAX_BLOCKS), config.ffn_size
+    capacity, all_of = list_capacity(f, blocks), list_capacity(f, 1)
+    every = np.zeros((1, all_of), np.int32)
+    every[0, :f] = np.arange(f)
+    counts = np.zeros((1, COUNT_INTS), np.int32)
+    counts[0, 0] = f
+    return SparseState(
+        ops=ops,
+        blocks=blocks,
+        predicted=NeuronList(blocks, capacity, device.empty((blocks, capacity), np.int32)),
+        every=NeuronList(1, all_of, device.upload(every)),
+        every_counts=device.upload(counts),
+        active=NeuronList(blocks, capacity, device.empty((blocks, capacity), np.int32)),
+        values=device.empty((blocks, capacity), np.float32),
+        partials=device.empty((blocks, padded(config.hidden_size)), np.float32),
+        counts=device.zeros((rows, config.layer_count, 2, blocks, COUNT_INTS), np.int32),
+    )
+
+
+def sparse_ffn(
+    device: AscendDevice,
+    config: ModelConfig,
+    state: SparseState,
+    weights: SparseRows,
+    predictor: PlacedPredictor | None,
+    layer: int,
+    x: Tensor,
+    sparsity_bias: Tensor,
+    y: Tensor,
+) -> None:
+    """y (n, hidden) = the FFN of rows x (n, hidden), with down's bias.
+
+    Computed are the neurons that the predictor names with each row's sparsity bias (n,) float32; without a predictor
+    all gates are, and what is skipped are the rows of up and down whose gate is zero. Counts go to state.counts.
+    """
+    n = x.shape[0]
+    predicted, predicted_counts = state.every, state.every_counts
+    if predictor is not None:
+        plan = predictor.layers[layer]
+        z = predictor.z.leading(n * plan.rank).reshape(n, plan.rank)
+        multiply(device, plan.b, x, z)
+    for row in range(n):
+        active_counts = counts_of(state, row, layer, _ACTIVE)
+        if predictor is not None:
+            predicted, predicted_counts = state.predicted, counts_of(state, row, layer, _PREDICTED)
+            shift = sparsity_bias.rows(row, 1)
+            run_score(device, state, plan, z.rows(row, 1), shift, predicted_counts, config.ffn_size)
+        run_gate(device, config, state, weights, x.rows(row, 1), predicted, predicted_counts, active_counts)
+        run_up_down(device, config, state, weights, x.rows(row, 1), active_counts)
+        run_sum(device, config, state, weights, y.rows(row, 1))
+
+
+def counts_of(state: SparseState, row: int, layer: int, which: int) -> Tensor:
+    """The count records (blocks, COUNT_INTS) of a list of one row in one layer."""
+    _, layers, lists, blocks, _ = state.counts.shape
+    records = state.counts.reshape(state.counts.size // COUNT_INTS, COUNT_INTS)
+    return records.rows(((row * layers + layer) * lists + which) * blocks, blocks)
+
+
+def run_score(
+    device: AscendDevice,
+    state: SparseState,
+    predictor: PredictorPlan,
+    z: Tensor,
+    shift: Tensor,
+    counts: Tensor,
+    neurons: int,
+) -> None:
+    """state.predicted = the neurons whose score is positive."""
+    listed = state.predicted
+    device.launch(
+        state.ops.score, "svd_score", state.blocks, predictor.a, z, predictor.bias, predictor.unit, shift, counts,
+        listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
+    )  # fmt: skip
+
+
+def run_gate(
+    device: AscendDevice,
+    config: ModelConfig,
+    state: SparseState,
+    weights: SparseRows,
+    x: Tensor,
+    predicted: NeuronList,
+    predicted_counts: Tensor,
+    counts: Tensor,
+) -> None:
+    """state.active = those of the predicted neurons whose gate is above zero, with their gates in state.values."""
+    active = state.active
+    device.launch(
+        state.ops.gate, "svd_gate", state.blocks, weights.gate, x, weights.gate_bias, predicted_counts,
+        predicted.indices, counts, active.indices, state.values, config.ffn_size, config.hidden_size,
+        predicted.producers, predicted.capacity, active.capacity, float(config.activation_threshold),
+        int(config.activation == "relu2"),
+    )  # fmt: skip
+
+
+def run_up_down(
+    device: AscendDevice, config: ModelConfig, state: SparseState, weights: SparseRows, x: Tensor, counts: Tensor
+) -> None:
+    """state.partials = each block's part of the FFN's sum over the active neurons."""
+    active = state.active
+    device.launch(
+        state.ops.up_down, "svd_up_down", state.blocks, weights.up, weights.down, x, weights.up_bias, counts,
+        active.indices, state.values, state.partials, config.ffn_size, config.hidden_size, active.producers,
+        active.capacity, int(config.activation == "drelu"),
+    )  # fmt: skip
+
+
+def run_sum(device: AscendDevice, config: ModelConfig, state: SparseState, weights: SparseRows, y: Tensor) -> None:
+    """y (1, hidden) = the sum of the parts, and down's bias."""
+    device.launch(
+        state.ops.sum, "svd_sum", state.blocks, state.partials, weights.down_bias, y, state.blocks, config.hidden_size
+    )
+
+
+def _check_factor(where: str, name: str, layer: LayerPredictor, parts: Parts, rows: int, columns: int) -> None:
+    for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
+        if suffix not in parts or parts[suffix].shape != shape:
+            raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
+
+
+def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PredictorPlan:
+    rank = layer.rank
+    a = to_half(dequantize(layer.a, layer.factor_format, rank), "A of the predictor")
+    b = to_half(dequantize(layer.b, layer.factor_format, config.hidden_size), "B of the predictor")
+    return PredictorPlan(
+        rank,
+        device.upload(np.pad(a, ((0, 0), (0, padded_columns(rank) - rank)))),
+        HalfMatrix(device.upload(b)),
+        device.upload(np.asarray(layer.bias, np.float32)),
+        device.upload(np.asarray(layer.unit, np.float32)),
+        layer.relu,
+    )

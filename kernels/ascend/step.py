@@ -1,0 +1,157 @@
+"""One step of the model, from tokens to logits, as operators on a device's stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from svdengine.kernels.ascend.attention import Attending, KvCache, attend
+from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.operators import (
+    activate,
+    add,
+    gather,
+    look_up,
+    multiply,
+    normalize,
+    project,
+    put,
+    rms_norm,
+    rotate,
+    scale,
+)
+from svdengine.kernels.ascend.plan import LayerPlan, Norm, Plan
+from svdengine.kernels.ascend.sparse import PlacedPredictor, SparseState, sparse_ffn
+from svdengine.kernels.ascend.tensor import Tensor
+from svdengine.kernels.ascend.workspace import Workspace
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.ffn_costs import FfnPath
+
+Keep = Callable[[int, Tensor], None]  # takes a layer's number and what its FFN reads
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the operators of a step depend on besides device memory."""
+
+    n: int  # rows
+    wanted: int  # rows with logits
+    attending: Attending
+    ffn: FfnPath
+
+
+@dataclass(frozen=True)
+class State:
+    """What a step works with."""
+
+    device: AscendDevice
+    plan: Plan
+    work: Workspace
+    cache: KvCache
+    fused: bool  # whether the fused attention operator can be used
+    sparse: SparseState | None  # None: no kernels, FFNs run dense
+
+
+def run_step(state: State, predictor: PlacedPredictor | None, shape: Shape, keep: Keep | None = None) -> None:
+    """Start a step on the batch in the workspace. It leaves the logits of the wanted rows in work.logits."""
+    device, plan, work, n = state.device, state.plan, state.work, shape.n
+    config, inputs = plan.config, work.inputs
+    x, positions = work.x.rows(0, n), inputs.positions.leading(n)
+    look_up(device, plan.embedding, inputs.tokens.leading(n), x)
+    scale(device, x, config.embedding_scale)
+    if plan.positions is not None:
+        look_up(device, plan.positions, positions, work.added.rows(0, n))
+        add(device, x, work.added.rows(0, n))
+    if plan.cos is not None and plan.sin is not None:
+        look_up(device, plan.cos, positions, work.cos.rows(0, n))
+        look_up(device, plan.sin, positions, work.sin.rows(0, n))
+    for index, layer in enumerate(plan.layers):
+        _run_layer(state, predictor, index, layer, shape, keep)
+    if shape.wanted:
+        wanted, normed = work.wanted.rows(0, shape.wanted), work.normed.rows(0, shape.wanted)
+        gather(device, x, inputs.logit_rows.leading(shape.wanted), wanted)
+        normalize(device, config, plan.output_norm, wanted, work.inverse, normed)
+        multiply(device, plan.lm_head, normed, work.logits.rows(0, shape.wanted))
+
+
+def run_ffn(
+    state: State, predictor: PlacedPredictor | None, index: int, layer: LayerPlan, x: Tensor, path: FfnPath
+) -> None:
+    """work.x += FFN(x) of rows x (n, hidden)."""
+    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    added = work.added.rows(0, n)
+    if path != "dense" and state.sparse is not None and layer.sparse is not None:
+        predicting = predictor if path == "predict" else None
+        bias = work.inputs.sparsity_bias
+        sparse_ffn(device, config, state.sparse, layer.sparse, predicting, index, x, bias, added)
+    else:
+        _dense_ffn(state, layer, x, added)
+    add(device, work.x.rows(0, n), added, config.residual_scale)
+
+
+def _run_layer(
+    state: State, predictor: PlacedPredictor | None, index: int, layer: LayerPlan, shape: Shape, keep: Keep | None
+) -> None:
+    """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
+    device, config, work, n = state.device, state.plan.config, state.work, shape.n
+    x, normed, added = work.x.rows(0, n), work.normed.rows(0, n), work.added.rows(0, n)
+    normalize(device, config, layer.attention_norm, x, work.inverse, normed)
+    read = normed
+    if config.parallel and layer.ffn_norm is not None:
+        read = work.second.rows(0, n)
+        normalize(device, config, layer.ffn_norm, x, work.inverse, read)
+    _attention(state, index, layer, shape, normed, added)
+    add(device, x, added, config.residual_scale)
+    if not config.parallel and layer.ffn_norm is not None:
+        normalize(device, config, layer.ffn_norm, x, work.inverse, read)
+    if keep is not None:
+        keep(index, read)
+    run_ffn(state, predictor, index, layer, read, shape.ffn)
+
+
+def _attention(state: State, index: int, layer: LayerPlan, shape: Shape, x: Tensor, out: Tensor) -> None:
+    """out (n, hidden) = attention of the normed rows x, whose keys and values are cached first."""
+    device, config, work, n = state.device, state.plan.config, state.work, shape.n
+    q, k, v = work.q.rows(0, n), work.k.rows(0, n), work.v.rows(0, n)
+    for projection, rows in ((layer.q, q), (layer.k, k), (layer.v, v)):
+        project(device, projection, x, rows)
+    q = _turn(state, layer.q_norm, config.head_count, q, work.turned_q.rows(0, n))
+    k = _turn(state, layer.k_norm, config.kv_head_count, k, work.turned_k.rows(0, n))
+
+    keys, values = state.cache.keys[index], state.cache.values[index]
+    slots = work.inputs.slots.leading(n)
+    for rows, cached in ((k, keys), (v, values)):
+        put(device, rows, slots, cached.reshape(cached.shape[0] * BLOCK_SIZE, rows.shape[1]))
+    attend(device, config, work, shape.attending, q, keys, values, layer.window, state.fused)
+    project(device, layer.o, work.attended.rows(0, n), out)
+
+
+def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor) -> Tensor:
+    """The rows x (n, heads * head_dim) after their norm and rope, in x or in `other`."""
+    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    if norm is not None:
+        by_head = n * heads, config.head_dim
+        rms_norm(device, norm, config.norm_eps, x.reshape(*by_head), work.inverse, other.reshape(*by_head))
+        x, other = other, x
+    if config.rope is not None:
+        rotate(device, x, heads, work.cos.rows(0, n), work.sin.rows(0, n), other)
+        x = other
+    return x
+
+
+def _dense_ffn(state: State, layer: LayerPlan, x: Tensor, out: Tensor) -> None:
+    """out (n, hidden) = the FFN of rows x, every neuron."""
+    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    first, second = work.gate.rows(0, n), work.up.rows(0, n)
+    if layer.gate is None:
+        project(device, layer.up, x, first)
+        activate(device, config.activation, config.activation_threshold, first, second)
+        project(device, layer.down, second, out, turned=config.sparse_ffn)
+        return
+    project(device, layer.gate, x, first)
+    activate(device, config.activation, config.activation_threshold, first, second)
+    project(device, layer.up, x, first)
+    if config.activation == "drelu":
+        device.run("aclnnInplaceRelu", first)
+    device.run("aclnnInplaceMul", second, first)
+    project(device, layer.down, second, out, turned=config.sparse_ffn)
