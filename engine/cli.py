@@ -22,6 +22,7 @@ COMMANDS = {
     "bench": "Measure tokens a second.",
     "eval": "Measure the quality of a model on a text.",
     "devices": "Show what this machine can run on.",
+    "build-ascend-ops": "Compile the kernels for Ascend NPUs.",
 }
 
 
@@ -36,7 +37,7 @@ class LazyGroup(click.Group):
         """Import a command."""
         if cmd_name not in COMMANDS:
             return None
-        command: click.Command = import_module(f"svdengine.commands.{cmd_name}").command
+        command: click.Command = import_module(f"svdengine.commands.{cmd_name.replace('-', '_')}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

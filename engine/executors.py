@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.demo_model import cache_folder
 from svdengine.errors import DeviceError, RequestError
 from svdengine.kernels.batch import Executor, FfnMode
 from svdengine.residency import usable_memory
@@ -56,11 +58,10 @@ def create_executor(
     if gpu_memory is not None and (isinstance(gpu_memory, bool) or not isinstance(gpu_memory, int) or gpu_memory < 1):
         raise RequestError(f"gpu_memory must be a whole number of bytes, found {gpu_memory!r}")
     chosen = resolve_device(device)
-    if chosen == "cuda":
+    if chosen in ("cuda", "ascend"):
+        arguments = (model_file, context, block_count, kv_dtype, max_batch_rows, predictor, ffn)
         try:
-            return _cuda_executor(
-                model_file, context, block_count, kv_dtype, max_batch_rows, predictor, ffn, gpu_memory
-            )
+            return _ascend_executor(*arguments) if chosen == "ascend" else _cuda_executor(*arguments, gpu_memory)
         except DeviceError as error:
             if device != "auto" or os.environ.get(DEVICE_VARIABLE):
                 raise
@@ -71,22 +72,20 @@ def create_executor(
 
         weights = float32_weights(model_file)
         return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
-    if chosen == "cpu":
-        from svdengine.kernels.cpu.executor import CpuExecutor
+    from svdengine.kernels.cpu.executor import CpuExecutor
 
-        return CpuExecutor(
-            model_file.config,
-            model_file.arrays,
-            model_file.formats,
-            block_count=block_count,
-            max_batch_rows=max_batch_rows,
-            context=context,
-            threads=threads,
-            kv_dtype=kv_dtype,
-            predictor=predictor,
-            ffn=ffn,
-        )
-    raise DeviceError(f"the device {chosen} is not supported by this version; use --device cpu")
+    return CpuExecutor(
+        model_file.config,
+        model_file.arrays,
+        model_file.formats,
+        block_count=block_count,
+        max_batch_rows=max_batch_rows,
+        context=context,
+        threads=threads,
+        kv_dtype=kv_dtype,
+        predictor=predictor,
+        ffn=ffn,
+    )
 
 
 def _cuda_executor(
@@ -132,8 +131,59 @@ def _cuda_executor(
     return executor
 
 
+def _ascend_executor(
+    model_file: ModelFile,
+    context: int,
+    block_count: int,
+    kv_dtype: KvDtype,
+    max_batch_rows: int,
+    predictor: Predictor | None,
+    ffn: FfnMode,
+) -> Executor:
+    """An executor on the NPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
+    from svdengine.kernels.ascend.availability import find_npu
+
+    npu = find_npu()
+    if isinstance(npu, str):
+        raise DeviceError(f"Ascend cannot be used: {npu}")
+    from svdengine.kernels.ascend.cann import load_cann
+    from svdengine.kernels.ascend.device import AscendDevice
+    from svdengine.kernels.ascend.executor import AscendExecutor
+    from svdengine.kernels.ascend.self_test import proven_custom_ops
+
+    cann = load_cann()
+    sparse = model_file.config.sparse_ffn
+    ops = proven_custom_ops(cann, npu.soc, ascend_ops_folder()) if sparse else "no neuron of the model is ever zero"
+    device = AscendDevice(cann)
+    try:
+        return AscendExecutor(
+            model_file.config,
+            model_file.arrays,
+            model_file.formats,
+            device=device,
+            block_count=block_count,
+            max_batch_rows=max_batch_rows,
+            context=context,
+            kv_dtype=kv_dtype,
+            predictor=predictor,
+            ffn=ffn,
+            custom_ops=ops,
+        )
+    except BaseException:
+        device.close()
+        raise
+
+
+def ascend_ops_folder() -> Path:
+    """Where `svdengine build-ascend-ops` puts its libraries."""
+    return cache_folder() / "ascend"
+
+
 def resolve_device(device: str) -> str:
-    """The device that a name stands for: for "auto" the GPU, if one can be used. DeviceError on a name that is none."""
+    """The device that a name stands for: for "auto" a GPU or NPU, if one can be used.
+
+    Raises DeviceError on a name that is none.
+    """
     if device == "auto":
         device = os.environ.get(DEVICE_VARIABLE) or _best_device()
     if device not in DEVICES or device == "auto":
@@ -142,14 +192,20 @@ def resolve_device(device: str) -> str:
 
 
 def _best_device() -> str:
-    """The GPU, or else the CPU, with one line on why where there is a driver: a GPU was meant to be used then."""
+    """The GPU, the NPU, or else the CPU, with one line on why where there is a driver: it was meant to be used then."""
+    from svdengine.kernels.ascend.availability import find_npu
+    from svdengine.kernels.ascend.cann import NO_CANN
     from svdengine.kernels.cuda.availability import NO_DRIVER, find_gpu
 
     gpu = find_gpu()
     if not isinstance(gpu, str):
         return "cuda"
-    if gpu != NO_DRIVER:
-        _say_why_not(gpu)
+    npu = find_npu()
+    if not isinstance(npu, str):
+        return "ascend"
+    for reason, absent in ((gpu, NO_DRIVER), (npu, NO_CANN)):
+        if not reason.startswith(absent):
+            _say_why_not(reason)
     return "cpu"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import platform
@@ -137,18 +136,10 @@ def _cuda(count: int) -> Accelerator:
 
 
 def _ascend() -> Accelerator:
-    missing = "no Ascend runtime (CANN) was found"
-    return _accelerator("Ascend", "libascendcl.so", missing, "ascend", "acl", "install CANN and source its set_env.sh")
+    from svdengine.kernels.ascend.availability import find_npu
 
-
-def _accelerator(name: str, library: str, absent: str, backend: str, package: str, advice: str) -> Accelerator:
-    """Driver first, then what this installation has for it. Nothing heavy is imported."""
-    try:
-        ctypes.CDLL(library)
-    except OSError:
-        return Accelerator(name, False, absent)
-    if importlib.util.find_spec(f"svdengine.kernels.{backend}") is None:
-        return Accelerator(name, False, "a driver was found, but this version of svdengine has no backend for it")
-    if importlib.util.find_spec(package) is None:
-        return Accelerator(name, False, f"a driver was found, but the package {package} is missing; {advice}")
-    return Accelerator(name, True, "driver and packages were found")
+    npu = find_npu()
+    if isinstance(npu, str):
+        return Accelerator("Ascend", False, npu)
+    found = f"{npu.soc}, {npu.memory_bytes / 2**30:.1f} GiB, {npu.vector_cores} vector cores, CANN {npu.cann}"
+    return Accelerator("Ascend", True, found)

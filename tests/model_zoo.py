@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.formats import WeightFormat, dequantize, quantize
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Source
 from svdengine.models.tensors import tensor_specs
@@ -93,6 +95,31 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, NDArray[np.f
     return weights
 
 
+def stored(
+    config: ModelConfig, weight_format: WeightFormat, seed: int = 0
+) -> tuple[dict[str, NDArray], dict[str, WeightFormat], dict[str, NDArray[np.float32]]]:
+    """Stored arrays, their formats, and the float32 weights that they stand for."""
+    arrays: dict[str, NDArray] = {}
+    formats: dict[str, WeightFormat] = {}
+    exact: dict[str, NDArray[np.float32]] = {}
+    for name, weights in random_weights(config, seed).items():
+        spec = next(s for s in tensor_specs(config) if s.name == name)
+        if not spec.matrix:
+            arrays[name] = exact[name] = weights
+            continue
+        chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
+        if weight_format == "q4" and name in ("embedding", "lm_head"):
+            chosen = "q8"
+        formats[name] = chosen
+        layers = [quantize(w, chosen) for w in (weights if spec.stacked else weights[None])]
+        for suffix in layers[0]:
+            stack = np.stack([parts[suffix] for parts in layers])
+            arrays[name + suffix] = np.ascontiguousarray(stack if spec.stacked else stack[0])
+        dense = np.stack([dequantize(parts, chosen, spec.shape[-1]) for parts in layers])
+        exact[name] = dense if spec.stacked else dense[0]
+    return arrays, formats, exact
+
+
 def canonical_weights(
     config: ModelConfig, checkpoint: Mapping[str, NDArray], source: Callable[..., Source]
 ) -> dict[str, NDArray[np.float32]]:
@@ -136,6 +163,16 @@ def make_batch(chunks: Sequence[tuple[Sequence[int], int]], tables: Sequence[Seq
         context_lengths=np.array([start + len(chunk) for chunk, start in chunks], np.int32),
         logit_rows=np.arange(len(tokens), dtype=np.int32),
     )
+
+
+def run_in_chunks(executor: Any, tokens: list[int], sizes: list[int]) -> NDArray[np.float32]:
+    """Logits of all tokens, the prompt cut into chunks."""
+    table, out, start = block_table(len(tokens), first=1, step=2), [], 0
+    for size in sizes:
+        out.append(executor.forward(make_batch([(tokens[start : start + size], start)], [table])).copy())
+        start += size
+    assert start == len(tokens)
+    return np.concatenate(out)
 
 
 def relative_error(found: NDArray, expected: NDArray) -> float:

@@ -22,7 +22,7 @@ from svdengine.kernels.ascend.signatures import signature_of
 Function = Callable[..., Any]
 
 NO_CANN = "no Ascend runtime (CANN) was found"
-ADVICE = "install Huawei's CANN toolkit 8 and its operator package, and source its set_env.sh"
+ADVICE = "install Huawei's CANN 8 (toolkit and operator package) and source its set_env.sh"
 LEAST_VERSION = (8, 0)
 
 # Names of the operator libraries since CANN 8.0; an installation has some of them. The first holds the descriptors.

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdengine.errors import DeviceError
+from svdengine.kernels.ascend.availability import SUPPORTED, is_supported
 from svdengine.kernels.ascend.cann import ADVICE, Cann, Function, Libraries, SharedLibraries, installed_version
 from svdengine.kernels.ascend.cann import toolkit_folder as find_toolkit
 
 SOURCES = Path(__file__).parent / "ops"
 BUILD_COMMAND = "svdengine build-ascend-ops"
 _LIBRARY = "libsvdengine_ops.so"
-_TARGETS = ("Ascend910B", "Ascend910_93")  # Atlas A2 and A3
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,6 @@ class CustomOps:
     gate: Function
     up_down: Function
     sum: Function
-
-
-def is_target(soc: str) -> bool:
-    """Whether our kernels are made for a device. "Ascend910B" without a digit is another, older one."""
-    return soc.startswith(_TARGETS) and soc != "Ascend910B"
 
 
 def library_path(folder: Path, soc: str, version: str) -> Path:
@@ -52,8 +47,6 @@ def library_path(folder: Path, soc: str, version: str) -> Path:
 
 def load_custom_ops(cann: Cann, soc: str, folder: Path) -> CustomOps:
     """The kernels for a device. Raises DeviceError, with what to do, where they were not built or cannot be loaded."""
-    if not is_target(soc):
-        raise DeviceError(f"the sparse FFN has no kernels for {soc}")
     path = library_path(folder, soc, cann.version)
     if not path.is_file():
         raise DeviceError(f"the sparse FFN's kernels are not built; run: {BUILD_COMMAND}")
@@ -81,8 +74,8 @@ def build_custom_ops(soc: str, folder: Path, report: Callable[[str], None]) -> P
 
     Raises DeviceError where the toolkit or CMake is missing, the device is none of theirs, or the build fails.
     """
-    if not is_target(soc):
-        raise DeviceError(f"found the device {soc!r}, expected one of Ascend910B1 to B4 or Ascend910_93xx")
+    if not is_supported(soc):
+        raise DeviceError(f"found the device {soc!r}; supported are {SUPPORTED}")
     toolkit = find_toolkit()
     if toolkit is None:
         raise DeviceError(f"no CANN toolkit was found (ASCEND_HOME_PATH is not set or no folder); {ADVICE}")

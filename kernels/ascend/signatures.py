@@ -4,7 +4,8 @@ Sources: `acl_meta.h` and the headers of `aclnnop/` of CANN 8.1.RC1, and the ope
 cann/ops-nn, ops-math and ops-transformer (aclnnMm, aclnnBatchMatMul, aclnnWeightQuantBatchMatmulV2, aclnnRmsNorm,
 aclnnLayerNorm, aclnnRotaryPositionEmbedding, aclnnIncreFlashAttentionV4, aclnnSoftmax, aclnnEmbedding,
 aclnnIndexSelect, aclnnIndexCopy&aclnnInplaceIndexCopy, aclnnPermute, aclnnAdd&aclnnInplaceAdd,
-aclnnMul&aclnnInplaceMul, aclnnMuls, aclnnRelu&aclnnInplaceRelu, aclnnThreshold, aclnnSilu, aclnnGeluV2). An operator is two functions:
+aclnnMul&aclnnInplaceMul, aclnnMuls, aclnnRelu&aclnnInplaceRelu, aclnnThreshold, aclnnSilu,
+aclnnGeluV2). An operator is two functions:
 
     int aclnnXxxGetWorkspaceSize(arguments..., uint64_t* workspace_size, aclOpExecutor** executor)
     int aclnnXxx(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream)

@@ -146,7 +146,8 @@ class Npu:
         found = list(self.broken)
         found += [f"a {handle.kind} was never destroyed" for handle in self.handles.values() if handle.alive]
         found += [f"{self.memory.used} bytes were never freed"] if self.memory.used else []
-        found += [f"{len(self.streams)} streams, {len(self.contexts)} contexts"] if self.streams or self.contexts else []
+        found += [f"stream {stream} was not destroyed" for stream in self.streams]
+        found += [f"context {context} was not destroyed" for context in self.contexts]
         return found + [f"device {index} was not reset" for index in self.devices]
 
 
@@ -233,9 +234,10 @@ def _plan(npu: Npu, operator: str, arguments: Sequence[Any]) -> int:
         parts.append(handle)
         values.append([part.value for _, part in handle.value] if kind == "tensors" else handle.value)
     views = [v for v in values if isinstance(v, View)]
-    outputs = views[:1] if operator.startswith("aclnnInplace") else views[-OUTPUTS.get(operator, 1) :]
-    if not operator.startswith("aclnnInplace") and any(v.overlaps(o) for o in outputs for v in views if v not in outputs):
-        raise BrokenRule("an output overlaps an input")
+    if not operator.startswith("aclnnInplace"):
+        count = OUTPUTS.get(operator, 1)
+        if any(view.overlaps(output) for view in views[:-count] for output in views[-count:]):
+            raise BrokenRule("an output overlaps an input")
     size[0] = 0 if operator == "aclnnRelu" else 512 + 32 * len(operator) * len(views)
     executor[0] = npu.make("Executor", Plan(operator, values, parts, size[0]))
     return 0
@@ -400,5 +402,3 @@ def _acl(npu: Npu) -> SimpleNamespace:
         get_soc_name=lambda: npu.soc,
         get_recent_err_msg=lambda: "EZ9999: the emulator\nsays why",
     )
-
-

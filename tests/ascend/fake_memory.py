@@ -14,7 +14,7 @@ ALIGNMENT = 64
 UNDEFINED = 0xFF  # bytes of new memory: NaN in every float type
 
 
-class BrokenRule(Exception):  # noqa: N818
+class BrokenRule(Exception):
     """The backend did what CANN does not allow."""
 
 
@@ -50,9 +50,7 @@ class View:
         ranges = []
         for view in (self, other):
             first, last = view.extent
-            ranges.append(
-                (view.address + first * view.dtype.itemsize, view.address + (last + 1) * view.dtype.itemsize)
-            )
+            ranges.append((view.address + first * view.dtype.itemsize, view.address + (last + 1) * view.dtype.itemsize))
         (a, b), (c, d) = ranges
         return max(a, c) < min(b, d)
 

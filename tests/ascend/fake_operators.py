@@ -42,7 +42,7 @@ def batch_mat_mul(x: Array, y: Array, out: Array, cube_type: int) -> None:
 def weight_quant_batch_matmul(
     x: Array, weights: Array, scale: Array, offset: None, s: None, o: None, bias: None, group: int, y: Array
 ) -> None:
-    need(offset is s is o is bias is None, "WeightQuantBatchMatmulV2: the emulator knows no offset, output scale or bias")
+    need(all(a is None for a in (offset, s, o, bias)), "WeightQuantBatchMatmulV2: an unknown option")
     k, n = weights.shape
     _half(x, scale, y)
     need(weights.dtype == np.int8, "WeightQuantBatchMatmulV2: weights are not int8")
@@ -88,17 +88,18 @@ def incre_flash_attention(
     q: Array, keys: Sequence[Array], values: Sequence[Array], shift: None, mask: None, lengths: Sequence[int],
     *rest: Any,
 ) -> None:  # fmt: skip
-    *quantised, table, padding, heads, scale, layout, kv_heads, block, precise, out = rest
+    *quantised, table, padding, heads, scale, layout, kv_heads, block, _, out = rest
     need(all(a is None for a in (shift, mask, padding, *quantised)), "IncreFlashAttentionV4: an unknown option")
     (k,), (v,) = keys, values
     n, one, width = q.shape
     head = width // heads
     _half(q, k, v, out)
-    need(one == 1 and layout == b"BSH" and out.shape == q.shape, "IncreFlashAttentionV4: not one token of each sequence")
+    need(one == 1 and layout == b"BSH" and out.shape == q.shape, "IncreFlashAttentionV4: not one token each")
     need(head % 16 == 0 and head <= 512 and heads <= 256, f"IncreFlashAttentionV4: {heads} heads of {head}")
     need(block % 16 == 0 and 0 < block <= 512, f"IncreFlashAttentionV4: blocks of {block}")
     need(k.shape == v.shape and k.shape[1:] == (block, kv_heads * head), f"IncreFlashAttentionV4: keys {k.shape}")
-    need(table.dtype == np.int32 and table.ndim == 2 and len(table) == n == len(lengths), "IncreFlashAttentionV4: table")
+    need(table.dtype == np.int32 and table.ndim == 2, "IncreFlashAttentionV4: no table")
+    need(len(table) == n == len(lengths), f"IncreFlashAttentionV4: {len(table)} tables for {n} sequences")
     need(table.shape[1] * block >= max(lengths), "IncreFlashAttentionV4: the table is too short")
     for row, length in enumerate(lengths):
         used = table[row, : -(-length // block)]
@@ -213,5 +214,3 @@ def _softmax(x: Array) -> Array:
     result: Array = weights / weights.sum(-1, keepdims=True)
     need(bool(np.isfinite(result).all()), "softmax of nothing, or of NaN")
     return result
-
-

@@ -33,11 +33,26 @@ def compile_host(source: Path, folder: Path) -> Path:
     return program
 
 
+def compile_library(source: Path, folder: Path) -> Path:
+    """The shared library of a source that uses the shim. Python could not load one with sanitizers."""
+    library = folder / f"lib{source.stem}.so"
+    paths = [f"-I{folder}" for folder in (HERE / "shim", HERE, OPS)]
+    command = ["g++", *FLAGS, "-shared", "-fPIC", *paths, str(source), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return library
+
+
+def need_compiler() -> None:
+    """Skip the test when there is no compiler."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ was not found")
+
+
 def compiled(name: str, factory: pytest.TempPathFactory) -> Path:
     """The executable of a source of this folder. Skips the test when there is no compiler."""
     folder = factory.mktemp("ascend")
-    if shutil.which("g++") is None:
-        pytest.skip("g++ was not found")
+    need_compiler()
     (folder / "empty.cpp").write_text("int main() {}\n")
     command = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
     if subprocess.run(command, capture_output=True).returncode != 0:

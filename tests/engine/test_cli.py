@@ -123,7 +123,7 @@ def test_generate_chat(model: str) -> None:
             "the context holds 512",
         ),
         (("-p", "a", "--ffn", "sparse"), "", "has no predictor"),
-        (("-p", "a", "--device", "ascend"), "", "ascend is not supported"),
+        (("-p", "a", "--device", "ascend"), "", "Ascend cannot be used: no Ascend runtime (CANN) was found; install"),
     ],
 )
 def test_errors_are_one_line(model: str, arguments: tuple[str, ...], text: str, message: str) -> None:

@@ -18,6 +18,8 @@ from svdengine import machine
 from svdengine.commands.devices import command
 from svdengine.errors import DeviceError
 from svdengine.executors import create_executor, resolve_device
+from svdengine.kernels.ascend import availability as ascend_availability
+from svdengine.kernels.ascend.availability import Npu
 from svdengine.kernels.cuda import availability
 from svdengine.kernels.cuda.availability import Gpu, find_gpu
 from svdengine.model_file import read_model_file
@@ -33,6 +35,19 @@ def test_auto_is_the_gpu_where_there_is_one(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(availability, "find_gpu", lambda: "a driver was found, but no GPU")
     assert resolve_device("auto") == "cpu"
     assert capsys.readouterr().err == "running on the CPU: a driver was found, but no GPU\n"
+
+
+def test_auto_is_the_npu_where_there_is_one_and_no_gpu(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.delenv("SVDENGINE_DEVICE", raising=False)
+    monkeypatch.setattr(availability, "find_gpu", lambda: availability.NO_DRIVER)
+    monkeypatch.setattr(ascend_availability, "find_npu", lambda: Npu("Ascend910B3", 64 << 30, 40, "8.1.RC1"))
+    assert resolve_device("auto") == "ascend"
+    monkeypatch.setattr(availability, "find_gpu", lambda: Gpu("a card", 1 << 30, (9, 0)))
+    assert resolve_device("auto") == "cuda"
+    monkeypatch.setattr(availability, "find_gpu", lambda: availability.NO_DRIVER)
+    monkeypatch.setattr(ascend_availability, "find_npu", lambda: "CANN 8.1.RC1 was found, but no NPU")
+    assert resolve_device("auto") == "cpu"
+    assert capsys.readouterr().err == "running on the CPU: CANN 8.1.RC1 was found, but no NPU\n"
 
 
 def test_a_gpu_that_was_asked_for_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:

@@ -7,39 +7,16 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from model_zoo import block_table, make_batch, random_tokens, random_weights, relative_error, zoo
+from model_zoo import make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.executor import CpuExecutor
-from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.reference import ReferenceExecutor
-from svdengine.models import ModelConfig, tensor_specs
+from svdengine.models import ModelConfig
 
 ZOO = zoo()
 LENGTH = 37
-
-
-def stored(config: ModelConfig, weight_format: WeightFormat, seed: int = 0):
-    """Stored arrays, their formats, and the float32 weights that they stand for."""
-    arrays: dict[str, NDArray] = {}
-    formats: dict[str, WeightFormat] = {}
-    exact: dict[str, NDArray[np.float32]] = {}
-    for name, weights in random_weights(config, seed).items():
-        spec = next(s for s in tensor_specs(config) if s.name == name)
-        if not spec.matrix:
-            arrays[name] = exact[name] = weights
-            continue
-        chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
-        if weight_format == "q4" and name in ("embedding", "lm_head"):
-            chosen = "q8"
-        formats[name] = chosen
-        layers = [quantize(w, chosen) for w in (weights if spec.stacked else weights[None])]
-        for suffix in layers[0]:
-            stack = np.stack([parts[suffix] for parts in layers])
-            arrays[name + suffix] = np.ascontiguousarray(stack if spec.stacked else stack[0])
-        dense = np.stack([dequantize(parts, chosen, spec.shape[-1]) for parts in layers])
-        exact[name] = dense if spec.stacked else dense[0]
-    return arrays, formats, exact
 
 
 @contextmanager
@@ -52,16 +29,6 @@ def executors(
         yield cpu, ReferenceExecutor(config, exact, block_count=16)
     finally:
         cpu.close()
-
-
-def run_in_chunks(executor, tokens: list[int], sizes: list[int]) -> NDArray[np.float32]:
-    """Logits of all tokens, the prompt cut into chunks."""
-    table, out, start = block_table(len(tokens), first=1, step=2), [], 0
-    for size in sizes:
-        out.append(executor.forward(make_batch([(tokens[start : start + size], start)], [table])).copy())
-        start += size
-    assert start == len(tokens)
-    return np.concatenate(out)
 
 
 def kl_divergence(expected: NDArray, found: NDArray) -> float:

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 from model_zoo import block_table, make_batch, random_tokens, zoo
-from test_cpu_sparse import executor, make_predictor
+from random_predictors import make_predictor
+from test_cpu_sparse import executor
 
 from svdengine.kernels import ffn_costs
 from svdengine.kernels.ffn_costs import SIZES, FfnCosts, measure_ffn_costs

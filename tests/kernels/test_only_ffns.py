@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from model_zoo import block_table, make_batch, random_tokens, relative_error, zoo
-from test_cpu import executors, stored
-from test_cpu_sparse import make_predictor
+from model_zoo import block_table, make_batch, random_tokens, relative_error, stored, zoo
+from random_predictors import make_predictor
+from test_cpu import executors
 
 from svdengine.kernels.reference import ffn, sparse_ffn
 

@@ -13,8 +13,8 @@ import numba
 import numpy as np
 import pytest
 from model_zoo import block_table, make_batch, random_tokens, zoo
+from random_predictors import make_predictor
 from test_cpu import executors
-from test_cpu_sparse import make_predictor
 
 from svdengine.kernels.cpu.page_ahead import ask_for_rows
 from svdengine.kernels.cpu.plan import DATA

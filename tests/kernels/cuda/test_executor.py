@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_zoo import block_table, make_batch, random_tokens, relative_error, zoo
+from model_zoo import block_table, make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
-from test_cpu import run_in_chunks, stored
-from test_cpu_sparse import make_predictor
+from random_predictors import make_predictor
 
 from svdengine.engine import Engine
 from svdengine.errors import DeviceError
