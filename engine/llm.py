@@ -19,11 +19,13 @@ from svdengine.engine_stats import EngineStats
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.executors import KvDtype, create_executor
 from svdengine.ffn_path import check_ffn, find_predictor, require_predictor
-from svdengine.kernels.batch import BLOCK_SIZE, Executor
+from svdengine.kernels.batch import BLOCK_SIZE, BlockStore, Executor
 from svdengine.kernels.predictor import Predictor
+from svdengine.kv_file import KvFile, KvOrigin, restore, write_kv_file
 from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
 from svdengine.paged_executor import PagedExecutor
+from svdengine.predictor_file import model_fingerprint, predictor_fingerprint
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.residency import arrange_memory
 from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
@@ -296,6 +298,31 @@ class LLM:
         """What was done since the model was loaded, and the state of queue and KV cache. It waits for no step."""
         return self._engine.stats()
 
+    def save_kv(self, path: str | Path) -> int:
+        """Write the KV cache's finished blocks and their tokens to a file, for `load_kv`; returns how many tokens.
+
+        The file appears complete or not at all. Requests wait meanwhile. Raises RequestError where the device cannot,
+        ModelFileError where the file cannot be written.
+        """
+        store = self._block_store()
+        with self._lock:
+            self._check_open()
+            blocks = self._engine.prefix_cache.contents()
+            write_kv_file(Path(path), self._kv_origin(), blocks, store)
+        return sum(len(known.tokens) for known in blocks)
+
+    def load_kv(self, path: str | Path) -> int:
+        """Take what `save_kv` wrote into the KV cache, as far as blocks are free; returns how many tokens.
+
+        Raises RequestError where the device cannot, ModelFileError, with nothing changed, when the file is damaged or
+        was written with another model, predictor, FFN path or kv_dtype.
+        """
+        store = self._block_store()
+        with self._lock:
+            self._check_open()
+            with KvFile(Path(path), self._kv_origin(), store) as file:
+                return restore(file, self._engine.prefix_cache, store)
+
     def close(self) -> None:
         """Give back threads and memory; requests that still run end with an error. Closing twice is fine."""
         with self._lock:
@@ -303,6 +330,22 @@ class LLM:
                 self._closed = True
                 self._engine.close()
                 self.model_file.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SvdEngineError("the model was closed")
+
+    def _block_store(self) -> BlockStore:
+        executor = self.executor.inner if isinstance(self.executor, PagedExecutor) else self.executor
+        if not isinstance(executor, BlockStore):
+            raise RequestError(f"KV blocks cannot be saved or loaded on the device {executor.name}; use --device cpu")
+        return executor
+
+    def _kv_origin(self) -> KvOrigin:
+        model = model_fingerprint(self.model_file)
+        if self.predictor is not None:
+            model += predictor_fingerprint(self.predictor)
+        return KvOrigin(model, self.executor.ffn, self.config.vocab_size)
 
     def __enter__(self) -> Self:
         return self

@@ -34,10 +34,15 @@ def model_fingerprint(model_file: ModelFile) -> str:
     for name in sorted(model_file.arrays):
         if name.startswith(PREFIX):
             continue
-        flat = model_file.arrays[name].reshape(-1).view(np.uint8)
-        digest.update(f"{name} {flat.size}\n".encode())
-        digest.update(flat[:_EDGE].tobytes())
-        digest.update(flat[-_EDGE:].tobytes())
+        digest.update(_ends(name, model_file.arrays[name]))
+    return digest.hexdigest()
+
+
+def predictor_fingerprint(predictor: Predictor) -> str:
+    """The same of a predictor, and of how it was made."""
+    digest = hashlib.sha256(describe(predictor).encode())
+    for name, array in _predictor_arrays(predictor).items():
+        digest.update(_ends(name, array))
     return digest.hexdigest()
 
 
@@ -123,6 +128,12 @@ def _predictor_arrays(predictor: Predictor) -> dict[str, NDArray[Any]]:
     for index, layer in enumerate(predictor.layers):
         arrays |= layer_arrays(index, layer)
     return arrays
+
+
+def _ends(name: str, array: NDArray[Any]) -> bytes:
+    """An array's name, size and both ends."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return f"{name} {flat.size}\n".encode() + flat[:_EDGE].tobytes() + flat[-_EDGE:].tobytes()
 
 
 def _declare(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Declared]:

@@ -99,6 +99,39 @@ class PrefixCache:
         self.release(reversed(sequence.block_table))  # the last is given out first: others build on those before it
         sequence.block_table, sequence.digests, sequence.cached = [], [], 0
 
+    def contents(self) -> list[CachedBlock]:
+        """All that can be found, each block after its parent, and what was used last first."""
+        placed: dict[int, CachedBlock] = {}
+        owned = [block for block in self._known if self._pool.owner_count(block)]
+        for block in (*owned, *reversed(self._pool.idle_blocks)):
+            root, lineage = root_digest(self._known[block].sparsity_bias), []
+            known: CachedBlock | None = self._known[block]
+            while known is not None and known.block not in placed:
+                lineage.append(known)
+                if known.parent == root:
+                    break
+                known = self._full.get(known.parent)
+            if known is not None:  # else one that it builds on is gone
+                placed |= {before.block: before for before in reversed(lineage)}
+        return list(placed.values())
+
+    def claim(self, parent: bytes, tokens: TokenIds[int], sparsity_bias: float) -> CachedBlock | None:
+        """A blank block for content from elsewhere, which the caller owns until `keep`.
+
+        None when that content is known already, or no block is blank.
+        """
+        full = len(tokens) == BLOCK_SIZE
+        digest = block_digest(parent, tokens) if full else b""
+        if not self._enabled or not self._pool.blank_count or (digest in self._full if full else parent in self._tails):
+            return None
+        return CachedBlock(self._pool.allocate(1)[0], parent, digest, tuple(tokens), sparsity_bias)
+
+    def keep(self, claimed: TokenIds[CachedBlock]) -> None:
+        """Make claimed blocks known, whose content is in place now, and give them back: the first as used last."""
+        for known in claimed:
+            self._add(known)
+        self.release(known.block for known in reversed(claimed))
+
     def release(self, blocks: Iterable[int]) -> None:
         """Drop one owner of each block."""
         self._pool.release(blocks, self._known)

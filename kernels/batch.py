@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -131,4 +131,20 @@ class SamplingExecutor(Executor, Protocol):
         Returns a token for each entry, NOT_FINITE where the logits are damaged and anything where there was no choice;
         and the logits of the rows without a choice, in their order, (rows without, vocabulary) float32.
         """
+        ...
+
+
+@runtime_checkable
+class BlockStore(Protocol):
+    """An executor whose KV blocks can be taken out and put back. Between steps only."""
+
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
+        """A copy of keys, after rope, and values: (blocks, 2, layers, BLOCK_SIZE, kv heads, head_dim).
+
+        It is float16 or float32, as they are cached.
+        """
+        ...
+
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
+        """Put back what `read_blocks` gave, into these blocks. Raises ValueError on another shape or type."""
         ...

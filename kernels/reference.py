@@ -6,7 +6,7 @@ Every other executor is tested against this one. It favours reading order over s
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import numpy as np
@@ -98,6 +98,18 @@ class ReferenceExecutor:
         """How a step runs its FFNs; see `Executor`."""
         return "predict" if self.ffn == "sparse" else "dense"
 
+    def read_blocks(self, blocks: Sequence[int]) -> Array:
+        """See `BlockStore`."""
+        return np.stack([pool[:, list(blocks)].swapaxes(0, 1) for pool in self._pools()], 1)
+
+    def write_blocks(self, blocks: Sequence[int], data: Array) -> None:
+        """See `BlockStore`."""
+        for i, pool in enumerate(self._pools()):
+            expected = (len(blocks), 2, len(pool), *pool.shape[2:])
+            if data.shape != expected or data.dtype != np.float32:
+                raise ValueError(f"found {data.dtype} {data.shape}, expected float32 {expected}")
+            pool[:, list(blocks)] = data[:, i].swapaxes(0, 1)
+
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         return NeuronCounts(*map(int, self._counts))
@@ -108,6 +120,11 @@ class ReferenceExecutor:
 
     def close(self) -> None:
         """Nothing to give back."""
+
+    def _pools(self) -> tuple[Array, Array]:
+        """Keys and values by block: (layers, blocks, BLOCK_SIZE, kv heads, head_dim)."""
+        shape = (len(self.keys), self.block_count, BLOCK_SIZE, *self.keys.shape[2:])
+        return self.keys.reshape(shape), self.values.reshape(shape)
 
     def _ffn(self, layer: int, batch: Batch, x: Array) -> Array:
         """The FFN of the rows (n, d) by the path that was chosen."""

@@ -6,11 +6,20 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import model_options, open_model, printable, sampling_fields, sampling_options
+from svdengine.commands.options import (
+    kept_kv,
+    kv_save_option,
+    model_options,
+    open_model,
+    printable,
+    sampling_fields,
+    sampling_options,
+)
 
 if TYPE_CHECKING:
     from svdengine.chat_session import ChatSession
@@ -20,8 +29,9 @@ if TYPE_CHECKING:
 @click.command("chat")
 @model_options
 @sampling_options
+@kv_save_option
 @click.option("--system", metavar="TEXT", help="The system prompt; by default the model's own.")
-def command(system: str | None, **options: Any) -> None:
+def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
     """Talk with MODEL, a .svdp file. /help lists what can be typed besides messages."""
     from svdengine.chat_session import ChatSession
     from svdengine.errors import RequestError, SvdEngineError
@@ -29,7 +39,7 @@ def command(system: str | None, **options: Any) -> None:
 
     fields = {"max_tokens": None, **sampling_fields(options)}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with open_model(options) as llm:
+    with open_model(options) as llm, kept_kv(llm, kv_save):
         params = merge_params(llm.default_params, fields)
         _ = llm.chat_template  # a model without one is refused before anything is typed
         session = ChatSession(system)

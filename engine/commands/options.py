@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,6 +183,33 @@ def check_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise SvdEngineError(f'this needs {" and ".join(missing)}; run: pip install "svdengine[{extra}]"')
+
+
+def kv_save_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --kv-save, for `kept_kv`."""
+    return click.option(
+        "--kv-save",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        help="Keep the KV cache in FILE, so that the next run need not read the same prompts again.",
+    )(function)
+
+
+@contextmanager
+def kept_kv(llm: LLM, path: Path | None) -> Iterator[None]:
+    """Load the KV cache from a file, or make the file, and save to it when the block ends without an error.
+
+    Raises RequestError or ModelFileError before the block where the file could not be used or written.
+    """
+    if path is None:
+        yield
+        return
+    if path.exists():
+        click.echo(f"{llm.load_kv(path)} tokens of {path} are in the KV cache", err=True)
+    else:
+        llm.save_kv(path)
+    yield
+    click.echo(f"{llm.save_kv(path)} tokens of the KV cache are in {path}", err=True)
 
 
 def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:

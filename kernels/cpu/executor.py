@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts, check_batch
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, FfnPath, Logits, NeuronCounts, check_batch
+from svdengine.kernels.cpu.aligned import aligned
 from svdengine.kernels.cpu.compilation import compile_entry
+from svdengine.kernels.cpu.kv_blocks import KvBlocks
 from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.quantize import quantized_bytes
@@ -32,18 +34,17 @@ from svdengine.kernels.cpu.workspace import (
     SOURCE_LAYER,
     STAGES,
     WANTED,
-    Cache,
     Inputs,
     Workspace,
 )
-from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
+from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
 
 KvDtype = Literal["f32", "f16"]
-_LINE = 64  # bytes: buffers start on a cache line
+_KV_DTYPES: Mapping[KvDtype, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
 def default_threads() -> int:
@@ -88,7 +89,8 @@ class CpuExecutor:
         self._model, self._keep = build_model(config, arrays, formats, tables)
         names = (name + suffix for name in ("gate", "up", "down_T") for suffix in ("", ".scale", ".min", ".row"))
         self._ffn_bytes = sum(arrays[name].nbytes for name in names if name in arrays)
-        self._cache = self._allocate_cache(kv_dtype)
+        self._kv = KvBlocks(self._model, block_count, _KV_DTYPES[kv_dtype])
+        self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
         self._inputs = _inputs(
             max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)), self.threads, config.layer_count
         )
@@ -134,7 +136,7 @@ class CpuExecutor:
         n, model = len(batch.tokens), self._model
         if n < 2:
             raise ValueError("a step that keeps the FFN's inputs needs at least 2 rows")
-        kept = _aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
+        kept = aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
         mode, self.ffn = self.ffn, "dense"
         self._inputs.sizes[KEPT] = kept.ctypes.data
         try:
@@ -164,7 +166,7 @@ class CpuExecutor:
             raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
         if inputs.ndim == 3 and len(inputs) < layers:
             raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
-        source = _aligned(4 * (inputs.size // model.hidden) * model.hidden_stride).view(np.float32)
+        source = aligned(4 * (inputs.size // model.hidden) * model.hidden_stride).view(np.float32)
         source.reshape(*inputs.shape[:-1], -1)[..., : model.hidden] = inputs
         sizes = self._inputs.sizes
         sizes[[N_ROWS, WANTED, MODE]] = n, 0, self._mode(n)
@@ -178,6 +180,14 @@ class CpuExecutor:
         finally:
             sizes[ONLY_FFNS] = 0
         return self._residual[:n, : model.hidden]
+
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
+        """See `BlockStore`."""
+        return self._kv.read(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
+        """See `BlockStore`."""
+        self._kv.write(blocks, data)
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
@@ -237,18 +247,6 @@ class CpuExecutor:
     def _mode(self, n: int) -> int:
         return {"dense": DENSE, "predict": PREDICT, "skip_zeros": SKIP_ZEROS}[self.ffn_path(n)]
 
-    def _allocate_cache(self, kv_dtype: KvDtype) -> Cache:
-        """The block pool; untouched pages cost no memory."""
-        model = self._model
-        size = {"f32": 4, "f16": 2}[kv_dtype]
-        key_head = size * model.key_dim * BLOCK_SIZE
-        value_head = size * model.value_stride * BLOCK_SIZE
-        heads = model.layers * self.block_count * model.kv_heads
-        self.kv_bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
-        keys, values = _aligned(heads * key_head), _aligned(heads * value_head)
-        self._keep += [keys, values]
-        return Cache(keys.ctypes.data, values.ctypes.data, key_head, value_head, self.block_count, kv_dtype == "f16")
-
     def _allocate_workspace(self) -> Workspace:
         model, rows = self._model, max(self.max_batch_rows, self.threads)
         rows = -(-rows // 8) * 8  # a tile may touch rows up to the next multiple of 8
@@ -264,7 +262,7 @@ class CpuExecutor:
         rank = largest_rank(model.hidden, model.ffn, relu=True)  # predictors come later
         widest = padded_columns(max(model.hidden, model.ffn, model.heads * model.head_dim))
         scratch = max(24 * widest + 8192, 1 << 18)
-        self._logits = _aligned(rows * stride(model.vocabulary)).view(np.float32).reshape(rows, -1)
+        self._logits = aligned(rows * stride(model.vocabulary)).view(np.float32).reshape(rows, -1)
         sizes = {
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
             "q": attention, "k": kv, "v": kv, "attention": attention,
@@ -272,10 +270,10 @@ class CpuExecutor:
             "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
             "neurons": ffn + 64,
         }  # fmt: skip
-        buffers = {name: _aligned(rows * size) for name, size in sizes.items()}
+        buffers = {name: aligned(rows * size) for name, size in sizes.items()}
         self._residual = buffers["x"].view(np.float32).reshape(rows, -1)
-        buffers["scratch"] = _aligned(self.threads * scratch)
-        buffers["partial"] = _aligned(self.threads * model.heads * (4 * model.value_stride + 64))
+        buffers["scratch"] = aligned(self.threads * scratch)
+        buffers["partial"] = aligned(self.threads * model.heads * (4 * model.value_stride + 64))
         self._keep += [*buffers.values(), self._logits]
         strides = {
             "hidden_stride": hidden, "hidden_q_stride": sizes["hidden_q"], "q_stride": attention, "kv_stride": kv,
@@ -309,10 +307,3 @@ def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
         claims=np.zeros(layers * STAGES + 1, np.int64),
         counts=np.zeros((threads, COUNTS), np.int64),
     )
-
-
-def _aligned(size: int) -> NDArray[np.uint8]:
-    """Zeroed bytes that start on a cache line."""
-    room = np.zeros(size + _LINE, np.uint8)
-    skip = -room.ctypes.data % _LINE
-    return room[skip : skip + size]

@@ -156,6 +156,19 @@ def test_chat_over_a_pipe(model: str, tmp_path: Path) -> None:
     assert "2 answers" in result.stderr and "reused" in result.stderr and "tokens/s" in result.stderr
 
 
+def test_chat_keeps_the_kv_cache(model: str, tmp_path: Path) -> None:
+    kept, talk = tmp_path / "talk.kv", ("chat", model, "--system", "be kind to the user " * 3, *GREEDY)
+    plain = run(*talk, text="hello\n")
+    first = run(*talk, "--kv-save", str(kept), text="hello\n")
+    second = run(*talk, "--kv-save", str(kept), text="hello\n")
+    assert first.stdout == second.stdout == plain.stdout
+    assert f"tokens of the KV cache are in {kept}" in first.stderr and " reused" not in first.stderr
+    assert f"tokens of {kept} are in the KV cache" in second.stderr and " reused" in second.stderr
+    before = Path(model).read_bytes()
+    assert "is no file of saved KV blocks" in error_of(run(*talk, "--kv-save", model, text="hello\n"))
+    assert Path(model).read_bytes() == before
+
+
 def test_chat_quits_and_explains(model: str) -> None:
     result = run("chat", model, *GREEDY, text="/quit\nhello\n")
     assert result.exit_code == 0 and result.stdout == ""
