@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from svdengine.commands.options import check_extra, model_options, open_model
+from svdengine.commands.options import check_extra, kept_kv, kv_save_option, model_options, open_model
 
 _KV_CONTEXTS = 2  # that the KV cache holds, when --kv-memory does not say
 
@@ -45,7 +45,8 @@ _KV_CONTEXTS = 2  # that the KV cache holds, when --kv-memory does not say
     metavar="S",
     help="On SIGTERM or Ctrl-C, time for running answers to end.",
 )
-def command(api_key: tuple[str, ...], api_key_file: Path | None, **options: Any) -> None:
+@kv_save_option
+def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path | None, **options: Any) -> None:
     """Serve MODEL, a .svdp file, to programs that speak OpenAI's interface, and to browsers.
 
     API keys are also read from the environment variable SVDENGINE_API_KEY.
@@ -67,7 +68,7 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, **options: Any)
         drain_seconds=options["drain_seconds"],
     )
     sequences = 1 if options["kv_memory"] else _KV_CONTEXTS
-    with listen(settings) as listening, open_model(options, sequences=sequences) as llm:
+    with listen(settings) as listening, open_model(options, sequences=sequences) as llm, kept_kv(llm, kv_save):
         service = Service(llm, settings)
         server = HttpServer(service, lambda: click.echo("\nending; a second signal ends at once", err=True))
         click.echo(f"{settings.name} on {llm.executor.name} at {url_of(listening)}", err=True)
