@@ -262,7 +262,7 @@ def test_the_engine_gets_the_same_tokens_from_the_device_as_from_the_host(device
     found = []
     with executors(device, LLAMA) as (cuda, _):
         for executor in (cuda, LogitsOnly(cuda)):
-            engine = Engine(executor, cached_prefixes=0)  # type: ignore[arg-type]
+            engine = Engine(executor)  # type: ignore[arg-type]
             limit = ContextLimit(16)
             requests = [
                 Generation([1, 2, n], SamplingParams(max_tokens=2, **f), vocab_size=LLAMA.vocab_size,
