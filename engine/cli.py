@@ -16,6 +16,7 @@ COMMANDS = {
     "chat": "Talk with a model.",
     "generate": "Complete prompts.",
     "serve": "Serve OpenAI's interface, and a chat page.",
+    "batch": "Answer a file of requests.",
     "convert": "Turn a checkpoint into a model file.",
     "calibrate": "Make the predictor that lets a model run sparse.",
     "inspect": "Show what is in a model file.",

@@ -82,6 +82,8 @@ _EXECUTION: tuple[Decorator, ...] = (
     click.option("--mlock", is_flag=True, help="Keep the weights in memory; the system may have to permit it."),
 )
 
+_SHARED_CONTEXTS = 2  # that the KV cache holds for many requests
+
 _SPARSITY_BIAS = click.option(
     "--sparsity-bias",
     type=float,
@@ -174,6 +176,11 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
             f" {llm.context}; use more, or a smaller context"
         )
     return llm
+
+
+def open_shared_model(options: dict[str, Any]) -> LLM:
+    """Load the model for many requests at a time: its KV cache holds two contexts, or what --kv-memory says."""
+    return open_model(options, sequences=1 if options["kv_memory"] else _SHARED_CONTEXTS)
 
 
 def check_extra(extra: str, *modules: str) -> None:

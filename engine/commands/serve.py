@@ -7,9 +7,7 @@ from typing import Any
 
 import click
 
-from svdengine.commands.options import check_extra, kept_kv, kv_save_option, model_options, open_model
-
-_KV_CONTEXTS = 2  # that the KV cache holds, when --kv-memory does not say
+from svdengine.commands.options import check_extra, kept_kv, kv_save_option, model_options, open_shared_model
 
 
 @click.command("serve")
@@ -67,8 +65,7 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
         request_seconds=options["request_seconds"],
         drain_seconds=options["drain_seconds"],
     )
-    sequences = 1 if options["kv_memory"] else _KV_CONTEXTS
-    with listen(settings) as listening, open_model(options, sequences=sequences) as llm, kept_kv(llm, kv_save):
+    with listen(settings) as listening, open_shared_model(options) as llm, kept_kv(llm, kv_save):
         service = Service(llm, settings)
         server = HttpServer(service, lambda: click.echo("\nending; a second signal ends at once", err=True))
         click.echo(f"{settings.name} on {llm.executor.name} at {url_of(listening)}", err=True)

@@ -22,10 +22,10 @@ from svdengine.errors import SvdEngineError
 from svdengine.llm import LLM
 from svdengine.server import metrics
 from svdengine.server.api_error import ApiError
-from svdengine.server.body import Body, parse_json
+from svdengine.server.body import Body, encode_json, parse_json
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
-from svdengine.server.event_stream import EventStream, encode_json, until_disconnected
+from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
 from svdengine.server.job import Job
 from svdengine.server.messages import read_messages

@@ -1,4 +1,4 @@
-"""The fields of a request body: taken one by one, and what is left over is refused by name."""
+"""JSON, and the fields of a request body: taken one by one, and what is left over is refused by name."""
 
 from __future__ import annotations
 
@@ -27,6 +27,11 @@ def parse_json(data: bytes) -> Any:
         raise ApiError(400, "the body is nested too deep") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON: {str(error)[:200]}") from None
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as UTF-8, on one line."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 class Body:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import Coroutine, Iterable
 from contextlib import aclosing
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from svdengine.completion import Completion
+from svdengine.server.body import encode_json
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job, Object
 from svdengine.server.service import Service, completions
@@ -68,11 +68,6 @@ async def _send_body(send: Send, data: bytes, more: bool = True) -> None:
     """Send a part of the body. Raises TimeoutError when the client does not take it."""
     async with asyncio.timeout(_SEND_SECONDS):
         await send({"type": "http.response.body", "body": data, "more_body": more})
-
-
-def encode_json(value: Any) -> bytes:
-    """JSON as UTF-8."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
 async def until_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
