@@ -16,7 +16,7 @@ from random_predictors import make_predictor
 from svdengine.engine import Engine
 from svdengine.errors import DeviceError
 from svdengine.kernels.batch import Choice
-from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling
+from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling, sparse
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -55,6 +55,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     if SIMULATED:
         for module in (norm, elementwise, embedding):
             monkeypatch.setattr(module, "THREADS", 32)
+        monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
         monkeypatch.setattr(sampling, "SAMPLE_THREADS", 32)
         monkeypatch.setattr(sampling, "_DIGIT", 7)
         for module in (attention, rope):
