@@ -69,7 +69,7 @@ class OperatorCalls:
         workspace = self._workspace(plan.workspace) if plan.workspace else None
         executor = plan.executor.value
         if not plan.repeatable:
-            plan.executor.value = None  # its run frees it
+            plan.executor.value = None  # its run frees it, also when it fails
         self._check(name, workspace, plan.workspace, executor, self._stream)
 
     def _plan(self, name: str, arguments: tuple[Any, ...], keep: bool) -> _Plan:

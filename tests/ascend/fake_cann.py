@@ -28,7 +28,8 @@ from svdengine.kernels.ascend.tensor import ACL_TYPES
 DTYPES = {number: np.dtype(name) for name, number in ACL_TYPES.items()}
 INJECTED = 507899  # the code of a call that a test makes fail
 BROKEN = 500000  # the code of a call that breaks a rule
-_ENDS = ("destroy", "free", "reset", "aclDestroy")  # calls that end something: they do so even when they fail
+# Calls that end something do so even when they fail; a stream whose work failed has none left.
+_ENDS = ("destroy", "free", "reset", "aclDestroy", "synchronize")
 _SCRIBBLE = 0xFE  # what operators leave in their workspace
 
 
@@ -96,6 +97,8 @@ class Npu:
         self.calls.append(name)
         failing = self.fail_at == len(self.calls) - 1
         if failing and not any(part in name for part in _ENDS):
+            if name in OPERATORS:
+                _consume(self.handles[arguments[2]])
             return failed
         try:
             result = implementation(*arguments)
@@ -257,8 +260,7 @@ def _run(npu: Npu, operator: str, workspace: int | None, size: int, executor: in
     if size < plan.workspace:
         raise BrokenRule(f"a workspace of {size} bytes, {plan.workspace} are needed")
     plan.ran = True
-    if not plan.repeatable:
-        handle.alive = False
+    _consume(handle)
 
     def work() -> None:
         if plan.workspace:
@@ -267,6 +269,11 @@ def _run(npu: Npu, operator: str, workspace: int | None, size: int, executor: in
 
     npu.streams[stream].append(work)
     return 0
+
+
+def _consume(executor: Handle) -> None:
+    """What the second phase does to an executor, whether it fails or not: nnopbase deletes it unless it may repeat."""
+    executor.alive = executor.value.repeatable
 
 
 def _array(npu: Npu, value: Any) -> Any:

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays as numpy_arrays
-from model_zoo import zoo
+from model_zoo import stored, zoo
 from numpy.typing import NDArray
-from test_cpu import stored
-from test_cpu_sparse import make_predictor
+from random_predictors import make_predictor
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.cuda.memory_plan import RESERVE, MemoryPlan, plan_memory, split_layers

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_zoo import random_tokens, relative_error, zoo
+from model_zoo import random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
-from test_cpu import run_in_chunks, stored
 from test_executor import BOUND, MODELS, RELU, executors, small_blocks
 from test_memory_plan import calibrated
 from test_sparse import Bench, layer_predictor
