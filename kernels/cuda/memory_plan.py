@@ -19,6 +19,7 @@ from svdengine.kernels.predictor import Predictor, layer_arrays
 from svdengine.models import ModelConfig, tensor_specs
 
 RESERVE = 256 << 20  # bytes that are left to the driver, the library and recorded graphs
+_PAGE = 2 << 20  # bytes that the driver gives at least; small arrays share one
 _SUFFIXES = ("", ".scale", ".min", ".row")
 _FFN = ("gate", "up", "down_T", "down")
 _GIB = 2.0**30
@@ -76,12 +77,13 @@ def plan_memory(
     names = [spec.name + suffix for spec in tensor_specs(config) for suffix in _SUFFIXES]
     weights = sum(arrays[name].nbytes for name in names if name in arrays) + _predictor_bytes(predictor)
     rows = sum(arrays[name].nbytes for name in _FFN if name in arrays)
-    room = available - (weights - rows) - cache - buffers - RESERVE
+    beside = buffers + RESERVE + _unused(config, arrays, predictor, cache)
+    room = available - (weights - rows) - cache - beside
     if room < 0:
         raise DeviceError(
             f"the model needs {(available - room) / _GIB:.2f} GiB on the GPU without any FFN rows"
-            f" ({(weights - rows) / _GIB:.2f} weights, {cache / _GIB:.2f} KV cache, {(buffers + RESERVE) / _GIB:.2f}"
-            f" buffers), {-room / _GIB:.2f} GiB more than it may take; use a smaller context, a smaller weight format,"
+            f" ({(weights - rows) / _GIB:.2f} weights, {cache / _GIB:.2f} KV cache, {beside / _GIB:.2f} buffers),"
+            f" {-room / _GIB:.2f} GiB more than it may take; use a smaller context, a smaller weight format,"
             " or --device cpu"
         )
     if rows <= room:
@@ -132,6 +134,23 @@ def _frequencies(config: ModelConfig, predictor: Predictor | None) -> NDArray[np
         if layer.frequency is not None and layer.frequency.shape == row.shape:
             row[:] = layer.frequency
     return found
+
+
+def _unused(config: ModelConfig, arrays: Mapping[str, NDArray], predictor: Predictor | None, cache: int) -> int:
+    """Bytes of pages that arrays fill only in part, at most: over hundreds of arrays they add up."""
+    sizes, any_size = [cache // (2 * config.layer_count)] * (2 * config.layer_count), 0
+    for spec in tensor_specs(config):
+        count = config.layer_count if spec.stacked else 1
+        for suffix in _SUFFIXES:
+            array = arrays.get(spec.name + suffix)
+            size = array.nbytes // count if array is not None else 0
+            if spec.name + suffix in _FFN:  # any number of its rows
+                any_size += count if size > _PAGE // 2 else 0
+            else:
+                sizes += [size] * count
+    for index, layer in enumerate(predictor.layers if predictor is not None else ()):
+        sizes += [array.nbytes for array in layer_arrays(index, layer).values()]
+    return any_size * _PAGE + sum(-size % _PAGE for size in sizes if size > _PAGE // 2)
 
 
 def _predictor_bytes(predictor: Predictor | None) -> int:

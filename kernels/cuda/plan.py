@@ -200,9 +200,9 @@ def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mappi
 
 
 def place_predictor(
-    device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None]
+    device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
 ) -> tuple[PredictorPlan, ...]:
-    """Copy a predictor to the device, with its neurons in the `orders` of the layers' rows.
+    """Copy a predictor to the device, with its neurons in the `orders` of the layers' rows, by default the model's.
 
     Raises ValueError when it does not fit the model.
     """
@@ -210,7 +210,7 @@ def place_predictor(
         return ()
     if len(predictor.layers) != config.layer_count:
         raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
-    layers = enumerate(zip(predictor.layers, orders, strict=True))
+    layers = enumerate(zip(predictor.layers, orders or [None] * config.layer_count, strict=True))
     return tuple(_place_layer(device, config, index, layer, order) for index, (layer, order) in layers)
 
 

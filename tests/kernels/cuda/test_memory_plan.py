@@ -97,6 +97,18 @@ def test_a_predictor_takes_memory_too() -> None:
     assert plan(RELU, 1 << 40, predictor=calibrated(RELU)).weights > plan(RELU, 1 << 40).weights
 
 
+def test_pages_that_arrays_fill_in_part_count() -> None:
+    config = replace(RELU, hidden_size=1024, ffn_size=1500, layer_count=1, vocab_size=32, head_count=8, kv_head_count=8)
+    arrays = {"gate": np.zeros((1, 1500, 1024), np.int8), "gate.scale": np.zeros((1, 1500, 32), np.float16)}
+    arrays |= {name.replace("gate", part): a for part in ("up", "down_T") for name, a in list(arrays.items())}
+    arrays["q"] = np.zeros((1, 1100, 1024), np.int8)  # 1.07 MiB, on a page of 2
+    needed = sum(a.nbytes for a in arrays.values()) + sum(SIZES.values()) + RESERVE
+    waste = (2 << 20) - arrays["q"].nbytes
+    # Of the rows of gate, up and down any number may be on the GPU: they leave up to a page each.
+    assert not plan_memory(config, arrays, None, available=needed + waste + 3 * (2 << 20), **SIZES).splits
+    assert plan_memory(config, arrays, None, available=needed + waste + 2 * (2 << 20), **SIZES).splits
+
+
 def test_what_does_not_fit_into_the_hosts_memory_is_refused() -> None:
     predictor = calibrated(RELU)
     available = plan(RELU, 1 << 40, predictor=predictor).device + RESERVE - 5000
