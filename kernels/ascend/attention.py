@@ -110,14 +110,16 @@ def attend(
     window: int,
     fused: bool,
 ) -> None:
-    """work.attended = attention of rows q (n, heads * head_dim) over a layer's keys and values."""
-    with device.varying():
-        if fused and attending.alone and (not window or _sees_all(attending, window)):
-            _attend_fused(device, config, work, attending.lengths, q, keys, values)
-            return
-        masks = _windowed(work, attending) if window else work.masks
-        for chunk in attending.chunks:
-            _attend_sequence(device, config, work, chunk, masks, q, keys, values)
+    """work.attended = attention of rows q (n, heads * head_dim) over a layer's keys and values.
+
+    Its operators depend on the lengths of the sequences: see AscendDevice.vary.
+    """
+    if fused and attending.alone and (not window or _sees_all(attending, window)):
+        _attend_fused(device, config, work, attending.lengths, q, keys, values)
+        return
+    masks = _windowed(work, attending) if window else work.masks
+    for chunk in attending.chunks:
+        _attend_sequence(device, config, work, chunk, masks, q, keys, values)
 
 
 def _sees_all(attending: Attending, window: int) -> bool:

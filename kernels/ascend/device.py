@@ -5,8 +5,9 @@ What is asked for runs on one stream, in order. Everything is freed once, in `cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import Cann
-from svdengine.kernels.ascend.operator_calls import OperatorCalls
+from svdengine.kernels.ascend.operator_calls import Action, OperatorCalls
 from svdengine.kernels.ascend.tensor import Tensor, whole
 
 _HUGE_PAGES_FIRST = 0  # policy of acl.rt.malloc
@@ -30,6 +31,7 @@ class AscendDevice:
     def __init__(self, cann: Cann, index: int = 0) -> None:
         self.cann = cann
         self.repeat = False  # whether operators that are run now will come again with the same arguments
+        self._recording: list[Action] | None = None
         self._closed = False
         self._memory: dict[int, int] = {}  # address -> bytes
         self._workspace = (0, 0)  # address, bytes
@@ -91,23 +93,33 @@ class AscendDevice:
 
     def run(self, name: str, *arguments: Any) -> None:
         """Start an operator; see OperatorCalls.run."""
-        self._calls.run(name, *arguments, keep=self.repeat)
+        self._record(self._calls.run(name, *arguments, keep=self.repeat))
 
-    @contextmanager
-    def varying(self) -> Iterator[None]:
-        """Operators that are run inside have other arguments each time."""
-        before, self.repeat = self.repeat, False
+    def vary(self, action: Action) -> None:
+        """Run an action whose operators have other arguments each time. A recording repeats the action as such."""
+        recording, self._recording = self._recording, None
+        repeat, self.repeat = self.repeat, False
         try:
-            yield
+            action()
         finally:
-            self.repeat = before
+            self._recording, self.repeat = recording, repeat
+        self._record(action)
 
     def launch(self, kernel: Callable[..., int], name: str, blocks: int, *arguments: Any) -> None:
         """Start an own kernel on `blocks` vector cores: tensors by their addresses (None: null), and numbers."""
         values = [argument.pointer if isinstance(argument, Tensor) else argument for argument in arguments]
-        code = kernel(blocks, self._stream, *values)
-        if code:
-            raise DeviceError(self.cann.failure(f"launching {name}", code))
+        start = partial(self._launch, name, kernel, blocks, self._stream, *values)
+        start()
+        self._record(start)
+
+    def record(self, actions: Action) -> list[Action]:
+        """Run actions that start work, and return what starts the same work again, with nothing left to decide."""
+        self._recording = []
+        try:
+            actions()
+            return self._recording
+        finally:
+            self._recording = None
 
     def synchronize(self) -> None:
         """Wait for everything that was started. Raises DeviceError where some of it failed."""
@@ -121,7 +133,7 @@ class AscendDevice:
     def free(self, tensors: Iterable[Tensor]) -> None:
         """Give memory back before the device is closed, by tensors that begin where it does."""
         self.synchronize()
-        self._calls.close()  # plans that are kept may use it
+        self._calls.close()  # plans that are kept may use it, and so may recordings
         with ExitStack() as stack:
             for tensor in tensors:
                 stack.callback(self._free, tensor.address)
@@ -138,6 +150,15 @@ class AscendDevice:
             stack.callback(self._calls.close)
             stack.callback(self.synchronize)
             stack.callback(self.use)
+
+    def _record(self, action: Action) -> None:
+        if self._recording is not None:
+            self._recording.append(action)
+
+    def _launch(self, name: str, kernel: Callable[..., int], *arguments: Any) -> None:
+        code = kernel(*arguments)
+        if code:
+            raise DeviceError(self.cann.failure(f"launching {name}", code))
 
     def _allocate(self, size: int) -> int:
         address: int = self.cann.call("rt.malloc", size, _HUGE_PAGES_FIRST)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.attention import (
+    Attending,
     allocate_cache,
     kv_bytes_per_token,
     plan_attention,
@@ -18,10 +19,11 @@ from svdengine.kernels.ascend.attention import (
 )
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.operator_calls import Action
 from svdengine.kernels.ascend.operators import needed_operators
 from svdengine.kernels.ascend.plan import build_plan, device_bytes
 from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, check_predictor, place_predictor, why_not
-from svdengine.kernels.ascend.step import Shape, State, run_ffn, run_step
+from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts, check_batch
@@ -30,7 +32,7 @@ from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig
 
-_KEPT_ROWS = 8  # steps of up to that many rows come back often: the plans of their operators are kept
+_KEPT_ROWS = 8  # steps of up to that many rows come back often: they are recorded, and their operators' plans kept
 _RESERVE = 512 << 20  # bytes that are left to the runtime and to operators' workspace
 
 
@@ -84,9 +86,11 @@ class AscendExecutor:
             plan=build_plan(device, config, arrays, formats, self.context),
             work=allocate_workspace(device, config, max_batch_rows, self.context),
             cache=allocate_cache(device, config, block_count),
+            current=Current(Attending((), (), False, 0)),
             fused=takes_fused(device, config),
             sparse=sparse,
         )
+        self._recordings: dict[Shape, list[Action]] = {}
         self._placed: PlacedPredictor | None = None
         self._predictor: Predictor | None = None
         self.ffn: FfnMode = ffn
@@ -95,7 +99,7 @@ class AscendExecutor:
     def forward(self, batch: Batch) -> Logits:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
         shape = self._load(batch)
-        run_step(self._state, self._placed, shape)
+        self._run(shape)
         self._count(shape.n, self._config.layer_count, shape.ffn)
         logits = self._device.read(self._state.work.logits.rows(0, shape.wanted)).astype(np.float32)
         return logits * np.float32(self._config.logit_scale)
@@ -110,6 +114,7 @@ class AscendExecutor:
         if predictor is not None:
             check_predictor(self._config, predictor)
         self._device.use()
+        self._recordings.clear()  # they hold the addresses of what was placed before
         if self._placed is not None:
             placed, self._placed = self._placed, None
             self._device.free(placed.tensors)
@@ -198,6 +203,17 @@ class AscendExecutor:
             self._closed = True
             self._device.close()
 
+    def _run(self, shape: Shape) -> None:
+        """Start a step. Of few rows, it is recorded the first time and repeated from then on."""
+        device = self._device
+        if shape.n > _KEPT_ROWS:
+            run_step(self._state, self._placed, shape)
+        elif shape not in self._recordings:
+            self._recordings[shape] = device.record(lambda: run_step(self._state, self._placed, shape))
+        else:
+            for action in self._recordings[shape]:
+                action()
+
     def _load(self, batch: Batch) -> Shape:
         """Check the batch, copy it to the device, and say which operators it takes."""
         self._check_open()
@@ -221,7 +237,8 @@ class AscendExecutor:
         attending = plan_attention(batch.sequences, batch.positions, work.masks.size)
         window = config.sliding_window if config.sliding_window_layers else 0
         write_masks(device, work, attending, batch.positions, window, self._state.fused)
-        return Shape(n, wanted, attending, path)
+        self._state.current.attending = attending
+        return Shape(n, wanted, path)
 
     def _count(self, n: int, layers: int, path: FfnPath) -> None:
         """Add up what the kernels of a sparse step counted; this waits for them."""

@@ -11,10 +11,11 @@ import ctypes
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.ascend.cann import Cann
+from svdengine.kernels.ascend.cann import Cann, Function
 from svdengine.kernels.ascend.signatures import OPERATORS
 from svdengine.kernels.ascend.tensor import ACL_TYPES, Tensor
 
@@ -22,10 +23,15 @@ _ND = 2  # format: plain dimensions
 _FLOAT = ACL_TYPES["float32"]
 
 
+Action = Callable[[], object]  # starts some work
+
+
 @dataclass(frozen=True)
 class _Plan:
     """An operator with its arguments, ready to run."""
 
+    name: str
+    function: Function  # the second phase
     executor: ctypes.c_void_p
     workspace: int  # bytes that it needs
     repeatable: bool
@@ -39,24 +45,23 @@ class OperatorCalls:
         self._cann, self._stream, self._workspace = cann, stream, workspace
         self._kept: dict[tuple[Any, ...], _Plan] = {}
 
-    def run(self, name: str, *arguments: Any, keep: bool = False) -> None:
-        """Start an operator with the arguments that signatures.py lists.
+    def run(self, name: str, *arguments: Any, keep: bool = False) -> Action:
+        """Start an operator with the arguments that signatures.py lists, and return what starts it again.
 
         Tensors are Tensor or None, lists of them tuples, scalars float, integers tuples. keep: the same call is to be
         expected again. Raises DeviceError where a call fails.
         """
         key = (name, *arguments)
         plan = self._kept.get(key)
-        if plan is not None:
-            self._start(name, plan)
-            return
-        plan = self._plan(name, arguments, keep)
-        if plan.repeatable:
+        if plan is None:
+            plan = self._plan(name, arguments, keep)
+            if not plan.repeatable:
+                with plan.resources:
+                    self._start(plan)
+                return partial(self.run, name, *arguments, keep=keep)
             self._kept[key] = plan  # from here on `close` frees it
-            self._start(name, plan)
-            return
-        with plan.resources:
-            self._start(name, plan)
+        self._start(plan)
+        return partial(self._start, plan)
 
     def close(self) -> None:
         """Free all kept plans. The stream must have passed them."""
@@ -65,12 +70,14 @@ class OperatorCalls:
                 stack.push(plan.resources)
             self._kept = {}
 
-    def _start(self, name: str, plan: _Plan) -> None:
+    def _start(self, plan: _Plan) -> None:
         workspace = self._workspace(plan.workspace) if plan.workspace else None
         executor = plan.executor.value
         if not plan.repeatable:
             plan.executor.value = None  # its run frees it, also when it fails
-        self._check(name, workspace, plan.workspace, executor, self._stream)
+        code = plan.function(workspace, plan.workspace, executor, self._stream)
+        if code:
+            raise DeviceError(self._cann.failure(plan.name, code))
 
     def _plan(self, name: str, arguments: tuple[Any, ...], keep: bool) -> _Plan:
         with ExitStack() as stack:
@@ -80,7 +87,8 @@ class OperatorCalls:
             self._check(f"{name}GetWorkspaceSize", *natives, ctypes.byref(workspace), ctypes.byref(executor))
             stack.callback(self._destroy_executor, executor)
             repeatable = keep and self._make_repeatable(executor)
-            return _Plan(executor, workspace.value, repeatable, stack.pop_all())
+            function = self._cann.function(name)
+            return _Plan(name, function, executor, workspace.value, repeatable, stack.pop_all())
 
     def _make_repeatable(self, executor: ctypes.c_void_p) -> bool:
         """Whether the plan may run more than once. Some operators refuse, and CANN before 8.1 lacks the call."""

@@ -32,12 +32,18 @@ Keep = Callable[[int, Tensor], None]  # takes a layer's number and what its FFN 
 
 @dataclass(frozen=True)
 class Shape:
-    """What the operators of a step depend on besides device memory."""
+    """What the operators of a step depend on, but for those of attention; all else lies in device memory."""
 
     n: int  # rows
     wanted: int  # rows with logits
-    attending: Attending
     ffn: FfnPath
+
+
+@dataclass
+class Current:
+    """What is the step's own and not in device memory."""
+
+    attending: Attending
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ class State:
     plan: Plan
     work: Workspace
     cache: KvCache
+    current: Current
     fused: bool  # whether the fused attention operator can be used
     sparse: SparseState | None  # None: no kernels, FFNs run dense
 
@@ -122,7 +129,8 @@ def _attention(state: State, index: int, layer: LayerPlan, shape: Shape, x: Tens
     slots = work.inputs.slots.leading(n)
     for rows, cached in ((k, keys), (v, values)):
         put(device, rows, slots, cached.reshape(cached.shape[0] * BLOCK_SIZE, rows.shape[1]))
-    attend(device, config, work, shape.attending, q, keys, values, layer.window, state.fused)
+    current, window, fused = state.current, layer.window, state.fused
+    device.vary(lambda: attend(device, config, work, current.attending, q, keys, values, window, fused))
     project(device, layer.o, work.attended.rows(0, n), out)
 
 
