@@ -2,7 +2,7 @@
 
 `multiply` takes matrices whose rows make outputs: a warp reads some rows, 16 bytes a lane at a time, for up to TILE
 rows of activations. `multiply_transposed` takes those whose columns do (down, stored as one row a neuron): a thread
-keeps the sums of 16 bytes of columns, and blocks share out the neurons.
+keeps the sums of 16 bytes of columns, and blocks and their warps share out the neurons.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numba import cuda
 from numba.cuda import types
 
 from svdengine.kernels.cuda.device import Array, Device
-from svdengine.kernels.cuda.intrinsics import Kernel, kernel, lane_index, ldg128, warp_index, warp_sum
+from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, ldg128, warp_index, warp_sum
 from svdengine.kernels.cuda.plan import Matrix
 from svdengine.kernels.cuda.rows import (
     ADDS,
@@ -35,7 +35,9 @@ from svdengine.kernels.formats import WeightFormat
 THREADS = 128
 TILE = 4  # rows of activations that share a read of the weights
 _WARPS = THREADS // 32
-_LEAST_NEURONS = 16  # of a part: fewer would not be worth its addition
+SHARERS = 8  # warps of a block that share the neurons of a part
+_MOST_SHARERS = 8
+_LEAST_NEURONS = 32  # of a part: four for each of its warps, whose loads are on their way at once
 _MANY = 8192  # rows of a matrix from which warps take several each, and there is still work for all
 _TRANSPOSED_TILE = {"f32": 4, "f16": 4, "bf16": 4, "q8": 4, "q4": 2}  # more would not fit in registers
 _CHUNKS = {"f32": chunk_f32, "f16": chunk_f16, "bf16": chunk_bf16, "q8": chunk_q8, "q4": chunk_q4}
@@ -83,10 +85,27 @@ def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel
 def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     """partial (n, parts, stride) of sums over neurons of hidden (n, ...) times their rows; `tile` rows of n a thread.
 
+    The warps of a block read the same 32 chunks of columns of different neurons, and add up what they have in the end.
     Grid: (blocks of chunks of columns, parts, tiles of n).
     """
     add, columns, nothing = ADDS[weight_format], CHUNK_COLUMNS[weight_format], NOTHING[weight_format]
-    column_of, fours = COLUMN_OF[weight_format], CHUNK_COLUMNS[weight_format] // 4
+    column_of, fours, width = COLUMN_OF[weight_format], columns // 4, columns + 1  # odd, against bank conflicts
+    room = _MOST_SHARERS * 32 * width
+    # Loads of a thread that are on their way at once; the more sums it has, the fewer fit in registers beside them.
+    four, two = columns <= 16 and tile * columns <= 32, columns <= 16 or tile == 1
+
+    @jit(device=True)
+    def add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j):
+        """Add neuron r, whose chunk j is w, to the sums of each row of the tile."""
+        s0 = add(sums[0], hidden[b * hidden_stride + r], w, scale, low, row, r, stride, j)
+        # Past the end the last row is added again, and its sum not written.
+        s1, s2, s3 = sums[1], sums[2], sums[3]
+        if tile > 1:
+            s1 = add(s1, hidden[min(b + 1, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+        if tile > 2:
+            s2 = add(s2, hidden[min(b + 2, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+            s3 = add(s3, hidden[min(b + 3, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+        return s0, s1, s2, s3
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* hidden, float32* partial, int32 neurons, int32 columns_used,"
@@ -95,30 +114,53 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
         fastmath=True,
     )
     def transposed(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
-        j, chunks = cuda.blockIdx.x * THREADS + cuda.threadIdx.x, stride // columns
-        if j >= chunks:
-            return
+        shared = cuda.shared.array(room, types.float32)
+        lane, warp, warps, chunks = lane_index(), warp_index(), cuda.blockDim.x >> 5, stride // columns
+        j = min(cuda.blockIdx.x * 32 + lane, chunks - 1)  # past the end the last chunk is read again
         part, parts, b = cuda.blockIdx.y, cuda.gridDim.y, cuda.blockIdx.z * tile
         share = (neurons + parts - 1) // parts
-        s0, s1, s2, s3 = nothing, nothing, nothing, nothing
-        for r in range(part * share, min(neurons, (part + 1) * share)):
+        r, last = part * share + warp, min(neurons, (part + 1) * share)
+        sums = nothing, nothing, nothing, nothing
+        while four and r + 3 * warps < last:
+            r1, r2, r3 = r + warps, r + 2 * warps, r + 3 * warps
+            w0 = ldg128(words, 4 * (r * chunks + j))
+            w1 = ldg128(words, 4 * (r1 * chunks + j))
+            w2 = ldg128(words, 4 * (r2 * chunks + j))
+            w3 = ldg128(words, 4 * (r3 * chunks + j))
+            sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, n, b, w1, scale, low, row, r1, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, n, b, w2, scale, low, row, r2, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, n, b, w3, scale, low, row, r3, stride, j)
+            r += 4 * warps
+        if two:  # each is asked for two rows ahead; past the end a row is read again
+            end = max(last - 1, 0)
+            w0 = ldg128(words, 4 * (min(r, end) * chunks + j))
+            w1 = ldg128(words, 4 * (min(r + warps, end) * chunks + j))
+            while r < last:
+                w2 = ldg128(words, 4 * (min(r + 2 * warps, end) * chunks + j))
+                sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
+                w0, w1 = w1, w2
+                r += warps
+        while r < last:
             w = ldg128(words, 4 * (r * chunks + j))
-            s0 = add(s0, hidden[b * hidden_stride + r], w, scale, low, row, r, stride, j)
-            # Past the end the last row is added again, and its sum not written.
-            if tile > 1:
-                s1 = add(s1, hidden[min(b + 1, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
-            if tile > 2:
-                s2 = add(s2, hidden[min(b + 2, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
-                s3 = add(s3, hidden[min(b + 3, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
-        sums = (s0, s1, s2, s3)
-        for t in range(tile):
-            if b + t < n:
-                for k in range(fours):
-                    at = ((b + t) * parts + part) * stride
-                    column = column_of(j, k, columns)
-                    for i in range(4):
-                        if column + i < columns_used:
-                            partial[at + column + i] = sums[t][k][i]
+            sums = add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j)
+            r += warps
+
+        for t in range(min(tile, n - b)):
+            cuda.syncthreads()  # so that the row before has been read
+            for k in range(fours):
+                for i in range(4):
+                    shared[cuda.threadIdx.x * width + 4 * k + i] = sums[t][k][i]
+            cuda.syncthreads()
+            for item in range(cuda.threadIdx.x, 32 * columns, cuda.blockDim.x):
+                chunk, k = item // columns, item % columns
+                total = np.float32(0)
+                for w in range(warps):
+                    total += shared[(32 * w + chunk) * width + k]
+                j = cuda.blockIdx.x * 32 + chunk
+                column = column_of(j, k >> 2, columns) + (k & 3)
+                if j < chunks and column < columns_used:
+                    partial[((b + t) * parts + part) * stride + column] = total
 
     return transposed
 
@@ -157,7 +199,7 @@ def multiply_transposed(
     parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
     chunks = matrix.stride // CHUNK_COLUMNS[matrix.format]
     device.launch(
-        transposed_kernel(matrix.format, tile), (-(-chunks // THREADS), parts, -(-n // tile)), THREADS,
+        transposed_kernel(matrix.format, tile), (-(-chunks // 32), parts, -(-n // tile)), 32 * SHARERS,
         matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
         n, hidden_stride,
     )  # fmt: skip

@@ -58,11 +58,12 @@ def test_products_of_every_format(
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
-@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize(("n", "sharers"), [(1, 1), (1, 8), (3, 1), (3, 2)])
 def test_transposed_products_of_every_format(
-    device: Any, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, n: int
+    device: Any, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, n: int, sharers: int
 ) -> None:
     monkeypatch.setattr(gemv, "_LEAST_NEURONS", 8)
+    monkeypatch.setattr(gemv, "SHARERS", sharers)  # one warp has seven neurons of a part, eight have one or none
     matrix, weights, _ = make_matrix(device, weight_format, COLUMNS)
     hidden = np.random.default_rng(1).standard_normal((n, ROWS), np.float32)
     partial = device.upload(np.full(64 * 128, np.nan, np.float32))
