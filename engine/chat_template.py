@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from jinja2 import meta
 
 from svdengine.errors import ModelFileError, RequestError
 from svdengine.template_sandbox import BoundedSandbox, TemplateLimitError
@@ -42,13 +43,18 @@ class ChatTemplate:
         if len(source) > MAX_TEMPLATE:
             raise ModelFileError(f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are taken")
         self._tokenizer = tokenizer
-        self._source = source
+        self.source = source
         self._sandbox = BoundedSandbox()
         self._lock = threading.Lock()
         try:
             self._template = self._sandbox.from_string(source)
         except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError) as error:
             raise ModelFileError(f"the model's chat template does not compile: {_first_line(error)}") from error
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not set itself, such as messages or tools."""
+        return frozenset(meta.find_undeclared_variables(self._sandbox.parse(self.source)))
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
@@ -88,7 +94,7 @@ class ChatTemplate:
         found = [s for s in self._tokenizer.special_texts if any(s in text for text in texts)]
         if not found:
             return [messages, extra], {}
-        used = set("".join(texts)).union(self._source)
+        used = set("".join(texts)).union(self.source)
         free = (chr(code) for code in _MARKS if chr(code) not in used)
         marks = dict(zip(sorted(found, key=len, reverse=True), free, strict=False))
         if len(marks) < len(found):

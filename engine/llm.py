@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from svdengine.chat_template import ChatTemplate, Message, check_messages
 from svdengine.completion import Completion, FinishReason
+from svdengine.constraint import Constraint, ConstraintMaker
 from svdengine.cost import kv_pool_bytes_per_token
 from svdengine.engine import Engine
 from svdengine.engine_stats import EngineStats
@@ -127,6 +128,8 @@ class LLM:
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None
+        self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
+        self._making = threading.Lock()
         self._closed = False
 
     @property
@@ -378,7 +381,16 @@ class LLM:
             end_tokens=self.tokenizer.eos_token_ids,
             limit=ContextLimit(self.context, shift, keep),
             decoder=StreamDecoder(self.tokenizer, context) if has_text else None,
+            constraint=self._constraint(params),
         )
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        with self._making:
+            if self._constraints is None:
+                self._constraints = ConstraintMaker(self.tokenizer, self.config.vocab_size)
+        return self._constraints.make(params.grammar)
 
     def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:
         """Tokens before the first turn: what the conversation shares with one of its system and last messages only."""

@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from svdengine.completion import Completion, FinishReason, Stats
+from svdengine.constraint import Constraint
 from svdengine.errors import ContextOverflowError, RequestError
 from svdengine.kernels.batch import Choice, Logits, NeuronCounts
 from svdengine.neurons import NO_NEURONS, active_density, add, predicted_density
@@ -74,6 +75,7 @@ class Generation:
         end_tokens: frozenset[int],
         limit: ContextLimit,
         decoder: StreamDecoder | None,
+        constraint: Constraint | None = None,
     ) -> None:
         _check_tokens(prompt, vocab_size)
         self.sequence = Sequence(_fit(prompt, limit), sparsity_bias=params.sparsity_bias, priority=params.priority)
@@ -85,7 +87,7 @@ class Generation:
         self.error: Exception | None = None
         self._limit = limit
         self._prompt_tokens = len(prompt)
-        self._sampler = Sampler(params, vocab_size, prompt)
+        self._sampler = Sampler(params, vocab_size, prompt, constraint)
         self._end_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_tokens)
         self._decoder = decoder
         self._stops = StopStrings(params.stop)
@@ -104,6 +106,11 @@ class Generation:
     def keep(self) -> int:
         """Tokens that a shift keeps."""
         return self._limit.keep
+
+    @property
+    def _whole(self) -> bool:
+        """Whether the text is all that its grammar allows."""
+        return self._sampler.constraint is not None and self._sampler.constraint.complete
 
     def choice(self) -> Choice | None:
         """How an executor may choose the next token; None where logits are changed first, or logprobs are wanted."""
@@ -132,7 +139,7 @@ class Generation:
             return False
         self._show(self._stops.push(self._decoder.push(token)) if self._decoder else "")
         full = len(self.sequence) >= self._limit.tokens
-        if self._stops.found is not None:
+        if self._stops.found is not None or self._whole:
             self.finish("stop")
         elif len(self.token_ids) == self.params.max_tokens or (full and not self._limit.shift):
             self.finish("length")

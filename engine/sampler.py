@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.constraint import Constraint
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.kernels.batch import NOT_FINITE, Choice
 from svdengine.sampling import SamplingParams
@@ -28,11 +29,18 @@ class TokenLogprobs:
 class Sampler:
     """Chooses the tokens of one request. Its random generator is its own, so that other requests change nothing."""
 
-    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
         for token in params.logit_bias:
             if token >= vocab_size:
                 raise RequestError(f"logit_bias names token {token}, but the vocabulary has {vocab_size} tokens")
         self.params = params
+        self.constraint = constraint
         self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._prompt = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1.0 else None
         self._counts: Counter[int] = Counter()  # of generated tokens; kept only while a penalty needs it
@@ -43,18 +51,26 @@ class Sampler:
     def sample(self, logits: NDArray[np.float32]) -> int:
         """The next token, from logits (vocabulary,) float32, which are left as they are.
 
-        Raises SvdEngineError when a logit is NaN or infinite.
+        Raises SvdEngineError when a logit is NaN or infinite, or no token fits the constraint.
         """
         if self._penalised or self._bias_ids.size:
             logits = self._adjust(logits)
-        token = int(logits.argmax())  # NumPy's argmax stops at the first NaN, so this one look finds any
-        if not np.isfinite(logits[token]):
-            raise _not_finite()
-        if not self.params.greedy:
-            token = self._draw(logits)
+        if self.constraint is None:
+            token = self._choose(logits)
+        else:
+            tokens = self.constraint.allowed()
+            token = int(tokens[self._choose(logits[tokens])])
+            self.constraint.accept(token)
         if self._penalised:
             self._counts[token] += 1
         return token
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        """The index of the logit that is taken."""
+        token = int(logits.argmax())  # NumPy's argmax stops at the first NaN, so this one look finds any
+        if not np.isfinite(logits[token]):
+            raise _not_finite()
+        return token if self.params.greedy else self._draw(logits)
 
     def choice(self) -> Choice | None:
         """How an executor is to choose the next token itself, with a number drawn for it: to be called once a token.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from svdengine.errors import RequestError
+from svdengine.grammar import Grammar, read_response_format
 
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
@@ -37,6 +38,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # end generation, like the model's own end tokens
     logprobs: int | None = None  # log-probabilities of the chosen and of this many likeliest tokens; None: none
     ignore_eos: bool = False  # the model's end tokens do not end generation
+    response_format: Grammar | Mapping[str, Any] | None = None  # as OpenAI's: the text must be JSON, or fit a schema
     sparsity_bias: float = 0.0  # shifts the sparsity predictor's thresholds; above 0: fewer neurons are computed
     priority: int = 0  # where requests wait for each other, lower numbers go first; equal ones in order of arrival
 
@@ -44,6 +46,7 @@ class SamplingParams:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        object.__setattr__(self, "response_format", read_response_format(self.response_format))
         _check_number("temperature", self.temperature, 0.0, 100.0)
         _check_integer("top_k", self.top_k, 0, 1 << 24)
         _check_number("top_p", self.top_p, 0.0, 1.0)
@@ -63,6 +66,11 @@ class SamplingParams:
             _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos must be true or false, found {self.ignore_eos!r}")
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text must keep to."""
+        return self.response_format if isinstance(self.response_format, Grammar) else None
 
     @property
     def greedy(self) -> bool:

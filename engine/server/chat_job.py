@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from svdengine.server.job import Head, Object, StreamOptions, check_model, take_
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.messages import read_messages
 from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
+from svdengine.server.tool_fields import take_answer_form, take_tools
+from svdengine.tool_calls import ToolCall, ToolCallReader, tool_prompt
 
 # Fields of OpenAI that say nothing about the answer.
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
@@ -42,6 +45,8 @@ class ChatJob:
         self._choices = take_choices(body)
         params = _take_length(body, take_sampling(body, llm.default_params))
         params = _take_logprobs(body, params)
+        use = take_tools(body)
+        params = take_answer_form(body, params, use)
         template = body.take("chat_template_kwargs", dict)
         body.only("service_tier", "auto", "default")
         body.only("store", False)
@@ -49,9 +54,12 @@ class ChatJob:
         shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)
         body.finish(_UNSUPPORTED)
+        told, variables = tool_prompt(messages, use.tools, llm.chat_template)
+        variables = {**(template or {}), **variables}
         each = [choice_params(params, i) for i in range(self._choices)]
-        self.requests = [llm.prepare_chat(messages, one, template=template, context_shift=shift) for one in each]
+        self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
         self._head = Head("chat.completion", name)
+        self._readers = [ToolCallReader() if use.grammar is not None else None for _ in self.requests]
         self._trails = [_trail(llm, params) for _ in self.requests]
 
     def opening(self) -> list[Object]:
@@ -60,14 +68,21 @@ class ChatJob:
 
     def pieces(self, index: int, update: Update) -> list[Object]:
         """See `Job.pieces`."""
-        trail = self._trails[index]
+        trail, reader = self._trails[index], self._readers[index]
         entries = trail.push(update.logprobs, update.text) if trail else []
+        text, calls = reader.push(update.text) if reader else (update.text, [])
+        if reader and update.completion is not None:
+            text += reader.flush()
         found = []
-        if update.text or entries:
+        if text or entries:
             shape = trail.chat_shape(entries) if trail else None
-            found.append(self._piece(index, {"content": update.text}, shape))
+            found.append(self._piece(index, {"content": text}, shape))
+        if reader and calls:
+            first = len(reader.calls) - len(calls)
+            deltas = [{"index": first + i, **_call_object(call)} for i, call in enumerate(calls)]
+            found.append(self._piece(index, {"tool_calls": deltas}))
         if update.completion is not None:
-            found.append(self._piece(index, {}, finish_reason=update.completion.finish_reason))
+            found.append(self._piece(index, {}, finish_reason=_finish_reason(update.completion, reader)))
         return found
 
     def closing(self, completions: Sequence[Completion]) -> list[Object]:
@@ -82,14 +97,16 @@ class ChatJob:
         return {**self._head.object(), "choices": choices, "usage": usage(completions, self._choices)}
 
     def _choice(self, index: int, completion: Completion) -> Object:
-        trail = self._trails[index]
+        trail, reader = self._trails[index], self._readers[index]
         shape = trail.chat_shape(trail.push(completion.logprobs or (), completion.text)) if trail else None
-        return {
-            "index": index,
-            "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": shape,
-            "finish_reason": completion.finish_reason,
-        }
+        message: Object = {"role": "assistant", "content": completion.text, "refusal": None}
+        if reader:
+            text = reader.push(completion.text)[0] + reader.flush()
+            message["content"] = text or None
+            if reader.calls:
+                message["tool_calls"] = [_call_object(call) for call in reader.calls]
+        reason = _finish_reason(completion, reader)
+        return {"index": index, "message": message, "logprobs": shape, "finish_reason": reason}
 
     def _piece(
         self, index: int, delta: Object, logprobs: Object | None = None, finish_reason: str | None = None
@@ -97,6 +114,16 @@ class ChatJob:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         piece = {**self._head.object(".chunk"), "choices": [choice]}
         return {**piece, "usage": None} if self.options.include_usage else piece
+
+
+def _call_object(call: ToolCall) -> Object:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex}", "type": "function", "function": function}
+
+
+def _finish_reason(completion: Completion, reader: ToolCallReader | None) -> str:
+    called = reader is not None and bool(reader.calls)
+    return "tool_calls" if called and completion.finish_reason == "stop" else completion.finish_reason
 
 
 def _take_length(body: Body, params: SamplingParams) -> SamplingParams:

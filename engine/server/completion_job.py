@@ -37,6 +37,7 @@ class CompletionJob:
         length = body.take_any("max_tokens")
         params = changed(params, "max_tokens", _DEFAULT_LENGTH if length is None else length)
         params = _take_logprobs(body, params)
+        params = changed(params, "response_format", body.take_any("response_format"))
         if echo and params.logprobs is not None:
             raise unsupported("echo", " together with logprobs")
         body.only("best_of", self._choices)

@@ -77,11 +77,11 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(folder: Path, **settings: Any) -> Iterator[LiveServer]:
+def live_server(folder: Path, context: int = 256, **settings: Any) -> Iterator[LiveServer]:
     path = folder / "tiny.svdp"
     if not path.exists():
         write_tiny_model(path)
-    with svdengine.load(path, device="reference", context=256, sequences=4) as llm:
+    with svdengine.load(path, device="reference", context=context, sequences=4) as llm:
         server = LiveServer(llm, **settings)
         try:
             yield server

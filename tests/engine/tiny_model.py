@@ -96,7 +96,7 @@ def make_tokenizer(kind: str, add_bos: bool = False) -> Tokenizer:
 def tiny_config(**changes: Any) -> ModelConfig:
     """A config whose vocabulary is that of the byte-level tokenizer, padded."""
     size = len(json.loads(byte_level_json())["model"]["vocab"])
-    return replace(zoo()["llama_relu_tied"], vocab_size=size + 6, max_position=512, **changes)
+    return replace(zoo()["llama_relu_tied"], **{"vocab_size": size + 6, "max_position": 512, **changes})
 
 
 def write_tiny_model(path: Path, template: str | None = CHATML, add_bos: bool = False, **changes: Any) -> Path:
