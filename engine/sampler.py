@@ -75,9 +75,9 @@ class Sampler:
     def choice(self) -> Choice | None:
         """How an executor is to choose the next token itself, with a number drawn for it: to be called once a token.
 
-        None where logits are changed before a token is chosen: then `sample` is for it.
+        None where logits are changed or left out before a token is chosen: then `sample` is for it.
         """
-        if self._penalised or self._bias_ids.size:
+        if self._penalised or self._bias_ids.size or self.constraint is not None:
             return None
         params = self.params
         draw = 0.0 if params.greedy else self._random.random()

@@ -182,8 +182,7 @@ class Routes:
 
     async def metrics(self, _: Request) -> Any:
         """Counters for Prometheus."""
-        service = self._service
-        return PlainTextResponse(service.metrics.text(service.gauges()), media_type=metrics.CONTENT_TYPE)
+        return PlainTextResponse(self._service.metrics_text(), media_type=metrics.CONTENT_TYPE)
 
     async def missing(self, request: Request) -> Any:
         """Whatever else is asked for."""

@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from svdengine.completion import Stats
+from svdengine.engine_stats import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.002, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0)
-
-Labels = tuple[tuple[str, str], ...]
 
 
 class Histogram:
@@ -52,7 +51,6 @@ class Metrics:
     def __init__(self) -> None:
         self.responses: Counter[tuple[str, int]] = Counter()  # by path and status
         self.finished: Counter[str] = Counter()  # completions by finish reason
-        self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.first_token = Histogram(_SECONDS)
         self.next_token = Histogram(_TOKEN_SECONDS)  # mean of each completion
         self.duration = Histogram(_SECONDS)
@@ -60,44 +58,47 @@ class Metrics:
     def completed(self, stats: Stats, finish_reason: str) -> None:
         """Note a completion."""
         self.finished[finish_reason] += 1
-        self.prompt_tokens += stats.prompt_tokens
-        self.cached_tokens += stats.cached_tokens
-        self.generated_tokens += stats.generated_tokens
         self.duration.observe(stats.seconds)
         if stats.generated_tokens:
             self.first_token.observe(stats.time_to_first_token)
         if stats.tokens_per_second:
             self.next_token.observe(1 / stats.tokens_per_second)
 
-    def text(self, gauges: Iterable[tuple[str, str, float]] = ()) -> str:
-        """All of it. `gauges`: name, help and value of what is measured now."""
+    def text(self, engine: EngineStats, request_count: int, capacity: int) -> str:
+        """All of it. `request_count` completions run or wait, at most `capacity`."""
+        responses = {_labels(path=path, status=str(status)): n for (path, status), n in self.responses.items()}
+        finished = {_labels(finish_reason=reason): n for reason, n in self.finished.items()}
+        steps = {_labels(ffn=path): n for path, n in engine.steps.items()}
+        rows = {_labels(ffn=path): n for path, n in engine.rows.items()}
+        blocks = {"used": engine.blocks_used, "cached": engine.blocks_cached, "free": engine.blocks_free}
+        sequences = {"running": engine.running, "waiting": engine.waiting}
         lines = [
-            *_counter(
-                "http_responses_total",
-                "Responses by path and status.",
-                {(("path", path), ("status", str(status))): n for (path, status), n in self.responses.items()},
+            *_samples("http_responses_total", "counter", "Responses by path and status.", responses),
+            *_samples("completions_total", "counter", "Completions by what ended them.", finished),
+            *_samples("prompt_tokens_total", "counter", "Tokens read in prompts.", engine.prompt_tokens),
+            *_samples(
+                "prefix_hit_tokens_total", "counter", "Tokens not read: known already.", engine.prefix_hit_tokens
             ),
-            *_counter(
-                "completions_total",
-                "Completions by what ended them.",
-                {(("finish_reason", reason),): n for reason, n in self.finished.items()},
-            ),
-            *_counter("prompt_tokens_total", "Tokens of prompts.", {(): self.prompt_tokens}),
-            *_counter("cached_tokens_total", "Of these, tokens found in the KV cache.", {(): self.cached_tokens}),
-            *_counter("generated_tokens_total", "Tokens generated.", {(): self.generated_tokens}),
+            *_samples("generated_tokens_total", "counter", "Tokens generated.", engine.generated_tokens),
+            *_samples("steps_total", "counter", "Steps of the model, by how the FFN ran.", steps),
+            *_samples("step_tokens_total", "counter", "Tokens of these steps.", rows),
+            *_samples("preemptions_total", "counter", "Sequences put back into the queue.", engine.preemptions),
             *_histogram("time_to_first_token_seconds", "From a request to its first token.", self.first_token),
             *_histogram("time_per_output_token_seconds", "Mean of each completion, after the first.", self.next_token),
             *_histogram("completion_seconds", "From a request to its end.", self.duration),
+            *_samples("requests", "gauge", "Completions that run or wait.", request_count),
+            *_samples("request_capacity", "gauge", "Most completions that may run or wait.", capacity),
+            *_samples(
+                "sequences", "gauge", "Of these, in the engine.", {_labels(state=k): n for k, n in sequences.items()}
+            ),
+            *_samples(
+                "kv_blocks", "gauge", "Blocks of the KV cache.", {_labels(state=k): n for k, n in blocks.items()}
+            ),
         ]
-        for name, help_text, value in gauges:
-            lines += [*_described(name, help_text, "gauge"), f"svdengine_{name} {value:g}"]
         memory = resident_bytes()
         if memory is not None:
-            lines += [
-                "# HELP process_resident_memory_bytes Memory in use.",
-                "# TYPE process_resident_memory_bytes gauge",
-            ]
-            lines.append(f"process_resident_memory_bytes {memory}")
+            name = "process_resident_memory_bytes"
+            lines += [f"# HELP {name} Memory in use.", f"# TYPE {name} gauge", f"{name} {memory}"]
         return "\n".join(lines) + "\n"
 
 
@@ -110,11 +111,15 @@ def resident_bytes() -> int | None:
     return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * resource.getpagesize()
 
 
-def _counter(name: str, help_text: str, values: dict[Labels, int]) -> Iterator[str]:
-    yield from _described(name, help_text, "counter")
-    for labels, value in values.items():
-        inside = ",".join(f'{label}="{text}"' for label, text in labels)
-        yield f"svdengine_{name}{{{inside}}} {value}" if inside else f"svdengine_{name} {value}"
+def _labels(**labels: str) -> str:
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"
+
+
+def _samples(name: str, kind: str, help_text: str, values: int | Mapping[str, int]) -> Iterator[str]:
+    """One value, or values by their labels."""
+    yield from _described(name, help_text, kind)
+    for labels, value in values.items() if isinstance(values, Mapping) else [("", values)]:
+        yield f"svdengine_{name}{labels} {value}"
 
 
 def _histogram(name: str, help_text: str, histogram: Histogram) -> Iterator[str]:

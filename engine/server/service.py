@@ -79,12 +79,9 @@ class Service:
         """End the loop. The model stays open."""
         self.loop.close()
 
-    def gauges(self) -> list[tuple[str, str, float]]:
-        """What is measured now, for /metrics."""
-        return [
-            ("requests", "Completions that run or wait.", self.loop.request_count),
-            ("request_capacity", "Most completions that may run or wait.", self.loop.capacity),
-        ]
+    def metrics_text(self) -> str:
+        """For /metrics."""
+        return self.metrics.text(self.llm.stats(), self.loop.request_count, self.loop.capacity)
 
     def _retry_after(self) -> int:
         """Seconds until a place is likely to be free: places come free evenly over the time of a completion."""

@@ -80,6 +80,12 @@ def test_a_model_is_held_to_a_schema(llm: LLM) -> None:
     assert greedy.token_ids == chat.token_ids
 
 
+def test_no_executor_chooses_a_token_past_a_constraint() -> None:
+    _, maker = MAKERS["byte_level"]
+    assert Sampler(SamplingParams(), 0x1000).choice() is not None
+    assert Sampler(SamplingParams(), 0x1000, (), maker.make(json_grammar(SCHEMA))).choice() is None
+
+
 def test_requests_with_and_without_a_grammar_run_together(llm: LLM) -> None:
     free = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
     held = SamplingParams(temperature=0, max_tokens=200, response_format=FORMAT)

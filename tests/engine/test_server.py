@@ -373,6 +373,9 @@ def test_health_and_metrics(server: LiveServer, client: OpenAI) -> None:
     assert samples["svdengine_generated_tokens_total"] >= 12
     assert samples["svdengine_requests"] == 0 and samples["svdengine_request_capacity"] == 16
     assert samples['svdengine_http_responses_total{path="/health",status="200"}'] >= 1
+    blocks = [samples[f'svdengine_kv_blocks{{state="{state}"}}'] for state in ("used", "cached", "free")]
+    assert sum(blocks) == server.llm.executor.block_count and blocks[0] == 0
+    assert samples['svdengine_steps_total{ffn="dense"}'] >= 12 and samples["svdengine_preemptions_total"] >= 0
     count = samples["svdengine_completion_seconds_count"]
     assert samples['svdengine_completion_seconds_bucket{le="+Inf"}'] == count > 0
     buckets = [v for name, v in samples.items() if name.startswith("svdengine_completion_seconds_bucket")]
@@ -394,10 +397,10 @@ def test_clients_that_leave_free_what_they_held(server: LiveServer) -> None:
                 while not server.service.loop.request_count:
                     time.sleep(0.01)
     server.gate.let_go()
-    before = server.service.metrics.generated_tokens
+    before = server.llm.stats().generated_tokens
     wait_until_idle(server)
     assert server.blocks_in_use() == 0
-    assert server.service.metrics.generated_tokens - before < 400
+    assert server.llm.stats().generated_tokens - before < 400
 
 
 def test_an_error_of_the_engine(server: LiveServer, client: OpenAI) -> None:
