@@ -1,7 +1,7 @@
 """Causal attention over the KV block pool.
 
-Where every row belongs to another sequence, as in decoding, one fused operator reads the blocks through their tables.
-Everything else, prompts and sliding windows above all, goes sequence by sequence: gather its blocks, two batched
+Rows that are alone in their sequence, as in decoding, attend in one fused operator that reads blocks through their
+tables. Everything else, prompts and sliding windows above all, goes sequence by sequence: gather its blocks, two batched
 products and a softmax, with a mask that the host made.
 """
 
@@ -40,30 +40,20 @@ class Chunk:
 class Attending:
     """How the rows of a step attend; the same in all layers."""
 
-    chunks: tuple[Chunk, ...]
-    lengths: tuple[int, ...]  # tokens that each row sees
-    alone: bool  # every row belongs to another sequence
+    chunks: tuple[Chunk, ...]  # in the order of their rows
+    alone: int  # leading rows that are each alone in their sequence: as many chunks
+    lengths: tuple[int, ...]  # tokens that these see
     windowed_masks: int  # where the masks of layers with a window begin
 
-
-@dataclass(frozen=True)
-class KvCache:
-    """Keys after rope, and values, of each layer: (blocks, BLOCK_SIZE * kv heads * head_dim) float16."""
-
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    def fused(self, window: int, fused: bool) -> int:
+        """Leading rows, and chunks, that the fused operator takes in a layer with this window (0: none)."""
+        return self.alone if fused and not (window and self.alone and max(self.lengths) > window) else 0
 
 
-def kv_bytes_per_token(config: ModelConfig) -> int:
-    """Bytes that one token takes in the pool."""
-    return 4 * config.layer_count * config.kv_head_count * config.head_dim
-
-
-def allocate_cache(device: AscendDevice, config: ModelConfig, block_count: int) -> KvCache:
-    """An empty pool."""
-    shape = (block_count, BLOCK_SIZE * config.kv_head_count * config.head_dim)
-    keys = tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count))
-    return KvCache(keys, tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count)))
+def alone_first(sequences: NDArray[np.int32]) -> NDArray[np.intp]:
+    """An order of rows in which those that are alone in their sequence come first."""
+    _, which, counts = np.unique(sequences, return_inverse=True, return_counts=True)
+    return np.argsort(counts[which] > 1, kind="stable")
 
 
 def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
@@ -75,15 +65,18 @@ def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
 
 
 def plan_attention(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
-    """How rows with these sequences and positions attend."""
+    """How rows with these sequences and positions attend; those alone in their sequence come first."""
     bounds = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), len(sequences)]
-    chunks, mask = [], 0
-    for first, last in pairwise(bounds):
-        length = int(positions[last - 1]) + 1
-        chunks.append(Chunk(first, last - first, length, mask))
-        mask += mask_piece(last - first, length)
-    alone = len(np.unique(sequences)) == len(sequences)
-    return Attending(tuple(chunks), tuple((positions + 1).tolist()), alone, mask_items // 2)
+    spans = [(first, last - first) for first, last in pairwise(bounds)]
+    alone = next((i for i, (_, rows) in enumerate(spans) if rows > 1), len(spans))
+    chunks, mask = {}, 0
+    for index in [*range(alone, len(spans)), *range(alone)]:  # what surely needs a mask has its place first
+        first, rows = spans[index]
+        length = int(positions[first + rows - 1]) + 1
+        chunks[index] = Chunk(first, rows, length, mask)
+        mask += mask_piece(rows, length)
+    lengths = tuple((positions[:alone] + 1).tolist())
+    return Attending(tuple(chunks[i] for i in range(len(spans))), alone, lengths, mask_items // 2)
 
 
 def write_masks(
@@ -91,12 +84,12 @@ def write_masks(
 ) -> None:
     """Write what is added to the scores of the rows: 0 where a row sees a token, else minus infinity.
 
-    window: of the layers that have one, 0 if none has. A step that only the fused operator attends needs no mask.
+    window: of the layers that have one, 0 if none has. Rows that the fused operator attends need no mask.
     """
-    if not (fused and attending.alone):
-        _write_mask(device, work.masks, attending.chunks, positions, 0)
-    if window and not (fused and _sees_all(attending, window)):
-        _write_mask(device, _windowed(work, attending), attending.chunks, positions, window)
+    _write_mask(device, work.masks, attending.chunks[attending.fused(0, fused) :], positions, 0)
+    if window:
+        chunks = attending.chunks[attending.fused(window, fused) :]
+        _write_mask(device, _windowed(work, attending), chunks, positions, window)
 
 
 def attend(
@@ -114,17 +107,12 @@ def attend(
 
     Its operators depend on the lengths of the sequences: see AscendDevice.vary.
     """
-    if fused and attending.alone and (not window or _sees_all(attending, window)):
-        _attend_fused(device, config, work, attending.lengths, q, keys, values)
-        return
+    alone = attending.fused(window, fused)
+    if alone:
+        _attend_fused(device, config, work, attending.lengths, q.rows(0, alone), keys, values)
     masks = _windowed(work, attending) if window else work.masks
-    for chunk in attending.chunks:
+    for chunk in attending.chunks[alone:]:
         _attend_sequence(device, config, work, chunk, masks, q, keys, values)
-
-
-def _sees_all(attending: Attending, window: int) -> bool:
-    """Whether no row is so late that the window hides something, where rows attend alone."""
-    return attending.alone and max(attending.lengths) <= window
 
 
 def _windowed(work: Workspace, attending: Attending) -> Tensor:
@@ -135,8 +123,8 @@ def _windowed(work: Workspace, attending: Attending) -> Tensor:
 def _write_mask(
     device: AscendDevice, masks: Tensor, chunks: Sequence[Chunk], positions: NDArray[np.int32], window: int
 ) -> None:
-    last = chunks[-1]
-    values = np.zeros(last.mask + mask_piece(last.rows, last.length), np.float16)
+    end = max((chunk.mask + mask_piece(chunk.rows, chunk.length) for chunk in chunks), default=0)
+    values = np.zeros(end, np.float16)
     for chunk in chunks:
         distance = positions[chunk.first : chunk.first + chunk.rows, None] - np.arange(chunk.length)
         hidden = (distance < 0) | (distance >= window) if window else distance < 0

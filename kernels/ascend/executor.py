@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
+from svdengine.kernels.ascend import kv_cache
 from svdengine.kernels.ascend.attention import (
     Attending,
-    allocate_cache,
-    kv_bytes_per_token,
+    alone_first,
     plan_attention,
     takes_fused,
     write_masks,
 )
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
 from svdengine.kernels.ascend.operator_calls import Action
 from svdengine.kernels.ascend.operators import needed_operators
 from svdengine.kernels.ascend.plan import build_plan, device_bytes
@@ -26,8 +29,8 @@ from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, ch
 from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, Logits, NeuronCounts, check_batch
-from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, FfnPath, Logits, NeuronCounts, check_batch
+from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig
@@ -86,7 +89,7 @@ class AscendExecutor:
             plan=build_plan(device, config, arrays, formats, self.context),
             work=allocate_workspace(device, config, max_batch_rows, self.context),
             cache=allocate_cache(device, config, block_count),
-            current=Current(Attending((), (), False, 0)),
+            current=Current(Attending((), 0, (), 0)),
             fused=takes_fused(device, config),
             sparse=sparse,
         )
@@ -158,7 +161,9 @@ class AscendExecutor:
 
         run_step(self._state, self._placed, shape, keep)
         self._device.synchronize()
-        return np.stack(kept)
+        inputs = np.empty((len(kept), shape.n, self._config.hidden_size), np.float32)
+        inputs[:, alone_first(batch.sequences)] = kept
+        return inputs
 
     def run_ffns(
         self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
@@ -189,6 +194,18 @@ class AscendExecutor:
         self._count(n, layers, path)
         return found
 
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
+        """See `BlockStore`."""
+        self._check_open()
+        self._device.use()
+        return kv_cache.read_blocks(self._device, self._state.cache, self._config, blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
+        """See `BlockStore`. Raises ValueError for data of another shape or type."""
+        self._check_open()
+        self._device.use()
+        kv_cache.write_blocks(self._device, self._state.cache, self._config, blocks, data)
+
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         return NeuronCounts(*map(int, self._counted))
@@ -218,6 +235,7 @@ class AscendExecutor:
         """Check the batch, copy it to the device, and say which operators it takes."""
         self._check_open()
         self._check_batch(batch)
+        batch = _reordered(batch, alone_first(batch.sequences))
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         path = self.ffn_path(n)  # may run something, to measure
         device, work, config = self._device, self._state.work, self._config
@@ -268,6 +286,14 @@ class AscendExecutor:
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the executor is closed")
+
+
+def _reordered(batch: Batch, order: NDArray[np.intp]) -> Batch:
+    """The same step with its rows in another order."""
+    place = np.empty(len(order), np.int32)  # of each row
+    place[order] = np.arange(len(order), dtype=np.int32)
+    rows = {name: getattr(batch, name)[order] for name in ("tokens", "positions", "sequences")}
+    return replace(batch, **rows, logit_rows=place[batch.logit_rows])
 
 
 def check_memory(device: AscendDevice, weights: int, buffers: int, cache: int) -> None:

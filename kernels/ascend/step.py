@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from svdengine.kernels.ascend.attention import Attending, KvCache, attend
+from svdengine.kernels.ascend.attention import Attending, attend
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.kv_cache import KvCache
 from svdengine.kernels.ascend.operators import (
     activate,
     add,
@@ -24,8 +25,7 @@ from svdengine.kernels.ascend.plan import LayerPlan, Norm, Plan
 from svdengine.kernels.ascend.sparse import PlacedPredictor, SparseState, sparse_ffn
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import Workspace
-from svdengine.kernels.batch import BLOCK_SIZE
-from svdengine.kernels.ffn_costs import FfnPath
+from svdengine.kernels.batch import BLOCK_SIZE, FfnPath
 
 Keep = Callable[[int, Tensor], None]  # takes a layer's number and what its FFN reads
 

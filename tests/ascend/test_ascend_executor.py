@@ -21,7 +21,7 @@ from svdengine.kernels.ascend.attention import FUSED
 from svdengine.kernels.ascend.custom_ops import find_kernels
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
-from svdengine.kernels.batch import Batch
+from svdengine.kernels.batch import Batch, BlockStore
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor
@@ -127,6 +127,16 @@ def test_decoding_attends_in_one_operator(make_npu: MakeNpu) -> None:
     assert without.calls.count("aclnnSoftmax") == 3 * FUSABLE.layer_count
 
 
+def test_rows_that_are_decoded_beside_a_prompt_attend_in_one_operator(make_npu: MakeNpu) -> None:
+    npu = make_npu()
+    with executors(npu, FUSABLE) as (ascend, _):
+        ascend.forward(make_batch([([1, 2], 0), ([3, 4], 0)], [[0], [1]]))
+        before = len(npu.calls)
+        ascend.forward(make_batch([([5], 2), ([6, 7, 8], 0), ([9], 2)], [[0], [2], [1]]))
+        calls = npu.calls[before:]
+    assert calls.count(FUSED) == FUSABLE.layer_count and calls.count("aclnnSoftmax") == FUSABLE.layer_count
+
+
 def test_a_window_is_seen_by_the_layers_that_have_one(make_npu: MakeNpu) -> None:
     npu = make_npu()
     config = replace(FUSABLE, sliding_window=7, sliding_window_layers=(1,))
@@ -148,9 +158,17 @@ def test_sequences_in_one_batch_do_not_see_each_other(make_npu: MakeNpu) -> None
         with executors(make_npu(), config) as (ascend, reference):
             expected = [run_in_chunks(reference, tokens, [len(tokens)]) for tokens in (a, b)]
             tables = [block_table(18, first=5, step=-2), [4]]
-            ascend.forward(make_batch([(a[:16], 0)], tables[:1]))
-            mixed = ascend.forward(make_batch([(a[16:17], 16), (b[:3], 0)], tables))  # decode and prompt
-            assert relative_error(mixed, np.concatenate([expected[0][16:17], expected[1][:3]])) < BOUND
+            for executor in (ascend, reference):
+                executor.forward(make_batch([(a[:16], 0)], tables[:1]))
+            # A prompt before a row that is decoded, and only some logits, in another order.
+            tables = tables[::-1]
+            batch = make_batch([(b[:3], 0), (a[16:17], 16)], tables)
+            mixed = ascend.forward(replace(batch, logit_rows=np.array([3, 0, 2], np.int32)))
+            wanted = np.stack([expected[0][16], expected[1][0], expected[1][2]])
+            assert relative_error(mixed, wanted) < BOUND
+            inputs = reference.ffn_inputs(batch)
+            assert relative_error(ascend.ffn_inputs(batch), inputs) < BOUND
+            tables = tables[::-1]
             both = ascend.forward(make_batch([(a[17:], 17), (b[3:], 3)], tables))
             assert relative_error(both, np.concatenate([expected[0][17:], expected[1][3:]])) < BOUND
 
@@ -288,6 +306,21 @@ def test_ffns_alone_sum_up(make_npu: MakeNpu, launches: Launches, mode: Any) -> 
         assert relative_error(ascend.run_ffns(x), expected) < BOUND
         assert relative_error(ascend.run_ffns(x[0], layers=1), reference._ffn(0, batch, x[0])) < BOUND
         assert ascend.neuron_counts().total == (0 if mode == "dense" else 3 * 2 * RELU.ffn_size)
+
+
+def test_blocks_can_be_taken_out_and_put_back_elsewhere(make_npu: MakeNpu) -> None:
+    tokens = random_tokens(LLAMA, 20)
+    with executors(make_npu(), LLAMA) as (ascend, reference):
+        assert isinstance(ascend, BlockStore)
+        expected = run_in_chunks(reference, tokens, [20])[19:]
+        ascend.forward(make_batch([(tokens[:19], 0)], [[3, 1]]))
+        data = ascend.read_blocks([3, 1])
+        assert data.shape == (2, 2, LLAMA.layer_count, 16, LLAMA.kv_head_count, LLAMA.head_dim)
+        ascend.forward(make_batch([(random_tokens(LLAMA, 19, seed=5), 0)], [[3, 1]]))
+        ascend.write_blocks([6, 2], data)
+        assert relative_error(ascend.forward(make_batch([(tokens[19:], 19)], [[6, 2]])), expected) < BOUND
+        with pytest.raises(ValueError, match=r"expected float16 \(1, 2, 2, 16, 3, 10\)"):
+            ascend.write_blocks([6], data)
 
 
 def test_any_thread_may_run_a_step(make_npu: MakeNpu) -> None:
