@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from model_zoo import random_weights
 
@@ -11,6 +13,7 @@ from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig
 
 
+@cache
 def make_predictor(
     config: ModelConfig, rank: int, bits: int, threshold: float, factors: WeightFormat = "q8"
 ) -> Predictor:

@@ -1,8 +1,8 @@
 """Causal attention over the KV block pool.
 
 Rows that are alone in their sequence, as in decoding, attend in one fused operator that reads blocks through their
-tables. Everything else, prompts and sliding windows above all, goes sequence by sequence: gather its blocks, two batched
-products and a softmax, with a mask that the host made.
+tables. Everything else, prompts and sliding windows above all, goes sequence by sequence: gather its blocks, two
+batched products and a softmax, with a mask that the host made.
 """
 
 from __future__ import annotations
