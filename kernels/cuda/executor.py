@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.errors import DeviceError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, Choice, FfnMode, Logits, NeuronCounts, check_batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
@@ -15,7 +16,7 @@ from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
 from svdengine.kernels.cuda.memory_plan import plan_memory
 from svdengine.kernels.cuda.plan import build_plan, place_predictor
-from svdengine.kernels.cuda.sampling import pack_choices
+from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
 from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
 from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, pack_inputs, workspace_bytes
 from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
@@ -57,6 +58,11 @@ class CudaExecutor:
         self.block_count, self.max_batch_rows = block_count, max_batch_rows
         self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
         self._config, self._closed = config, False
+        if config.vocab_size > MOST_TOKENS:
+            raise DeviceError(
+                f"the model has a vocabulary of {config.vocab_size} tokens, and at most {MOST_TOKENS} can be sampled"
+                " from on the GPU; use --device cpu"
+            )
         sizes = Sizes.of(config, max_batch_rows, self.context)
         self.kv_bytes_per_token = kv_bytes_per_token(config, kv_dtype)
         cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * block_count

@@ -17,7 +17,7 @@ from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.request import ContextLimit, Generation
 from svdengine.sampling import SamplingParams
 
-EACH = 3  # tokens of a request
+EACH = 2  # tokens of a request
 TOGETHER = 2  # of its requests run at once
 
 

@@ -296,6 +296,11 @@ def test_a_model_that_does_not_fit_says_by_how_much() -> None:
         CudaExecutor(LLAMA, arrays, formats, device=SimulatedDevice(memory=1 << 20), block_count=8)
 
 
+def test_a_vocabulary_that_sums_cannot_hold_is_refused(device: Any) -> None:
+    with pytest.raises(DeviceError, match="at most 524288"):
+        CudaExecutor(replace(LLAMA, vocab_size=524289), {}, {}, device=device, block_count=8)
+
+
 def test_a_batch_that_breaks_the_rules_is_refused(device: Any) -> None:
     with executors(device, LLAMA) as (cuda, _):
         good = vars(make_batch([([1, 2], 0)], [[0]]))
