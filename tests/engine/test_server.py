@@ -1,6 +1,7 @@
 """The HTTP server on loopback, asked by OpenAI's own client and by hand."""
 
 import concurrent.futures
+import importlib
 import json
 import os
 import signal
@@ -560,3 +561,10 @@ def test_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(svdengine.RequestError, match=message):
             read_api_keys(given, path)
+
+
+def test_a_missing_ray_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "svdengine.server.ray_app", raising=False)
+    with pytest.raises(svdengine.SvdEngineError, match=r'pip install "svdengine\[ray\]"'):
+        importlib.import_module("svdengine.server.ray_app")

@@ -1,0 +1,81 @@
+"""Several copies of the server behind one address, on one machine or a cluster, by Ray Serve. Extra `ray`.
+
+    serve run svdengine.server.ray_app:app model=/models/model.svdp replicas=2 threads=8
+
+Every replica is what `svdengine serve` runs, in a process of its own with its own KV cache; Ray Serve spreads requests
+over them, starts a replica again that died, and lets running answers end before it stops one. The model file must be
+at the same path on every machine. Arguments, beside `model`: replicas, threads (cores of a replica), device, ffn,
+predictor, context, kv_memory (bytes), name, max_requests (of a replica), api_key_file and host. API keys are also read
+from the environment of the replicas; the address on which Ray listens is Ray's own setting (`serve run` has it in its
+config file), and `host` only says here whether that is more than this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from svdengine.errors import RequestError, SvdEngineError
+from svdengine.server.settings import Settings, read_api_keys
+
+try:
+    from ray import serve
+except ImportError as error:
+    raise SvdEngineError('replicas need Ray Serve; run: pip install "svdengine[ray]"') from error
+
+_TEXTS = ("device", "ffn", "predictor")
+_NUMBERS = ("context", "kv_memory")  # with threads, which Ray is told of too
+_SPARE = 64  # requests of a replica that do not run the model, such as /health, or are told to come later
+
+
+def app(arguments: Mapping[str, Any]) -> serve.Application:
+    """The application for `serve run` and for Ray's config files. Raises RequestError on arguments that are no use."""
+    given = dict(arguments)
+    if "model" not in given:
+        raise RequestError("give the model file: model=/models/model.svdp")
+    model = str(given.pop("model"))
+    replicas = _number(given.pop("replicas", 1), "replicas")
+    options: dict[str, Any] = {name: str(given.pop(name)) for name in _TEXTS if name in given}
+    options |= {name: _number(given.pop(name), name) for name in (*_NUMBERS, "threads") if name in given}
+    key_file = given.pop("api_key_file", None)
+    settings = Settings(
+        name=str(given.pop("name", Path(model).stem)),
+        host=str(given.pop("host", "127.0.0.1")),
+        api_keys=read_api_keys((), Path(key_file) if key_file else None),
+        capacity=_number(given.pop("max_requests", 64), "max_requests"),
+    )
+    if given:
+        raise RequestError(f"{sorted(given)[0]!r} is no argument of this application")
+    return replicated(model, settings, replicas=replicas, options=options)
+
+
+def replicated(model: str, settings: Settings, *, replicas: int, options: Mapping[str, Any]) -> serve.Application:
+    """Replicas that each load the model with `options` of `svdengine.load`."""
+
+    def build() -> Any:  # in the replica's process, when it starts
+        from svdengine.llm import load
+        from svdengine.server.app import create_app
+        from svdengine.server.service import Service
+
+        return create_app(Service(load(model, **{"sequences": 2, **options}), settings))
+
+    deployment = serve.deployment(
+        serve.ingress(build)(),
+        name="svdengine",
+        num_replicas=replicas,
+        ray_actor_options={"num_cpus": options.get("threads", 1)},
+        max_ongoing_requests=settings.capacity + _SPARE,
+        graceful_shutdown_timeout_s=settings.drain_seconds,
+    )
+    return deployment.bind()
+
+
+def _number(value: Any, name: str) -> int:
+    try:
+        number = int(value)
+    except (TypeError, ValueError):
+        number = 0
+    if number < 1:
+        raise RequestError(f"{name} must be a whole number of at least 1, found {value!r}")
+    return number
