@@ -60,7 +60,8 @@ def decode_work(config: ModelConfig, context: int, sparsity: Sparsity | None = N
         _sparse_bytes(config, sparsity) if sparsity else sum(sizes.get(n, 0) for n in ("gate", "up", "down", "down_T"))
     )
     layer = _layer_launches(config) + (5 if sparsity else _dense_launches(config))
-    around = 4 + (config.embedding_scale != 1.0) + 2 * config.learned_positions + 2 * (config.rope is not None)
+    around = 5 + (config.embedding_scale != 1.0) + 2 * config.learned_positions + 2 * (config.rope is not None)
+    around += 0 if _sums_with_norms(config) else config.layer_count - 1  # the sum after the last layer is one of the 5
     return Work(head + config.layer_count * (attention + cached + ffn), around + config.layer_count * layer)
 
 
@@ -72,19 +73,23 @@ def _sparse_bytes(config: ModelConfig, sparsity: Sparsity) -> float:
     return predictor + _HALF * f * padded_columns(d) * (sparsity.predicted + others * sparsity.active)
 
 
+def _sums_with_norms(config: ModelConfig) -> bool:
+    """Whether one operator adds to the residual stream and makes the next norm."""
+    return config.norm == "rms" and config.residual_scale == 1.0
+
+
 def _layer_launches(config: ModelConfig) -> int:
-    """Of a layer without its FFN: norms, projections with biases, rope, two copies, attention, and two sums."""
+    """Of a layer without its FFN: norms, products with biases, rope, two copies, attention, and its sum."""
     norms = 1 if config.shared_norm else 2
     turns = 2 * config.qk_norm + 2 * (config.rope is not None)
-    projections = 4 + 3 * config.qkv_bias + config.output_bias
-    return norms + projections + turns + 2 + 1 + 2
+    products = 2 + config.qkv_bias + config.output_bias
+    return norms + products + turns + 2 + 1 + (config.parallel or not _sums_with_norms(config))
 
 
 def _dense_launches(config: ModelConfig) -> int:
     """Of a dense FFN: products with biases, activations, and their product."""
     activations = 1 + (config.activation == "relu2") + (config.activation == "drelu")
-    products = 3 if config.gated else 2
-    return products * (1 + config.ffn_bias) + activations + config.gated
+    return 2 * (1 + config.ffn_bias) + activations + config.gated
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

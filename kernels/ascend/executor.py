@@ -23,7 +23,7 @@ from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
 from svdengine.kernels.ascend.operator_calls import Action
-from svdengine.kernels.ascend.operators import needed_operators
+from svdengine.kernels.ascend.operators import add, needed_operators
 from svdengine.kernels.ascend.plan import build_plan, device_bytes
 from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, check_predictor, place_predictor, why_not
 from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
@@ -182,15 +182,17 @@ class AscendExecutor:
         path, rows = self.ffn_path(n), inputs.astype(np.float16)
         device.use()
         device.repeat = n <= _KEPT_ROWS
-        device.write(work.x, np.zeros((n, hidden), np.float16))
+        total = work.x[0].rows(0, n)
+        device.write(total, np.zeros((n, hidden), np.float16))
         device.write(work.inputs.sparsity_bias, np.full(n, sparsity_bias, np.float32))
         x = work.normed.rows(0, n)
         for index in range(layers):
             if inputs.ndim == 3 or index == 0:
                 device.synchronize()  # what is overwritten may still be read
                 device.write(x, rows[index] if inputs.ndim == 3 else rows)
-            run_ffn(self._state, self._placed, index, plan.layers[index], x, path)
-        found = device.read(work.x.rows(0, n)).astype(np.float32)
+            added = run_ffn(self._state, self._placed, index, plan.layers[index], x, path)
+            add(device, total, added, self._config.residual_scale)
+        found = device.read(total).astype(np.float32)
         self._count(n, layers, path)
         return found
 

@@ -6,8 +6,10 @@ and contiguous unless said otherwise.
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from svdengine.kernels.ascend.device import AscendDevice
-from svdengine.kernels.ascend.plan import HalfMatrix, Matrix, Norm, Projection
+from svdengine.kernels.ascend.plan import HalfMatrix, Matrix, Norm, Projection, Projections
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.formats import GROUP
 from svdengine.models import ModelConfig
@@ -23,6 +25,7 @@ def needed_operators(config: ModelConfig) -> tuple[str, ...]:
     names = ["aclnnMm", "aclnnBatchMatMul", "aclnnSoftmax", "aclnnEmbedding", "aclnnIndexSelect"]
     names += ["aclnnInplaceIndexCopy", "aclnnPermute", "aclnnInplaceAdd", "aclnnInplaceMul", "aclnnInplaceMuls"]
     names += ["aclnnRmsNorm"] if config.norm == "rms" or config.qk_norm else []
+    names += ["aclnnAddRmsNorm"] if config.norm == "rms" and config.residual_scale == 1.0 else []
     names += ["aclnnLayerNorm"] if config.norm == "layer" else []
     names += ["aclnnRotaryPositionEmbedding"] if config.rope is not None else []
     names += ["aclnnInplaceRelu"] if config.activation == "drelu" else []
@@ -49,6 +52,27 @@ def project(device: AscendDevice, projection: Projection, x: Tensor, y: Tensor, 
         add(device, y, projection.bias)
 
 
+def project_all(device: AscendDevice, projections: Projections, x: Tensor, flat: Tensor) -> list[Tensor]:
+    """The products (n, rows) of rows x (n, columns) with several matrices, each contiguous, in a flat tensor.
+
+    For one row they are one product, whose results lie side by side.
+    """
+    n, ends = x.shape[0], list(accumulate(rows_of(part.matrix) for part in projections.parts))
+    starts = [0, *ends[:-1]]
+    results = [flat.rows(n * a, n * (b - a)).reshape(n, b - a) for a, b in zip(starts, ends, strict=True)]
+    if n == 1 and projections.joined is not None:
+        project(device, projections.joined, x, flat.leading(ends[-1]).reshape(1, ends[-1]))
+        return results
+    for part, result in zip(projections.parts, results, strict=True):
+        project(device, part, x, result)
+    return results
+
+
+def rows_of(matrix: Matrix) -> int:
+    """Outputs of a product."""
+    return matrix.rows.shape[0] if isinstance(matrix, HalfMatrix) else matrix.weights.shape[1]
+
+
 def add(device: AscendDevice, to: Tensor, values: Tensor, factor: float = 1.0) -> None:
     """to += factor * values, whose shape may lack leading dimensions."""
     device.run("aclnnInplaceAdd", to, values, factor)
@@ -66,6 +90,27 @@ def normalize(device: AscendDevice, config: ModelConfig, norm: Norm, x: Tensor, 
         rms_norm(device, norm, config.norm_eps, x, inverse, y)
         return
     device.run("aclnnLayerNorm", x, x.shape[-1:], norm.weight, norm.bias, config.norm_eps, y, None, None)
+
+
+def add_and_normalize(
+    device: AscendDevice,
+    config: ModelConfig,
+    norm: Norm,
+    x: Tensor,
+    added: Tensor,
+    inverse: Tensor,
+    y: Tensor,
+    total: Tensor,
+) -> Tensor:
+    """y = the norm of x + residual_scale * added. Returns the sum: `total` where one operator does both, else x."""
+    if config.norm == "rms" and config.residual_scale == 1.0:
+        n = x.shape[0]
+        inverse = inverse.leading(n).reshape(n, 1)
+        device.run("aclnnAddRmsNorm", x, added, norm.weight, config.norm_eps, y, inverse, total)
+        return total
+    add(device, x, added, config.residual_scale)
+    normalize(device, config, norm, x, inverse, y)
+    return x
 
 
 def rms_norm(device: AscendDevice, norm: Norm, epsilon: float, x: Tensor, inverse: Tensor, y: Tensor) -> None:

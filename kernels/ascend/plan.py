@@ -6,8 +6,8 @@ are loaded. The FFN of a model whose neurons can be zero is float16 always: its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +30,6 @@ class HalfMatrix:
 
     rows: Tensor  # (rows, columns), of a storage that may have wider rows
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of its memory."""
-        return self.rows.storage * 2
-
 
 @dataclass(frozen=True)
 class QuantisedMatrix:
@@ -53,6 +48,14 @@ class Projection:
 
     matrix: Matrix
     bias: Tensor | None  # (rows,) float16
+
+
+@dataclass(frozen=True)
+class Projections:
+    """Products of the same rows with several matrices."""
+
+    parts: tuple[Projection, ...]
+    joined: Projection | None  # all as one, of which the parts are rows; None where they are quantised
 
 
 @dataclass(frozen=True)
@@ -81,14 +84,11 @@ class LayerPlan:
 
     attention_norm: Norm
     ffn_norm: Norm | None  # None where attention and FFN share a norm
-    q: Projection
-    k: Projection
-    v: Projection
+    qkv: Projections
     q_norm: Norm | None
     k_norm: Norm | None
     o: Projection
-    gate: Projection | None
-    up: Projection
+    gate_up: Projections  # gate and up, or up alone
     down: Projection  # its matrix is (ffn, hidden) where the model's neurons can be zero, else (hidden, ffn)
     sparse: SparseRows | None
     window: int  # a token sees itself and the window - 1 before it; 0: all
@@ -207,43 +207,57 @@ class _Builder:
         """All weights of a layer."""
         config = self.config
         windowed = config.sliding_window and index in config.sliding_window_layers
-        gate = self.projection("gate", index) if config.gated else None
-        up = self.projection("up", index)
+        gate_up = self.projections(("gate", "up") if config.gated else ("up",), index)
         down = Projection(
             self.matrix("down_T" if config.sparse_ffn else "down", index), self.vector("down.bias", index)
         )
         return LayerPlan(
             attention_norm=self.norm("attention_norm", index),
             ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
-            q=self.projection("q", index),
-            k=self.projection("k", index),
-            v=self.projection("v", index),
+            qkv=self.projections(("q", "k", "v"), index),
             q_norm=self.norm("q_norm", index) if config.qk_norm else None,
             k_norm=self.norm("k_norm", index) if config.qk_norm else None,
             o=self.projection("o", index),
-            gate=gate,
-            up=up,
+            gate_up=gate_up,
             down=down,
-            sparse=self.sparse_rows(index, gate, up, down) if config.sparse_ffn else None,
+            sparse=self.sparse_rows(index, gate_up, down) if config.sparse_ffn else None,
             window=config.sliding_window if windowed else 0,
         )
 
-    def sparse_rows(self, index: int, gate: Projection | None, up: Projection, down: Projection) -> SparseRows:
+    def sparse_rows(self, index: int, gate_up: Projections, down: Projection) -> SparseRows:
         """The FFN as our kernels take it: the same matrices, whole rows."""
-        first, second = (up, None) if gate is None else (gate, up)
-        first_bias, second_bias = ("up.bias", None) if gate is None else ("gate.bias", "up.bias")
+        names = ("gate.bias", "up.bias") if self.config.gated else ("up.bias",)
+        rows, biases = [_padded(part) for part in gate_up.parts], [self.float_vector(name, index) for name in names]
         return SparseRows(
-            gate=_padded(first),
-            up=None if second is None else _padded(second),
+            gate=rows[0],
+            up=rows[1] if self.config.gated else None,
             down=_padded(down),
-            gate_bias=self.float_vector(first_bias, index),
-            up_bias=None if second_bias is None else self.float_vector(second_bias, index),
+            gate_bias=biases[0],
+            up_bias=biases[1] if self.config.gated else None,
             down_bias=self.float_vector("down.bias", index),
         )
 
     def projection(self, name: str, layer: int) -> Projection:
         """A matrix with its bias."""
         return Projection(self.matrix(name, layer), self.vector(f"{name}.bias", layer))
+
+    def projections(self, names: Sequence[str], layer: int) -> Projections:
+        """Matrices that read the same rows: where all are float16, one below the other in one storage."""
+        if any(stays_quantised(self.config, name, self.formats) for name in names):
+            return Projections(tuple(self.projection(name, layer) for name in names), None)
+        dense = [self.half_rows(name, layer) for name in names]
+        rows = self.device.upload(np.concatenate(dense)).columns(self.columns[names[0]])
+        bias = None
+        if f"{names[0]}.bias" in self.arrays:
+            biases = [to_half(self.part(f"{name}.bias", layer), name) for name in names]
+            bias = self.device.upload(np.concatenate(biases))
+        parts, first = [], 0
+        for matrix in dense:
+            count = len(matrix)
+            part = None if bias is None else bias.rows(first, count)
+            parts.append(Projection(HalfMatrix(rows.rows(first, count)), part))
+            first += count
+        return Projections(tuple(parts), Projection(HalfMatrix(rows), bias))
 
     def matrix(self, name: str, layer: int | None) -> Matrix:
         """A matrix in the form that it has on the device."""
@@ -257,12 +271,16 @@ class _Builder:
         )
 
     def half(self, name: str, layer: int | None) -> HalfMatrix:
-        """A matrix in float16, of any format. Rows of the FFN are padded where our kernels read them."""
+        """A matrix in float16, of any format."""
+        return HalfMatrix(self.device.upload(self.half_rows(name, layer)).columns(self.columns[name]))
+
+    def half_rows(self, name: str, layer: int | None) -> NDArray[np.float16]:
+        """Its rows on the host, those of the FFN padded where our kernels read them."""
         columns = self.columns[name]
         dense = to_half(dequantize(self.parts(name, layer), self.formats[name], columns), name)
         if self.config.sparse_ffn and name in ("gate", "up", "down_T"):
             dense = np.pad(dense, ((0, 0), (0, padded_columns(columns) - columns)))
-        return HalfMatrix(self.device.upload(dense).columns(columns))
+        return dense
 
     def norm(self, name: str, layer: int | None) -> Norm:
         """A norm's weight and bias."""
@@ -299,4 +317,4 @@ def _padded(projection: Projection) -> Tensor:
     """The rows of a float16 matrix with their padding."""
     assert isinstance(projection.matrix, HalfMatrix)
     rows = projection.matrix.rows
-    return Tensor(rows.address, rows.dtype, rows.storage, (rows.shape[0], rows.strides[0]), rows.strides)
+    return replace(rows, shape=(rows.shape[0], rows.strides[0]))

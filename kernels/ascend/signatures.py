@@ -2,7 +2,7 @@
 
 Sources: `acl_meta.h` and the headers of `aclnnop/` of CANN 8.1.RC1, and the operator documents of the repositories
 cann/ops-nn, ops-math and ops-transformer (aclnnMm, aclnnBatchMatMul, aclnnWeightQuantBatchMatmulV2, aclnnRmsNorm,
-aclnnLayerNorm, aclnnRotaryPositionEmbedding, aclnnIncreFlashAttentionV4, aclnnSoftmax, aclnnEmbedding,
+aclnnAddRmsNorm, aclnnLayerNorm, aclnnRotaryPositionEmbedding, aclnnIncreFlashAttentionV4, aclnnSoftmax, aclnnEmbedding,
 aclnnIndexSelect, aclnnIndexCopy&aclnnInplaceIndexCopy, aclnnPermute, aclnnAdd&aclnnInplaceAdd,
 aclnnMul&aclnnInplaceMul, aclnnMuls, aclnnRelu&aclnnInplaceRelu, aclnnThreshold, aclnnSilu,
 aclnnGeluV2). An operator is two functions:
@@ -64,6 +64,8 @@ OPERATORS: dict[str, str] = {
     # x, weight, scale, offset, output scale, output offset, bias, group size, y
     "aclnnWeightQuantBatchMatmulV2": "tensor tensor tensor tensor tensor tensor tensor int tensor",
     "aclnnRmsNorm": "tensor tensor double tensor tensor",  # x, gamma, epsilon, y, 1 / rms
+    # x1, x2, gamma, epsilon, y, 1 / rms, x1 + x2
+    "aclnnAddRmsNorm": "tensor tensor tensor double tensor tensor tensor",
     # input, normalised shape, weight, bias, epsilon, out, mean, 1 / deviation
     "aclnnLayerNorm": "tensor integers tensor tensor double tensor tensor tensor",
     "aclnnRotaryPositionEmbedding": "tensor tensor tensor int64 tensor",  # x, cos, sin, mode, out

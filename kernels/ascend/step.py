@@ -11,11 +11,13 @@ from svdengine.kernels.ascend.kv_cache import KvCache
 from svdengine.kernels.ascend.operators import (
     activate,
     add,
+    add_and_normalize,
     gather,
     look_up,
     multiply,
     normalize,
     project,
+    project_all,
     put,
     rms_norm,
     rotate,
@@ -61,30 +63,23 @@ class State:
 
 def run_step(state: State, predictor: PlacedPredictor | None, shape: Shape, keep: Keep | None = None) -> None:
     """Start a step on the batch in the workspace. It leaves the logits of the wanted rows in work.logits."""
-    device, plan, work, n = state.device, state.plan, state.work, shape.n
-    config, inputs = plan.config, work.inputs
-    x, positions = work.x.rows(0, n), inputs.positions.leading(n)
-    look_up(device, plan.embedding, inputs.tokens.leading(n), x)
-    scale(device, x, config.embedding_scale)
-    if plan.positions is not None:
-        look_up(device, plan.positions, positions, work.added.rows(0, n))
-        add(device, x, work.added.rows(0, n))
-    if plan.cos is not None and plan.sin is not None:
-        look_up(device, plan.cos, positions, work.cos.rows(0, n))
-        look_up(device, plan.sin, positions, work.sin.rows(0, n))
+    device, plan, work = state.device, state.plan, state.work
+    x = _embed(state, shape.n)
+    added = None  # what the residual stream lacks still: the sum is made with the norm that comes next
     for index, layer in enumerate(plan.layers):
-        _run_layer(state, predictor, index, layer, shape, keep)
-    if shape.wanted:
+        x, added = _run_layer(state, predictor, index, layer, shape, x, added, keep)
+    if shape.wanted and added is not None:
+        add(device, x, added, plan.config.residual_scale)
         wanted, normed = work.wanted.rows(0, shape.wanted), work.normed.rows(0, shape.wanted)
-        gather(device, x, inputs.logit_rows.leading(shape.wanted), wanted)
-        normalize(device, config, plan.output_norm, wanted, work.inverse, normed)
+        gather(device, x, work.inputs.logit_rows.leading(shape.wanted), wanted)
+        normalize(device, plan.config, plan.output_norm, wanted, work.inverse, normed)
         multiply(device, plan.lm_head, normed, work.logits.rows(0, shape.wanted))
 
 
 def run_ffn(
     state: State, predictor: PlacedPredictor | None, index: int, layer: LayerPlan, x: Tensor, path: FfnPath
-) -> None:
-    """work.x += FFN(x) of rows x (n, hidden)."""
+) -> Tensor:
+    """The FFN of rows x (n, hidden), in work.added."""
     device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
     added = work.added.rows(0, n)
     if path != "dense" and state.sparse is not None and layer.sparse is not None:
@@ -93,35 +88,69 @@ def run_ffn(
         sparse_ffn(device, config, state.sparse, layer.sparse, predicting, index, x, bias, added)
     else:
         _dense_ffn(state, layer, x, added)
-    add(device, work.x.rows(0, n), added, config.residual_scale)
+    return added
+
+
+def _embed(state: State, n: int) -> Tensor:
+    """The residual stream (n, hidden) of the tokens; rope's angles of their positions are looked up too."""
+    device, plan, work = state.device, state.plan, state.work
+    x, positions = work.x[0].rows(0, n), work.inputs.positions.leading(n)
+    look_up(device, plan.embedding, work.inputs.tokens.leading(n), x)
+    scale(device, x, plan.config.embedding_scale)
+    if plan.positions is not None:
+        look_up(device, plan.positions, positions, work.added.rows(0, n))
+        add(device, x, work.added.rows(0, n))
+    if plan.cos is not None and plan.sin is not None:
+        look_up(device, plan.cos, positions, work.cos.rows(0, n))
+        look_up(device, plan.sin, positions, work.sin.rows(0, n))
+    return x
 
 
 def _run_layer(
-    state: State, predictor: PlacedPredictor | None, index: int, layer: LayerPlan, shape: Shape, keep: Keep | None
-) -> None:
-    """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
+    state: State,
+    predictor: PlacedPredictor | None,
+    index: int,
+    layer: LayerPlan,
+    shape: Shape,
+    x: Tensor,
+    added: Tensor | None,
+    keep: Keep | None,
+) -> tuple[Tensor, Tensor]:
+    """One layer, from the residual stream x, to which `added` is still to be added, to the next such pair.
+
+    x += attention(norm(x)); x += ffn(norm(x)); or both from the same x.
+    """
     device, config, work, n = state.device, state.plan.config, state.work, shape.n
-    x, normed, added = work.x.rows(0, n), work.normed.rows(0, n), work.added.rows(0, n)
-    normalize(device, config, layer.attention_norm, x, work.inverse, normed)
+    normed = work.normed.rows(0, n)
+    x = _normalize_sum(state, layer.attention_norm, x, added, normed)
     read = normed
     if config.parallel and layer.ffn_norm is not None:
         read = work.second.rows(0, n)
         normalize(device, config, layer.ffn_norm, x, work.inverse, read)
-    _attention(state, index, layer, shape, normed, added)
-    add(device, x, added, config.residual_scale)
-    if not config.parallel and layer.ffn_norm is not None:
-        normalize(device, config, layer.ffn_norm, x, work.inverse, read)
+    attended = _attention(state, index, layer, normed)
+    if config.parallel or layer.ffn_norm is None:
+        add(device, x, attended, config.residual_scale)
+    else:
+        x = _normalize_sum(state, layer.ffn_norm, x, attended, read)
     if keep is not None:
         keep(index, read)
-    run_ffn(state, predictor, index, layer, read, shape.ffn)
+    return x, run_ffn(state, predictor, index, layer, read, shape.ffn)
 
 
-def _attention(state: State, index: int, layer: LayerPlan, shape: Shape, x: Tensor, out: Tensor) -> None:
-    """out (n, hidden) = attention of the normed rows x, whose keys and values are cached first."""
-    device, config, work, n = state.device, state.plan.config, state.work, shape.n
-    q, k, v = work.q.rows(0, n), work.k.rows(0, n), work.v.rows(0, n)
-    for projection, rows in ((layer.q, q), (layer.k, k), (layer.v, v)):
-        project(device, projection, x, rows)
+def _normalize_sum(state: State, norm: Norm, x: Tensor, added: Tensor | None, y: Tensor) -> Tensor:
+    """y = the norm of the residual stream, after what is still to be added to it; returns the stream."""
+    device, config, work = state.device, state.plan.config, state.work
+    if added is None:
+        normalize(device, config, norm, x, work.inverse, y)
+        return x
+    other = next(buffer for buffer in work.x if buffer.address != x.address).rows(0, x.shape[0])
+    return add_and_normalize(device, config, norm, x, added, work.inverse, y, other)
+
+
+def _attention(state: State, index: int, layer: LayerPlan, x: Tensor) -> Tensor:
+    """Attention of the normed rows x, whose keys and values are cached first, (n, hidden) in work.added."""
+    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    q, k, v = project_all(device, layer.qkv, x, work.qkv)
     q = _turn(state, layer.q_norm, config.head_count, q, work.turned_q.rows(0, n))
     k = _turn(state, layer.k_norm, config.kv_head_count, k, work.turned_k.rows(0, n))
 
@@ -131,7 +160,9 @@ def _attention(state: State, index: int, layer: LayerPlan, shape: Shape, x: Tens
         put(device, rows, slots, cached.reshape(cached.shape[0] * BLOCK_SIZE, rows.shape[1]))
     current, window, fused = state.current, layer.window, state.fused
     device.vary(lambda: attend(device, config, work, current.attending, q, keys, values, window, fused))
+    out = work.added.rows(0, n)
     project(device, layer.o, work.attended.rows(0, n), out)
+    return out
 
 
 def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor) -> Tensor:
@@ -150,16 +181,11 @@ def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor)
 def _dense_ffn(state: State, layer: LayerPlan, x: Tensor, out: Tensor) -> None:
     """out (n, hidden) = the FFN of rows x, every neuron."""
     device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
-    first, second = work.gate.rows(0, n), work.up.rows(0, n)
-    if layer.gate is None:
-        project(device, layer.up, x, first)
-        activate(device, config.activation, config.activation_threshold, first, second)
-        project(device, layer.down, second, out, turned=config.sparse_ffn)
-        return
-    project(device, layer.gate, x, first)
-    activate(device, config.activation, config.activation_threshold, first, second)
-    project(device, layer.up, x, first)
-    if config.activation == "drelu":
-        device.run("aclnnInplaceRelu", first)
-    device.run("aclnnInplaceMul", second, first)
-    project(device, layer.down, second, out, turned=config.sparse_ffn)
+    hidden = work.hidden.rows(0, n)
+    first, *up = project_all(device, layer.gate_up, x, work.gate_up)
+    activate(device, config.activation, config.activation_threshold, first, hidden)
+    for factor in up:
+        if config.activation == "drelu":
+            device.run("aclnnInplaceRelu", factor)
+        device.run("aclnnInplaceMul", hidden, factor)
+    project(device, layer.down, hidden, out, turned=config.sparse_ffn)

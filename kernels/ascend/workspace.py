@@ -36,21 +36,19 @@ class Workspace:
     rows: int
     blocks: int  # of a sequence's table
     inputs: Inputs
-    x: Tensor  # (rows, hidden): the residual stream
+    x: tuple[Tensor, Tensor]  # (rows, hidden): the residual stream, in one or the other
     normed: Tensor  # (rows, hidden)
     second: Tensor  # (rows, hidden): what the FFN reads, where it has a norm of its own in a parallel layer
     added: Tensor  # (rows, hidden): what attention or FFN adds to the stream
     inverse: Tensor  # (rows * heads,) float32: 1 / rms, which RMSNorm gives besides
-    q: Tensor  # (rows, heads * head_dim)
-    k: Tensor  # (rows, kv heads * head_dim)
-    v: Tensor
-    turned_q: Tensor  # like q, after norm or rope
-    turned_k: Tensor
+    qkv: Tensor  # (rows * (heads + 2 kv heads) * head_dim,)
+    turned_q: Tensor  # (rows, heads * head_dim), after norm or rope
+    turned_k: Tensor  # (rows, kv heads * head_dim)
     attended: Tensor  # (rows, heads * head_dim)
     cos: Tensor  # (rows, head_dim)
     sin: Tensor
-    gate: Tensor  # (rows, ffn)
-    up: Tensor  # (rows, ffn)
+    gate_up: Tensor  # (rows * 2 ffn,)
+    hidden: Tensor  # (rows, ffn): activations
     wanted: Tensor  # (rows, hidden): rows with logits
     logits: Tensor  # (rows, vocabulary)
     gathered_k: Tensor  # (blocks * BLOCK_SIZE * kv heads * head_dim,): one sequence
@@ -77,7 +75,7 @@ def mask_piece(rows: int, length: int) -> int:
 def workspace_bytes(config: ModelConfig, rows: int, context: int) -> int:
     """About the bytes of `allocate_workspace`."""
     heads, kv = config.head_count * config.head_dim, config.kv_head_count * config.head_dim
-    per_row = 5 * config.hidden_size + 5 * heads + 4 * kv + 2 * config.ffn_size + config.vocab_size + 2 * context
+    per_row = 6 * config.hidden_size + 5 * heads + 4 * kv + 3 * config.ffn_size + config.vocab_size + 2 * context
     return 2 * (rows * per_row + 4 * (context + BLOCK_SIZE) * kv + 2 * _score_items(config, rows, context))
 
 
@@ -96,21 +94,19 @@ def allocate_workspace(device: AscendDevice, config: ModelConfig, rows: int, con
         rows=rows,
         blocks=blocks,
         inputs=_allocate_inputs(device, rows, blocks),
-        x=half(rows, d),
+        x=(half(rows, d), half(rows, d)),
         normed=half(rows, d),
         second=half(rows, d),
         added=half(rows, d),
         inverse=device.empty((rows * max(config.head_count, 1),), np.float32),
-        q=half(rows, heads),
-        k=half(rows, kv),
-        v=half(rows, kv),
+        qkv=half(rows * (heads + 2 * kv)),
         turned_q=half(rows, heads),
         turned_k=half(rows, kv),
         attended=half(rows, heads),
         cos=half(rows, head),
         sin=half(rows, head),
-        gate=half(rows, f),
-        up=half(rows, f),
+        gate_up=half(rows * 2 * f),
+        hidden=half(rows, f),
         wanted=half(rows, d),
         logits=half(rows, config.vocab_size),
         gathered_k=half(sequence),

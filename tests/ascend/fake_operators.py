@@ -62,6 +62,13 @@ def rms_norm(x: Array, gamma: Array, epsilon: float, y: Array, inverse: Array) -
     y[...] = wide * inverse * gamma.astype(np.float32)
 
 
+def add_rms_norm(x: Array, other: Array, gamma: Array, epsilon: float, y: Array, inverse: Array, total: Array) -> None:
+    _half(x, other, total)
+    need(x.shape == other.shape == total.shape, f"AddRmsNorm: {x.shape} and {other.shape}")
+    total[...] = x.astype(np.float32) + other.astype(np.float32)
+    rms_norm(total, gamma, epsilon, y, inverse)
+
+
 def layer_norm(
     x: Array, shape: Sequence[int], weight: Array, bias: Array, epsilon: float, y: Array, mean: None, deviation: None
 ) -> None:
@@ -178,6 +185,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "aclnnBatchMatMul": batch_mat_mul,
     "aclnnWeightQuantBatchMatmulV2": weight_quant_batch_matmul,
     "aclnnRmsNorm": rms_norm,
+    "aclnnAddRmsNorm": add_rms_norm,
     "aclnnLayerNorm": layer_norm,
     "aclnnRotaryPositionEmbedding": rotary_position_embedding,
     "aclnnIncreFlashAttentionV4": incre_flash_attention,
@@ -197,7 +205,7 @@ OPERATORS: dict[str, Callable[..., None]] = {
 }
 
 # Those that work in the memory of their first argument; all others write the last tensors, which no input overlaps.
-OUTPUTS: dict[str, int] = {"aclnnRmsNorm": 2}  # how many; by default one
+OUTPUTS: dict[str, int] = {"aclnnRmsNorm": 2, "aclnnAddRmsNorm": 3}  # how many; by default one
 
 
 def _half(*arrays: Array) -> None:

@@ -60,6 +60,9 @@ CASES: dict[str, list[Any]] = {
         None, None, None, None, 32, empty(3, 96),
     ],
     "aclnnRmsNorm": [half(3, 256), half(256), 1e-5, empty(3, 256), np.zeros((3, 1), np.float32)],
+    "aclnnAddRmsNorm": [
+        half(3, 256), half(3, 256), half(256), 1e-5, empty(3, 256), np.zeros((3, 1), np.float32), empty(3, 256),
+    ],
     "aclnnLayerNorm": [half(3, 256), (256,), half(256), half(256), 1e-5, empty(3, 256), None, None],
     "aclnnRotaryPositionEmbedding": [half(1, 3, 4, 64), *angles(3, 64), 0, empty(1, 3, 4, 64)],
     "aclnnIncreFlashAttentionV4": [
