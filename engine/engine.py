@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from svdengine.prefix_cache import PrefixCache
 from svdengine.request import Request
 from svdengine.scheduler import PREFILL_ROWS, Chunk, Scheduler, Step
 from svdengine.sequence import Sequence
+from svdengine.speculation import Speculation
 
 
 @dataclass(frozen=True)
@@ -33,11 +35,22 @@ class Outputs:
 class Engine:
     """Runs all requests together, one step at a time. It has no lock: callers take turns."""
 
-    def __init__(self, executor: Executor, *, prefix_caching: bool = True, prefill_rows: int = PREFILL_ROWS) -> None:
+    def __init__(
+        self,
+        executor: Executor,
+        *,
+        prefix_caching: bool = True,
+        prefill_rows: int = PREFILL_ROWS,
+        speculation: Speculation | None = None,
+    ) -> None:
+        """`speculation`: decides on drafted tokens; None: there are none."""
         self.executor = executor
         self.pool = BlockPool(executor.block_count)
         self.prefix_cache = PrefixCache(self.pool, enabled=prefix_caching)
-        self.scheduler = Scheduler(self.pool, executor.max_batch_rows, self.prefix_cache, prefill_rows)
+        self._speculation = speculation
+        self.scheduler = Scheduler(
+            self.pool, executor.max_batch_rows, self.prefix_cache, prefill_rows, self._speculation
+        )
         self._requests: dict[Sequence, Request] = {}
         self._steps: Counter[FfnPath] = Counter()
         self._rows: Counter[FfnPath] = Counter()
@@ -52,17 +65,20 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return
-        before = self.executor.neuron_counts()
+        before, begin = self.executor.neuron_counts(), time.perf_counter()
         try:
             outputs = self._forward(step)
         except BaseException as error:
             self._fail_all(error)
             raise
+        decoding = all(chunk.sequence.pending == 1 for chunk in step.chunks)
         self.scheduler.advance(step)
         path = self.executor.ffn_path(len(step.batch.tokens))
         self._steps[path] += 1
         self._rows[path] += len(step.batch.tokens)
         self.postprocess(step, outputs, since(before, self.executor.neuron_counts()))
+        if self._speculation is not None and decoding:
+            self._speculation.costs.note(len(step.batch.tokens), time.perf_counter() - begin)
 
     def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts) -> None:
         """Hand each request its token or its rows of the logits, and the neurons of the whole step."""
@@ -88,6 +104,8 @@ class Engine:
             prompt_tokens=scheduler.prompt_tokens,
             prefix_hit_tokens=scheduler.prefix_hit_tokens,
             generated_tokens=scheduler.generated_tokens,
+            drafted_tokens=self._speculation.drafted_tokens if self._speculation else 0,
+            accepted_tokens=self._speculation.accepted_tokens if self._speculation else 0,
             preemptions=scheduler.preemptions,
             waiting=scheduler.waiting_count,
             running=scheduler.running_count,
@@ -131,6 +149,8 @@ class Engine:
         try:
             if accept():
                 self.scheduler.shift(request.sequence, request.keep)
+            else:
+                self.scheduler.confirm(request.sequence)
             if not request.done:
                 self.scheduler.check_length(request.sequence)
         except Exception as error:

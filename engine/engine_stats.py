@@ -17,6 +17,8 @@ class EngineStats:
     prompt_tokens: int  # tokens read in prompts, with those that were read again after a preemption
     prefix_hit_tokens: int  # tokens that were not read, because the KV cache had them
     generated_tokens: int
+    drafted_tokens: int  # rows of tokens that might come next, with speculative decoding
+    accepted_tokens: int  # of them, those that came
     preemptions: int  # sequences sent back to the queue because KV blocks ran out, or the FFN's path changed
     waiting: int  # sequences in the queue
     running: int  # sequences that have KV blocks

@@ -32,6 +32,7 @@ from svdengine.residency import arrange_memory
 from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
 from svdengine.scheduler import PREFILL_ROWS
 from svdengine.sequence import blocks_for
+from svdengine.speculation import Speculation
 from svdengine.stream_decoder import StreamDecoder
 from svdengine.text_stream import TextStream
 from svdengine.tokenizer import Tokenizer
@@ -54,6 +55,7 @@ def load(
     kv_memory: int | None = None,
     sequences: int = 1,
     prefill_rows: int = PREFILL_ROWS,
+    speculative: bool = False,
     gpu_memory: int | None = None,
     mlock: bool = False,
     prefetch: bool = False,
@@ -65,9 +67,10 @@ def load(
     may take. kv_dtype: f16 or f32. gpu_memory: bytes of a GPU's memory for all of this, by default what is free; FFN
     weights that do not fit stay in the host's. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a
     predictor comes from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads
-    while others decode: more read prompts faster, fewer let the others wait less for each token. prefetch: read the
-    weights into memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or
-    RequestError, saying what was found and what to do.
+    while others decode: more read prompts faster, fewer let the others wait less for each token. speculative: let steps
+    try tokens that followed the same ones before, where that is measured to be faster. prefetch: read the weights into
+    memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or RequestError, saying what
+    was found and what to do.
     """
     mode = check_ffn(ffn)
     if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
@@ -96,7 +99,15 @@ def load(
         )
         if not fits and executor.name != "cuda":  # a GPU has its own copy of the weights
             executor = PagedExecutor(executor, model_file)
-        return LLM(model_file, executor, context=limit, kv_dtype=kv_dtype, predictor=found, prefill_rows=prefill_rows)
+        return LLM(
+            model_file,
+            executor,
+            context=limit,
+            kv_dtype=kv_dtype,
+            predictor=found,
+            prefill_rows=prefill_rows,
+            speculative=speculative,
+        )
     except BaseException:
         model_file.close()
         raise
@@ -117,6 +128,7 @@ class LLM:
         kv_dtype: KvDtype = "f16",
         predictor: Predictor | None = None,
         prefill_rows: int = PREFILL_ROWS,
+        speculative: bool = False,
     ) -> None:
         self.model_file = model_file
         self.predictor = predictor
@@ -124,7 +136,7 @@ class LLM:
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
-        self._engine = Engine(executor, prefill_rows=prefill_rows)
+        self._engine = Engine(executor, prefill_rows=prefill_rows, speculation=Speculation() if speculative else None)
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None

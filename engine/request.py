@@ -78,7 +78,12 @@ class Generation:
         constraint: Constraint | None = None,
     ) -> None:
         _check_tokens(prompt, vocab_size)
-        self.sequence = Sequence(_fit(prompt, limit), sparsity_bias=params.sparsity_bias, priority=params.priority)
+        self.sequence = Sequence(
+            _fit(prompt, limit),
+            sparsity_bias=params.sparsity_bias,
+            priority=params.priority,
+            most_tokens=limit.tokens,
+        )
         self.params = params
         self.pieces: deque[str] = deque()  # text that nobody has fetched yet
         self.token_ids: list[int] = []
@@ -117,12 +122,19 @@ class Generation:
         return None if self.params.logprobs is not None else self._sampler.choice()
 
     def accept(self, logits: Logits) -> bool:
-        """Sample the next token; true when the context is full and has to be shifted."""
-        row = logits[-1]
-        token = self._sampler.sample(row)
-        if self.params.logprobs is not None:
-            self.logprobs.append(token_logprobs(row, token, self.params.logprobs))
-        return self._take(token)
+        """Sample the next token, and those after it while they are as drafted, each from its row of the logits.
+
+        True when the context is full and has to be shifted.
+        """
+        full = False
+        for row, drafted in zip(logits, [*self.sequence.draft, None], strict=True):
+            token = self._sampler.sample(row)
+            if self.params.logprobs is not None:
+                self.logprobs.append(token_logprobs(row, token, self.params.logprobs))
+            full = self._take(token)
+            if full or self.done or token != drafted:
+                break
+        return full
 
     def accept_token(self, token: int) -> bool:
         """Take the token that an executor chose, as `choice` said. Raises SvdEngineError where it found none."""

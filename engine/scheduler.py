@@ -14,17 +14,19 @@ from svdengine.errors import ContextOverflowError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.prefix_cache import PrefixCache
 from svdengine.sequence import Sequence, blocks_for
+from svdengine.speculation import Speculation
 
 PREFILL_ROWS = 64  # of a step in which others decode: what bounds the time between their tokens
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The next `rows` pending tokens of a sequence, and how many of their last rows need logits."""
+    """The next `rows` tokens of a sequence, pending or drafted, and how many of their last rows need logits."""
 
     sequence: Sequence
     rows: int
     logit_rows: int
+    drafted: int = 0  # of the rows, those whose tokens may be wrong
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,11 @@ class Scheduler:
         max_batch_rows: int,
         prefix_cache: PrefixCache | None = None,
         prefill_rows: int = PREFILL_ROWS,
+        speculation: Speculation | None = None,
     ) -> None:
         self.pool = pool
         self.prefix_cache = PrefixCache(pool, enabled=False) if prefix_cache is None else prefix_cache
+        self.speculation = speculation
         self.preemptions = 0  # so far
         self.prefix_hit_tokens = 0  # so far; tokens that did not have to be computed
         self.prompt_tokens = 0  # so far; computed in chunks of prompts
@@ -110,7 +114,8 @@ class Scheduler:
         plan = self._share_rows()
         if not plan:
             return None
-        chunks = tuple(Chunk(s, rows, _logit_rows(s, rows)) for s, rows in plan.items())
+        self._draft(plan)
+        chunks = tuple(Chunk(s, rows + len(s.draft), _logit_rows(s, rows), len(s.draft)) for s, rows in plan.items())
         return Step(build_batch(chunks), chunks)
 
     def advance(self, step: Step) -> None:
@@ -118,8 +123,17 @@ class Scheduler:
         for chunk in step.chunks:
             self.prompt_tokens += chunk.rows if chunk.sequence.pending > 1 else 0
             self.generated_tokens += 1 if chunk.logit_rows and not chunk.sequence.all_logits else 0
-            chunk.sequence.cached += chunk.rows
+            chunk.sequence.cached += chunk.rows - chunk.drafted
             self.prefix_cache.register(chunk.sequence)
+
+    def confirm(self, sequence: Sequence) -> None:
+        """Note the tokens that a sequence was given by a step with drafts: all but the last one were computed."""
+        if self.speculation is None or sequence.all_logits:
+            return
+        self.speculation.note(sequence)
+        self.generated_tokens += sequence.pending - 1
+        sequence.cached = len(sequence) - 1
+        self.prefix_cache.register(sequence)
 
     def finish(self, sequence: Sequence) -> None:
         """Take out a sequence, whatever state it is in, and free its blocks; the prefix cache knows what they hold."""
@@ -187,6 +201,22 @@ class Scheduler:
         budget = self._max_rows - len(decoding)
         return dict.fromkeys(decoding, 1) | _prefill(prompts, min(budget, self._prefill_rows) if decoding else budget)
 
+    def _draft(self, plan: dict[Sequence, int]) -> None:
+        """Choose what a step tries beyond pending tokens: only where all decode, and blocks are at hand."""
+        budget = self._max_rows - sum(plan.values())
+        alone = all(sequence.pending == 1 for sequence in plan)
+        for sequence in plan:
+            sequence.draft = []
+            if self.speculation is None or not alone or sequence.all_logits:
+                continue
+            draft = self.speculation.draft(sequence, len(plan))[:budget]
+            if sequence.most_tokens is not None:
+                draft = draft[: sequence.most_tokens - len(sequence)]
+            if blocks_for(len(sequence) + len(draft)) > len(sequence.block_table) and self.pool.blank_count:
+                sequence.block_table += self.prefix_cache.allocate(1)
+            sequence.draft = draft[: len(sequence.block_table) * BLOCK_SIZE - len(sequence)]
+            budget -= len(sequence.draft)
+
     def _preempt(self, sequence: Sequence) -> None:
         self.finish(sequence)
         insort(self._waiting, sequence, key=_order)
@@ -210,9 +240,10 @@ def _prefill(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
 
 
 def _logit_rows(sequence: Sequence, rows: int) -> int:
+    """Of a chunk of `rows` pending tokens, and its drafted ones."""
     if sequence.all_logits:
         return rows
-    return 1 if rows == sequence.pending else 0
+    return 1 + len(sequence.draft) if rows == sequence.pending else 0
 
 
 def build_batch(chunks: Items[Chunk]) -> Batch:
@@ -228,7 +259,7 @@ def build_batch(chunks: Items[Chunk]) -> Batch:
     for i, chunk in enumerate(chunks):
         first, end = chunk.sequence.cached, chunk.sequence.cached + chunk.rows
         stop = start + chunk.rows
-        tokens[start:stop] = chunk.sequence.tokens[first:end]
+        tokens[start:stop] = (chunk.sequence.tokens[first:end] + chunk.sequence.draft)[: chunk.rows]
         positions[start:stop] = np.arange(first, end)
         sequences[start:stop] = i
         tables[i, : len(chunk.sequence.block_table)] = chunk.sequence.block_table

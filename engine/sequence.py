@@ -16,7 +16,13 @@ class Sequence:
     """Owns its tokens and its block table. Positions 0..cached-1 are in the KV cache, the others are pending."""
 
     def __init__(
-        self, tokens: TokenIds[int], *, all_logits: bool = False, sparsity_bias: float = 0.0, priority: int = 0
+        self,
+        tokens: TokenIds[int],
+        *,
+        all_logits: bool = False,
+        sparsity_bias: float = 0.0,
+        priority: int = 0,
+        most_tokens: int | None = None,
     ) -> None:
         if not tokens:
             raise ValueError("a sequence needs at least one token")
@@ -24,6 +30,8 @@ class Sequence:
         self.all_logits = all_logits  # logits of every token are wanted, not only of the last
         self.sparsity_bias = sparsity_bias  # shifts the predictor's thresholds for all of its tokens
         self.priority = priority  # lower numbers go first
+        self.most_tokens = most_tokens  # that it may become; None: not said
+        self.draft: list[int] = []  # tokens that the step at hand tries after the last one
         self.arrival = 0  # place in the order of arrival, from the scheduler
         self.block_table: list[int] = []  # block i holds positions i * BLOCK_SIZE and on
         self.digests: list[bytes] = []  # of its leading blocks that the prefix cache knows

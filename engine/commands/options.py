@@ -84,6 +84,12 @@ _EXECUTION: tuple[Decorator, ...] = (
 
 _SHARED_CONTEXTS = 2  # that the KV cache holds for many requests
 
+_SPECULATIVE = click.option(
+    "--speculative",
+    is_flag=True,
+    help="Try several tokens at once where a text repeats itself, as far as that is measured to be faster.",
+)
+
 _SPARSITY_BIAS = click.option(
     "--sparsity-bias",
     type=float,
@@ -123,7 +129,7 @@ _FIELDS += ("seed", "max_tokens", "sparsity_bias")
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the MODEL argument and the options of `open_model`."""
-    return _apply((*_MODEL, _ffn_option("auto", "dense", "sparse"), *_EXECUTION), function)
+    return _apply((*_MODEL, _ffn_option("auto", "dense", "sparse"), *_EXECUTION, _SPECULATIVE), function)
 
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,6 +172,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         sequences=sequences,
         gpu_memory=options["gpu_memory"],
         kv_dtype=options["kv_dtype"],
+        speculative=options.get("speculative", False),
         mlock=options["mlock"],
         prefetch=options["prefetch"],
     )

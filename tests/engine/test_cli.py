@@ -68,6 +68,7 @@ def test_version_and_unknown_commands() -> None:
 def test_generate(model: str) -> None:
     first = run("generate", model, "-p", "hello world", *GREEDY)
     assert first.exit_code == 0 and first.stderr == "" and first.stdout.endswith("\n")
+    assert run("generate", model, "-p", "hello world", "--speculative", *GREEDY).stdout == first.stdout
     assert run("generate", model, *GREEDY, text="hello world\n").stdout == first.stdout
     both = run("generate", model, "-p", "hello world", "-p", "once", *GREEDY)
     assert both.stdout.startswith(first.stdout)

@@ -72,6 +72,14 @@ def test_stats_say_what_was_done(llm: LLM) -> None:
     assert stats.blocks_cached == blocks_for(done.stats.prompt_tokens + 11) == 8 - stats.blocks_free
 
 
+def test_speculation_changes_no_token(llm: LLM, path: Path) -> None:
+    prompt, params = "hello world, hello world, hello", SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
+    with svdengine.load(path, device="reference", context=128, speculative=True) as other:
+        assert other.generate(prompt, params)[0].token_ids == llm.generate(prompt, params)[0].token_ids
+        assert other.stats().accepted_tokens > 0
+        assert sum(other.stats().steps.values()) < 80
+
+
 def test_seeds(llm: LLM) -> None:
     each = [SamplingParams(seed=seed, max_tokens=10) for seed in (1, 2, 1)]
     together = [done.token_ids for done in llm.generate(["hello"] * 3, each)]

@@ -20,6 +20,8 @@ from svdengine.prefix_cache import block_digest, root_digest
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.sampling import SamplingParams
 from svdengine.scheduler import Step
+from svdengine.sequence import Sequence
+from svdengine.speculation import Speculation
 
 VOCAB = 50
 
@@ -50,6 +52,7 @@ class Schedule:
     max_rows: int
     prefill_rows: int
     prefix_caching: bool
+    drafts: int | None  # None: nothing is drafted
     restart_at: int  # step at which the FFN's path changes
 
 
@@ -77,13 +80,19 @@ schedules = st.builds(
     max_rows=st.integers(1, 40),
     prefill_rows=st.integers(1, 20),
     prefix_caching=st.sampled_from([True, True, True, False]),
+    drafts=st.one_of(st.none(), st.integers(0, 99)),
     restart_at=st.sampled_from([5, 10**9]),
 )
 
 
 def check_every_request(schedule: Schedule) -> None:
     executor = FakeExecutor(schedule.block_count, schedule.max_rows)
-    engine = Engine(executor, prefix_caching=schedule.prefix_caching, prefill_rows=schedule.prefill_rows)
+    engine = Engine(
+        executor,
+        prefix_caching=schedule.prefix_caching,
+        prefill_rows=schedule.prefill_rows,
+        speculation=None if schedule.drafts is None else Guesses(schedule.drafts),
+    )
     engine.scheduler.schedule = partial(check_step, engine, schedule, engine.scheduler.schedule)  # type: ignore
     room = Room(engine, schedule)
     arrivals = sorted(schedule.arrivals, key=lambda a: a.step)
@@ -103,6 +112,23 @@ def check_every_request(schedule: Schedule) -> None:
     room.check()
     engine.prefix_cache.clear()
     assert engine.pool.blank_count == schedule.block_count
+
+
+class Guesses(Speculation):
+    """Drafts some tokens that the likeliest ones will be, and then wrong ones."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self._random = np.random.default_rng(seed)
+
+    def draft(self, sequence: Sequence, rows: int) -> list[int]:
+        seen = [token + int(1000 * sequence.sparsity_bias) for token in sequence.tokens]
+        right, wrong = self._random.integers(0, 5, 2)
+        draft = []
+        for _ in range(right):
+            draft.append(int(logits_after(seen, VOCAB).argmax()))
+            seen.append(draft[-1] + int(1000 * sequence.sparsity_bias))
+        return draft + [3] * int(wrong)
 
 
 class Room:
@@ -192,10 +218,11 @@ def check_step(engine: Engine, schedule: Schedule, make_step: Callable[[], Step 
         return None
     rows = {chunk.sequence: chunk.rows for chunk in step.chunks}
     decoding = [s for s in engine.scheduler._running if s.pending == 1]
-    assert all(rows.get(s) == 1 for s in decoding)
+    assert all(rows.get(s) == 1 + len(s.draft) for s in decoding)
+    assert not any(s.draft for s in rows if s.pending > 1)
     assert 1 <= sum(rows.values()) <= schedule.max_rows
     if decoding:
-        assert sum(rows.values()) - len(decoding) <= schedule.prefill_rows
+        assert sum(rows[s] for s in rows if s.pending > 1) <= schedule.prefill_rows
     return step
 
 

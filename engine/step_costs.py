@@ -1,0 +1,35 @@
+"""What a decode step costs by its number of rows, measured while the program runs."""
+
+from __future__ import annotations
+
+_MEMORY = 0.98  # weight of a step against that of the next
+_SPREAD = 0.01  # variance of the rows below which nothing is known about their cost
+
+
+class StepCosts:
+    """A line through the seconds and rows of the latest steps."""
+
+    def __init__(self) -> None:
+        self._weight = self._rows = self._squares = self._seconds = self._products = 0.0
+
+    def note(self, rows: int, seconds: float) -> None:
+        """Take the measurement of a step."""
+        self._weight = _MEMORY * self._weight + 1
+        self._rows = _MEMORY * self._rows + rows
+        self._squares = _MEMORY * self._squares + rows * rows
+        self._seconds = _MEMORY * self._seconds + seconds
+        self._products = _MEMORY * self._products + rows * seconds
+
+    def relative_cost(self, rows: int) -> float:
+        """Cost of one more row, as a share of what a step of `rows` costs for each of them.
+
+        0 where it is not known, so that it is tried: when all of the latest steps had about as many rows.
+        """
+        if not self._weight:
+            return 0.0
+        mean, seconds = self._rows / self._weight, self._seconds / self._weight
+        spread = self._squares / self._weight - mean * mean
+        if spread < _SPREAD:
+            return 0.0
+        slope = max(self._products / self._weight - mean * seconds, 0.0) / spread
+        return slope * rows / max(seconds + slope * (rows - mean), 1e-9)
