@@ -2,8 +2,8 @@
 
 A step computes the last token of a sequence and, in further rows, tokens that were drafted to follow it. Each row gives
 the logits after its token, so that those tokens whose predecessors were right are known from one step. What a request
-samples does not depend on drafts: a row is used only where the token sampled before it is the drafted one. (Executors may
-round a row that is computed with others differently, as they do where sequences share a step.)
+samples does not depend on drafts: a row is used only where the token sampled before it is the drafted one. (Executors
+may round a row that is computed with others differently, as they do where sequences share a step.)
 """
 
 from __future__ import annotations
