@@ -15,7 +15,12 @@ from svdengine.commands.options import check_extra, kept_kv, kv_save_option, mod
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
 @click.option("--name", metavar="NAME", help="What the model is called in requests; by default as its file.")
-@click.option("--api-key", multiple=True, metavar="KEY", help="Who shows it may use the server. Repeatable.")
+@click.option(
+    "--api-key",
+    multiple=True,
+    metavar="KEY",
+    help="Who shows it may use the server. Repeatable; a file is safer, since others see command lines.",
+)
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
 @click.option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
 @click.option(

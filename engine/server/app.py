@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,7 +17,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svdengine import __version__
-from svdengine.errors import SvdEngineError
 from svdengine.llm import LLM
 from svdengine.server import metrics
 from svdengine.server.api_error import ApiError
@@ -31,8 +29,6 @@ from svdengine.server.job import Job
 from svdengine.server.messages import read_messages
 from svdengine.server.page_files import PAGE_FILES, page_routes
 from svdengine.server.service import Service
-
-log = logging.getLogger("svdengine.server")
 
 _DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
 
@@ -231,8 +227,6 @@ class Routes:
             except ClientDisconnect:
                 raise
             except Exception as error:
-                if not isinstance(error, ApiError | SvdEngineError):
-                    log.exception("an error in %s", request.url.path)
                 told = self._service.error(error)
                 return _json(told.body, told.status, told.headers)
 

@@ -46,14 +46,14 @@ class LogprobTrail:
         ]
         return {"content": content, "refusal": None}
 
-    def completion_shape(self, entries: Sequence[tuple[int, TokenLogprobs]], offset: int = 0) -> dict[str, Any]:
-        """As in a completion. `offset`: characters before the text, such as an echoed prompt."""
+    def completion_shape(self, entries: Sequence[tuple[int, TokenLogprobs]]) -> dict[str, Any]:
+        """As in a completion."""
         text = self._tokenizer.token_text
         return {
             "tokens": [text(e.token) for _, e in entries],
             "token_logprobs": [max(e.logprob, _LEAST) for _, e in entries],
             "top_logprobs": [{text(t): max(p, _LEAST) for t, p in e.top} for _, e in entries],
-            "text_offset": [offset + start for start, _ in entries],
+            "text_offset": [start for start, _ in entries],
         }
 
     def _token(self, token: int, logprob: float) -> dict[str, Any]:

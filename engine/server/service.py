@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from functools import partial
 
 from svdengine.completion import Completion
-from svdengine.errors import QueueFullError
+from svdengine.errors import QueueFullError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.request_loop import RequestLoop, Update
 from svdengine.server.api_error import ApiError, api_error
@@ -16,6 +17,8 @@ from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job
 from svdengine.server.metrics import Metrics
 from svdengine.server.settings import Settings
+
+log = logging.getLogger("svdengine.server")
 
 QUIET_SECONDS = 15.0  # without news, after which a stream shows that it is alive
 
@@ -55,6 +58,7 @@ class Service:
                 yield news
         finally:
             if running:
+                self.metrics.finished["abort"] += running
                 for request in job.requests:
                     self.loop.cancel(request)
 
@@ -67,7 +71,9 @@ class Service:
         return [done[i] for i in range(len(job.requests))]
 
     def error(self, error: BaseException) -> ApiError:
-        """How an error is told."""
+        """How an error is told. One that nobody foresaw goes to the log."""
+        if not isinstance(error, ApiError | SvdEngineError):
+            log.error("an error in a request", exc_info=error)
         return api_error(error, self._retry_after() if isinstance(error, QueueFullError) else 1)
 
     def drain(self) -> None:

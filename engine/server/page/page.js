@@ -160,7 +160,7 @@ function figures(usage) {
   const found = [];
   if (cost.tokens_per_second) found.push(`${cost.tokens_per_second.toFixed(1)} tokens/s`);
   if (typeof cost.active_density === "number") {
-    found.push(`${(100 * cost.active_density).toFixed(1)} % of FFN neurons computed`);
+    found.push(`${(100 * cost.active_density).toFixed(1)} % of neurons`);
   }
   found.push(`${usage.completion_tokens} tokens`);
   return found.join(" · ");
@@ -218,6 +218,7 @@ function about(node, message, active, pace) {
   const notes = [active ? pace : message.figures, message.stopped && "stopped", message.cut && "length limit reached"];
   const found = line.appendChild(document.createElement("span"));
   found.className = "figures";
+  found.title = "Speed, the share of FFN neurons that were computed, and length";
   found.textContent = notes.filter(Boolean).join(" · ");
   if (!active && message.content) line.append(button("Copy", { copy: message.content }));
   if (!active && !message.error && node === $("messages").lastElementChild) line.append(button("Again", { again: "" }));
