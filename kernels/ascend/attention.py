@@ -7,7 +7,7 @@ batched products and a softmax, with a mask that the host made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.operator_calls import VARYING
 from svdengine.kernels.ascend.operators import add, gather, scale
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import Workspace, mask_piece
@@ -92,27 +93,60 @@ def write_masks(
         _write_mask(device, _windowed(work, attending), chunks, positions, window)
 
 
-def attend(
-    device: AscendDevice,
-    config: ModelConfig,
-    work: Workspace,
-    attending: Attending,
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    window: int,
-    fused: bool,
-) -> None:
+class LayerAttention:
     """work.attended = attention of rows q (n, heads * head_dim) over a layer's keys and values.
 
-    Its operators depend on the lengths of the sequences: see AscendDevice.vary.
+    Its operators depend on the lengths of the sequences: see AscendDevice.vary. `keep`: it will be asked often.
     """
-    alone = attending.fused(window, fused)
-    if alone:
-        _attend_fused(device, config, work, attending.lengths, q.rows(0, alone), keys, values)
-    masks = _windowed(work, attending) if window else work.masks
-    for chunk in attending.chunks[alone:]:
-        _attend_sequence(device, config, work, chunk, masks, q, keys, values)
+
+    def __init__(
+        self,
+        device: AscendDevice,
+        config: ModelConfig,
+        work: Workspace,
+        q: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        *,
+        window: int,
+        fused: bool,
+        keep: bool,
+    ) -> None:
+        self._device, self._config, self._work = device, config, work
+        self._q, self._keys, self._values = q, keys, values
+        self._window, self._fused, self._keep = window, fused, keep
+        self._prepared: dict[int, Callable[[tuple[int, ...]], None]] = {}  # the fused operator, by its rows
+
+    def attend(self, attending: Attending) -> None:
+        """Start it for the step's sequences."""
+        alone = attending.fused(self._window, self._fused)
+        if alone:
+            self._attend_fused(attending.lengths)
+        masks = _windowed(self._work, attending) if self._window else self._work.masks
+        for chunk in attending.chunks[alone:]:
+            _attend_sequence(self._device, self._config, self._work, chunk, masks, self._q, self._keys, self._values)
+
+    def _attend_fused(self, lengths: tuple[int, ...]) -> None:
+        """One token of each of some sequences. Lengths are host values, so that it is planned anew each step."""
+        n = len(lengths)
+        if n in self._prepared:
+            self._prepared[n](lengths)
+        elif self._keep:
+            self._prepared[n] = self._device.prepare(FUSED, *self._fused_arguments(n, VARYING))
+            self._prepared[n](lengths)
+        else:
+            self._device.run(FUSED, *self._fused_arguments(n, lengths))
+
+    def _fused_arguments(self, n: int, lengths: object) -> tuple[object, ...]:
+        """The arguments of the fused operator for the first n rows."""
+        config, work, width = self._config, self._work, self._q.shape[1]
+        paged = (self._keys.shape[0], BLOCK_SIZE, config.kv_head_count * config.head_dim)
+        return (
+            self._q.rows(0, n).reshape(n, 1, width), (self._keys.reshape(*paged),), (self._values.reshape(*paged),),
+            None, None, lengths, None, None, None, None, None, None, None, work.inputs.tables.rows(0, n), None,
+            config.head_count, config.head_dim**-0.5, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
+            work.attended.rows(0, n).reshape(n, 1, width),
+        )  # fmt: skip
 
 
 def _windowed(work: Workspace, attending: Attending) -> Tensor:
@@ -130,27 +164,6 @@ def _write_mask(
         hidden = (distance < 0) | (distance >= window) if window else distance < 0
         values[chunk.mask : chunk.mask + hidden.size][hidden.ravel()] = -np.inf
     device.write(masks.leading(len(values)), values)
-
-
-def _attend_fused(
-    device: AscendDevice,
-    config: ModelConfig,
-    work: Workspace,
-    lengths: tuple[int, ...],
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-) -> None:
-    """One token of each of some sequences. Its lengths are host values, so that it is planned anew each step."""
-    n, width = q.shape
-    blocks = keys.shape[0]
-    paged = (blocks, BLOCK_SIZE, config.kv_head_count * config.head_dim)
-    device.run(
-        FUSED, q.reshape(n, 1, width), (keys.reshape(*paged),), (values.reshape(*paged),), None, None, lengths,
-        None, None, None, None, None, None, None, work.inputs.tables.rows(0, n), None,
-        config.head_count, config.head_dim**-0.5, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
-        work.attended.rows(0, n).reshape(n, 1, width),
-    )  # fmt: skip
 
 
 def _attend_sequence(

@@ -95,6 +95,10 @@ class AscendDevice:
         """Start an operator; see OperatorCalls.run."""
         self._record(self._calls.run(name, *arguments, keep=self.repeat))
 
+    def prepare(self, name: str, *arguments: Any) -> Callable[[tuple[int, ...]], None]:
+        """What starts an operator of which one argument varies; see OperatorCalls.prepare."""
+        return self._calls.prepare(name, *arguments)
+
     def vary(self, action: Action) -> None:
         """Run an action whose operators have other arguments each time. A recording repeats the action as such."""
         recording, self._recording = self._recording, None

@@ -8,7 +8,7 @@ runs again with the same tensors at the same addresses, without the host's work 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ _FLOAT = ACL_TYPES["float32"]
 
 
 Action = Callable[[], object]  # starts some work
+VARYING = object()  # in place of the integers that differ from call to call
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class OperatorCalls:
     def __init__(self, cann: Cann, stream: int, workspace: Callable[[int], int]) -> None:
         self._cann, self._stream, self._workspace = cann, stream, workspace
         self._kept: dict[tuple[Any, ...], _Plan] = {}
+        self._prepared: list[ExitStack] = []
 
     def run(self, name: str, *arguments: Any, keep: bool = False) -> Action:
         """Start an operator with the arguments that signatures.py lists, and return what starts it again.
@@ -63,12 +65,31 @@ class OperatorCalls:
         self._start(plan)
         return partial(self._start, plan)
 
-    def close(self) -> None:
-        """Free all kept plans. The stream must have passed them."""
+    def prepare(self, name: str, *arguments: Any) -> Callable[[tuple[int, ...]], None]:
+        """What starts an operator with one list of integers that differs, VARYING among the arguments.
+
+        It is planned for each call; all other descriptors are made once and freed when the calls are closed.
+        """
+        place = arguments.index(VARYING)
+        fixed = [None if value is VARYING else value for value in arguments]
         with ExitStack() as stack:
-            for plan in self._kept.values():
-                stack.push(plan.resources)
-            self._kept = {}
+            natives = self._natives(name, fixed, stack)
+            self._prepared.append(stack.pop_all())
+
+        def start(integers: tuple[int, ...]) -> None:
+            with ExitStack() as own:
+                array = self._native("integers", integers, own)
+                executor, workspace = self._begin(name, [*natives[:place], array, *natives[place + 1 :]], own)
+                self._start(_Plan(name, self._cann.function(name), executor, workspace, False, own))
+
+        return start
+
+    def close(self) -> None:
+        """Free all plans and descriptors that are kept. The stream must have passed them."""
+        with ExitStack() as stack:
+            for resources in [*(plan.resources for plan in self._kept.values()), *self._prepared]:
+                stack.push(resources)
+            self._kept, self._prepared = {}, []
 
     def _start(self, plan: _Plan) -> None:
         workspace = self._workspace(plan.workspace) if plan.workspace else None
@@ -81,14 +102,21 @@ class OperatorCalls:
 
     def _plan(self, name: str, arguments: tuple[Any, ...], keep: bool) -> _Plan:
         with ExitStack() as stack:
-            kinds = OPERATORS[name].split()
-            natives = [self._native(kind, value, stack) for kind, value in zip(kinds, arguments, strict=True)]
-            workspace, executor = ctypes.c_uint64(), ctypes.c_void_p()
-            self._check(f"{name}GetWorkspaceSize", *natives, ctypes.byref(workspace), ctypes.byref(executor))
-            stack.callback(self._destroy_executor, executor)
+            executor, workspace = self._begin(name, self._natives(name, arguments, stack), stack)
             repeatable = keep and self._make_repeatable(executor)
-            function = self._cann.function(name)
-            return _Plan(name, function, executor, workspace.value, repeatable, stack.pop_all())
+            return _Plan(name, self._cann.function(name), executor, workspace, repeatable, stack.pop_all())
+
+    def _natives(self, name: str, arguments: Sequence[Any], stack: ExitStack) -> list[Any]:
+        """The arguments as C takes them."""
+        kinds = OPERATORS[name].split()
+        return [self._native(kind, value, stack) for kind, value in zip(kinds, arguments, strict=True)]
+
+    def _begin(self, name: str, natives: Sequence[Any], stack: ExitStack) -> tuple[ctypes.c_void_p, int]:
+        """The first phase: an executor, and the bytes of workspace that it needs."""
+        workspace, executor = ctypes.c_uint64(), ctypes.c_void_p()
+        self._check(f"{name}GetWorkspaceSize", *natives, ctypes.byref(workspace), ctypes.byref(executor))
+        stack.callback(self._destroy_executor, executor)
+        return executor, workspace.value
 
     def _make_repeatable(self, executor: ctypes.c_void_p) -> bool:
         """Whether the plan may run more than once. Some operators refuse, and CANN before 8.1 lacks the call."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from svdengine.kernels.ascend.attention import Attending, attend
+from svdengine.kernels.ascend.attention import Attending, LayerAttention
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import KvCache
 from svdengine.kernels.ascend.operators import (
@@ -158,8 +158,10 @@ def _attention(state: State, index: int, layer: LayerPlan, x: Tensor) -> Tensor:
     slots = work.inputs.slots.leading(n)
     for rows, cached in ((k, keys), (v, values)):
         put(device, rows, slots, cached.reshape(cached.shape[0] * BLOCK_SIZE, rows.shape[1]))
-    current, window, fused = state.current, layer.window, state.fused
-    device.vary(lambda: attend(device, config, work, current.attending, q, keys, values, window, fused))
+    attention = LayerAttention(
+        device, config, work, q, keys, values, window=layer.window, fused=state.fused, keep=device.repeat
+    )
+    device.vary(lambda: attention.attend(state.current.attending))
     out = work.added.rows(0, n)
     project(device, layer.o, work.attended.rows(0, n), out)
     return out

@@ -149,7 +149,7 @@ def test_a_model_runs_from_library_and_command(
 def test_kernels_are_built_once_and_found(
     make_npu: MakeNpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kernel_library: Path, sparse_model: Path
 ) -> None:
-    """The build that CMake would make is the library for the host: it is found, tested and launched."""
+    """The build that CMake would make is the library for the host: it is put in place, found and loaded."""
     npu = make_npu()
     plug_in(monkeypatch, npu, tmp_path)
     build = f'mkdir "$2/lib"; cp {kernel_library} "$2/lib/libsvdengine_ops.so"'
