@@ -7,8 +7,9 @@ operators of a stream there is a gap, which nothing here has measured; several a
 sums are small and stay in L2: they are left out. No time is given to arithmetic, and all of the bandwidth is taken to
 be reached, so that a device can only be slower. `svdengine bench --device ascend --ffn both` measures the same.
 
-The default bandwidth is the lower one of the two figures, 1.6 and 1.8 TB/s, that Huawei's Ascend C documents name for
-memory of Atlas A2 devices (910B); no data sheet with a figure for each variant was found.
+The default bandwidth is the lower one of the two figures, "about 1.6" and "1.8 TB/s peak", that Huawei's Ascend C guide
+(repository cann/asc-devkit, docs) names for the memory of an Atlas A2 device (910B), without saying which; no data
+sheet with a figure for each variant was found.
 """
 
 from __future__ import annotations

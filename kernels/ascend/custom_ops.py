@@ -50,8 +50,9 @@ def load_custom_ops(cann: Cann, soc: str, folder: Path) -> CustomOps:
     path = library_path(folder, soc, cann.version)
     if not path.is_file():
         raise DeviceError(f"the sparse FFN's kernels are not built; run: {BUILD_COMMAND}")
+    cann.start()  # loading registers the device code, which needs the runtime
     try:
-        library = ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         raise DeviceError(f"the sparse FFN's kernels cannot be loaded ({error}); run: {BUILD_COMMAND}") from error
     return find_kernels(SharedLibraries([library]))
