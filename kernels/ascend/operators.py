@@ -140,7 +140,7 @@ def gather(device: AscendDevice, source: Tensor, indices: Tensor, rows: Tensor) 
 def put(device: AscendDevice, rows: Tensor, indices: Tensor, to: Tensor) -> None:
     """Copy rows (n, columns) to the rows of `to` with the int32 indices (n,), which are distinct.
 
-    Along the first dimension CANN scatters in place (cann/ops-nn, aclnn_index_copy.cpp); along others it transposes all.
+    Along the first dimension CANN scatters in place (cann/ops-nn, aclnn_index_copy.cpp), along others it transposes.
     """
     device.run("aclnnInplaceIndexCopy", to, 0, indices, rows)
 
