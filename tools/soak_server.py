@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _BODY_LIMIT = 1 << 20  # that the server is given
 _PATIENCE = 120.0  # seconds for any one answer
 _SAMPLE_SECONDS = 1.0
 _IDLE_SECONDS = 30.0  # for the server to let go of what clients left
-_GROWTH = 0.05  # of the memory after the first third, that the last third may have more; and bytes besides
+_GROWTH = 0.05  # of the memory in the third quarter, that the last one may have more; and bytes besides
 _GROWTH_BYTES = 16 << 20
 _WORDS = ("sun", "rain", "stone", "river", "cloud", "engine", "paper", "glass", "winter", "green", "quick", "seven")
 
@@ -96,9 +97,9 @@ async def leave(address: Address, chance: random.Random, report: Report) -> None
     async with connection(address) as (reader, writer):
         writer.write(head(path, encode(body)) + encode(body))
         await writer.drain()
-        if chance.random() < 0.7:
-            await reader.read(chance.randint(1, 2000))
-        await asyncio.sleep(chance.random() * 0.3)
+        with suppress(TimeoutError, asyncio.IncompleteReadError):
+            async with asyncio.timeout(2 * chance.random()):
+                await reader.readexactly(chance.randint(1, 2000))
     report.counts["left early"] += 1
 
 
@@ -209,11 +210,11 @@ async def _check_idle(address: Address, report: Report) -> None:
 
 
 def _check_memory(report: Report) -> None:
-    third = len(report.memory) // 3
-    if third < 3:
+    quarter = len(report.memory) // 4
+    if quarter < 3:
         return
-    before = statistics.median(report.memory[third : 2 * third])
-    after = statistics.median(report.memory[-third:])
+    before = statistics.median(report.memory[-2 * quarter : -quarter])  # buffers and caches are filled by then
+    after = statistics.median(report.memory[-quarter:])
     if after > before * (1 + _GROWTH) + _GROWTH_BYTES:
         report.problem(f"memory grew from {before / 2**20:.0f} to {after / 2**20:.0f} MiB")
 
