@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
 
 def measure(command: Sequence[str], port: int, engine: str, concurrency: int, options: Any) -> Row:
     """Start a server, warm it up, and load it."""
-    with running(command, port) as address:
+    with running(command, port, (0, -signal.SIGTERM)) as address:
         asyncio.run(run_load(address, 1, 1, 8))
         requests = options.rounds * concurrency
         return row_of(engine, concurrency, asyncio.run(run_load(address, concurrency, requests, options.tokens)))

@@ -40,9 +40,11 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], port: int) -> Iterator[Address]:
-    """Start a server, wait until it answers, and end it by SIGTERM. Raises SvdEngineError when it does not start,
-    or does not end with code 0."""
+def running(command: Sequence[str], port: int, codes: Sequence[int] = (0,)) -> Iterator[Address]:
+    """Start a server, wait until it answers, and end it by SIGTERM.
+
+    Raises SvdEngineError when it does not start, or ends with a code that is not one of `codes`.
+    """
     with tempfile.TemporaryFile() as log, subprocess.Popen(command, stdout=log, stderr=log) as process:
         try:
             address = Address(port)
@@ -54,7 +56,7 @@ def running(command: Sequence[str], port: int) -> Iterator[Address]:
                 process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
-        if process.returncode != 0:
+        if process.returncode not in codes:
             raise SvdEngineError(f"the server ended with code {process.returncode}: {_tail(log)}")
 
 

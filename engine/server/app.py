@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -150,9 +151,9 @@ class Routes:
         body.ignore("model")
         body.finish()
         if messages is not None and content is None:
-            tokens = await asyncio.to_thread(llm.chat_template.encode, read_messages(messages))
+            tokens = await self._service.in_thread(llm.chat_template.encode, read_messages(messages))
         elif content is not None and messages is None:
-            tokens = await asyncio.to_thread(llm.tokenizer.encode, content, bos=special)
+            tokens = await self._service.in_thread(partial(llm.tokenizer.encode, content, bos=special))
         else:
             raise ApiError(400, "give content, a text, or messages, a conversation", "content")
         found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": llm.context}
@@ -191,7 +192,7 @@ class Routes:
     async def _run(self, request: Request, make: MakeJob) -> Any:
         value = await self._body(request)
         service = self._service
-        job = await asyncio.to_thread(make, service.llm, service.settings.name, value)
+        job = await service.in_thread(make, service.llm, service.settings.name, value)
         delivery = service.submit(job)
         if job.options.stream:
             return EventStream(service, job, delivery)
@@ -218,7 +219,7 @@ class Routes:
         if size > settings.max_body:
             message = f"the body has more than {settings.max_body} bytes, the limit of this server"
             raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
-        return await asyncio.to_thread(parse_json, bytes(data))
+        return await self._service.in_thread(parse_json, bytes(data))
 
     def _explained(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def explained(request: Request) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
+from typing import Any, TypeVar
 
 from svdengine.completion import Completion
 from svdengine.errors import QueueFullError, SvdEngineError
@@ -20,6 +23,9 @@ from svdengine.server.settings import Settings
 
 log = logging.getLogger("svdengine.server")
 
+T = TypeVar("T")
+
+_WORKERS = 2  # threads; each keeps the memory that the longest prompt took
 QUIET_SECONDS = 15.0  # without news, after which a stream shows that it is alive
 
 
@@ -31,8 +37,13 @@ class Service:
         self.settings = settings
         self.loop = RequestLoop(llm, settings.capacity)
         self.metrics = Metrics()
+        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="svdengine-prepare")
         self.draining = False
         self.open_responses = 0
+
+    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
+        """The result of work that would hold up the event loop, such as reading a long prompt."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
 
     def submit(self, job: Job) -> Delivery:
         """Have the job run. Raises QueueFullError, ShutdownError or RequestError."""
@@ -82,8 +93,9 @@ class Service:
         self.loop.drain(self.settings.drain_seconds)
 
     def close(self) -> None:
-        """End the loop. The model stays open."""
+        """End the threads. The model stays open."""
         self.loop.close()
+        self._workers.shutdown()
 
     def metrics_text(self) -> str:
         """For /metrics."""
