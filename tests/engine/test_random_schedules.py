@@ -220,6 +220,7 @@ def check_step(engine: Engine, schedule: Schedule, make_step: Callable[[], Step 
     decoding = [s for s in engine.scheduler._running if s.pending == 1]
     assert all(rows.get(s) == 1 + len(s.draft) for s in decoding)
     assert not any(s.draft for s in rows if s.pending > 1)
+    assert all(s.most_tokens is None or len(s) + len(s.draft) <= s.most_tokens for s in rows)
     assert 1 <= sum(rows.values()) <= schedule.max_rows
     if decoding:
         assert sum(rows[s] for s in rows if s.pending > 1) <= schedule.prefill_rows
