@@ -65,8 +65,9 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return
-        before, begin = self.executor.neuron_counts(), time.perf_counter()
         try:
+            step = self._with_draft(step)
+            before, begin = self.executor.neuron_counts(), time.perf_counter()
             outputs = self._forward(step)
         except BaseException as error:
             self._fail_all(error)
@@ -129,6 +130,13 @@ class Engine:
         self._fail_all(SvdEngineError("the model was closed"))
         self.prefix_cache.clear()
         self.executor.close()
+
+    def _with_draft(self, step: Step) -> Step:
+        """The step with what the model drafts first, where it is to."""
+        if self._speculation is None or not step.to_draft:
+            return step
+        draft = self._speculation.draft_by_model(step.chunks[0].sequence, step.to_draft)
+        return self.scheduler.with_draft(step, draft)
 
     def _forward(self, step: Step) -> Outputs:
         """Run a step. An executor that can chooses the tokens of those requests that leave it to do so."""

@@ -12,7 +12,7 @@ from svdengine.kernels.batch import FfnPath
 class EngineStats:
     """Counts since the model was loaded, and the state of the queue and of the KV block pool."""
 
-    steps: Mapping[FfnPath, int]  # forward passes, by how their FFNs ran
+    steps: Mapping[FfnPath, int]  # forward passes but those that only drafted, by how their FFNs ran
     rows: Mapping[FfnPath, int]  # of these, rows: a token each
     prompt_tokens: int  # tokens read in prompts, with those that were read again after a preemption
     prefix_hit_tokens: int  # tokens that were not read, because the KV cache had them

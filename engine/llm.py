@@ -68,7 +68,8 @@ def load(
     weights that do not fit stay in the host's. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a
     predictor comes from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads
     while others decode: more read prompts faster, fewer let the others wait less for each token. speculative: let steps
-    try tokens that followed the same ones before, where that is measured to be faster. prefetch: read the weights into
+    try tokens that followed the same ones before, or that the model drafted by its sparse path, where that is measured
+    to be faster. prefetch: read the weights into
     memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or RequestError, saying what
     was found and what to do.
     """
@@ -136,7 +137,9 @@ class LLM:
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
-        self._engine = Engine(executor, prefill_rows=prefill_rows, speculation=Speculation() if speculative else None)
+        self._engine = Engine(
+            executor, prefill_rows=prefill_rows, speculation=Speculation(executor) if speculative else None
+        )
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None

@@ -78,11 +78,12 @@ class Generation:
         constraint: Constraint | None = None,
     ) -> None:
         _check_tokens(prompt, vocab_size)
+        fitted = _fit(prompt, limit)
         self.sequence = Sequence(
-            _fit(prompt, limit),
+            fitted,
             sparsity_bias=params.sparsity_bias,
             priority=params.priority,
-            most_tokens=limit.tokens,
+            most_tokens=_most_tokens(len(fitted), params.max_tokens, limit),
         )
         self.params = params
         self.pieces: deque[str] = deque()  # text that nobody has fetched yet
@@ -251,3 +252,8 @@ def _fit(prompt: list[int], limit: ContextLimit) -> list[int]:
         )
     tail = (limit.tokens - limit.keep) // 2
     return prompt[: limit.keep] + prompt[-tail:]
+
+
+def _most_tokens(prompt_tokens: int, max_tokens: int | None, limit: ContextLimit) -> int:
+    """The length of a sequence beyond which no token is wanted, or a shift comes first."""
+    return limit.tokens if max_tokens is None else min(limit.tokens, prompt_tokens + max_tokens)

@@ -35,6 +35,7 @@ class Step:
 
     batch: Batch
     chunks: tuple[Chunk, ...]
+    to_draft: int = 0  # tokens that the model is to draft first, for the only sequence; see `Scheduler.with_draft`
 
 
 class Scheduler:
@@ -115,8 +116,13 @@ class Scheduler:
         if not plan:
             return None
         self._draft(plan)
-        chunks = tuple(Chunk(s, rows + len(s.draft), _logit_rows(s, rows), len(s.draft)) for s, rows in plan.items())
-        return Step(build_batch(chunks), chunks)
+        return _make_step(plan, self._own_draft(plan))
+
+    def with_draft(self, step: Step, draft: list[int]) -> Step:
+        """The step with tokens that the model drafted for its only sequence, `step.to_draft` at most."""
+        sequence = step.chunks[0].sequence
+        sequence.draft = draft
+        return _make_step({sequence: step.chunks[0].rows})
 
     def advance(self, step: Step) -> None:
         """Note that the step was computed."""
@@ -209,13 +215,24 @@ class Scheduler:
             sequence.draft = []
             if self.speculation is None or not alone or sequence.all_logits:
                 continue
-            draft = self.speculation.draft(sequence, len(plan))[:budget]
-            if sequence.most_tokens is not None:
-                draft = draft[: sequence.most_tokens - len(sequence)]
-            if blocks_for(len(sequence) + len(draft)) > len(sequence.block_table) and self.pool.blank_count:
-                sequence.block_table += self.prefix_cache.allocate(1)
-            sequence.draft = draft[: len(sequence.block_table) * BLOCK_SIZE - len(sequence)]
+            draft = self.speculation.draft(sequence, len(plan))
+            sequence.draft = draft[: self._make_room(sequence, min(len(draft), budget))]
             budget -= len(sequence.draft)
+
+    def _own_draft(self, plan: dict[Sequence, int]) -> int:
+        """How many tokens the model is to draft itself: only for a sequence that decodes alone, and has no draft."""
+        sequence = next(iter(plan))
+        if self.speculation is None or len(plan) > 1 or sequence.pending > 1 or sequence.draft or sequence.all_logits:
+            return 0
+        return self._make_room(sequence, min(self.speculation.own_draft_length(sequence), self._max_rows - 1))
+
+    def _make_room(self, sequence: Sequence, count: int) -> int:
+        """How many of `count` drafted tokens may follow a sequence; it is given a block for them, if one is blank."""
+        if sequence.most_tokens is not None:
+            count = max(min(count, sequence.most_tokens - len(sequence) - 1), 0)  # the step gives one more
+        if blocks_for(len(sequence) + count) > len(sequence.block_table) and self.pool.blank_count:
+            sequence.block_table += self.prefix_cache.allocate(1)
+        return min(count, len(sequence.block_table) * BLOCK_SIZE - len(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.finish(sequence)
@@ -237,6 +254,12 @@ def _prefill(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
             rows[sequence] += more
             budget -= more
     return rows
+
+
+def _make_step(plan: dict[Sequence, int], to_draft: int = 0) -> Step:
+    """A step of so many pending tokens of each sequence, and those drafted for it."""
+    chunks = tuple(Chunk(s, rows + len(s.draft), _logit_rows(s, rows), len(s.draft)) for s, rows in plan.items())
+    return Step(build_batch(chunks), chunks, to_draft)
 
 
 def _logit_rows(sequence: Sequence, rows: int) -> int:

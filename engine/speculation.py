@@ -4,14 +4,22 @@ A step computes the last token of a sequence and, in further rows, tokens that w
 the logits after its token, so that those tokens whose predecessors were right are known from one step. What a request
 samples does not depend on drafts: a row is used only where the token sampled before it is the drafted one. (Executors
 may round a row that is computed with others differently, as they do where sequences share a step.)
+
+Drafts come from the sequence itself (prompt_lookup.py), where its last tokens occurred before. Where they did not, and
+no other sequence is in the step, the model drafts by its sparse path (self_draft.py), if it has a predictor.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from itertools import pairwise
 from weakref import WeakKeyDictionary
 
+from svdengine.draft_gain import DraftGain
+from svdengine.kernels.batch import Executor
 from svdengine.prompt_lookup import PromptLookup
+from svdengine.self_draft import can_draft, draft_tokens
 from svdengine.sequence import Sequence
 from svdengine.step_costs import StepCosts
 
@@ -19,6 +27,7 @@ MOST = 8  # drafted tokens of a step
 _MARGIN = 1.2  # what a row gains must be worth this many times its cost
 _RATE = 0.1  # of learning how often drafts are right
 _START = 0.5
+_MODEL_START = 0.9
 
 
 class _History:
@@ -29,22 +38,49 @@ class _History:
         self.right = _START  # share of drafted tokens that came, where those before them did
         self.guess: list[int] = []  # what was drafted for the next step, whether it was tried or not
         self.length = 0  # of the sequence then
+        self.model_right = _MODEL_START  # as `right`, of what the model itself drafted
+        self.by_model = False  # whether it drafted for the step at hand
 
 
 class Speculation:
     """Decides on drafts by how often they were right and by what rows cost, both measured all the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, executor: Executor | None = None) -> None:
+        """`executor`: what runs the model, for it to draft too; None: only sequences do."""
         self.costs = StepCosts()
+        self._executor = executor
+        self._gain = DraftGain(self.costs)
         self.drafted_tokens = 0  # so far, those that steps computed
         self.accepted_tokens = 0  # of them, those that were right
         self._histories: WeakKeyDictionary[Sequence, _History] = WeakKeyDictionary()
 
     def draft(self, sequence: Sequence, rows: int) -> list[int]:
         """Tokens that are worth trying after a sequence's last one, in a step of `rows` without any drafts."""
-        history = self._histories.setdefault(sequence, _History())
+        history = self._history(sequence)
         history.guess, history.length = history.lookup.draft(sequence.tokens, MOST), len(sequence)
+        history.by_model = False
         return history.guess[: _worthwhile(history.right, _MARGIN * self.costs.relative_cost(rows))]
+
+    def own_draft_length(self, sequence: Sequence) -> int:
+        """How many tokens are worth drafting by the model itself, for a sequence alone in a step without drafts.
+
+        None are where the step that checks them would take another path than a step of one row.
+        """
+        executor = self._executor
+        if executor is None or not can_draft(executor):
+            return 0
+        count = self._gain.choose(self._history(sequence).model_right, MOST)
+        return count if executor.ffn_path(1) == executor.ffn_path(1 + count) else 0
+
+    def draft_by_model(self, sequence: Sequence, count: int) -> list[int]:
+        """Have the model draft tokens for a sequence that has blocks for `count` more, and measure what each takes."""
+        assert self._executor is not None
+        times = [time.perf_counter()]
+        draft = draft_tokens(self._executor, sequence, count, lambda: times.append(time.perf_counter()))
+        for begin, end in pairwise(times):
+            self._gain.note(end - begin)
+        self._history(sequence).by_model = True
+        return draft
 
     def note(self, sequence: Sequence) -> None:
         """Compare the tokens that a step gave a sequence with what was drafted for it."""
@@ -54,9 +90,15 @@ class Speculation:
         given = sequence.tokens[history.length :]
         for drafted, token in zip(history.guess, given, strict=False):
             history.right += _RATE * ((drafted == token) - history.right)
+        if history.by_model:
+            for drafted, token in zip(sequence.draft, given, strict=False):
+                history.model_right += _RATE * ((drafted == token) - history.model_right)
         self.drafted_tokens += len(sequence.draft)
         self.accepted_tokens += max(len(given) - 1, 0)
         history.guess = []
+
+    def _history(self, sequence: Sequence) -> _History:
+        return self._histories.setdefault(sequence, _History())
 
 
 def _worthwhile(right: float, cost: float) -> int:

@@ -25,11 +25,21 @@ class StepCosts:
 
         0 where it is not known, so that it is tried: when all of the latest steps had about as many rows.
         """
+        return self._slope * rows / (self.seconds(rows) or 1.0)
+
+    def seconds(self, rows: int) -> float | None:
+        """Cost of a step of `rows`; None before there is any measurement."""
+        if not self._weight:
+            return None
+        return max((self._seconds + self._slope * (rows * self._weight - self._rows)) / self._weight, 1e-9)
+
+    @property
+    def _slope(self) -> float:
+        """Seconds of one more row; 0 where that is not known."""
         if not self._weight:
             return 0.0
-        mean, seconds = self._rows / self._weight, self._seconds / self._weight
+        mean = self._rows / self._weight
         spread = self._squares / self._weight - mean * mean
         if spread < _SPREAD:
             return 0.0
-        slope = max(self._products / self._weight - mean * seconds, 0.0) / spread
-        return slope * rows / max(seconds + slope * (rows - mean), 1e-9)
+        return max((self._products - mean * self._seconds) / self._weight, 0.0) / spread

@@ -87,7 +87,8 @@ _SHARED_CONTEXTS = 2  # that the KV cache holds for many requests
 _SPECULATIVE = click.option(
     "--speculative",
     is_flag=True,
-    help="Try several tokens at once where a text repeats itself, as far as that is measured to be faster.",
+    help="Try several tokens at once where a text repeats itself, or a predictor lets the model draft, as far as that"
+    " is measured to be faster.",
 )
 
 _SPARSITY_BIAS = click.option(

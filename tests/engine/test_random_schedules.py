@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_model import FakeExecutor, logits_after
 
 from svdengine.engine import Engine
-from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, Executor, Logits
 from svdengine.prefix_cache import block_digest, root_digest
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.sampling import SamplingParams
@@ -86,12 +86,12 @@ schedules = st.builds(
 
 
 def check_every_request(schedule: Schedule) -> None:
-    executor = FakeExecutor(schedule.block_count, schedule.max_rows)
+    executor = Drafter(schedule.block_count, schedule.max_rows)
     engine = Engine(
         executor,
         prefix_caching=schedule.prefix_caching,
         prefill_rows=schedule.prefill_rows,
-        speculation=None if schedule.drafts is None else Guesses(schedule.drafts),
+        speculation=None if schedule.drafts is None else Guesses(schedule.drafts, executor),
     )
     engine.scheduler.schedule = partial(check_step, engine, schedule, engine.scheduler.schedule)  # type: ignore
     room = Room(engine, schedule)
@@ -114,14 +114,44 @@ def check_every_request(schedule: Schedule) -> None:
     assert engine.pool.blank_count == schedule.block_count
 
 
-class Guesses(Speculation):
-    """Drafts some tokens that the likeliest ones will be, and then wrong ones."""
+class Drafter(FakeExecutor):
+    """Steps with another sparsity bias than requests have are drafts, wrong at times; exact steps must not see them."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__()
+    predictor: Any
+
+    def __init__(self, block_count: int, max_batch_rows: int) -> None:
+        super().__init__(block_count, max_batch_rows)
+        self.predictor = object()
+
+    def forward(self, batch: Batch) -> Logits:
+        shift = 0 if batch.sparsity_bias is None else int(1000 * batch.sparsity_bias[0]) % 500
+        if not shift:
+            return super().forward(batch)
+        assert self.ffn == "sparse"
+        slot = self._slot(batch, 0, int(batch.positions[0]))
+        assert len(batch.tokens) == 1
+        bias = int(1000 * batch.sparsity_bias[0]) - shift  # type: ignore[index]
+        self.cache[slot], self.paths[slot] = batch.tokens[0] + bias, "draft"
+        slots = [self._slot(batch, 0, p) for p in range(int(batch.positions[0]) + 1)]
+        seen = self.cache[slots].tolist()
+        logits = logits_after(seen, VOCAB)
+        return (logits if sum(seen) % 3 else -logits)[None]
+
+
+class Guesses(Speculation):
+    """Drafts some tokens that the likeliest ones will be, and then wrong ones; or has the executor draft."""
+
+    def __init__(self, seed: int, executor: Executor) -> None:
+        super().__init__(executor)
         self._random = np.random.default_rng(seed)
 
+    def own_draft_length(self, sequence: Sequence) -> int:
+        return int(self._random.integers(0, 6))
+
     def draft(self, sequence: Sequence, rows: int) -> list[int]:
+        super().draft(sequence, rows)
+        if self._random.integers(0, 2):
+            return []
         seen = [token + int(1000 * sequence.sparsity_bias) for token in sequence.tokens]
         right, wrong = self._random.integers(0, 5, 2)
         draft = []
