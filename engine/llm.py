@@ -137,9 +137,8 @@ class LLM:
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
-        self._engine = Engine(
-            executor, prefill_rows=prefill_rows, speculation=Speculation(executor) if speculative else None
-        )
+        speculation = Speculation(executor) if speculative else None
+        self._engine = Engine(executor, prefill_rows=prefill_rows, speculation=speculation)
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None

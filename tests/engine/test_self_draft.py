@@ -10,6 +10,7 @@ from tiny_model import FakeExecutor
 from tiny_predictor import write_sparse_model
 
 import svdengine
+from svdengine import self_draft
 from svdengine.draft_gain import DraftGain
 from svdengine.engine import Engine
 from svdengine.errors import SvdEngineError
@@ -53,6 +54,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three tokens are drafted by the model for each step, and none by the sequence."""
     monkeypatch.setattr(Speculation, "own_draft_length", lambda *_: 3)
     monkeypatch.setattr(PromptLookup, "draft", lambda *_: [])
+    monkeypatch.setattr(self_draft, "DRAFT_BIAS", 0.5)  # wrong more often
 
 
 @pytest.mark.parametrize("ffn", ["dense", "sparse"])
@@ -104,12 +106,13 @@ def test_several_sequences_in_a_step_have_no_drafts(opened: Callable[..., LLM]) 
 class Drafting(FakeExecutor):
     """Has a predictor, and can fail while it drafts."""
 
-    predictor: Any = object()
-    fail_at = 10**9  # sparse step
+    predictor: Any
 
-    def __init__(self) -> None:
+    def __init__(self, fail_at: int = 10**9) -> None:
         super().__init__(8, 64)
-        self.predictor, self.sparse_steps = object(), 0
+        self.predictor = object()
+        self.sparse_steps = 0  # so far
+        self.fail_at = fail_at
 
     def forward(self, batch: Batch) -> np.ndarray:
         if self.ffn == "dense":
@@ -120,9 +123,9 @@ class Drafting(FakeExecutor):
         return np.zeros((1, self.vocab_size), np.float32)
 
 
-def test_a_draft_that_fails_ends_the_request_and_leaves_the_path_as_it_was(always: None) -> None:
-    executor = Drafting()
-    executor.fail_at = 5
+@pytest.mark.usefixtures("always")
+def test_a_draft_that_fails_ends_the_request_and_leaves_the_path_as_it_was() -> None:
+    executor = Drafting(fail_at=5)
     engine = Engine(executor, speculation=Speculation(executor))
     limit = ContextLimit(100)
     one = Generation([1, 2, 3], GREEDY, vocab_size=50, end_tokens=frozenset(), limit=limit, decoder=None)
