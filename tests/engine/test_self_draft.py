@@ -65,10 +65,12 @@ def test_drafts_change_no_token(opened: Callable[..., LLM], ffn: str, params: Sa
     (expected,), (found,) = plain.generate(PROMPT, params), fast.generate(PROMPT, params)
     assert found.token_ids == expected.token_ids
     stats = fast.stats()
-    assert 0 < stats.accepted_tokens < stats.drafted_tokens
+    assert 0 < stats.accepted_tokens <= stats.drafted_tokens
     assert sum(stats.steps.values()) < 40 and stats.generated_tokens == 40
     assert fast.ffn == ffn
-    if ffn == "dense":  # what drafts computed is not what the text was computed with
+    if ffn == "dense":
+        assert stats.accepted_tokens < stats.drafted_tokens
+        # What drafts computed is not what the text was computed with.
         assert found.stats.predicted_density is None and set(stats.steps) == {"dense"}
 
 
