@@ -90,6 +90,15 @@ def test_costs_are_a_line_through_what_was_measured() -> None:
         costs.note(rows, 4e-3 + rows * 1e-3)
     assert costs.relative_cost(1) == pytest.approx(1 / 5)
     assert costs.relative_cost(4) == pytest.approx(4 * 1 / 8)
+    assert costs.seconds(4) == pytest.approx(8e-3)
+
+
+def test_what_was_measured_goes_before_the_line() -> None:
+    costs = StepCosts()
+    assert costs.seconds(1) is None
+    for rows, seconds in ((1, 5e-3), (1, 5e-3), (1, 1.0), (4, 9e-3), (8, 9e-3)):  # one step was disturbed
+        costs.note(rows, seconds)
+    assert costs.seconds(1) == 5e-3 and costs.seconds(8) == 9e-3
 
 
 def test_drafts_are_tried_only_where_they_pay() -> None:
