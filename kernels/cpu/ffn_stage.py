@@ -9,8 +9,8 @@ from svdengine.kernels.cpu.gemm import gemm_transposed
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
-from svdengine.kernels.cpu.rows import add_range
-from svdengine.kernels.cpu.sharing import NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
+from svdengine.kernels.cpu.rows import add_range, add_to_few
+from svdengine.kernels.cpu.sharing import FEW, NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
 from svdengine.kernels.cpu.simd import store_int
 from svdengine.kernels.cpu.sparse import (
     LISTED,
@@ -21,7 +21,7 @@ from svdengine.kernels.cpu.sparse import (
     project,
     start_sum,
 )
-from svdengine.kernels.cpu.sparse_batch import sparse_batch
+from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, sparse_batch
 from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, GAP, KEPT, MODE, PREDICT, UP_STAGE
 
@@ -75,7 +75,13 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         turn += 1
         first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
     barrier(sync, threads)
-    if model.transposed_down:
+    if model.transposed_down and n <= FEW:
+        first, last = share(matrix[COLUMNS], COLUMN_UNIT, member, threads)
+        for row in range(n):
+            out = work.ffn_add + row * work.hidden_stride
+            start_sum(out + 4 * first, matrix[BIAS_VECTOR] + 4 * first, last - first, True)
+        add_to_few(matrix, work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride, first, last)
+    elif model.transposed_down:
         first, last = share(model.hidden, 16, member, threads)
         gemm_transposed(
             matrix, matrix[BIAS_VECTOR], work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride,

@@ -13,6 +13,7 @@ from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.plan import BF16, COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
+from svdengine.kernels.cpu.plan import ROWS as MATRIX_ROWS
 from svdengine.kernels.cpu.simd import (
     F32V,
     I8,
@@ -34,6 +35,7 @@ from svdengine.kernels.cpu.simd import (
 from svdengine.kernels.cpu.tile import loop
 
 ROWS = 4  # added in one pass over the columns
+TOGETHER = 32  # rows that wait in the second-level cache for all rows of a batch
 
 
 def _unsigned(builder, bytes_):
@@ -160,6 +162,32 @@ def add_range(matrix, weights, first, last, out):
     for i in range(whole, last):
         zero = np.float32(0)
         add_four(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out, 0, columns)
+
+
+@jit
+def add_to_few(matrix, weights, weights_stride, n, out, out_stride, first, last):
+    """out[t, first..last] += weights[t, i] times row i, over all rows i, for n rows t; columns in multiples of 64.
+
+    Some rows at a time, so that they come from memory once and from the second-level cache for every further t.
+    """
+    rows = matrix[MATRIX_ROWS]
+    zero = np.float32(0)
+    for start in range(0, rows, TOGETHER):
+        stop = min(rows, start + TOGETHER)
+        whole = start + (stop - start) // ROWS * ROWS
+        for t in range(n):
+            at, to = weights + t * weights_stride, out + t * out_stride
+            for i in range(start, whole, ROWS):
+                if t == 0:
+                    for ahead in range(i + TOGETHER, min(rows, i + TOGETHER + ROWS)):
+                        fetch_part(matrix, ahead, first, last)
+                h = at + 4 * i
+                add_four(
+                    matrix, i, i + 1, i + 2, i + 3,
+                    load_real(h), load_real(h + 4), load_real(h + 8), load_real(h + 12), to, first, last,
+                )  # fmt: skip
+            for i in range(whole, stop):
+                add_four(matrix, i, i, i, i, load_real(at + 4 * i), zero, zero, zero, to, first, last)
 
 
 @jit
