@@ -75,6 +75,14 @@ class Choice:
     draw: float = 0.0  # in [0, 1), of the request's own random generator; not used where the likeliest is taken
 
 
+def check_ffn_inputs(inputs: NDArray[np.float32], layers: int, *, layer_count: int, max_rows: int, hidden: int) -> None:
+    """Raise ValueError unless `inputs`, (n, hidden) or (layers, n, hidden), are what `layers` FFNs can run on."""
+    if not 1 <= layers <= layer_count or not 1 <= inputs.shape[-2] <= max_rows or inputs.shape[-1] != hidden:
+        raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
+    if inputs.ndim == 3 and len(inputs) < layers:
+        raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+
+
 FfnMode = Literal["dense", "sparse", "auto"]
 FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 

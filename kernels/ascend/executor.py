@@ -29,7 +29,16 @@ from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, ch
 from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, FfnPath, Logits, NeuronCounts, check_batch
+from svdengine.kernels.batch import (
+    BLOCK_SIZE,
+    Batch,
+    FfnMode,
+    FfnPath,
+    Logits,
+    NeuronCounts,
+    check_batch,
+    check_ffn_inputs,
+)
 from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor
@@ -175,10 +184,7 @@ class AscendExecutor:
         self._check_open()
         device, work, plan, hidden = self._device, self._state.work, self._state.plan, self._config.hidden_size
         layers, n = len(plan.layers) if layers is None else layers, inputs.shape[-2]
-        if not 1 <= layers <= len(plan.layers) or not 1 <= n <= self.max_batch_rows or inputs.shape[-1] != hidden:
-            raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
-        if inputs.ndim == 3 and len(inputs) < layers:
-            raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+        check_ffn_inputs(inputs, layers, layer_count=len(plan.layers), max_rows=self.max_batch_rows, hidden=hidden)
         path, rows = self.ffn_path(n), inputs.astype(np.float16)
         device.use()
         device.repeat = n <= _KEPT_ROWS

@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, FfnPath, Logits, NeuronCounts, check_batch
+from svdengine.kernels.batch import (
+    BLOCK_SIZE,
+    Batch,
+    FfnMode,
+    FfnPath,
+    Logits,
+    NeuronCounts,
+    check_batch,
+    check_ffn_inputs,
+)
 from svdengine.kernels.cpu.aligned import aligned
 from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.kv_blocks import KvBlocks
@@ -162,10 +171,7 @@ class CpuExecutor:
             raise ValueError("the executor is closed")
         model = self._model
         layers, n = model.layers if layers is None else layers, inputs.shape[-2]
-        if not 1 <= layers <= model.layers or not 1 <= n <= self.max_batch_rows or inputs.shape[-1] != model.hidden:
-            raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
-        if inputs.ndim == 3 and len(inputs) < layers:
-            raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+        check_ffn_inputs(inputs, layers, layer_count=model.layers, max_rows=self.max_batch_rows, hidden=model.hidden)
         source = aligned(4 * (inputs.size // model.hidden) * model.hidden_stride).view(np.float32)
         source.reshape(*inputs.shape[:-1], -1)[..., : model.hidden] = inputs
         sizes = self._inputs.sizes

@@ -8,7 +8,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, Choice, FfnMode, Logits, NeuronCounts, check_batch
+from svdengine.kernels.batch import (
+    BLOCK_SIZE,
+    Batch,
+    Choice,
+    FfnMode,
+    Logits,
+    NeuronCounts,
+    check_batch,
+    check_ffn_inputs,
+)
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
@@ -168,10 +177,7 @@ class CudaExecutor:
         self._check_open()
         device, work, plan, hidden = self._state.device, self._state.work, self._state.plan, self._config.hidden_size
         layers, n, stride = len(plan.layers) if layers is None else layers, inputs.shape[-2], work.sizes.hidden
-        if not 1 <= layers <= len(plan.layers) or not 1 <= n <= self.max_batch_rows or inputs.shape[-1] != hidden:
-            raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
-        if inputs.ndim == 3 and len(inputs) < layers:
-            raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+        check_ffn_inputs(inputs, layers, layer_count=len(plan.layers), max_rows=self.max_batch_rows, hidden=hidden)
         rows = np.zeros((*inputs.shape[:-1], stride), np.float32)
         rows[..., :hidden] = inputs
         device.write(work.x, np.zeros((n, stride), np.float32))
