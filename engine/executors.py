@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +58,19 @@ def create_executor(
     if gpu_memory is not None and (isinstance(gpu_memory, bool) or not isinstance(gpu_memory, int) or gpu_memory < 1):
         raise RequestError(f"gpu_memory must be a whole number of bytes, found {gpu_memory!r}")
     chosen = resolve_device(device)
+    shared: dict[str, Any] = {
+        "block_count": block_count,
+        "max_batch_rows": max_batch_rows,
+        "context": context,
+        "kv_dtype": kv_dtype,
+        "predictor": predictor,
+        "ffn": ffn,
+    }
     if chosen in ("cuda", "ascend"):
-        arguments = (model_file, context, block_count, kv_dtype, max_batch_rows, predictor, ffn)
         try:
-            return _ascend_executor(*arguments) if chosen == "ascend" else _cuda_executor(*arguments, gpu_memory)
+            if chosen == "ascend":
+                return _ascend_executor(model_file, **shared)
+            return _cuda_executor(model_file, gpu_memory, **shared)
         except DeviceError as error:
             if device != "auto" or os.environ.get(DEVICE_VARIABLE):
                 raise
@@ -74,30 +83,10 @@ def create_executor(
         return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
     from svdengine.kernels.cpu.executor import CpuExecutor
 
-    return CpuExecutor(
-        model_file.config,
-        model_file.arrays,
-        model_file.formats,
-        block_count=block_count,
-        max_batch_rows=max_batch_rows,
-        context=context,
-        threads=threads,
-        kv_dtype=kv_dtype,
-        predictor=predictor,
-        ffn=ffn,
-    )
+    return CpuExecutor(model_file.config, model_file.arrays, model_file.formats, threads=threads, **shared)
 
 
-def _cuda_executor(
-    model_file: ModelFile,
-    context: int,
-    block_count: int,
-    kv_dtype: KvDtype,
-    max_batch_rows: int,
-    predictor: Predictor | None,
-    ffn: FfnMode,
-    gpu_memory: int | None,
-) -> Executor:
+def _cuda_executor(model_file: ModelFile, gpu_memory: int | None, **shared: Any) -> Executor:
     """An executor on the GPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
     from svdengine.kernels.cuda.availability import find_gpu
 
@@ -114,12 +103,7 @@ def _cuda_executor(
             model_file.arrays,
             model_file.formats,
             device=device,
-            block_count=block_count,
-            max_batch_rows=max_batch_rows,
-            context=context,
-            kv_dtype=kv_dtype,
-            predictor=predictor,
-            ffn=ffn,
+            **shared,
             gpu_memory=gpu_memory,
             host_memory=usable_memory(),
         )
@@ -131,15 +115,7 @@ def _cuda_executor(
     return executor
 
 
-def _ascend_executor(
-    model_file: ModelFile,
-    context: int,
-    block_count: int,
-    kv_dtype: KvDtype,
-    max_batch_rows: int,
-    predictor: Predictor | None,
-    ffn: FfnMode,
-) -> Executor:
+def _ascend_executor(model_file: ModelFile, **shared: Any) -> Executor:
     """An executor on the NPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
     from svdengine.kernels.ascend.availability import find_npu
 
@@ -161,12 +137,7 @@ def _ascend_executor(
             model_file.arrays,
             model_file.formats,
             device=device,
-            block_count=block_count,
-            max_batch_rows=max_batch_rows,
-            context=context,
-            kv_dtype=kv_dtype,
-            predictor=predictor,
-            ffn=ffn,
+            **shared,
             custom_ops=ops,
         )
     except BaseException:

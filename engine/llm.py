@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,10 +23,12 @@ from svdengine.ffn_path import check_ffn, find_predictor, require_predictor
 from svdengine.kernels.batch import BLOCK_SIZE, BlockStore, Executor
 from svdengine.kernels.predictor import Predictor
 from svdengine.kv_file import KvFile, KvOrigin, restore, write_kv_file
+from svdengine.kv_size import context_limit, pool_blocks
 from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
 from svdengine.paged_executor import PagedExecutor
 from svdengine.predictor_file import model_fingerprint, predictor_fingerprint
+from svdengine.prompt import Prompt, as_prompts, token_list
 from svdengine.request import ContextLimit, Generation, Scoring
 from svdengine.residency import arrange_memory
 from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
@@ -36,10 +38,6 @@ from svdengine.speculation import Speculation
 from svdengine.stream_decoder import StreamDecoder
 from svdengine.text_stream import TextStream
 from svdengine.tokenizer import Tokenizer
-
-DEFAULT_CONTEXT = 4096  # tokens, where the model was made for more
-
-Prompt = str | Sequence[int]
 
 
 def load(
@@ -81,11 +79,11 @@ def load(
         found = find_predictor(model_file, predictor)
         if ffn == "sparse":
             require_predictor(model_file, found)
-        limit = _context_limit(model_file.config, context)
+        limit = context_limit(model_file.config, context)
         token_bytes = kv_pool_bytes_per_token(model_file.config, "f32" if device == "reference" else kv_dtype)
         if kv_tokens is None and kv_memory is None:
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
-        blocks = _pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
+        blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
         executor = create_executor(
             model_file,
@@ -219,7 +217,7 @@ class LLM:
         **fields: Any,
     ) -> list[Completion]:
         """Complete prompts together; the completions come in their order. `params`: for all, or one for each."""
-        batch = _as_prompts(prompts)
+        batch = as_prompts(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
             raise RequestError(f"found {len(each)} sampling parameters for {len(batch)} prompts")
@@ -256,7 +254,7 @@ class LLM:
         Raises RequestError on ids outside the vocabulary, ContextOverflowError on more tokens than the context holds.
         """
         check_sparsity_bias(sparsity_bias)
-        request = Scoring(_token_list(token_ids), self.config.vocab_size, self.context, sparsity_bias)
+        request = Scoring(token_list(token_ids), self.config.vocab_size, self.context, sparsity_bias)
         self.add(request)
         try:
             while not request.done and request.error is None:
@@ -377,7 +375,7 @@ class LLM:
 
     def _prompt_tokens(self, prompt: Prompt) -> list[int]:
         if not isinstance(prompt, str):
-            return _token_list(prompt)
+            return token_list(prompt)
         if not prompt:
             raise RequestError("the prompt is empty")
         return self.tokenizer.encode(prompt)
@@ -432,58 +430,3 @@ class LLM:
     def _end_abandoned(self) -> None:
         while self._abandoned:
             self._engine.abort(self._abandoned.popleft())
-
-
-def _context_limit(config: ModelConfig, context: int | None) -> int:
-    if context is None:
-        return min(config.max_position, DEFAULT_CONTEXT)
-    if isinstance(context, bool) or not isinstance(context, int) or context < 2:
-        raise RequestError(f"context must be a whole number of at least 2 tokens, found {context!r}")
-    if context > config.max_position:
-        raise RequestError(f"the model was made for a context of {config.max_position} tokens, found {context}")
-    return context
-
-
-def _pool_blocks(context: int, kv_tokens: int | None, kv_memory: int | None, token_bytes: int) -> int:
-    """Blocks of a KV pool that holds so many tokens, or fills so many bytes."""
-    if kv_memory is None:
-        if isinstance(kv_tokens, bool) or not isinstance(kv_tokens, int) or kv_tokens < context:
-            raise RequestError(f"kv_tokens must be at least the context of {context}, found {kv_tokens}")
-        return blocks_for(kv_tokens)
-    if kv_tokens is not None:
-        raise RequestError("give the size of the KV cache as kv_tokens or as kv_memory, not as both")
-    if isinstance(kv_memory, bool) or not isinstance(kv_memory, int):
-        raise RequestError(f"kv_memory must be a whole number of bytes, found {kv_memory!r}")
-    blocks = kv_memory // (token_bytes * BLOCK_SIZE)
-    if blocks < blocks_for(context):
-        needed = blocks_for(context) * BLOCK_SIZE * token_bytes
-        raise RequestError(
-            f"kv_memory must hold a context of {context} tokens, which takes {needed / 2**20:.1f} MiB,"
-            f" found {kv_memory / 2**20:.1f} MiB; use more, or a smaller context"
-        )
-    return blocks
-
-
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    if not isinstance(prompts, Iterable):
-        raise RequestError(f"prompts must be texts or lists of token ids, found {type(prompts).__name__}")
-    batch = list(prompts)
-    if not batch:
-        raise RequestError("there is no prompt")
-    if all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in batch):
-        return [[int(p) for p in batch]]  # type: ignore[arg-type]
-    return batch  # type: ignore[return-value]
-
-
-def _token_list(tokens: Any) -> list[int]:
-    """Token ids as a list of int. Raises RequestError on anything else."""
-    if isinstance(tokens, np.ndarray):
-        tokens = tokens.tolist()
-    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
-        raise RequestError(f"token ids must be a list of whole numbers, found {type(tokens).__name__}")
-    ids = list(tokens)
-    if any(isinstance(t, bool) or not isinstance(t, int | np.integer) for t in ids):
-        raise RequestError("token ids must be whole numbers")
-    return [int(t) for t in ids]

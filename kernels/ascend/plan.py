@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.formats import GROUP, Parts, WeightFormat, dequantize, padded_columns, stored_parts
+from svdengine.kernels.formats import GROUP, Parts, WeightFormat, dequantize, padded_columns
 from svdengine.kernels.rope import rope_tables
-from svdengine.models import ModelConfig, TensorSpec, tensor_specs
+from svdengine.kernels.stored_arrays import check_stored
+from svdengine.models import ModelConfig, tensor_specs
 
 _SUFFIXES = ("", ".scale", ".min", ".row")
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
 _MOST_QUANTISED = 65535  # rows and columns that the quantised product takes
 
 
@@ -106,20 +106,6 @@ class Plan:
     lm_head: Matrix
     cos: Tensor | None  # (context, head_dim) float16: both halves are equal
     sin: Tensor | None
-
-
-def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]) -> None:
-    """Raise ValueError unless the arrays of a tensor are there, of the shapes and types that its format has."""
-    lead = spec.shape[:-2] if spec.matrix else ()
-    stored = {"": (spec.shape, "F32")}
-    if spec.matrix:
-        parts = stored_parts(formats[spec.name], *spec.shape[-2:])
-        stored = {suffix: ((*lead, *shape), dtype) for suffix, (shape, dtype) in parts.items()}
-    for suffix, (shape, dtype) in stored.items():
-        array = arrays.get(spec.name + suffix)
-        if array is None or array.shape != shape or array.dtype != _DTYPES[dtype]:
-            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
-            raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
 
 
 def stays_quantised(config: ModelConfig, name: str, formats: Mapping[str, WeightFormat]) -> bool:

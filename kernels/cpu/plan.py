@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, padded_columns, stored_parts
+from svdengine.kernels.stored_arrays import STORED_DTYPES
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 
 F32, F16, BF16, Q8, Q4 = range(5)  # codes of WEIGHT_FORMATS, in its order
@@ -127,20 +128,11 @@ def _matrix_fields(
     for suffix, (shape, dtype) in stored_parts(weight_format, rows, columns).items():
         array = arrays[spec.name + suffix]
         expected = (layers, *shape) if spec.stacked else shape
-        if array.shape != expected or array.dtype != _DTYPES[dtype] or not array.flags.c_contiguous:
+        if array.shape != expected or array.dtype != STORED_DTYPES[dtype] or not array.flags.c_contiguous:
             raise ValueError(f"{spec.name}{suffix}: found {array.dtype} {array.shape}, expected {dtype} {expected}")
         keep.append(array)
         fields[:, _FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
     return fields
-
-
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(np.uint16),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-}
 
 
 def _bias_addresses(

@@ -15,10 +15,10 @@ from svdengine.kernels.formats import WeightFormat, padded_columns, stored_parts
 from svdengine.kernels.lowbit import BLOCK
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
-from svdengine.models import ModelConfig, TensorSpec, tensor_specs
+from svdengine.kernels.stored_arrays import STORED_DTYPES, check_stored
+from svdengine.models import ModelConfig, tensor_specs
 
 _SUFFIXES = ("", ".scale", ".min", ".row")
-_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
 
 
 @dataclass(frozen=True)
@@ -185,20 +185,6 @@ def build_plan(
     )
 
 
-def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]) -> None:
-    """Raise ValueError unless the arrays of a tensor are there, of the shapes and types that its format has."""
-    lead = spec.shape[:-2] if spec.matrix else ()
-    stored = {"": (spec.shape, "F32")}
-    if spec.matrix:
-        parts = stored_parts(formats[spec.name], *spec.shape[-2:])
-        stored = {suffix: ((*lead, *shape), dtype) for suffix, (shape, dtype) in parts.items()}
-    for suffix, (shape, dtype) in stored.items():
-        array = arrays.get(spec.name + suffix)
-        if array is None or array.shape != shape or array.dtype != _DTYPES[dtype]:
-            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
-            raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
-
-
 def place_predictor(
     device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
 ) -> tuple[PredictorPlan, ...]:
@@ -235,7 +221,7 @@ def _place_layer(
 
     def check_factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> None:
         for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
-            if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != _DTYPES[dtype]:
+            if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != STORED_DTYPES[dtype]:
                 raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
 
     def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
