@@ -22,12 +22,22 @@ from svdengine.models.config import ModelConfig
 torch = pytest.importorskip("torch")
 
 from svdengine.tools.relufy.__main__ import main, parse, seconds  # noqa: E402
-from svdengine.tools.relufy.decoder import Decoder, KvCache, make_student, parameter, read_decoder  # noqa: E402
+from svdengine.tools.relufy.decoder import (  # noqa: E402
+    Decoder,
+    Ffn,
+    KvCache,
+    counted_zeros,
+    make_student,
+    observed,
+    parameter,
+    read_decoder,
+)
 from svdengine.tools.relufy.distill import divergence_gradient  # noqa: E402
 from svdengine.tools.relufy.run import Interrupted, Run  # noqa: E402
 from svdengine.tools.relufy.schedule import Steering, learning_rate  # noqa: E402
 from svdengine.tools.relufy.settings import Settings  # noqa: E402
-from svdengine.tools.relufy.text import Writer, read_windows, sample_windows  # noqa: E402
+from svdengine.tools.relufy.text import Writer, _sample, read_windows, sample_windows  # noqa: E402
+from svdengine.tools.relufy.thresholds import Thresholds, fold_thresholds, set_thresholds  # noqa: E402
 
 SILU = replace(CONFIG, activation="silu")
 
@@ -118,7 +128,7 @@ def test_the_student_owns_only_what_it_trains() -> None:
     teacher, _ = decoder(zoo()["qwen3"])  # tied embeddings
     names = {name for name, _ in teacher.named_parameters()}
     for train, trained in (("ffn", ("ffn.", "ffn_norm.")), ("layers", ("layers.",)), ("all", ("",))):
-        student = make_student(teacher, 0.0, train)
+        student = make_student(teacher, train)
         theirs = dict(teacher.named_parameters())
         own = {name for name, p in student.named_parameters() if p is not theirs[name]}
         assert own == {n for n in names if any(part in n for part in trained)}
@@ -141,7 +151,7 @@ def test_the_gradient_of_the_divergence() -> None:
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0.05, 0.95))
 def test_steering_is_bounded_and_begins_late(zeros: list[float], goal: float) -> None:
-    steering, total = Steering(), len(zeros)
+    steering, total = Steering("relu"), len(zeros)
     for step, measured in enumerate(zeros):
         weight = steering.weight(step, total, goal)
         assert 0 <= weight <= 6 and (weight == 0 or step >= 0.15 * total)
@@ -151,7 +161,7 @@ def test_steering_is_bounded_and_begins_late(zeros: list[float], goal: float) ->
 
 def test_steering_reaches_its_goal() -> None:
     """Against a plant in which sparsity answers the weight with a delay."""
-    steering, zeros, total = Steering(), 0.6, 400
+    steering, zeros, total = Steering("relu"), 0.6, 400
     for step in range(total):
         weight = steering.weight(step, total, 0.9)
         zeros += 0.05 * (0.6 + 0.2 * weight - zeros)
@@ -159,13 +169,15 @@ def test_steering_reaches_its_goal() -> None:
     assert zeros == pytest.approx(0.9, abs=0.02)
 
 
-def test_the_student_ends_close_to_its_teacher_and_sparse(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["fatrelu", "relu"])
+def test_the_student_ends_close_to_its_teacher_and_sparse(tmp_path: Path, activation: str) -> None:
     folder = source(tmp_path, ffn_scale=4.0)  # or the residual stream would hardly notice
     status = Silent()
-    report = Run(settings(tmp_path, steps=200, sampled_tokens=16384, sparsity=0.6), status).run()  # type: ignore[arg-type]
+    wanted = settings(tmp_path, steps=200, sampled_tokens=16384, sparsity=0.6, activation=activation)
+    report = Run(wanted, status).run()  # type: ignore[arg-type]
     teacher = read_decoder(open_checkpoint(folder))
     student = read_decoder_of(tmp_path / "out")
-    swapped = make_student(teacher, 0.0, "ffn")
+    swapped = make_student(teacher, "ffn")
     tokens = [random_tokens(CONFIG, 100, seed) for seed in range(8)]
 
     def distance(model: Decoder) -> float:
@@ -182,8 +194,9 @@ def test_the_student_ends_close_to_its_teacher_and_sparse(tmp_path: Path) -> Non
 def read_decoder_of(folder: Path) -> Decoder:
     """The student that a run wrote."""
     checkpoint = open_checkpoint(folder)
-    silu = replace(checkpoint.config, activation="silu")
-    model = make_student(Decoder(silu), 0.0, "all")
+    silu = replace(checkpoint.config, activation="silu", activation_threshold=0.0)
+    model = make_student(Decoder(silu), "all")
+    set_thresholds(model.ffns(), checkpoint.config.activation_threshold)
     tensors = weights_of(folder)
     with torch.no_grad():
         from svdengine.tools.relufy.output import tensor_names
@@ -200,7 +213,7 @@ def test_transformers_and_the_reference_give_the_same_logits(tmp_path: Path) -> 
     from svdengine.models import hf_source
 
     source(tmp_path)
-    Run(settings(tmp_path, steps=3, layer_epochs=1), Silent()).run()  # type: ignore[arg-type]
+    Run(settings(tmp_path, steps=3, layer_epochs=1, activation="relu"), Silent()).run()  # type: ignore[arg-type]
     folder = tmp_path / "out"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     checkpoint = open_checkpoint(folder)
@@ -231,10 +244,11 @@ def crash() -> None:
     raise ZeroDivisionError
 
 
-def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["fatrelu", "relu"])
+def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, activation: str) -> None:
     """Stopped and broken off while sampling, in the middle of a layer, and in stage 2, again and again."""
     source(tmp_path)
-    short = {"steps": 12, "layer_epochs": 2, "layer_tokens": 1024}
+    short: dict[str, Any] = {"steps": 12, "layer_epochs": 2, "layer_tokens": 1024, "activation": activation}
     whole = Silent()
     Run(settings(tmp_path, "whole", **short), whole).run()  # type: ignore[arg-type]
     for name, act, stride in (("stopped", stop, 7), ("broken", crash, 11)):
@@ -256,13 +270,57 @@ def test_another_run_does_not_go_on_from_this_one(tmp_path: Path) -> None:
         Run(settings(tmp_path), Silent())  # type: ignore[arg-type]
 
 
-def test_from_gguf_with_a_threshold(tmp_path: Path) -> None:
+def test_two_runs_do_not_work_on_one_folder(tmp_path: Path) -> None:
+    source(tmp_path)
+    first = Run(settings(tmp_path), Silent())  # type: ignore[arg-type]
+    with pytest.raises(SvdEngineError, match="another process is at work"):
+        Run(settings(tmp_path), Silent())  # type: ignore[arg-type]
+    first.saved.close()
+    assert interrupted(settings(tmp_path), 1, stop)
+
+
+def test_thresholds_follow_the_target_and_spare_the_important() -> None:
+    model = make_student(decoder(SILU)[0], "ffn")
+    first = next(model.ffns())
+    with torch.no_grad():
+        first.up.weight[:20] *= 3.0  # what these neurons add is worth three times as much
+    thresholds = Thresholds(model.ffns())
+    tokens = torch.tensor([random_tokens(SILU, 64, seed) for seed in range(4)])
+    for _ in range(60):
+        with observed(model.ffns(), thresholds.observe), torch.no_grad():
+            model(tokens)
+        thresholds.follow(0.8)
+    with counted_zeros(model.ffns()) as zeros, torch.no_grad():
+        model(tokens)
+    assert all(float(z) == pytest.approx(0.8, abs=0.03) for z in zeros)
+    assert first.threshold[:20].mean() < 0.5 * first.threshold[20:].mean()
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 100.0))
+def test_folded_thresholds_leave_what_an_ffn_computes(seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    config = zoo()["llama_silu_biases"]
+    ffn = Ffn(config)
+    for p in ffn.parameters():
+        torch.nn.init.normal_(p, generator=generator)
+    ffn.threshold = scale * (torch.rand(config.ffn_size, generator=generator) + 0.01)
+    x = torch.randn(17, config.hidden_size, generator=generator)
+    with torch.no_grad():
+        expected = ffn.double()(x.double())
+        one = fold_thresholds([ffn])
+        assert bool((ffn.threshold == one).all()) and one > 0
+        assert torch.allclose(ffn(x.double()), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_from_gguf_with_thresholds(tmp_path: Path) -> None:
     tensors = gguf_tensors(checkpoint_weights(SILU), SILU)
     path = write_gguf(tmp_path / "source.gguf", tensors, **{"llama.hidden_act": None})
-    wanted = settings(tmp_path, steps=2, layer_epochs=1, threshold=0.02)
+    wanted = settings(tmp_path, steps=12, layer_epochs=1)
     Run(replace(wanted, source=path), Silent()).run()  # type: ignore[arg-type]
     before, after = open_checkpoint(path), open_checkpoint(tmp_path / "out")
-    assert after.config == replace(before.config, activation="fatrelu", activation_threshold=0.02)
+    threshold = after.config.activation_threshold
+    assert threshold > 0
+    assert after.config == replace(before.config, activation="fatrelu", activation_threshold=threshold)
     assert after.tokenizer.info == before.tokenizer.info
     assert after.tokenizer.chat_template == before.tokenizer.chat_template
     attention = "model.layers.1.self_attn.q_proj.weight"  # frozen, and in Hugging Face's layout
@@ -282,6 +340,16 @@ def test_text_of_files_and_chats(tmp_path: Path) -> None:
     text.write_text("short")
     with pytest.raises(SvdEngineError, match="too short"):
         read_windows(writer, [text], 20)
+
+
+def test_sampled_tokens_are_as_likely_as_the_model_says(tmp_path: Path) -> None:
+    model = read_decoder(open_checkpoint(source(tmp_path)))
+    windows = _sample(model, [[1]] * 4000, 2, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = torch.softmax(model.head(model(torch.tensor([[1]])))[0, 0].float(), -1).numpy()
+    found = np.bincount(windows[:, 1], minlength=len(expected)) / len(windows)
+    assert np.abs(found - expected).max() < 5 * np.sqrt(expected.max() / len(windows))
+    assert np.abs(np.cumsum(found) - np.cumsum(expected)).max() < 0.04  # Kolmogorov's bound at 1e-5
 
 
 def test_sampled_text_begins_with_prompts_and_is_repeatable(tmp_path: Path) -> None:
@@ -305,7 +373,7 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     for arguments, what in (
         ([str(folder), "-o", str(tmp_path / "out")], "exists already"),
         ([str(tmp_path / "nothing"), "-o", "x"], "no such file"),
-        ([str(tmp_path / "out"), "-o", str(tmp_path / "y")], "found a llama model with relu"),
+        ([str(tmp_path / "out"), "-o", str(tmp_path / "y")], "found a llama model with fatrelu"),
     ):
         with pytest.raises(SystemExit, match=what):
             main(arguments)

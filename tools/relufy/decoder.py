@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -22,54 +22,53 @@ from svdengine.models.family import split_suffix
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-@dataclass(frozen=True)
-class Gates:
-    """How sparse the gates of an FFN were in a forward pass."""
-
-    penalty: Tensor  # mean over root mean square, a scalar with gradient: it shrinks as fewer gates hold the energy
-    zeros: Tensor  # share of gates that are zero, a scalar
+# What sees an FFN at work: its number, its gates before and after the activation, and its up projection (..., f).
+Observer = Callable[[int, Tensor, Tensor, Tensor], None]
 
 
 class Ffn(nn.Module):
-    """A gated FFN. `relu` None is SiLU; a number t is ReLU with threshold t: x if x > t else 0."""
+    """A gated FFN. `threshold` None is SiLU; t (f,) is FATReLU with a threshold for each neuron: x if x > t else 0."""
+
+    threshold: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         d, f, bias = config.hidden_size, config.ffn_size, config.ffn_bias
         self.gate, self.up = nn.Linear(d, f, bias), nn.Linear(d, f, bias)
         self.down = nn.Linear(f, d, bias)
-        self.relu: float | None = None
-        self.recorded: list[Gates] | None = None  # see `record_gates`
+        self.register_buffer("threshold", None, persistent=False)
+        self.observer: Callable[[Tensor, Tensor, Tensor], None] | None = None  # see `observed`
 
     def forward(self, x: Tensor) -> Tensor:
         """What the FFN adds to the residual stream, for what comes out of the norm before it (..., d)."""
-        gate = self.gate(x)
-        if self.relu is None:
-            gate = functional.silu(gate)
+        gate, up = self.gate(x), self.up(x)
+        if self.threshold is None:
+            active = functional.silu(gate)
         else:
-            gate = functional.threshold(gate, self.relu, 0.0)
-            if self.recorded is not None:
-                self.recorded.append(_measure(gate))
-        return self.down(gate * self.up(x))
-
-
-def _measure(gate: Tensor) -> Gates:
-    g = gate.float()
-    penalty = g.mean() / (g.square().mean() + 1e-12).sqrt()
-    return Gates(penalty, (gate == 0).float().mean().detach())
+            active = torch.where(gate > self.threshold.to(gate.dtype), gate, 0.0)
+        if self.observer is not None:
+            self.observer(gate, active, up)
+        return self.down(active * up)
 
 
 @contextmanager
-def record_gates(ffns: Iterable[Ffn]) -> Iterator[list[Gates]]:
-    """While it lasts, every forward pass of the ReLU FFNs adds its gates to the list, in the order of the passes."""
-    found: list[Gates] = []
-    for ffn in (changed := list(ffns)):
-        ffn.recorded = found
+def observed(ffns: Iterable[Ffn], observer: Observer) -> Iterator[None]:
+    """While it lasts, `observer` sees every forward pass of the FFNs."""
+    for index, ffn in enumerate(watched := list(ffns)):
+        ffn.observer = partial(observer, index)
     try:
-        yield found
+        yield
     finally:
-        for ffn in changed:
-            ffn.recorded = None
+        for ffn in watched:
+            ffn.observer = None
+
+
+@contextmanager
+def counted_zeros(ffns: Iterable[Ffn]) -> Iterator[list[Tensor]]:
+    """While it lasts, every forward pass of an FFN adds the share of its gates that are zero, a scalar, to the list."""
+    found: list[Tensor] = []
+    with observed(ffns, lambda _index, _gate, active, _up: found.append((active == 0).float().mean().detach())):
+        yield found
 
 
 class KvCache:
@@ -222,7 +221,7 @@ def parameter(model: Decoder, tensor: str, layer: int | None) -> nn.Parameter:
     return found
 
 
-def make_student(teacher: Decoder, threshold: float, train: str) -> Decoder:
+def make_student(teacher: Decoder, train: str) -> Decoder:
     """A copy of the teacher with ReLU in its FFNs. What is not trained is shared with the teacher.
 
     train: ffn (the FFNs and the norms before them), layers (attention and its norms too), all (everything).
@@ -234,7 +233,7 @@ def make_student(teacher: Decoder, threshold: float, train: str) -> Decoder:
         if id(p) not in shared:
             p.requires_grad_(True)
     for ffn in student.ffns():
-        ffn.relu = threshold
+        ffn.threshold = torch.zeros(teacher.config.ffn_size, device=teacher.embedding.weight.device)
     return student
 
 

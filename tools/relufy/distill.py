@@ -1,21 +1,28 @@
-"""Stage 2: end to end, the student learns the teacher's next-token distribution while its gates are pushed to zero."""
+"""Stage 2: end to end, the student learns the teacher's next-token distribution while more of its gates become zero.
+
+With fatrelu a threshold for each neuron rises (`thresholds.py`); with relu a penalty on active gates pushes, which is
+slower and costs more, but leaves a model that other programs know."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from svdengine.tools.relufy.decoder import Decoder, record_gates
+from svdengine.tools.relufy.decoder import Decoder, counted_zeros, observed
 from svdengine.tools.relufy.schedule import Steering, learning_rate
 from svdengine.tools.relufy.settings import Settings
+from svdengine.tools.relufy.thresholds import Thresholds
 
-_LOGIT_ROWS = 2048  # rows of logits that are held at once
+# Rows of logits that are held at once: on a CPU so few that the memory is reused and stays in the cache.
+_LOGIT_ROWS = {"cpu": 128, "cuda": 2048}
 _CLIP = 1.0  # norm of the gradient
 _TRIED_STEPS = 3  # to learn how long one takes
 
@@ -26,7 +33,8 @@ class StepResult:
 
     divergence: float  # KL from the teacher's distribution to the student's, nats a token
     zeros: float  # share of the gates
-    weight: float  # of the sparsity penalty
+    target: float | None  # for the share of zeros; None while it is left alone
+    weight: float  # of the sparsity penalty; 0 with thresholds
 
 
 class Distillation:
@@ -37,22 +45,38 @@ class Distillation:
         self._windows = windows
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, settings.rate, betas=(0.9, 0.95), fused=True)
-        self.steering = Steering()
+        self.steering = Steering(settings.activation)
+        self.thresholds = Thresholds(student.ffns()) if settings.activation == "fatrelu" else None
         self.step = 0
 
     def run_step(self, total: int) -> StepResult:
         """Take the next of `total` steps."""
         goal = self.settings.sparsity
-        weight = self.steering.weight(self.step, total, goal)
+        target = self.steering.target(self.step, total, goal)
+        weight = 0.0 if self.thresholds else self.steering.weight(self.step, total, goal)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings.rate, self.step, total)
         self.optimizer.zero_grad()
         divergence, zeros = self._backward(self._batch(self.step), weight)
         nn.utils.clip_grad_norm_(self.trained, _CLIP)
         self.optimizer.step()
+        if self.thresholds:
+            self.thresholds.follow(target or 0.0)
         self.steering = self.steering.after(zeros, self.step, total, goal)
         self.step += 1
-        return StepResult(divergence, zeros, weight)
+        return StepResult(divergence, zeros, target, weight)
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on, but for the weights."""
+        state = {"steps_done": self.step, "steering": asdict(self.steering), "optimizer": self.optimizer.state_dict()}
+        return state | ({"thresholds": self.thresholds.state()} if self.thresholds else {})
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.step, self.steering = state["steps_done"], Steering(**state["steering"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.thresholds:
+            self.thresholds.load(state["thresholds"])
 
     def steps_in_time(self, seconds: float) -> int:
         """Steps that take about `seconds`. Nothing is changed."""
@@ -61,7 +85,7 @@ class Distillation:
         for i in range(_TRIED_STEPS + 1):
             if i == 1:
                 started = time.monotonic()
-            self._backward(self._batch(i), 1.0)
+            self._backward(self._batch(i), 0.0)
             self.optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -78,15 +102,34 @@ class Distillation:
 
     def _backward(self, tokens: Tensor, weight: float) -> tuple[float, float]:
         """Add the gradients of a batch; the divergence and the share of zeros."""
-        with torch.autocast(tokens.device.type, torch.bfloat16), record_gates(self.student.ffns()) as gates:
+        penalties: list[Tensor] = []
+        zeros: list[Tensor] = []
+
+        def observe(index: int, gate: Tensor, active: Tensor, up: Tensor) -> None:
+            zeros.append((active == 0).float().mean().detach())
+            if weight:
+                penalties.append(sparsity_penalty(active))
+            if self.thresholds:
+                self.thresholds.observe(index, gate, active, up)
+
+        with torch.autocast(tokens.device.type, torch.bfloat16):
             with torch.no_grad():
                 wanted = self.teacher(tokens).flatten(0, 1)
-            found = self.student(tokens).flatten(0, 1)
+            with observed(self.student.ffns(), observe):
+                found = self.student(tokens).flatten(0, 1)
             divergence, gradient = divergence_gradient(found, self.student.head, wanted, self.teacher.head)
-        penalty = torch.stack([g.penalty for g in gates]).mean()
-        torch.autograd.backward([found, penalty], [gradient, torch.full_like(penalty, weight)])
-        zeros = float(torch.stack([g.zeros for g in gates]).mean())
-        return divergence, zeros
+        roots, gradients = [found], [gradient]
+        if penalties:
+            roots.append(torch.stack(penalties).mean())
+            gradients.append(torch.full_like(roots[1], weight))
+        torch.autograd.backward(roots, gradients)
+        return divergence, float(torch.stack(zeros).mean())
+
+
+def sparsity_penalty(active: Tensor) -> Tensor:
+    """Mean over root mean square of gates after ReLU: no scale changes it, and it falls as fewer hold the energy."""
+    g = active.float()
+    return g.mean() / (g.square().mean() + 1e-12).sqrt()
 
 
 @lru_cache(maxsize=2)
@@ -103,14 +146,17 @@ def divergence_gradient(found: Tensor, head: nn.Module, wanted: Tensor, their_he
     n = len(found)
     leaf = found.detach().requires_grad_()
     total = torch.zeros((), device=found.device)
-    for start in range(0, n, _LOGIT_ROWS):
-        rows = slice(start, start + _LOGIT_ROWS)
+    size = _LOGIT_ROWS[found.device.type]
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        logits = head(leaf[rows])
         with torch.no_grad():
             theirs = torch.log_softmax(their_head(wanted[rows]).float(), -1)
-        ours = torch.log_softmax(head(leaf[rows]).float(), -1)
-        loss = nn.functional.kl_div(ours, theirs, reduction="sum", log_target=True) / n
-        loss.backward()
-        total += loss.detach()
+            ours = torch.log_softmax(logits.float(), -1)
+            p, q = theirs.exp(), ours.exp()
+            total += theirs.sub_(ours).mul_(p).sum() / n
+            q.sub_(p).mul_(1 / n)
+        logits.backward(q.to(logits.dtype))
     gradient = leaf.grad
     assert gradient is not None
     return float(total), gradient
@@ -137,7 +183,7 @@ def layer_zeros(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> li
     found = []
     for start in range(0, len(windows), rows):
         tokens = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(device)
-        with torch.autocast(device.type, torch.bfloat16), record_gates(model.ffns()) as gates:
+        with torch.autocast(device.type, torch.bfloat16), counted_zeros(model.ffns()) as zeros:
             model(tokens)
-        found.append([len(tokens) * float(g.zeros) for g in gates])
+        found.append([len(tokens) * float(z) for z in zeros])
     return [float(z) / len(windows) for z in np.sum(found, axis=0)]

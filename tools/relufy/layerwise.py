@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from svdengine.tools.relufy.decoder import Decoder, Layer, record_gates
+from svdengine.tools.relufy.decoder import Decoder, Layer, counted_zeros
 from svdengine.tools.relufy.schedule import learning_rate
 from svdengine.tools.relufy.settings import Settings
 
@@ -139,9 +139,9 @@ def relative_error(found: Tensor, goal: Tensor) -> Tensor:
 @torch.no_grad()
 def _evaluate(layer: Layer, middle: Tensor, goal: Tensor, size: int) -> tuple[float, float]:
     """Relative error, and share of zeros in the gates."""
-    with torch.autocast(middle.device.type, torch.bfloat16), record_gates([layer.ffn]) as gates:
+    with torch.autocast(middle.device.type, torch.bfloat16), counted_zeros([layer.ffn]) as zeros:
         errors = [relative_error(layer.feed(x), y) for x, y in zip(middle.split(size), goal.split(size), strict=True)]
-    return float(torch.stack(errors).mean()), float(torch.stack([g.zeros for g in gates]).mean())
+    return float(torch.stack(errors).mean()), float(torch.stack(zeros).mean())
 
 
 @torch.no_grad()

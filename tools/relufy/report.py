@@ -24,6 +24,7 @@ class Report:
 
     source: str
     text: str  # what was trained on, in words
+    activation: str  # of ACTIVATIONS
     stages: tuple[Stage, ...]
     layer_zeros: tuple[float, ...]  # share of the gates of each layer of the student
     held_out_tokens: int
@@ -58,11 +59,15 @@ def summary(report: Report) -> str:
 def card(report: Report) -> str:
     """The README of the output: what it is, how it was made, how good it is."""
     data = json.dumps(asdict(report), indent=2)
+    how = {
+        "fatrelu": "while a threshold for each gate rose (FATReLU; transformers has no such activation)",
+        "relu": "with a penalty that drove the gates to zero",
+    }[report.activation]
     return f"""# {report.source}, with ReLU in its FFNs
 
 Made by `python -m svdengine.tools.relufy` from {report.source} by self-distillation: SiLU in the FFNs gave way to
 ReLU, the FFNs learned layer by layer to lead to the original's hidden states, then end to end to give its next-token
-distribution, with a penalty that drives the gates to zero. Trained on {report.text};
+distribution, {how}. Trained on {report.text};
 measured on {report.held_out_tokens:,} tokens that were held out.
 
 {summary(report)}

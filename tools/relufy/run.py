@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -20,10 +20,10 @@ from svdengine.tools.relufy.layerwise import LayerResult, tokens_in_time, train_
 from svdengine.tools.relufy.output import write_model
 from svdengine.tools.relufy.report import Report, Stage, duration, summary
 from svdengine.tools.relufy.saved_run import SavedRun
-from svdengine.tools.relufy.schedule import Steering
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.status_line import StatusLine
 from svdengine.tools.relufy.text import Text, Writer, hold_out, joined, read_windows, sample_windows
+from svdengine.tools.relufy.thresholds import fold_thresholds, set_thresholds
 
 SAVE_EVERY = 120.0  # seconds
 
@@ -49,13 +49,13 @@ class Run:
         self.saved = SavedRun(settings, self.checkpoint)
         self.state: dict[str, Any] = self.saved.load_state()
         self.teacher: Decoder = read_decoder(self.checkpoint).to(settings.device)
-        self.student = make_student(self.teacher, settings.threshold, settings.train)
+        self.student = make_student(self.teacher, settings.train)
         self._save_every, self._last_save = save_every, time.monotonic()
         self._stop = False
 
     def run(self) -> Report:
         """Do what is left to do, and write the output. Raises Interrupted on SIGINT and SIGTERM."""
-        with self._stopping():
+        with closing(self.saved), self._stopping():
             text = self._text()
             self._stages(text)
             self._first_stage(text)
@@ -63,11 +63,12 @@ class Run:
         report = Report(
             self.checkpoint.path.name,
             self._text_in_words(text),
+            self.settings.activation,
             tuple(Stage(**stage) for stage in self.state["stages"]),
             tuple(layer_zeros(self.student, text.held_out)),
             text.held_out.size,
         )
-        write_model(self.student, self.checkpoint, self.settings.threshold, report, self.settings.output)
+        write_model(self.student, self.checkpoint, self.state["threshold"], report, self.settings.output)
         self.saved.remove()
         self.status.say(summary(report))
         return report
@@ -77,7 +78,7 @@ class Run:
         text = self.saved.load_text()
         if text is not None:
             return text
-        settings, parts = self.settings, []
+        settings, parts, started = self.settings, [], time.monotonic()
 
         def sampling(done: int, total: int) -> None:
             self._leave_if_stopped()
@@ -100,6 +101,8 @@ class Run:
             raise SvdEngineError("there is no text to train on; give --text, or --sample above 0")
         text = joined(parts)
         self.saved.save_text(text)
+        self.state["text_seconds"] = time.monotonic() - started
+        self._save()
         self.status.say(f"text: {text.train.size:,} tokens to train on, {text.held_out.size:,} held out")
         return text
 
@@ -168,15 +171,14 @@ class Run:
         state, settings = self.state, self.settings
         if state.get("finished"):
             self._load_trained()
+            set_thresholds(self.student.ffns(), state["threshold"])
             return
         self._load_trained()
         distillation = Distillation(self.teacher, self.student, settings, text.train)
         if state["steps_done"]:
-            distillation.optimizer.load_state_dict(state["optimizer"])
-            distillation.steering = Steering(**state["steering"])
-            distillation.step = state["steps_done"]
+            distillation.load(state)
         if "steps" not in state:
-            spent = state["layer_seconds"] + settings.seconds * _SAMPLING_SHARE * (not settings.text)
+            spent = state["layer_seconds"] + state["text_seconds"]
             state["steps"] = settings.steps or distillation.steps_in_time(settings.seconds - spent)
         total: int = state["steps"]
         recent: list[StepResult] = []
@@ -184,15 +186,14 @@ class Run:
 
         def save() -> None:
             state["step_seconds"] = before + time.monotonic() - started
-            state["steps_done"], state["steering"] = distillation.step, asdict(distillation.steering)
-            state["student"], state["optimizer"] = self._trained(), distillation.optimizer.state_dict()
+            state.update({"student": self._trained(), **distillation.state()})
 
         while distillation.step < total:
             recent = [*recent[-_SHOWN_STEPS + 1 :], distillation.run_step(total)]
             speed = (distillation.step - first) / (time.monotonic() - started)
             self.status.show(
                 f"stage 2: step {distillation.step} of {total}, divergence {_mean([r.divergence for r in recent]):.4f},"
-                f" zeros {_mean([r.zeros for r in recent]):.1%}, penalty weight {recent[-1].weight:.2f},"
+                f" zeros {_mean([r.zeros for r in recent]):.1%}{_goal(recent[-1])},"
                 f" {speed * settings.step_tokens:,.0f} tokens/s, {duration((total - distillation.step) / speed)} left"
             )
             if self._stop:
@@ -202,7 +203,8 @@ class Run:
         save()
         tokens = total * settings.step_tokens
         self._end_stage("stage 2, end to end", state["step_seconds"], tokens, text)
-        state |= {"finished": True, "optimizer": {}}
+        threshold = fold_thresholds(self.student.ffns())
+        state |= {"finished": True, "student": self._trained(), "threshold": threshold, "optimizer": {}}
         self._save()
 
     def _end_stage(self, name: str, seconds: float, tokens: int, text: Text) -> None:
@@ -264,6 +266,12 @@ class Run:
 def _on_cpu(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies that later steps do not change."""
     return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _goal(result: StepResult) -> str:
+    """What the steering wants at the moment, for the status line."""
+    target = "" if result.target is None else f" of {result.target:.1%}"
+    return f"{target}, penalty weight {result.weight:.2f}" if result.weight else target
 
 
 def _mean(values: list[float]) -> float:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,7 +19,12 @@ from svdengine.errors import SvdEngineError
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.text import Text
 
-_IDENTITY, _TEXT, _STATE = "run.json", "text.npz", "state.pt"
+try:
+    import fcntl
+except ImportError:  # Windows: there nothing keeps two processes from one run
+    fcntl = None  # type: ignore[assignment]
+
+_IDENTITY, _TEXT, _STATE, _LOCK = "run.json", "text.npz", "state.pt", "lock"
 
 
 class SavedRun:
@@ -28,9 +33,10 @@ class SavedRun:
     def __init__(self, settings: Settings, checkpoint: Checkpoint) -> None:
         self.folder = settings.output.with_name(settings.output.name + ".partial")
         identity = _identity(settings, checkpoint)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(self.folder)
         known = self._read_identity()
         if known is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
             _replace(self.folder / _IDENTITY, lambda path: path.write_text(json.dumps(identity, indent=2)))
         elif known != identity:
             changed = ", ".join(name for name in identity if known.get(name) != identity[name])
@@ -73,7 +79,12 @@ class SavedRun:
 
     def remove(self) -> None:
         """The run is complete."""
+        self.close()
         shutil.rmtree(self.folder)
+
+    def close(self) -> None:
+        """Let another process go on with the run."""
+        self._lock.close()
 
     def _read_identity(self) -> dict[str, Any] | None:
         path = self.folder / _IDENTITY
@@ -84,6 +95,18 @@ class SavedRun:
         except (OSError, ValueError) as error:
             raise SvdEngineError(f"{path}: cannot be read ({error}); remove the folder to begin anew") from error
         return known if isinstance(known, dict) else {}
+
+
+def _locked(folder: Path) -> IO[bytes]:
+    """A file that keeps other processes from the folder until it is closed. Raises SvdEngineError when one is there."""
+    stream = (folder / _LOCK).open("wb")
+    if fcntl is not None:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.close()
+            raise SvdEngineError(f"{folder}: another process is at work on this run; wait for it, or stop it") from None
+    return stream
 
 
 def _identity(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:

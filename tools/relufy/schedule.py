@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 _WARM_UP = 0.02  # of the steps
-_RAMP = (0.15, 0.75)  # between these shares of the steps the sparsity target rises from what there is to what is wanted
+# Between these shares of the steps the sparsity target rises from what there is to what is wanted: late under the
+# penalty, which costs most while it is high; early with thresholds, since most of the repair comes after them.
+_RAMP = {"relu": (0.15, 0.75), "fatrelu": (0.05, 0.5)}
 _SMOOTHING = 0.9  # of the measured sparsity
 _PUSH = 400.0  # what the weight gains over a whole run for each unit that the sparsity is below its target,
 _LEAST_STEPS = 400  # in a run of at least so many steps: in a short one it would overshoot
@@ -24,15 +26,16 @@ def learning_rate(highest: float, step: int, total: int) -> float:
 
 @dataclass(frozen=True)
 class Steering:
-    """The penalty's weight, steered so that the share of zero gates follows a target that rises slowly and late."""
+    """The target that the share of zero gates follows, and the penalty's weight, steered so that it does."""
 
+    activation: str  # of ACTIVATIONS
     start: float | None = None  # sparsity when the target began to rise
     measured: float | None = None  # smoothed
     held: float = 0.0  # the part of the weight that remembers past errors
 
     def target(self, step: int, total: int, goal: float) -> float | None:
         """What the sparsity shall be; None while it is left alone."""
-        first, last = (share * total for share in _RAMP)
+        first, last = (share * total for share in _RAMP[self.activation])
         if self.start is None or step < first:
             return None
         return self.start + (goal - self.start) * min(1.0, (step - first) / max(1.0, last - first))
@@ -47,7 +50,7 @@ class Steering:
     def after(self, zeros: float, step: int, total: int, goal: float) -> Steering:
         """The state after a step in which the share `zeros` of the gates was zero."""
         measured = zeros if self.measured is None else _SMOOTHING * self.measured + (1 - _SMOOTHING) * zeros
-        if step < _RAMP[0] * total:
+        if step < _RAMP[self.activation][0] * total:
             return replace(self, start=measured, measured=measured)
         target = self.target(step, total, goal)
         pushed = self.held if target is None else self.held + _PUSH / max(total, _LEAST_STEPS) * (target - measured)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 TRAINED = ("ffn", "layers", "all")
+ACTIVATIONS = ("fatrelu", "relu")
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,7 @@ class Settings:
     )
     seconds: float = 3600.0  # what everything together may take, about
     sparsity: float = 0.9  # share of the gates that shall be zero
-    threshold: float = 0.0  # 0: relu; above: fatrelu, which is 0 up to the threshold
+    activation: str = "fatrelu"  # of ACTIVATIONS: thresholds that rise, or relu and a penalty on gates
     window: int = 256  # tokens
     rows: int = 8  # windows of a step
     layer_tokens: int | None = None  # that stage 1 trains a layer on; None: what fits the budget

@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
 _HELD_OUT = 20  # one window in so many, at the end of each file
 _MOST_HELD_OUT = 64  # windows, of all text
 _SENTINEL = "\u2042"  # no template has it
-_TOGETHER = {"cpu": 64, "cuda": 1024}  # windows sampled at once
+_TOGETHER = {"cpu": 128, "cuda": 1024}  # windows sampled at once
 
 
 @dataclass(frozen=True)
@@ -152,8 +152,10 @@ def _sample(model: Decoder, prompts: Sequence[Sequence[int]], window: int, gener
     with torch.autocast(device.type, torch.bfloat16):
         for at in range(window - 1):
             hidden = model(tokens[:, at : at + 1], caches)
-            chances = torch.softmax(model.head(hidden[:, 0]).float(), -1)
-            drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+            # By the cumulative distribution: torch.multinomial draws a number for each token of the vocabulary.
+            chances = torch.softmax(model.head(hidden[:, 0]).float(), -1).cumsum(-1)
+            at_most = torch.rand(rows, 1, device=device, generator=generator) * chances[:, -1:]
+            drawn = torch.searchsorted(chances, at_most, right=True)[:, 0].clamp(max=chances.shape[1] - 1)
             tokens[:, at + 1] = torch.where(tokens[:, at + 1] < 0, drawn, tokens[:, at + 1])
     sampled: Windows = tokens.to("cpu", torch.int32).numpy()
     return sampled
