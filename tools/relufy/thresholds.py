@@ -21,7 +21,9 @@ _SAMPLED = 128  # tokens of a step that the levels are found on
 _MEMORY = 0.9  # of a level at each step
 _UP_MEMORY = 0.99  # of the mean square of up
 _LEAST_IMPORTANCE = 0.1  # of the median of a layer: bounds what is scaled at the end
-_LEAST_LEVEL = 1e-3  # of the mean over a layer: where ReLU alone leaves enough zeros, a threshold must still be above 0
+# Where ReLU alone leaves enough zeros, thresholds must still be above 0, and not so far below others that scaling them
+# to one would leave the range of float16. A share of the root mean square of what neurons add: its square is lost.
+_LEAST_LEVEL = 0.05
 
 
 class Thresholds:
@@ -52,7 +54,7 @@ class Thresholds:
             importance = self._up[index].sqrt() * ffn.down.weight.float().norm(dim=0)
             importance = importance.clamp(min=_LEAST_IMPORTANCE * float(importance.median()) + 1e-12)
             scores = (self._gates[index] * importance).flatten()
-            level = torch.maximum(_quantile(scores, target), _LEAST_LEVEL * scores.mean() + 1e-12)
+            level = torch.maximum(_quantile(scores, target), _LEAST_LEVEL * scores.square().mean().sqrt() + 1e-12)
             if self._steps:
                 level = _MEMORY * self._levels[index] + (1 - _MEMORY) * level
             self._levels[index] = level
