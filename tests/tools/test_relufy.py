@@ -206,22 +206,32 @@ def read_decoder_of(folder: Path) -> Decoder:
     return model
 
 
-def test_transformers_and_the_reference_give_the_same_logits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("activation", ["fatrelu", "relu"])
+def test_transformers_and_the_reference_give_the_same_logits(
+    tmp_path: Path, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     transformers = pytest.importorskip("transformers")
     from model_zoo import canonical_weights
 
     from svdengine.models import hf_source
 
     source(tmp_path)
-    Run(settings(tmp_path, steps=3, layer_epochs=1, activation="relu"), Silent()).run()  # type: ignore[arg-type]
+    wanted = settings(tmp_path, steps=12, layer_epochs=1, activation=activation)
+    Run(wanted, Silent()).run()  # type: ignore[arg-type]
     folder = tmp_path / "out"
+    config = open_checkpoint(folder).config
+    if activation == "fatrelu":  # as the card says
+        card = (folder / "README.md").read_text()
+        code = card.split("```python\n")[1].split("```")[0]
+        assert f'"threshold": {config.activation_threshold!r}' in code
+        monkeypatch.setitem(transformers.activations.ACT2FN, "fatrelu", None)  # so that it is taken out again
+        exec(code)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    checkpoint = open_checkpoint(folder)
-    assert checkpoint.config == CONFIG
+    assert replace(config, activation="relu", activation_threshold=0.0) == CONFIG
     tensors = {name: t.float().numpy() for name, t in weights_of(folder).items()}
-    weights = canonical_weights(CONFIG, tensors, hf_source)
-    tokens = random_tokens(CONFIG, 41)
-    ours = ReferenceExecutor(CONFIG, weights, 8).forward(make_batch([(tokens, 0)], [block_table(len(tokens))]))
+    weights = canonical_weights(config, tensors, hf_source)
+    tokens = random_tokens(config, 41)
+    ours = ReferenceExecutor(config, weights, 8).forward(make_batch([(tokens, 0)], [block_table(len(tokens))]))
     with torch.no_grad():
         expected = theirs(torch.tensor([tokens])).logits[0].numpy()
     assert relative_error(ours, expected) < 1e-4

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         "--activation",
         choices=ACTIVATIONS,
         default=default.activation,
-        help="fatrelu: sparse sooner and closer to the original; relu: transformers loads it (default: %(default)s)",
+        help="fatrelu is sparse sooner and closer to the original; relu is more widely known (default: %(default)s)",
     )
     add("--train", choices=TRAINED, default=default.train, help="what stage 2 trains (default: %(default)s)")
     add("--window", type=int, default=default.window, help="tokens of a window of text (default: %(default)s)")

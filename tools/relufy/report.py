@@ -25,6 +25,7 @@ class Report:
     source: str
     text: str  # what was trained on, in words
     activation: str  # of ACTIVATIONS
+    threshold: float  # of fatrelu
     stages: tuple[Stage, ...]
     layer_zeros: tuple[float, ...]  # share of the gates of each layer of the student
     held_out_tokens: int
@@ -60,7 +61,7 @@ def card(report: Report) -> str:
     """The README of the output: what it is, how it was made, how good it is."""
     data = json.dumps(asdict(report), indent=2)
     how = {
-        "fatrelu": "while a threshold for each gate rose (FATReLU; transformers has no such activation)",
+        "fatrelu": "while the share of gates below a threshold rose (FATReLU)",
         "relu": "with a penalty that drove the gates to zero",
     }[report.activation]
     return f"""# {report.source}, with ReLU in its FFNs
@@ -72,7 +73,7 @@ measured on {report.held_out_tokens:,} tokens that were held out.
 
 {summary(report)}
 
-Convert it with `svdengine convert`, then `svdengine calibrate`.
+Convert it with `svdengine convert`.{_for_transformers(report) if report.activation == "fatrelu" else ""}
 
 <details><summary>The figures as JSON</summary>
 
@@ -82,6 +83,17 @@ Convert it with `svdengine convert`, then `svdengine calibrate`.
 
 </details>
 """
+
+
+def _for_transformers(report: Report) -> str:
+    return f""" For transformers, which has no FATReLU, say first:
+
+```python
+from torch.nn import Threshold
+from transformers.activations import ACT2FN
+
+ACT2FN["fatrelu"] = Threshold, {{"threshold": {report.threshold!r}, "value": 0.0}}
+```"""
 
 
 def duration(seconds: float) -> str:

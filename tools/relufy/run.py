@@ -64,6 +64,7 @@ class Run:
             self.checkpoint.path.name,
             self._text_in_words(text),
             self.settings.activation,
+            self.state["threshold"],
             tuple(Stage(**stage) for stage in self.state["stages"]),
             tuple(layer_zeros(self.student, text.held_out)),
             text.held_out.size,
