@@ -88,11 +88,12 @@ class PagedExecutor:
 
     def _scattered(self, n: int) -> list[str]:
         """The arrays of which a step of n rows picks rows."""
-        if n > _FEW or self.ffn_path(n) == "dense":
+        path = self.ffn_path(n)
+        if n > _FEW or path == "dense":
             return []
-        if self.predictor is not None:
+        if path == "predict":
             return self._rows
-        first = "gate" if self._file.config.gated else "up"  # without a predictor it is read whole
+        first = "gate" if self._file.config.gated else "up"  # without prediction it is read whole
         return [name for name in self._rows if name != first]
 
     def _advise(self, scattered: list[str]) -> None:

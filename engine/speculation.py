@@ -64,13 +64,14 @@ class Speculation:
     def own_draft_length(self, sequence: Sequence) -> int:
         """How many tokens are worth drafting by the model itself, for a sequence alone in a step without drafts.
 
-        None are where the step that checks them would take another path than a step of one row.
+        None are where of a step of one row and the step that checks them one is exact and the other predicts.
         """
         executor = self._executor
         if executor is None or not can_draft(executor):
             return 0
         count = self._gain.choose(self._history(sequence).model_right, MOST)
-        return count if executor.ffn_path(1) == executor.ffn_path(1 + count) else 0
+        one, checking = (executor.ffn_path(n) == "predict" for n in (1, 1 + count))
+        return count if one == checking else 0
 
     def draft_by_model(self, sequence: Sequence, count: int) -> list[int]:
         """Have the model draft tokens for a sequence that has blocks for `count` more, and measure what each takes."""

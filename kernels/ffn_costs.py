@@ -24,7 +24,7 @@ _BYTES = 64e6  # of weights that are run over: more than caches hold
 _REPETITIONS = 2
 _NOTHING = 1e30  # a sparsity bias with which no score is positive
 _SHARE = 0.25  # of neurons that are predicted while the rows' costs are measured: lists with gaps, as they will be
-_MARGIN = 0.9  # sparse must take at most this share of the dense time: it is not exact
+_MARGIN = 0.9  # prediction must take at most this share of the time of exact paths: it is not exact
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,18 @@ class FfnCosts:
         first, further = _uses(self.neurons, rows, predicted, active)
         return _at(self.scoring, rows) + first * self.first_use + further * self.further_use
 
-    def prefers_sparse(self, rows: int, predicted: float, active: float) -> bool:
-        """Whether the sparse path saves enough time to be worth what it misses."""
-        return self.sparse_seconds(rows, predicted, active) < _MARGIN * self.dense_seconds(rows)
+    def skipping_seconds(self, active: float) -> float:
+        """An FFN of one row of which all gates are computed, and rows of up and down for this share of the neurons."""
+        first, _ = _uses(self.neurons, 1, 1.0, active)
+        return first * self.first_use
+
+    def cheapest(self, rows: int, predicted: float, active: float) -> FfnPath:
+        """The path of a step of `rows`; a predictor must save enough time to be worth what it misses."""
+        path: FfnPath = "dense"
+        exact = self.dense_seconds(rows)
+        if rows == 1 and self.skipping_seconds(active) < exact:
+            exact, path = self.skipping_seconds(active), "skip_zeros"
+        return "predict" if self.sparse_seconds(rows, predicted, active) < _MARGIN * exact else path
 
 
 def choose_path(ffn: FfnMode, rows: int, predictor: Predictor | None, costs: Callable[[], FfnCosts]) -> FfnPath:
@@ -60,9 +69,7 @@ def choose_path(ffn: FfnMode, rows: int, predictor: Predictor | None, costs: Cal
         return "dense"
     if predictor is None:
         return "skip_zeros" if rows == 1 or ffn == "sparse" else "dense"
-    if ffn == "sparse" or costs().prefers_sparse(rows, *predictor.densities):
-        return "predict"
-    return "dense"
+    return "predict" if ffn == "sparse" else costs().cheapest(rows, *predictor.densities)
 
 
 class FfnRunner(Protocol):

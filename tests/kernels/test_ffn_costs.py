@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,11 +34,14 @@ def test_sparse_seconds_count_rows_once_from_memory_and_then_from_a_cache() -> N
 
 
 def test_the_path_depends_on_densities_and_on_the_step() -> None:
-    assert COSTS.prefers_sparse(1, 0.2, 0.1)
-    assert not COSTS.prefers_sparse(1, 1.0, 0.9)
+    assert COSTS.cheapest(1, 0.2, 0.1) == "predict"
+    assert COSTS.cheapest(1, 0.9, 0.1) == "skip_zeros"  # 10 us of scoring save too little
+    assert COSTS.cheapest(1, 1.0, 0.9) == "skip_zeros"
+    assert replace(COSTS, dense=(250e-6,) * 4).cheapest(1, 1.0, 0.9) == "dense"
     dense_from_two = FfnCosts(100, (300e-6,) + (310e-6,) * 3, COSTS.scoring, 1e-6, 1e-6)
-    assert dense_from_two.prefers_sparse(2, 0.2, 0.1)
-    assert not dense_from_two.prefers_sparse(32, 0.2, 0.1)
+    assert dense_from_two.cheapest(2, 0.2, 0.1) == "predict"
+    assert dense_from_two.cheapest(32, 0.2, 0.1) == "dense"
+    assert dense_from_two.cheapest(2, 1.0, 0.9) == "dense"  # zeros are skipped in steps of one row only
 
 
 def test_costs_are_measured_on_the_executor_and_leave_it_as_it_was() -> None:
@@ -58,11 +62,11 @@ def test_auto_takes_the_path_that_costs_less(monkeypatch: pytest.MonkeyPatch, sp
     config = zoo()["llama_relu_tied"]
     asked: list[Any] = []
 
-    def prefers(self: FfnCosts, rows: int, predicted: float, active: float) -> bool:
+    def cheapest(self: FfnCosts, rows: int, predicted: float, active: float) -> str:
         asked.append((rows, predicted, active))
-        return sparse
+        return "predict" if sparse else "dense"
 
-    monkeypatch.setattr(FfnCosts, "prefers_sparse", prefers)
+    monkeypatch.setattr(FfnCosts, "cheapest", cheapest)
     about = {"table": [{"predicted_density": 0.3, "computed_density": 0.2}] * config.layer_count}
     with executor(config, "q8", Predictor(make_predictor(config, 8, 0, 0.0).layers, about)) as cpu:
         cpu.ffn = "auto"
