@@ -13,6 +13,7 @@ from svdengine.commands.options import (
     check_writable,
     model_options,
     open_shared_model,
+    prefill_rows_option,
     sampling_fields,
     sampling_options,
 )
@@ -25,6 +26,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @model_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.jsonl")
 @click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Lines at a time.")
+@prefill_rows_option
 @sampling_options
 def command(requests: Path, output: Path, parallel: int, **options: Any) -> None:
     """Answer the requests in IN.jsonl with MODEL, a .svdp file.

@@ -159,6 +159,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.llm import load
+    from svdengine.scheduler import PREFILL_ROWS
     from svdengine.sequence import blocks_for
 
     path = options["model"] if options["model"] is not None else _demo_model()
@@ -174,6 +175,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         gpu_memory=options["gpu_memory"],
         kv_dtype=options["kv_dtype"],
         speculative=options.get("speculative", False),
+        prefill_rows=options.get("prefill_rows") or PREFILL_ROWS,
         mlock=options["mlock"],
         prefetch=options["prefetch"],
     )
@@ -198,6 +200,17 @@ def check_extra(extra: str, *modules: str) -> None:
     missing = [name for name in modules if find_spec(name) is None]
     if missing:
         raise SvdEngineError(f'this needs {" and ".join(missing)}; run: pip install "svdengine[{extra}]"')
+
+
+def prefill_rows_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --prefill-rows, which `open_model` reads."""
+    return click.option(
+        "--prefill-rows",
+        type=click.IntRange(1, 4096),
+        metavar="N",
+        help="Most tokens of prompts that a step reads while others decode (default: 64): more read prompts faster,"
+        " fewer let the others wait less for each token.",
+    )(function)
 
 
 def kv_save_option(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from svdengine.commands.options import check_extra, kept_kv, kv_save_option, model_options, open_shared_model
+from svdengine.commands.options import (
+    check_extra,
+    kept_kv,
+    kv_save_option,
+    model_options,
+    open_shared_model,
+    prefill_rows_option,
+)
 
 
 @click.command("serve")
@@ -48,6 +55,7 @@ from svdengine.commands.options import check_extra, kept_kv, kv_save_option, mod
     metavar="S",
     help="On SIGTERM or Ctrl-C, time for running answers to end.",
 )
+@prefill_rows_option
 @kv_save_option
 def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path | None, **options: Any) -> None:
     """Serve MODEL, a .svdp file, to programs that speak OpenAI's interface, and to browsers.

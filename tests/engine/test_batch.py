@@ -11,6 +11,7 @@ from tiny_model import write_tiny_model
 import svdengine
 from svdengine.batch_run import BatchRun, finished_lines, read_lines
 from svdengine.cli import main
+from svdengine.engine import Engine
 from svdengine.errors import RequestError
 
 GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
@@ -109,6 +110,22 @@ def test_a_run_that_is_given_up_frees_its_blocks(model: Path, requests: Path) ->
         results.close()  # type: ignore[attr-defined]
         llm._engine.prefix_cache.clear()
         assert llm._engine.pool.free_count == llm._engine.pool.block_count
+
+
+@pytest.mark.parametrize(("given", "rows"), [((), 64), (("--prefill-rows", 5), 5)])
+def test_rows_of_prompts(
+    model: Path, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[Any, ...], rows: int
+) -> None:
+    found: list[int] = []
+    real = Engine.__init__
+
+    def spy(self: Engine, *arguments: Any, **options: Any) -> None:
+        found.append(options["prefill_rows"])
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "__init__", spy)
+    assert run(requests, model, "-o", tmp_path / "out.jsonl", *given).exit_code == 0
+    assert found == [rows]
 
 
 def test_wrong_usage(model: Path, requests: Path, tmp_path: Path) -> None:
