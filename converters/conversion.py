@@ -25,16 +25,20 @@ def convert(
     dtype: WeightFormat = "q8",
     activation: str | None = None,
     progress: Progress | None = None,
+    *,
+    embedding_dtype: WeightFormat | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
+    `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
     converted and ModelFileError when `output` cannot be written; nothing is left behind then.
     """
     source, output = Path(source), Path(output)
-    if dtype not in WEIGHT_FORMATS:
-        raise ConversionError(f"unknown dtype {dtype!r}; there are {', '.join(WEIGHT_FORMATS)}")
+    for wanted in (dtype, embedding_dtype or dtype):
+        if wanted not in WEIGHT_FORMATS:
+            raise ConversionError(f"unknown dtype {wanted!r}; there are {', '.join(WEIGHT_FORMATS)}")
     checkpoint = open_checkpoint(source, activation)
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
@@ -45,10 +49,18 @@ def convert(
         "tool": f"svdengine {metadata.version('svdengine')}",
         "dtype": dtype,
     }
+    if embedding_dtype is not None:
+        provenance["embedding_dtype"] = embedding_dtype
     if activation is not None:
         provenance["activation"] = activation
     with ModelWriter(
-        output, checkpoint.config, dtype, checkpoint.tokenizer, checkpoint.generation, provenance
+        output,
+        checkpoint.config,
+        dtype,
+        checkpoint.tokenizer,
+        checkpoint.generation,
+        provenance,
+        embedding_dtype=embedding_dtype,
     ) as writer:
         for spec, layer, origin in plan:
             array = build_tensor(checkpoint, origin)

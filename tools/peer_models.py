@@ -30,7 +30,7 @@ _LAYERS = 8  # of the 7B shape: what follows from them holds for 32, in a quarte
 
 def bench_folder() -> Path:
     """Where the models are kept."""
-    from svdengine.kernels.cpu.jit import user_cache_directory
+    from svdengine.kernels.user_cache import user_cache_directory
 
     return user_cache_directory() / "bench"
 

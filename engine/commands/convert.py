@@ -18,6 +18,11 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
 @click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .svdp file.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="q8", show_default=True, help="How weights are stored.")
+@click.option(
+    "--embedding-dtype",
+    type=click.Choice(DTYPES),
+    help="How embedding and output projection are stored; by default as the rest, but q8 with q4.",
+)
 @click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
 @click.option(
     "--predictor",
@@ -39,7 +44,15 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
 @click.option(
     "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="To calibrate on; see `calibrate`."
 )
-def command(source: Path, output: Path, dtype: str, activation: str | None, kind: str | None, **options: Any) -> None:
+def command(
+    source: Path,
+    output: Path,
+    dtype: str,
+    embedding_dtype: str | None,
+    activation: str | None,
+    kind: str | None,
+    **options: Any,
+) -> None:
     """Convert SRC, a Hugging Face folder or a .gguf file, into a model file.
 
     A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with its own defaults, once the
@@ -62,7 +75,8 @@ def command(source: Path, output: Path, dtype: str, activation: str | None, kind
             bar.length = total
             bar.update(done - bar.pos)
 
-        convert(source, output, cast(WeightFormat, dtype), activation, progress)
+        formats = cast(WeightFormat, dtype), cast("WeightFormat | None", embedding_dtype)
+        convert(source, output, formats[0], activation, progress, embedding_dtype=formats[1])
         bar.update(max(0, (bar.length or 0) - bar.pos))
     if config.sparse_ffn and kind != "none":
         _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)

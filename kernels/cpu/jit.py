@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,15 +14,7 @@ import llvmlite
 import numba
 
 from svdengine.kernels.cpu.isa import active_isa
-
-
-def user_cache_directory() -> Path:
-    """Where svdengine keeps what can be made again."""
-    if os.name == "nt":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "svdengine"
+from svdengine.kernels.user_cache import user_cache_directory
 
 
 @cache

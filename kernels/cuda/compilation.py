@@ -17,8 +17,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from svdengine.kernels import batch
-from svdengine.kernels.cpu.jit import user_cache_directory
 from svdengine.kernels.cuda.intrinsics import Kernel
+from svdengine.kernels.user_cache import user_cache_directory
 
 Capability = tuple[Any, ...]  # (8, 0), or (9, 0, "a") with what only that architecture has
 

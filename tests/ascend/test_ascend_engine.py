@@ -41,7 +41,7 @@ def plug_in(monkeypatch: pytest.MonkeyPatch, npu: Npu, cache: Path) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "acl" else found(name))
     for module in ("availability", "cann"):
         monkeypatch.setattr(sys.modules[f"svdengine.kernels.ascend.{module}"], "load_cann", lambda: npu.cann)
-    monkeypatch.setattr("svdengine.executors.cache_folder", lambda: cache)
+    monkeypatch.setattr("svdengine.executors.user_cache_directory", lambda: cache)
 
 
 def run(*arguments: str) -> Result:

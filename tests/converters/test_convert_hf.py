@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_zoo import random_weights
+from model_zoo import random_weights, relative_error
 from safetensors.numpy import save_file
 from small_checkpoints import CONFIG, HF_CONFIG, TEMPLATE, checkpoint_weights, hf_tensors, tokenizer_json, write_hf
 
+import svdengine
 from svdengine.converters import convert
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.model_file import ModelFile, read_model_file
@@ -200,6 +201,17 @@ def test_what_cannot_be_converted(tmp_path: Path, failure: str) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize(("embedding", "expected"), [(None, "q8"), ("q4", "q4"), ("f16", "f16")])
+def test_embeddings_can_have_a_format_of_their_own(tmp_path: Path, embedding: Any, expected: str) -> None:
+    output = tmp_path / "m.svdp"
+    convert(write_hf(tmp_path / "hf"), output, "q4", embedding_dtype=embedding)
+    with svdengine.load(output, device="cpu", context=64) as cpu, svdengine.load(output, device="reference") as exact:
+        formats = cpu.model_file.formats
+        assert formats["embedding"] == expected and formats["up"] == "q4"
+        ours, theirs = cpu.logits([1, 2, 3]), exact.logits([1, 2, 3])
+    assert relative_error(ours, theirs) < 0.02  # activations have 8 bits
+
+
 def test_wrong_calls(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf")
     with pytest.raises(ConversionError, match="no such file"):
@@ -208,6 +220,8 @@ def test_wrong_calls(tmp_path: Path) -> None:
         convert(folder / "model.safetensors", tmp_path / "m.svdp")
     with pytest.raises(ConversionError, match="unknown dtype"):
         convert(folder, tmp_path / "m.svdp", "q2")  # type: ignore[arg-type]
+    with pytest.raises(ConversionError, match="unknown dtype 'q2'"):
+        convert(folder, tmp_path / "m.svdp", "q4", embedding_dtype="q2")  # type: ignore[arg-type]
     with pytest.raises(ConversionError, match="would replace the checkpoint"):
         convert(folder, folder / "model.safetensors")
     with pytest.raises(ConversionError, match="swish9"):

@@ -141,6 +141,7 @@ def test_q4_keeps_embeddings_at_8_bits() -> None:
         *("q8", "q8", "q4", "f32")
     ]
     assert format_for("position_embedding", "f16") == "f32"
+    assert [format_for(n, "q8", "q4") for n in ("embedding", "lm_head", "up")] == ["q4", "q4", "q8"]
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, ModelFileError])
