@@ -34,6 +34,7 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
 )
 from svdengine.tools.relufy.distill import divergence_gradient  # noqa: E402
 from svdengine.tools.relufy.run import Interrupted, Run  # noqa: E402
+from svdengine.tools.relufy.saved_run import SavedRun  # noqa: E402
 from svdengine.tools.relufy.schedule import Steering, learning_rate  # noqa: E402
 from svdengine.tools.relufy.settings import Settings  # noqa: E402
 from svdengine.tools.relufy.text import Writer, _sample, read_windows, sample_windows  # noqa: E402
@@ -268,6 +269,24 @@ def test_an_interrupted_run_ends_with_the_same_weights(tmp_path: Path, activatio
             at, count = at + stride, count + 1
         assert count >= 2
         assert all(torch.equal(w, weights_of(tmp_path / "whole")[n]) for n, w in weights_of(tmp_path / name).items())
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_run_that_dies_while_it_saves_its_text_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    source(tmp_path)
+    wanted, save = settings(tmp_path, steps=None, seconds=3.0, layer_epochs=1, layer_tokens=512), SavedRun.save_text
+
+    def dies(self: SavedRun, text: Any) -> None:
+        if written:
+            save(self, text)
+        crash()
+
+    monkeypatch.setattr(SavedRun, "save_text", dies)
+    assert interrupted(wanted, -1, None)
+    monkeypatch.setattr(SavedRun, "save_text", save)
+    assert not interrupted(wanted, -1, None) and (tmp_path / "out").exists()
 
 
 def test_another_run_does_not_go_on_from_this_one(tmp_path: Path) -> None:

@@ -120,7 +120,6 @@ def _keep_memory() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line. Exit codes: 0 done, 1 an error that was explained, 130 interrupted and saved."""
-    _keep_memory()
     try:
         settings = parse(arguments)
         from svdengine.tools.relufy.run import Interrupted, Run
@@ -137,4 +136,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    _keep_memory()  # of the whole process, so not where main() is called by another program
     main()

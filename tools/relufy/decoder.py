@@ -67,8 +67,13 @@ def observed(ffns: Iterable[Ffn], observer: Observer) -> Iterator[None]:
 def counted_zeros(ffns: Iterable[Ffn]) -> Iterator[list[Tensor]]:
     """While it lasts, every forward pass of an FFN adds the share of its gates that are zero, a scalar, to the list."""
     found: list[Tensor] = []
-    with observed(ffns, lambda _index, _gate, active, _up: found.append((active == 0).float().mean().detach())):
+    with observed(ffns, lambda _index, _gate, active, _up: found.append(zero_share(active))):
         yield found
+
+
+def zero_share(active: Tensor) -> Tensor:
+    """Share of gates that are zero after the activation, a scalar."""
+    return (active == 0).float().mean().detach()
 
 
 class KvCache:

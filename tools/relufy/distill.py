@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from svdengine.tools.relufy.decoder import Decoder, counted_zeros, observed
+from svdengine.tools.relufy.decoder import Decoder, counted_zeros, observed, zero_share
 from svdengine.tools.relufy.schedule import Steering, learning_rate
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.thresholds import Thresholds
@@ -85,7 +85,7 @@ class Distillation:
         for i in range(_TRIED_STEPS + 1):
             if i == 1:
                 started = time.monotonic()
-            self._backward(self._batch(i), 0.0)
+            self._backward(self._batch(i), 0.0 if self.thresholds else 1.0)
             self.optimizer.zero_grad()
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -106,7 +106,7 @@ class Distillation:
         zeros: list[Tensor] = []
 
         def observe(index: int, gate: Tensor, active: Tensor, up: Tensor) -> None:
-            zeros.append((active == 0).float().mean().detach())
+            zeros.append(zero_share(active))
             if weight:
                 penalties.append(sparsity_penalty(active))
             if self.thresholds:

@@ -101,9 +101,9 @@ class Run:
         if not parts:
             raise SvdEngineError("there is no text to train on; give --text, or --sample above 0")
         text = joined(parts)
-        self.saved.save_text(text)
         self.state["text_seconds"] = time.monotonic() - started
-        self._save()
+        self._save()  # before the text, which is not made again once it is there
+        self.saved.save_text(text)
         self.status.say(f"text: {text.train.size:,} tokens to train on, {text.held_out.size:,} held out")
         return text
 

@@ -51,8 +51,7 @@ class Thresholds:
     def follow(self, target: float) -> None:
         """Set the thresholds after a step that was observed, so that about the share `target` of gates is zero."""
         for index, ffn in enumerate(self._ffns):
-            importance = self._up[index].sqrt() * ffn.down.weight.float().norm(dim=0)
-            importance = importance.clamp(min=_LEAST_IMPORTANCE * float(importance.median()) + 1e-12)
+            importance = self._importance(index)
             scores = (self._gates[index] * importance).flatten()
             level = torch.maximum(_quantile(scores, target), _LEAST_LEVEL * scores.square().mean().sqrt() + 1e-12)
             if self._steps:
@@ -62,18 +61,23 @@ class Thresholds:
         self._steps += 1
 
     def state(self) -> dict[str, Tensor]:
-        """All that `load` needs to go on."""
-        thresholds = torch.stack([_threshold(ffn) for ffn in self._ffns])
-        state = {"up": self._up, "levels": self._levels, "thresholds": thresholds, "steps": torch.tensor(self._steps)}
+        """What `load` needs to go on, but for the FFNs' weights."""
+        state = {"up": self._up, "levels": self._levels, "steps": torch.tensor(self._steps)}
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
+    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state."""
+        """Go on from a state, with the weights of that time."""
         self._up.copy_(state["up"])
         self._levels.copy_(state["levels"])
         self._steps = int(state["steps"])
-        for ffn, threshold in zip(self._ffns, state["thresholds"], strict=True):
-            ffn.threshold = threshold.to(self._up.device, copy=True)
+        for index, ffn in enumerate(self._ffns):
+            ffn.threshold = self._levels[index] / self._importance(index)
+
+    def _importance(self, index: int) -> Tensor:
+        """What each neuron of an FFN adds to the residual stream for a gate of 1, (f,)."""
+        importance = self._up[index].sqrt() * self._ffns[index].down.weight.float().norm(dim=0)
+        return importance.clamp(min=_LEAST_IMPORTANCE * float(importance.median()) + 1e-12)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
