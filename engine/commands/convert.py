@@ -75,8 +75,8 @@ def command(
             bar.length = total
             bar.update(done - bar.pos)
 
-        formats = cast(WeightFormat, dtype), cast("WeightFormat | None", embedding_dtype)
-        convert(source, output, formats[0], activation, progress, embedding_dtype=formats[1])
+        embedding = cast("WeightFormat | None", embedding_dtype)
+        convert(source, output, cast(WeightFormat, dtype), activation, progress, embedding_dtype=embedding)
         bar.update(max(0, (bar.length or 0) - bar.pos))
     if config.sparse_ffn and kind != "none":
         _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)
