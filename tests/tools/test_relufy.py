@@ -16,6 +16,7 @@ from small_checkpoints import CONFIG, checkpoint_weights, gguf_tensors, hf_tenso
 
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
+from svdengine.kernels.formats import dequantize, quantize
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models.config import ModelConfig
 
@@ -31,14 +32,16 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
     observed,
     parameter,
     read_decoder,
+    read_student,
 )
 from svdengine.tools.relufy.distill import divergence_gradient  # noqa: E402
+from svdengine.tools.relufy.rounding import Rounding, round_q4  # noqa: E402
 from svdengine.tools.relufy.run import Interrupted, Run  # noqa: E402
 from svdengine.tools.relufy.saved_run import SavedRun  # noqa: E402
 from svdengine.tools.relufy.schedule import Steering, learning_rate  # noqa: E402
 from svdengine.tools.relufy.settings import Settings  # noqa: E402
 from svdengine.tools.relufy.text import Writer, _sample, read_windows, sample_windows  # noqa: E402
-from svdengine.tools.relufy.thresholds import Thresholds, fold_thresholds, set_thresholds  # noqa: E402
+from svdengine.tools.relufy.thresholds import Thresholds, balance, fold_thresholds  # noqa: E402
 
 SILU = replace(CONFIG, activation="silu")
 
@@ -193,18 +196,8 @@ def test_the_student_ends_close_to_its_teacher_and_sparse(tmp_path: Path, activa
 
 
 def read_decoder_of(folder: Path) -> Decoder:
-    """The student that a run wrote."""
-    checkpoint = open_checkpoint(folder)
-    silu = replace(checkpoint.config, activation="silu", activation_threshold=0.0)
-    model = make_student(Decoder(silu), "all")
-    set_thresholds(model.ffns(), checkpoint.config.activation_threshold)
-    tensors = weights_of(folder)
-    with torch.no_grad():
-        from svdengine.tools.relufy.output import tensor_names
-
-        for (spec, layer), name in tensor_names(silu).items():
-            parameter(model, spec, layer).copy_(tensors[name].float())
-    return model
+    """The student that a run of `source` wrote."""
+    return read_student(open_checkpoint(folder), read_decoder(open_checkpoint(folder.with_name("source"))), "ffn")
 
 
 @pytest.mark.parametrize("activation", ["fatrelu", "relu"])
@@ -339,6 +332,90 @@ def test_folded_thresholds_leave_what_an_ffn_computes(seed: int, scale: float) -
         one = fold_thresholds([ffn])
         assert bool((ffn.threshold == one).all()) and one > 0
         assert torch.allclose(ffn(x.double()), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@given(st.integers(0, 2**31), st.floats(0.01, 100.0))
+def test_balanced_neurons_leave_what_an_ffn_computes(seed: int, scale: float) -> None:
+    model, _ = decoder(zoo()["llama_silu_biases"])
+    student = make_student(model, "ffn")
+    ffn = next(student.ffns())
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(7, student.config.hidden_size, generator=generator)
+    with torch.no_grad():
+        ffn.gate.weight[::2] *= scale
+        ffn.threshold = torch.rand(ffn.up.out_features, generator=generator)
+        before = ffn(x)
+        balance([ffn])
+        after = ffn(x)
+    assert torch.allclose(ffn.gate.weight.norm(dim=1), ffn.up.weight.norm(dim=1), rtol=1e-4)
+    near = (before - after).abs() / before.abs().max()
+    assert (near > 1e-4).float().mean() < 0.02  # a gate on its threshold may fall to the other side
+
+
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 200), st.sampled_from([0.0, 1e-6, 1.0, 1e4]))
+def test_weights_are_rounded_as_a_file_rounds_them(seed: int, rows: int, columns: int, scale: float) -> None:
+    rng = np.random.default_rng(seed)
+    weights = (scale * rng.standard_normal((rows, columns)) + rng.integers(-1, 2)).astype(np.float32)
+    expected = dequantize(quantize(weights, "q4"), "q4", columns)
+    assert np.array_equal(round_q4(torch.from_numpy(weights)).numpy(), expected)
+
+
+def test_rounding_is_of_the_student_alone_and_ends() -> None:
+    teacher, _ = decoder(zoo()["qwen3"])  # tied embeddings
+    student = make_student(teacher, "ffn")
+    layer = student.layers[0]
+    before = {name: p.clone() for name, p in student.named_parameters()}
+
+    def rounded(p: Any) -> Any:
+        return torch.from_numpy(dequantize(quantize(p.detach().numpy(), "q4"), "q4", p.shape[1]))
+
+    for embedding in (False, True):
+        with Rounding(student, embedding).rounded():
+            assert torch.equal(layer.ffn.gate.weight, rounded(before["layers.0.ffn.gate.weight"]))
+            assert torch.equal(layer.ffn.down.weight.T, rounded(before["layers.0.ffn.down.weight"].T))
+            assert torch.equal(layer.attention.q.weight, rounded(before["layers.0.attention.q.weight"]))
+            assert torch.equal(layer.ffn_norm.weight, before["layers.0.ffn_norm.weight"])
+            assert torch.equal(student.head.weight, before["embedding.weight"]) != embedding
+            assert student.head.weight is student.embedding.weight
+            assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
+        assert {name: id(p) for name, p in student.named_parameters() if not p.requires_grad} == {
+            name: id(p) for name, p in teacher.named_parameters() if id(p) in {id(q) for q in student.parameters()}
+        }
+        assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+
+
+def test_a_run_goes_on_from_an_earlier_one_with_rounded_weights(tmp_path: Path) -> None:
+    source(tmp_path, ffn_scale=4.0)
+    first = Run(settings(tmp_path), Silent()).run()  # type: ignore[arg-type]
+    again = settings(tmp_path, "more", student=tmp_path / "out", dtype="q4", steps=120, rate=1e-3)
+    second = Run(again, Silent()).run()  # type: ignore[arg-type]
+    names = [stage.name for stage in second.stages]
+    assert names == ["teacher, SiLU", "student of an earlier run", "stage 2, end to end, in q4"]
+    start, end = second.stages[1:]
+    assert start.perplexity == pytest.approx(first.stages[-1].perplexity, rel=5e-3)
+    assert start.zeros == pytest.approx(first.stages[-1].zeros, abs=2e-3)
+    assert end.zeros == pytest.approx(0.6, abs=0.05)
+
+    teacher = read_decoder(open_checkpoint(tmp_path / "source"))
+    tokens = torch.tensor([random_tokens(CONFIG, 100, seed) for seed in range(8)])
+
+    def distance(folder: Path) -> float:
+        """Of what a q4 file of the folder says."""
+        model = read_decoder_of(folder)
+        with Rounding(model, False).rounded(), torch.no_grad():
+            ours, theirs = (torch.log_softmax(m.head(m(tokens)), -1) for m in (model, teacher))
+        return (theirs.exp() * (theirs - ours)).sum(-1).mean().item()
+
+    assert distance(tmp_path / "more") < 0.97 * distance(tmp_path / "out")
+
+
+def test_a_student_of_another_source_is_refused(tmp_path: Path) -> None:
+    source(tmp_path)
+    wanted = settings(tmp_path, steps=4, layer_epochs=1, train="layers")
+    Run(wanted, Silent()).run()  # type: ignore[arg-type]
+    for student, said in ((tmp_path / "out", "same --train"), (tmp_path / "source", "expected one of .* with relu")):
+        with pytest.raises(SvdEngineError, match=said):
+            Run(settings(tmp_path, "more", student=student), Silent())  # type: ignore[arg-type]
 
 
 def test_from_gguf_with_thresholds(tmp_path: Path) -> None:

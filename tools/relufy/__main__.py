@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from svdengine.errors import SvdEngineError
-from svdengine.tools.relufy.settings import ACTIVATIONS, TRAINED, Settings
+from svdengine.tools.relufy.settings import ACTIVATIONS, ROUNDED, TRAINED, Settings
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
@@ -54,12 +54,24 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add("--budget", type=seconds, default=default.seconds, metavar="TIME", help="such as 20m or 2h (default: 1h)")
     add("--sparsity", type=float, default=default.sparsity, help="share of gates to be zero (default: %(default)s)")
     add(
+        "--student",
+        type=Path,
+        metavar="FOLDER",
+        help="output of an earlier run to go on from, in place of SRC's own FFNs and stage 1",
+    )
+    add(
         "--activation",
         choices=ACTIVATIONS,
         default=default.activation,
         help="fatrelu is sparse sooner and closer to the original; relu is more widely known (default: %(default)s)",
     )
     add("--train", choices=TRAINED, default=default.train, help="what stage 2 trains (default: %(default)s)")
+    add(
+        "--dtype",
+        choices=ROUNDED,
+        help="train the later half with weights rounded as `convert --dtype` will store them; give it where you will",
+    )
+    add("--embedding-dtype", choices=ROUNDED, help="the same for embedding and output projection")
     add("--window", type=int, default=default.window, help="tokens of a window of text (default: %(default)s)")
     add("--rows", type=int, help="windows of a step (default: 8, on a GPU 64)")
     add("--layer-tokens", type=int, metavar="N", help="tokens of stage 1 (default: what fits the budget)")
@@ -76,10 +88,13 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     counts = (o.rows, o.layer_tokens, o.layer_epochs, o.steps, o.threads)
     if o.window < 2 or any(n is not None and n < 1 for n in counts) or (o.sample or 0) < 0 or o.seed < 0:
         parser.error("counts must be above 0, and a window has at least 2 tokens")
+    if o.embedding_dtype and not o.dtype:
+        parser.error("--embedding-dtype goes with --dtype")
     device = _device(o.device, o.threads)
     return Settings(
         source=o.source,
         output=o.output,
+        student=o.student,
         text=tuple(o.text),
         sampled_tokens=o.sample,
         seconds=o.budget,
@@ -93,6 +108,8 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         steps=o.steps,
         rate=o.rate,
         train=o.train,
+        dtype=o.dtype,
+        embedding_dtype=o.embedding_dtype,
         device=device,
         seed=o.seed,
     )

@@ -194,11 +194,40 @@ class Decoder(nn.Module):
 
 def read_decoder(checkpoint: Checkpoint) -> Decoder:
     """The model of a checkpoint in float32. Raises SvdEngineError for one that is no gated SiLU model we can train."""
+    return _read(checkpoint, ("silu",))
+
+
+def read_student(checkpoint: Checkpoint, teacher: Decoder, train: str) -> Decoder:
+    """A student that was written by an earlier run. Raises SvdEngineError when it is not one of this teacher.
+
+    train: as `make_student` takes it; an earlier run that trained more would lose that, and is refused.
+    """
     config = checkpoint.config
-    if config.family not in FAMILIES or config.activation != "silu" or not config.gated:
+    found = _read(checkpoint, ("relu", "fatrelu"))
+    student = make_student(teacher, train)
+    theirs = dict(found.named_parameters())
+    ours = dict(student.named_parameters())
+    for name, p in ours.items():
+        if name not in theirs or theirs[name].shape != p.shape:
+            raise SvdEngineError(f"{checkpoint.path}: is not the source made sparse: {name} differs in shape")
+        if p.requires_grad:
+            p.data.copy_(theirs[name])
+        elif not torch.equal(p.half(), theirs[name].to(p.device).half()):
+            raise SvdEngineError(
+                f"{checkpoint.path}: {name} is not that of the source; give the same source as then, and the same --train"
+            )
+    for ffn in student.ffns():
+        assert ffn.threshold is not None
+        ffn.threshold.fill_(config.activation_threshold)
+    return student
+
+
+def _read(checkpoint: Checkpoint, activations: tuple[str, ...]) -> Decoder:
+    config = checkpoint.config
+    if config.family not in FAMILIES or config.activation not in activations or not config.gated:
         raise SvdEngineError(
             f"{checkpoint.path}: found a {config.family} model with {config.activation},"
-            f" expected one of {', '.join(FAMILIES)} with silu"
+            f" expected one of {', '.join(FAMILIES)} with {' or '.join(activations)}"
         )
     with torch.device("meta"):
         model = Decoder(config)
@@ -207,8 +236,9 @@ def read_decoder(checkpoint: Checkpoint) -> Decoder:
         model.head.weight = model.embedding.weight
     with torch.no_grad():
         for spec, layer, origin in plan_tensors(checkpoint):
-            target = parameter(model, spec.name, layer if spec.stacked else None)
-            target.copy_(torch.from_numpy(np.ascontiguousarray(build_tensor(checkpoint, origin))))
+            target = parameter(model, spec.name.removesuffix("_T"), layer if spec.stacked else None)
+            found = torch.from_numpy(np.ascontiguousarray(build_tensor(checkpoint, origin)))
+            target.copy_(found.T if spec.name.endswith("_T") else found)
     return model.requires_grad_(False).eval()
 
 

@@ -6,7 +6,8 @@ slower and costs more, but leaves a model that other programs know."""
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svdengine.tools.relufy.decoder import Decoder, counted_zeros, observed, zero_share
-from svdengine.tools.relufy.schedule import Steering, learning_rate
+from svdengine.tools.relufy.schedule import Steering, is_rounded, learning_rate
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.thresholds import Thresholds
 
@@ -40,12 +41,21 @@ class StepResult:
 class Distillation:
     """The student, its optimiser and the state of the schedule: all that a step changes."""
 
-    def __init__(self, teacher: Decoder, student: Decoder, settings: Settings, windows: NDArray[np.int32]) -> None:
-        self.teacher, self.student, self.settings = teacher, student, settings
+    def __init__(
+        self,
+        teacher: Decoder,
+        student: Decoder,
+        settings: Settings,
+        windows: NDArray[np.int32],
+        floor: float | None = None,
+        stored_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """floor: the share of zeros that the student has. stored_weights: in which later steps give it its weights."""
+        self.teacher, self.student, self.settings, self._stored_weights = teacher, student, settings, stored_weights
         self._windows = windows
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, settings.rate, betas=(0.9, 0.95), fused=True)
-        self.steering = Steering(settings.activation)
+        self.steering = Steering(settings.activation, floor)
         self.thresholds = Thresholds(student.ffns()) if settings.activation == "fatrelu" else None
         self.step = 0
 
@@ -57,7 +67,8 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings.rate, self.step, total)
         self.optimizer.zero_grad()
-        divergence, zeros = self._backward(self._batch(self.step), weight)
+        with self._stored_weights() if is_rounded(self.step, total) else nullcontext():
+            divergence, zeros = self._backward(self._batch(self.step), weight)
         nn.utils.clip_grad_norm_(self.trained, _CLIP)
         self.optimizer.step()
         if self.thresholds:

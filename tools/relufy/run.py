@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any
 
@@ -14,16 +14,17 @@ import torch
 from svdengine.converters.checkpoint import Checkpoint
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
-from svdengine.tools.relufy.decoder import Decoder, make_student, read_decoder
+from svdengine.tools.relufy.decoder import Decoder, make_student, read_decoder, read_student
 from svdengine.tools.relufy.distill import Distillation, StepResult, layer_zeros, perplexity
 from svdengine.tools.relufy.layerwise import LayerResult, tokens_in_time, train_layers
 from svdengine.tools.relufy.output import write_model
 from svdengine.tools.relufy.report import Report, Stage, duration, summary
+from svdengine.tools.relufy.rounding import Rounding
 from svdengine.tools.relufy.saved_run import SavedRun
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.status_line import StatusLine
 from svdengine.tools.relufy.text import Text, Writer, hold_out, joined, read_windows, sample_windows
-from svdengine.tools.relufy.thresholds import fold_thresholds, set_thresholds
+from svdengine.tools.relufy.thresholds import balance, fold_thresholds, set_thresholds
 
 SAVE_EVERY = 120.0  # seconds
 
@@ -49,7 +50,8 @@ class Run:
         self.saved = SavedRun(settings, self.checkpoint)
         self.state: dict[str, Any] = self.saved.load_state()
         self.teacher: Decoder = read_decoder(self.checkpoint).to(settings.device)
-        self.student = make_student(self.teacher, settings.train)
+        self.student = self._begin_student()
+        self._rounding: Rounding | None = None
         self._save_every, self._last_save = save_every, time.monotonic()
         self._stop = False
 
@@ -60,19 +62,37 @@ class Run:
             self._stages(text)
             self._first_stage(text)
             self._second_stage(text)
+        with self._stored_weights():
+            zeros = layer_zeros(self.student, text.held_out)
         report = Report(
             self.checkpoint.path.name,
             self._text_in_words(text),
             self.settings.activation,
             self.state["threshold"],
             tuple(Stage(**stage) for stage in self.state["stages"]),
-            tuple(layer_zeros(self.student, text.held_out)),
+            tuple(zeros),
             text.held_out.size,
         )
         write_model(self.student, self.checkpoint, self.state["threshold"], report, self.settings.output)
         self.saved.remove()
         self.status.say(summary(report))
         return report
+
+    def _begin_student(self) -> Decoder:
+        if self.settings.student is None:
+            return make_student(self.teacher, self.settings.train)
+        student = read_student(open_checkpoint(self.settings.student), self.teacher, self.settings.train)
+        student.to(self.settings.device)
+        balance(student.ffns())
+        return student
+
+    def _stored_weights(self) -> AbstractContextManager[None]:
+        """While it lasts, the student has the weights that the file will hold, where the settings name its format."""
+        if self.settings.dtype is None:
+            return nullcontext()
+        if self._rounding is None:
+            self._rounding = Rounding(self.student, self.settings.embedding_dtype is not None)
+        return self._rounding.rounded()
 
     def _text(self) -> Text:
         """The text of the run: saved, from files, and sampled."""
@@ -121,7 +141,8 @@ class Run:
         teacher = perplexity(self.teacher, text.held_out)
         swapped = perplexity(self.student, text.held_out)
         zeros = _mean(layer_zeros(self.student, text.held_out))
-        stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage("ReLU in place of SiLU", 0, 0, swapped, zeros)]
+        given = "ReLU in place of SiLU" if self.settings.student is None else "student of an earlier run"
+        stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage(given, 0, 0, swapped, zeros)]
         self.state["stages"] = [asdict(stage) for stage in stages]
         self._say_stage(stages[0])
         self._say_stage(stages[1])
@@ -131,6 +152,10 @@ class Run:
         state, settings = self.state, self.settings
         if "steps_done" in state:
             return  # stage 2 has begun
+        if settings.student is not None:
+            state["layer_seconds"] = 0.0
+            self._begin_second_stage()
+            return
         if "layer_windows" not in state:
             seconds = settings.seconds * _LAYERS_SHARE
             tokens = settings.layer_tokens or tokens_in_time(self.teacher, self.student, settings, seconds)
@@ -163,8 +188,10 @@ class Run:
         self._end_stage(
             "stage 1, layer by layer", state["layer_seconds"], windows.numel() * settings.layer_epochs, text
         )
-        state |= {"steps_done": 0, "step_seconds": 0.0}
-        state |= {"student": self._trained(), "layers": []}
+        self._begin_second_stage()
+
+    def _begin_second_stage(self) -> None:
+        self.state |= {"steps_done": 0, "step_seconds": 0.0, "student": self._trained(), "layers": []}
         self._save()
 
     def _second_stage(self, text: Text) -> None:
@@ -175,7 +202,10 @@ class Run:
             set_thresholds(self.student.ffns(), state["threshold"])
             return
         self._load_trained()
-        distillation = Distillation(self.teacher, self.student, settings, text.train)
+        floor = None if settings.student is None else state["stages"][1]["zeros"]
+        distillation = Distillation(
+            self.teacher, self.student, settings, text.train, floor=floor, stored_weights=self._stored_weights
+        )
         if state["steps_done"]:
             distillation.load(state)
         if "steps" not in state:
@@ -203,7 +233,9 @@ class Run:
             self._save_sometimes(save)
         save()
         tokens = total * settings.step_tokens
-        self._end_stage("stage 2, end to end", state["step_seconds"], tokens, text)
+        with self._stored_weights():
+            name = "stage 2, end to end" + (f", in {settings.dtype}" if settings.dtype else "")
+            self._end_stage(name, state["step_seconds"], tokens, text)
         threshold = fold_thresholds(self.student.ffns())
         state |= {"finished": True, "student": self._trained(), "threshold": threshold, "optimizer": {}}
         self._save()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from svdengine.converters.checkpoint import Checkpoint, describe_files
+from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.text import Text
@@ -24,6 +25,7 @@ try:
 except ImportError:  # Windows: there nothing keeps two processes from one run
     fcntl = None  # type: ignore[assignment]
 
+_PATHS = ("source", "student", "output", "text")  # of the settings: what lies there counts, not where
 _IDENTITY, _TEXT, _STATE, _LOCK = "run.json", "text.npz", "state.pt", "lock"
 
 
@@ -111,8 +113,9 @@ def _locked(folder: Path) -> IO[bytes]:
 
 def _identity(settings: Settings, checkpoint: Checkpoint) -> dict[str, Any]:
     """What makes two runs the same: settings, source and text."""
-    values = {name: value for name, value in asdict(settings).items() if name not in ("source", "output", "text")}
+    values = {name: value for name, value in asdict(settings).items() if name not in _PATHS}
     values["source"] = describe_files(checkpoint.files)
+    values["student"] = settings.student and describe_files(open_checkpoint(settings.student).files)
     values["text"] = [hashlib.sha256(path.read_bytes()).hexdigest() for path in settings.text]
     return json.loads(json.dumps(values))
 

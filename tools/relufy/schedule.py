@@ -9,6 +9,7 @@ _WARM_UP = 0.02  # of the steps
 # Between these shares of the steps the sparsity target rises from what there is to what is wanted: late under the
 # penalty, which costs most while it is high; early with thresholds, since most of the repair comes after them.
 _RAMP = {"relu": (0.15, 0.75), "fatrelu": (0.05, 0.5)}
+_ROUND_FROM = 0.5  # of the steps; before, weights are not rounded
 _SMOOTHING = 0.9  # of the measured sparsity
 _PUSH = 400.0  # what the weight gains over a whole run for each unit that the sparsity is below its target,
 _LEAST_STEPS = 400  # in a run of at least so many steps: in a short one it would overshoot
@@ -24,20 +25,26 @@ def learning_rate(highest: float, step: int, total: int) -> float:
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
+def is_rounded(step: int, total: int) -> bool:
+    """Whether a step computes with weights as the file will hold them, where that is asked for."""
+    return step >= _ROUND_FROM * total
+
+
 @dataclass(frozen=True)
 class Steering:
     """The target that the share of zero gates follows, and the penalty's weight, steered so that it does."""
 
     activation: str  # of ACTIVATIONS
+    floor: float | None = None  # sparsity of an earlier run, which is kept from the first step on
     start: float | None = None  # sparsity when the target began to rise
     measured: float | None = None  # smoothed
     held: float = 0.0  # the part of the weight that remembers past errors
 
     def target(self, step: int, total: int, goal: float) -> float | None:
-        """What the sparsity shall be; None while it is left alone."""
+        """What the sparsity shall be at least; None while it is left alone."""
         first, last = (share * total for share in _RAMP[self.activation])
         if self.start is None or step < first:
-            return None
+            return self.floor
         return self.start + (goal - self.start) * min(1.0, (step - first) / max(1.0, last - first))
 
     def weight(self, step: int, total: int, goal: float) -> float:

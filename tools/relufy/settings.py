@@ -7,6 +7,7 @@ from pathlib import Path
 
 TRAINED = ("ffn", "layers", "all")
 ACTIVATIONS = ("fatrelu", "relu")
+ROUNDED = ("q4",)  # formats whose rounding is worth training with
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Settings:
 
     source: Path  # Hugging Face folder or GGUF file
     output: Path  # Hugging Face folder to write
+    student: Path | None = None  # output of an earlier run to go on from; None: the source itself, and stage 1
     text: tuple[Path, ...] = ()  # UTF-8 text, or chats as .jsonl
     sampled_tokens: int | None = (
         None  # of text that the teacher writes; None: what fits the budget where no text is given
@@ -30,6 +32,8 @@ class Settings:
     steps: int | None = None  # of stage 2; None: what fits the budget
     rate: float = 4e-4  # Adam's, in stage 2
     train: str = "ffn"  # of TRAINED, in stage 2
+    dtype: str | None = None  # of ROUNDED: what the file will hold; None: nothing is rounded
+    embedding_dtype: str | None = None  # the same for embedding and output projection
     device: str = "cpu"  # cpu or cuda
     seed: int = 0
 

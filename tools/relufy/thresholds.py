@@ -102,13 +102,30 @@ def fold_thresholds(ffns: Iterable[Ffn]) -> float:
         return 0.0
     one = float(thresholds.log().mean().exp())
     for ffn, threshold in zip(changed, thresholds, strict=True):
-        scale = one / threshold
-        for part, factor in ((ffn.gate, scale), (ffn.up, 1 / scale)):
-            part.weight.mul_(factor[:, None])
-            if part.bias is not None:
-                part.bias.mul_(factor)
+        _scale_gates(ffn, one / threshold)
     set_thresholds(changed, one)
     return one
+
+
+@torch.no_grad()
+def balance(ffns: Iterable[Ffn]) -> None:
+    """Scale gates, ups and thresholds so that both rows of a neuron have one norm; the FFNs compute what they did.
+
+    Adam moves all weights alike, and folding left neurons with small gates and large ups, or the other way round.
+    """
+    for ffn in ffns:
+        gate, up = (part.weight.norm(dim=1).clamp(min=1e-12) for part in (ffn.gate, ffn.up))
+        scale = (up / gate).sqrt()
+        _scale_gates(ffn, scale)
+        ffn.threshold = _threshold(ffn) * scale
+
+
+def _scale_gates(ffn: Ffn, scale: Tensor) -> None:
+    """Multiply the gate of each neuron by its scale (f,), and divide its up by it."""
+    for part, factor in ((ffn.gate, scale), (ffn.up, 1 / scale)):
+        part.weight.mul_(factor[:, None])
+        if part.bias is not None:
+            part.bias.mul_(factor)
 
 
 def set_thresholds(ffns: Iterable[Ffn], threshold: float) -> None:
