@@ -413,7 +413,8 @@ def test_a_student_of_another_source_is_refused(tmp_path: Path) -> None:
     source(tmp_path)
     wanted = settings(tmp_path, steps=4, layer_epochs=1, train="layers")
     Run(wanted, Silent()).run()  # type: ignore[arg-type]
-    for student, said in ((tmp_path / "out", "same --train"), (tmp_path / "source", "expected one of .* with relu")):
+    refused = ((tmp_path / "out", "same source and --train"), (tmp_path / "source", "expected one of .* with relu"))
+    for student, said in refused:
         with pytest.raises(SvdEngineError, match=said):
             Run(settings(tmp_path, "more", student=student), Silent())  # type: ignore[arg-type]
 

@@ -214,7 +214,7 @@ def read_student(checkpoint: Checkpoint, teacher: Decoder, train: str) -> Decode
             p.data.copy_(theirs[name])
         elif not torch.equal(p.half(), theirs[name].to(p.device).half()):
             raise SvdEngineError(
-                f"{checkpoint.path}: {name} is not that of the source; give the same source as then, and the same --train"
+                f"{checkpoint.path}: {name} is not that of the source; give the same source and --train as then"
             )
     for ffn in student.ffns():
         assert ffn.threshold is not None

@@ -41,7 +41,7 @@ def _multiple(values: Tensor, unit: Tensor) -> Tensor:
 
 
 class Rounding:
-    """A student's matrices as a file holds them. What is not trained is shared with the teacher, and is rounded once."""
+    """A student's matrices as a file holds them. Those that it shares with its teacher are rounded once."""
 
     def __init__(self, student: Decoder, embedding: bool) -> None:
         """embedding: round that of tokens and the output projection too. Nothing is changed before `rounded`."""

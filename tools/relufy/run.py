@@ -47,10 +47,10 @@ class Run:
         self.settings, self.status = settings, status
         self.checkpoint: Checkpoint = open_checkpoint(settings.source)
         self.writer = Writer(self.checkpoint)
-        self.saved = SavedRun(settings, self.checkpoint)
-        self.state: dict[str, Any] = self.saved.load_state()
         self.teacher: Decoder = read_decoder(self.checkpoint).to(settings.device)
         self.student = self._begin_student()
+        self.saved = SavedRun(settings, self.checkpoint)  # when nothing is left that may be refused
+        self.state: dict[str, Any] = self.saved.load_state()
         self._rounding: Rounding | None = None
         self._save_every, self._last_save = save_every, time.monotonic()
         self._stop = False
