@@ -25,6 +25,7 @@ from svdengine.tools.relufy.thresholds import Thresholds
 # Rows of logits that are held at once: on a CPU so few that the memory is reused and stays in the cache.
 _LOGIT_ROWS = {"cpu": 128, "cuda": 2048}
 _CLIP = 1.0  # norm of the gradient
+_MEASURE_EVERY = 32  # steps: what each neuron's gate matters changes slowly
 _TRIED_STEPS = 3  # to learn how long one takes
 
 
@@ -68,6 +69,8 @@ class Distillation:
             group["lr"] = learning_rate(self.settings.rate, self.step, total)
         self.optimizer.zero_grad()
         with self._stored_weights() if is_rounded(self.step, total) else nullcontext():
+            if self.thresholds and self.step % _MEASURE_EVERY == 0:
+                self.thresholds.measure(self._gate_gradients(self._batch(self.step)))
             divergence, zeros = self._backward(self._batch(self.step), weight)
         nn.utils.clip_grad_norm_(self.trained, _CLIP)
         self.optimizer.step()
@@ -136,6 +139,19 @@ class Distillation:
         torch.autograd.backward(roots, gradients)
         return divergence, float(torch.stack(zeros).mean())
 
+    def _gate_gradients(self, tokens: Tensor) -> list[Tensor]:
+        """Of each FFN, the gradients of the losses of tokens (n, f) with respect to their gates after the activation.
+
+        The losses are those of tokens that the student itself draws: their squares give the Fisher information.
+        """
+        gates: list[Tensor] = []
+        generator = torch.Generator(tokens.device).manual_seed(self.settings.seed + self.step)
+        with torch.autocast(tokens.device.type, torch.bfloat16):
+            with observed(self.student.ffns(), lambda _index, _gate, active, _up: gates.append(active)):
+                found = self.student(tokens).flatten(0, 1)
+            gradient = drawn_gradient(found, self.student.head, generator)
+        return [g.flatten(0, -2) for g in torch.autograd.grad(found, gates, gradient)]
+
 
 def sparsity_penalty(active: Tensor) -> Tensor:
     """Mean over root mean square of gates after ReLU: no scale changes it, and it falls as fewer hold the energy."""
@@ -171,6 +187,19 @@ def divergence_gradient(found: Tensor, head: nn.Module, wanted: Tensor, their_he
     gradient = leaf.grad
     assert gradient is not None
     return float(total), gradient
+
+
+def drawn_gradient(found: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
+    """Gradient, with respect to hidden states (n, d), of each token's loss where the next one is drawn by the model."""
+    leaf = found.detach().requires_grad_()
+    parts = []
+    for rows in leaf.split(_LOGIT_ROWS[found.device.type]):
+        logits = head(rows).float()
+        with torch.no_grad():
+            drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]
+        loss = nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        parts += torch.autograd.grad(loss, rows)
+    return torch.cat(parts)
 
 
 @torch.no_grad()

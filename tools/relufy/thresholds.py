@@ -1,8 +1,10 @@
 """FATReLU with a threshold for each neuron, raised until as many gates are zero as are wanted.
 
-What a neuron adds to the residual stream is gate * up * its column of down. Of the three the gate alone decides, so
-the threshold of neuron i is level / (root mean square of its up * norm of its column): what falls below it is expected
-to add less than the level of the layer. A level is the quantile of those products that leaves the wanted share zero.
+What a gate is worth is told by the loss: a gate g that becomes zero costs about g^2 / 2 times the mean square of the
+gradient with respect to it, the diagonal of the Fisher information (as in optimal brain damage, LeCun et al. 1990).
+So the importance of a neuron is the root mean square of that gradient, and its threshold is level / importance, with
+one level for the whole model: layers in which gates matter less get more zeros. The level is the quantile of gate
+times importance that leaves the wanted share zero.
 
 A file has one threshold for all neurons, and needs no more: a gate scaled by s and its up by 1 / s are the same
 neuron with the threshold scaled by s.
@@ -10,19 +12,19 @@ neuron with the threshold scaled by s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from svdengine.tools.relufy.decoder import Ffn
 
-_SAMPLED = 128  # tokens of a step that the levels are found on
-_MEMORY = 0.9  # of a level at each step
-_UP_MEMORY = 0.99  # of the mean square of up
+_SAMPLED = 64  # tokens of a step that the level is found on
+_MEMORY = 0.9  # of the level at each step
+_SQUARE_MEMORY = 0.8  # of the mean squares of gradients at each measurement
 _LEAST_IMPORTANCE = 0.1  # of the median of a layer: bounds what is scaled at the end
 # Where ReLU alone leaves enough zeros, thresholds must still be above 0, and not so far below others that scaling them
-# to one would leave the range of float16. A share of the root mean square of what neurons add: its square is lost.
+# to one would leave the range of float16. A share of the median of what active gates matter.
 _LEAST_LEVEL = 0.05
 
 
@@ -33,51 +35,58 @@ class Thresholds:
         self._ffns = list(ffns)
         count, size = len(self._ffns), self._ffns[0].up.out_features
         device = self._ffns[0].up.weight.device
-        self._up = torch.zeros(count, size, device=device)  # mean square
-        self._levels = torch.zeros(count, device=device)
+        self._squares = torch.zeros(count, size, device=device)  # of the gradient, mean
+        self._measured = 0  # times
+        self._level = torch.zeros((), device=device)
         self._steps = 0
         self._gates: list[Tensor] = [torch.empty(0)] * count  # of some tokens of this step, (n, f)
 
     @torch.no_grad()
-    def observe(self, index: int, gate: Tensor, _active: Tensor, up: Tensor) -> None:
+    def measure(self, gradients: Sequence[Tensor]) -> None:
+        """See, for each FFN, the gradients of tokens' losses with respect to their gates, (n, f)."""
+        squares = torch.stack([gradient.float().square().mean(0) for gradient in gradients])
+        memory = _SQUARE_MEMORY if self._measured else 0.0
+        self._squares.mul_(memory).add_(squares, alpha=1 - memory)
+        self._measured += 1
+
+    @torch.no_grad()
+    def observe(self, index: int, gate: Tensor, _active: Tensor, _up: Tensor) -> None:
         """See a step of FFN `index`: an `Observer`."""
-        gate, up = (x.detach().flatten(0, -2) for x in (gate, up))
-        stride = max(1, len(gate) // _SAMPLED)
-        self._gates[index] = gate[::stride].float().relu()
-        square = up[::stride].float().square().mean(0)
-        self._up[index] = square if self._steps == 0 else _UP_MEMORY * self._up[index] + (1 - _UP_MEMORY) * square
+        gate = gate.detach().flatten(0, -2)
+        self._gates[index] = gate[:: max(1, len(gate) // _SAMPLED)].float().relu()
 
     @torch.no_grad()
     def follow(self, target: float) -> None:
         """Set the thresholds after a step that was observed, so that about the share `target` of gates is zero."""
-        for index, ffn in enumerate(self._ffns):
-            importance = self._importance(index)
-            scores = (self._gates[index] * importance).flatten()
-            level = torch.maximum(_quantile(scores, target), _LEAST_LEVEL * scores.square().mean().sqrt() + 1e-12)
-            if self._steps:
-                level = _MEMORY * self._levels[index] + (1 - _MEMORY) * level
-            self._levels[index] = level
-            ffn.threshold = level / importance
+        importance = self._importance()
+        scores = torch.cat([(gates * row).flatten() for gates, row in zip(self._gates, importance, strict=True)])
+        level = torch.maximum(_quantile(scores, target), _LEAST_LEVEL * scores[scores > 0].median())
+        self._level = _MEMORY * self._level + (1 - _MEMORY) * level if self._steps else level
         self._steps += 1
+        self._set(importance)
 
     def state(self) -> dict[str, Tensor]:
-        """What `load` needs to go on, but for the FFNs' weights."""
-        state = {"up": self._up, "levels": self._levels, "steps": torch.tensor(self._steps)}
+        """What `load` needs to go on."""
+        counts = {"steps": torch.tensor(self._steps), "measured": torch.tensor(self._measured)}
+        state = {"squares": self._squares, "level": self._level, **counts}
         return {name: tensor.to("cpu", copy=True) for name, tensor in state.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state, with the weights of that time."""
-        self._up.copy_(state["up"])
-        self._levels.copy_(state["levels"])
-        self._steps = int(state["steps"])
-        for index, ffn in enumerate(self._ffns):
-            ffn.threshold = self._levels[index] / self._importance(index)
+        """Go on from a state."""
+        self._squares.copy_(state["squares"])
+        self._level = state["level"].to(self._squares.device)
+        self._steps, self._measured = int(state["steps"]), int(state["measured"])
+        self._set(self._importance())
 
-    def _importance(self, index: int) -> Tensor:
-        """What each neuron of an FFN adds to the residual stream for a gate of 1, (f,)."""
-        importance = self._up[index].sqrt() * self._ffns[index].down.weight.float().norm(dim=0)
-        return importance.clamp(min=_LEAST_IMPORTANCE * float(importance.median()) + 1e-12)
+    def _set(self, importance: Tensor) -> None:
+        for ffn, row in zip(self._ffns, importance, strict=True):
+            ffn.threshold = self._level / row
+
+    def _importance(self) -> Tensor:
+        """Of each neuron, (layers, f)."""
+        importance = self._squares.sqrt()
+        return importance.clamp(min=_LEAST_IMPORTANCE * importance.median(1, keepdim=True).values + 1e-12)
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:
