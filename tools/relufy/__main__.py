@@ -69,7 +69,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     add(
         "--dtype",
         choices=ROUNDED,
-        help="train the later half with weights rounded as `convert --dtype` will store them; give it where you will",
+        help="train the later half, or with --student all, with weights rounded as `convert --dtype` will store them",
     )
     add("--embedding-dtype", choices=ROUNDED, help="the same for embedding and output projection")
     add("--window", type=int, default=default.window, help="tokens of a window of text (default: %(default)s)")

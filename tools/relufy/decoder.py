@@ -197,10 +197,11 @@ def read_decoder(checkpoint: Checkpoint) -> Decoder:
     return _read(checkpoint, ("silu",))
 
 
-def read_student(checkpoint: Checkpoint, teacher: Decoder, train: str) -> Decoder:
+def read_student(checkpoint: Checkpoint, teacher: Decoder, train: str, rounded_embedding: bool = False) -> Decoder:
     """A student that was written by an earlier run. Raises SvdEngineError when it is not one of this teacher.
 
     train: as `make_student` takes it; an earlier run that trained more would lose that, and is refused.
+    rounded_embedding: the earlier run may have rounded the embedding; the student gets the teacher's.
     """
     config = checkpoint.config
     found = _read(checkpoint, ("relu", "fatrelu"))
@@ -212,6 +213,8 @@ def read_student(checkpoint: Checkpoint, teacher: Decoder, train: str) -> Decode
             raise SvdEngineError(f"{checkpoint.path}: is not the source made sparse: {name} differs in shape")
         if p.requires_grad:
             p.data.copy_(theirs[name])
+        elif rounded_embedding and name in ("embedding.weight", "head.weight"):
+            continue
         elif not torch.equal(p.half(), theirs[name].to(p.device).half()):
             raise SvdEngineError(
                 f"{checkpoint.path}: {name} is not that of the source; give the same source and --train as then"

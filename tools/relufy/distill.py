@@ -25,6 +25,7 @@ from svdengine.tools.relufy.thresholds import Thresholds
 # Rows of logits that are held at once: on a CPU so few that the memory is reused and stays in the cache.
 _LOGIT_ROWS = {"cpu": 128, "cuda": 2048}
 _CLIP = 1.0  # norm of the gradient
+_MOMENT_WINDOWS = 64  # of text, for the moment of hidden states
 _MEASURE_EVERY = 32  # steps: what each neuron's gate matters changes slowly
 _TRIED_STEPS = 3  # to learn how long one takes
 
@@ -68,7 +69,8 @@ class Distillation:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.settings.rate, self.step, total)
         self.optimizer.zero_grad()
-        with self._stored_weights() if is_rounded(self.step, total) else nullcontext():
+        rounds = is_rounded(self.step, total, goes_on=self.settings.student is not None)
+        with self._stored_weights() if rounds else nullcontext():
             if self.thresholds and self.step % _MEASURE_EVERY == 0:
                 self.thresholds.measure(self._gate_gradients(self._batch(self.step)))
             divergence, zeros = self._backward(self._batch(self.step), weight)
@@ -214,6 +216,20 @@ def perplexity(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> flo
         losses += float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
         count += tokens[:, 1:].numel()
     return float(np.exp(losses / count))
+
+
+@torch.no_grad()
+def hidden_moment(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> Tensor:
+    """E[h h^T] (d, d) of the hidden states h that the output projection reads, on some of the windows."""
+    device = model.embedding.weight.device
+    some = windows[:: -(-len(windows) // _MOMENT_WINDOWS)]
+    total = torch.zeros(model.config.hidden_size, model.config.hidden_size, device=device)
+    for start in range(0, len(some), rows):
+        tokens = torch.from_numpy(some[start : start + rows].astype(np.int64)).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            h = model(tokens).flatten(0, 1)
+        total += h.float().T @ h.float()
+    return total / some.size
 
 
 @torch.no_grad()

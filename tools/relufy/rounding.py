@@ -13,6 +13,7 @@ from torch.nn import functional
 from svdengine.kernels.formats import COLUMN_MULTIPLE, GROUP
 from svdengine.tools.relufy.decoder import Decoder
 
+_DAMPING = 0.1  # of the mean of a moment's diagonal, added to it
 _CHUNK = 256  # rows that are rounded at a time: what is made of them on the way stays in the cache
 
 
@@ -22,22 +23,78 @@ def round_q4(weight: Tensor) -> Tensor:
     return torch.cat([_round_rows(part) for part in weight.split(_CHUNK)])
 
 
+@torch.no_grad()
+def round_q4_with_feedback(weight: Tensor, moment: Tensor) -> Tensor:
+    """Like `round_q4`, but so that products with x change little, where moment (columns, columns) is E[x x^T].
+
+    Columns are rounded in order, and what one got wrong is made up for by those after it, as far as their inputs go
+    together (GPTQ, arXiv:2210.17323). The extremes of each group stay, so that `round_q4` of the result, and with it
+    a conversion to `q4`, changes nothing.
+    """
+    rows, columns = weight.shape
+    extra = -columns % COLUMN_MULTIPLE
+    w = functional.pad(weight, (0, extra)).clone()
+    groups = w.reshape(rows, -1, GROUP)
+    scale, offset = _grid(groups)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    nothing = torch.zeros_like(groups, dtype=torch.bool)
+    lowest, highest = (
+        nothing.scatter(-1, index, True).reshape(rows, -1)
+        for index in (groups.argmin(-1, keepdim=True), groups.argmax(-1, keepdim=True))
+    )
+    lowest, highest = lowest & (w < 0), highest & (w > 0)
+    damped = functional.pad(moment.double(), (0, extra, 0, extra))
+    damped.diagonal().add_(_DAMPING * float(moment.diagonal().mean()) + 1e-12)
+    factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True).float()
+    for start in range(0, w.shape[1], GROUP):
+        end, group = start + GROUP, start // GROUP
+        errors = torch.empty(rows, GROUP, device=w.device)
+        for column in range(start, end):
+            q = ((w[:, column] + offset[:, group]) * inverse[:, group]).round_().clamp_(0, 15)
+            q[lowest[:, column]], q[highest[:, column]] = 0.0, 15.0
+            value = q * scale[:, group] - offset[:, group]
+            error = (w[:, column] - value) / factor[column, column]
+            errors[:, column - start] = error
+            w[:, column] = value
+            w[:, column + 1 : end] -= error[:, None] * factor[column, column + 1 : end]
+        w[:, end:] -= errors @ factor[start:end, end:]
+    return w[:, :columns].contiguous()
+
+
 def _round_rows(weight: Tensor) -> Tensor:
     rows, columns = weight.shape
     groups = functional.pad(weight, (0, -columns % COLUMN_MULTIPLE)).reshape(rows, -1, GROUP)
-    lowest, highest = groups.aminmax(dim=-1)
-    low, high = (-lowest).clamp(min=0), highest.clamp(min=0)
-    unit = (high + low).div_(15).amax(1, keepdim=True) / 255
-    low_unit = low.amax(1, keepdim=True) / 255
-    offset = _multiple(low, low_unit) * low_unit
-    scale = _multiple((high + offset) / 15, unit).clamp(max=255) * unit
+    scale, offset = _grid(groups)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
     q = ((groups + offset[..., None]) * inverse[..., None]).round_().clamp_(0, 15)
     return q.mul_(scale[..., None]).sub_(offset[..., None]).reshape(rows, -1)[:, :columns]
 
 
+def _grid(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset (rows, n) of groups (rows, n, GROUP): a weight becomes scale * q - offset, q in 0..15."""
+    lowest, highest = groups.aminmax(dim=-1)
+    low, high = (-lowest).clamp(min=0), highest.clamp(min=0)
+    unit = (high + low).div_(15).amax(1, keepdim=True) / 255
+    low_unit = low.amax(1, keepdim=True) / 255
+    offset = _multiple(low, low_unit) * low_unit
+    return _multiple((high + offset) / 15, unit).clamp(max=255) * unit, offset
+
+
 def _multiple(values: Tensor, unit: Tensor) -> Tensor:
     return torch.where(unit > 0, values / unit, 0.0).round_()
+
+
+def round_embedding(student: Decoder, moment: Tensor) -> None:
+    """Give the student a rounded embedding and output projection of its own, where it does not train them.
+
+    moment: E[h h^T] of the hidden states h (d) that the projection reads.
+    """
+    head, embedding = student.head, student.embedding
+    if head.weight.requires_grad:
+        return
+    tied = head.weight is embedding.weight
+    head.weight = nn.Parameter(round_q4_with_feedback(head.weight, moment), requires_grad=False)
+    embedding.weight = head.weight if tied else nn.Parameter(round_q4(embedding.weight), requires_grad=False)
 
 
 class Rounding:

@@ -15,11 +15,11 @@ from svdengine.converters.checkpoint import Checkpoint
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
 from svdengine.tools.relufy.decoder import Decoder, make_student, read_decoder, read_student
-from svdengine.tools.relufy.distill import Distillation, StepResult, layer_zeros, perplexity
+from svdengine.tools.relufy.distill import Distillation, StepResult, hidden_moment, layer_zeros, perplexity
 from svdengine.tools.relufy.layerwise import LayerResult, tokens_in_time, train_layers
 from svdengine.tools.relufy.output import write_model
 from svdengine.tools.relufy.report import Report, Stage, duration, summary
-from svdengine.tools.relufy.rounding import Rounding
+from svdengine.tools.relufy.rounding import Rounding, round_embedding
 from svdengine.tools.relufy.saved_run import SavedRun
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.status_line import StatusLine
@@ -59,6 +59,8 @@ class Run:
         """Do what is left to do, and write the output. Raises Interrupted on SIGINT and SIGTERM."""
         with closing(self.saved), self._stopping():
             text = self._text()
+            if self.settings.embedding_dtype is not None:
+                round_embedding(self.student, hidden_moment(self.teacher, text.train))
             self._stages(text)
             self._first_stage(text)
             self._second_stage(text)
@@ -81,7 +83,8 @@ class Run:
     def _begin_student(self) -> Decoder:
         if self.settings.student is None:
             return make_student(self.teacher, self.settings.train)
-        student = read_student(open_checkpoint(self.settings.student), self.teacher, self.settings.train)
+        rounded = self.settings.embedding_dtype is not None
+        student = read_student(open_checkpoint(self.settings.student), self.teacher, self.settings.train, rounded)
         student.to(self.settings.device)
         balance(student.ffns())
         return student
@@ -139,10 +142,12 @@ class Run:
             return
         self.status.show("measuring the teacher")
         teacher = perplexity(self.teacher, text.held_out)
-        swapped = perplexity(self.student, text.held_out)
-        zeros = _mean(layer_zeros(self.student, text.held_out))
-        given = "ReLU in place of SiLU" if self.settings.student is None else "student of an earlier run"
-        stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage(given, 0, 0, swapped, zeros)]
+        fresh = self.settings.student is None
+        with nullcontext() if fresh else self._stored_weights():
+            found = perplexity(self.student, text.held_out)
+            zeros = _mean(layer_zeros(self.student, text.held_out))
+        given = "ReLU in place of SiLU" if fresh else "student of an earlier run"
+        stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage(given, 0, 0, found, zeros)]
         self.state["stages"] = [asdict(stage) for stage in stages]
         self._say_stage(stages[0])
         self._say_stage(stages[1])

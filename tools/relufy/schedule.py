@@ -25,9 +25,12 @@ def learning_rate(highest: float, step: int, total: int) -> float:
     return highest * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
-def is_rounded(step: int, total: int) -> bool:
-    """Whether a step computes with weights as the file will hold them, where that is asked for."""
-    return step >= _ROUND_FROM * total
+def is_rounded(step: int, total: int, goes_on: bool) -> bool:
+    """Whether a step computes with weights as the file will hold them, where that is asked for.
+
+    goes_on: from an earlier run. A student that has learned to live with the rounding is worse without it.
+    """
+    return goes_on or step >= _ROUND_FROM * total
 
 
 @dataclass(frozen=True)
