@@ -34,7 +34,7 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
     read_decoder,
     read_student,
 )
-from svdengine.tools.relufy.distill import divergence_gradient, drawn_gradient  # noqa: E402
+from svdengine.tools.relufy.distill import Distillation, divergence_gradient, drawn_gradient  # noqa: E402
 from svdengine.tools.relufy.rounding import Rounding, round_q4, round_q4_with_feedback  # noqa: E402
 from svdengine.tools.relufy.run import Interrupted, Run  # noqa: E402
 from svdengine.tools.relufy.saved_run import SavedRun  # noqa: E402
@@ -324,6 +324,18 @@ def test_thresholds_follow_the_target_and_spare_the_important() -> None:
     again = Thresholds(model.ffns())
     again.load(thresholds.state())
     assert all(torch.equal(ffn.threshold, t) for ffn, t in zip((first, second), before, strict=True))
+
+
+def test_timing_steps_changes_nothing(tmp_path: Path) -> None:
+    teacher, _ = decoder(SILU)
+    student = make_student(teacher, "ffn")
+    windows = np.array([random_tokens(SILU, 32, seed) for seed in range(8)], np.int32)
+    distillation = Distillation(teacher, student, settings(tmp_path), windows)
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    few, many = distillation.steps_in_time(1.0), distillation.steps_in_time(100.0)
+    assert 1 <= few < many
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+    assert not distillation.optimizer.state and distillation.step == 0
 
 
 def test_a_drawn_gradient_is_of_one_token_a_row() -> None:

@@ -57,6 +57,7 @@ class Distillation:
         self._windows = windows
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, settings.rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer.zero_grad()  # stage 1 left its last ones
         self.steering = Steering(settings.activation, floor)
         self.thresholds = Thresholds(student.ffns()) if settings.activation == "fatrelu" else None
         self.step = 0
@@ -66,16 +67,12 @@ class Distillation:
         goal = self.settings.sparsity
         target = self.steering.target(self.step, total, goal)
         weight = 0.0 if self.thresholds else self.steering.weight(self.step, total, goal)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.settings.rate, self.step, total)
-        self.optimizer.zero_grad()
         rounds = is_rounded(self.step, total, goes_on=self.settings.student is not None)
         with self._stored_weights() if rounds else nullcontext():
             if self.thresholds and self.step % _MEASURE_EVERY == 0:
                 self.thresholds.measure(self._gate_gradients(self._batch(self.step)))
             divergence, zeros = self._backward(self._batch(self.step), weight)
-        nn.utils.clip_grad_norm_(self.trained, _CLIP)
-        self.optimizer.step()
+        self._update(learning_rate(self.settings.rate, self.step, total))
         if self.thresholds:
             self.thresholds.follow(target or 0.0)
         self.steering = self.steering.after(zeros, self.step, total, goal)
@@ -95,18 +92,27 @@ class Distillation:
             self.thresholds.load(state["thresholds"])
 
     def steps_in_time(self, seconds: float) -> int:
-        """Steps that take about `seconds`. Nothing is changed."""
+        """Steps that take about `seconds`. Nothing is changed, and nothing may have been trained before."""
         device = self.teacher.embedding.weight.device
         started = 0.0
         for i in range(_TRIED_STEPS + 1):
             if i == 1:
                 started = time.monotonic()
-            self._backward(self._batch(i), 0.0 if self.thresholds else 1.0)
-            self.optimizer.zero_grad()
+            with self._stored_weights():
+                self._backward(self._batch(i), 0.0 if self.thresholds else 1.0)
+            self._update(0.0)
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        # The optimiser's own part is small, and it cannot be tried without a change of the weights.
+        self.optimizer.state.clear()
         return max(1, int(seconds / ((time.monotonic() - started) / _TRIED_STEPS)))
+
+    def _update(self, rate: float) -> None:
+        """Change the weights by their gradients, which are gone then."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        nn.utils.clip_grad_norm_(self.trained, _CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def _batch(self, step: int) -> Tensor:
         """The windows of a step: every window once in random order, then again in another."""
