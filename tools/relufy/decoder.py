@@ -22,8 +22,8 @@ from svdengine.models.family import split_suffix
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-# What sees an FFN at work: its number, its gates before and after the activation, and its up projection (..., f).
-Observer = Callable[[int, Tensor, Tensor, Tensor], None]
+# What sees an FFN at work: its number, and its gates before and after the activation (..., f).
+Observer = Callable[[int, Tensor, Tensor], None]
 
 
 class Ffn(nn.Module):
@@ -37,7 +37,7 @@ class Ffn(nn.Module):
         self.gate, self.up = nn.Linear(d, f, bias), nn.Linear(d, f, bias)
         self.down = nn.Linear(f, d, bias)
         self.register_buffer("threshold", None, persistent=False)
-        self.observer: Callable[[Tensor, Tensor, Tensor], None] | None = None  # see `observed`
+        self.observer: Callable[[Tensor, Tensor], None] | None = None  # see `observed`
 
     def forward(self, x: Tensor) -> Tensor:
         """What the FFN adds to the residual stream, for what comes out of the norm before it (..., d)."""
@@ -47,7 +47,7 @@ class Ffn(nn.Module):
         else:
             active = torch.where(gate > self.threshold.to(gate.dtype), gate, 0.0)
         if self.observer is not None:
-            self.observer(gate, active, up)
+            self.observer(gate, active)
         return self.down(active * up)
 
 
@@ -67,7 +67,7 @@ def observed(ffns: Iterable[Ffn], observer: Observer) -> Iterator[None]:
 def counted_zeros(ffns: Iterable[Ffn]) -> Iterator[list[Tensor]]:
     """While it lasts, every forward pass of an FFN adds the share of its gates that are zero, a scalar, to the list."""
     found: list[Tensor] = []
-    with observed(ffns, lambda _index, _gate, active, _up: found.append(zero_share(active))):
+    with observed(ffns, lambda _index, _gate, active: found.append(zero_share(active))):
         yield found
 
 

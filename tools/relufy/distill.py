@@ -127,12 +127,12 @@ class Distillation:
         penalties: list[Tensor] = []
         zeros: list[Tensor] = []
 
-        def observe(index: int, gate: Tensor, active: Tensor, up: Tensor) -> None:
+        def observe(index: int, gate: Tensor, active: Tensor) -> None:
             zeros.append(zero_share(active))
             if weight:
                 penalties.append(sparsity_penalty(active))
             if self.thresholds:
-                self.thresholds.observe(index, gate, active, up)
+                self.thresholds.observe(index, gate, active)
 
         with torch.autocast(tokens.device.type, torch.bfloat16):
             with torch.no_grad():
@@ -155,7 +155,7 @@ class Distillation:
         gates: list[Tensor] = []
         generator = torch.Generator(tokens.device).manual_seed(self.settings.seed + self.step)
         with torch.autocast(tokens.device.type, torch.bfloat16):
-            with observed(self.student.ffns(), lambda _index, _gate, active, _up: gates.append(active)):
+            with observed(self.student.ffns(), lambda _index, _gate, active: gates.append(active)):
                 found = self.student(tokens).flatten(0, 1)
             gradient = drawn_gradient(found, self.student.head, generator)
         return [g.flatten(0, -2) for g in torch.autograd.grad(found, gates, gradient)]

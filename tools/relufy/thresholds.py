@@ -50,7 +50,7 @@ class Thresholds:
         self._measured += 1
 
     @torch.no_grad()
-    def observe(self, index: int, gate: Tensor, _active: Tensor, _up: Tensor) -> None:
+    def observe(self, index: int, gate: Tensor, _active: Tensor) -> None:
         """See a step of FFN `index`: an `Observer`."""
         gate = gate.detach().flatten(0, -2)
         self._gates[index] = gate[:: max(1, len(gate) // _SAMPLED)].float().relu()
