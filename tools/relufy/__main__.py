@@ -3,10 +3,10 @@
     python -m svdengine.tools.relufy SmolLM2-135M-Instruct -o relu-smollm2 --text manual.txt --budget 1h
     svdengine convert relu-smollm2 -o relu.svdp && svdengine calibrate relu.svdp && svdengine chat relu.svdp
 
-Stage 1 trains the FFN of each layer in turn towards the original's hidden state after that layer; stage 2 trains all
-of them towards the original's next-token distribution, while the share of gates that are zero rises to what is asked
-for: by a threshold for each neuron (fatrelu), or, with --activation relu, by a penalty on active gates. Attention and
-embeddings stay as they are unless --train says otherwise.
+Stage 1 trains the FFN of each layer in turn towards the original's hidden state after that layer, while a threshold for
+each neuron (fatrelu) rises until as many gates are zero as is asked for; stage 2 trains all of them towards the
+original's next-token distribution. With --activation relu it is stage 2 that makes gates zero, by a penalty on active
+ones. Attention and embeddings stay as they are unless --train says otherwise.
 """
 
 from __future__ import annotations

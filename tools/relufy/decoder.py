@@ -36,7 +36,7 @@ class Ffn(nn.Module):
         d, f, bias = config.hidden_size, config.ffn_size, config.ffn_bias
         self.gate, self.up = nn.Linear(d, f, bias), nn.Linear(d, f, bias)
         self.down = nn.Linear(f, d, bias)
-        self.register_buffer("threshold", None, persistent=False)
+        self.register_buffer("threshold", None)
         self.observer: Callable[[Tensor, Tensor], None] | None = None  # see `observed`
 
     def forward(self, x: Tensor) -> Tensor:

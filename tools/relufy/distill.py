@@ -1,7 +1,8 @@
-"""Stage 2: end to end, the student learns the teacher's next-token distribution while more of its gates become zero.
+"""Stage 2: end to end, the student learns the teacher's next-token distribution with most of its gates zero.
 
-With fatrelu a threshold for each neuron rises (`thresholds.py`); with relu a penalty on active gates pushes, which is
-slower and costs more, but leaves a model that other programs know."""
+With fatrelu thresholds (`thresholds.py`) hold the sparsity that stage 1 reached, or raise that of an earlier student;
+with relu a penalty on active gates pushes, which is slower and costs more, but leaves a model that other programs
+know."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svdengine.tools.relufy.decoder import Decoder, counted_zeros, observed, zero_share
+from svdengine.tools.relufy.precision import mixed_precision
 from svdengine.tools.relufy.schedule import Steering, is_rounded, learning_rate
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.thresholds import Thresholds
@@ -70,7 +72,8 @@ class Distillation:
         rounds = is_rounded(self.step, total, goes_on=self.settings.student is not None)
         with self._stored_weights() if rounds else nullcontext():
             if self.thresholds and self.step % _MEASURE_EVERY == 0:
-                self.thresholds.measure(self._gate_gradients(self._batch(self.step)))
+                _, gradients = gate_gradients(self.student, self._batch(self.step), self.settings.seed + self.step)
+                self.thresholds.measure(gradients)
             divergence, zeros = self._backward(self._batch(self.step), weight)
         self._update(learning_rate(self.settings.rate, self.step, total))
         if self.thresholds:
@@ -134,7 +137,7 @@ class Distillation:
             if self.thresholds:
                 self.thresholds.observe(index, gate, active)
 
-        with torch.autocast(tokens.device.type, torch.bfloat16):
+        with mixed_precision(tokens.device):
             with torch.no_grad():
                 wanted = self.teacher(tokens).flatten(0, 1)
             with observed(self.student.ffns(), observe):
@@ -147,18 +150,20 @@ class Distillation:
         torch.autograd.backward(roots, gradients)
         return divergence, float(torch.stack(zeros).mean())
 
-    def _gate_gradients(self, tokens: Tensor) -> list[Tensor]:
-        """Of each FFN, the gradients of the losses of tokens (n, f) with respect to their gates after the activation.
 
-        The losses are those of tokens that the student itself draws: their squares give the Fisher information.
-        """
-        gates: list[Tensor] = []
-        generator = torch.Generator(tokens.device).manual_seed(self.settings.seed + self.step)
-        with torch.autocast(tokens.device.type, torch.bfloat16):
-            with observed(self.student.ffns(), lambda _index, _gate, active: gates.append(active)):
-                found = self.student(tokens).flatten(0, 1)
-            gradient = drawn_gradient(found, self.student.head, generator)
-        return [g.flatten(0, -2) for g in torch.autograd.grad(found, gates, gradient)]
+def gate_gradients(model: Decoder, tokens: Tensor, seed: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Of each FFN, gates (n, f) of tokens after the activation, and the gradients of the tokens' losses by them.
+
+    The losses are those of tokens that the model itself draws: the gradients' squares give the Fisher information.
+    """
+    gates: list[Tensor] = []
+    generator = torch.Generator(tokens.device).manual_seed(seed)
+    with mixed_precision(tokens.device):
+        with observed(model.ffns(), lambda _index, _gate, active: gates.append(active)):
+            found = model(tokens).flatten(0, 1)
+        gradient = drawn_gradient(found, model.head, generator)
+    gradients = torch.autograd.grad(found, gates, gradient)
+    return [g.detach().flatten(0, -2) for g in gates], [g.flatten(0, -2) for g in gradients]
 
 
 def sparsity_penalty(active: Tensor) -> Tensor:
@@ -217,7 +222,7 @@ def perplexity(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> flo
     losses, count = 0.0, 0
     for start in range(0, len(windows), rows):
         tokens = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             logits = model.head(model(tokens)[:, :-1]).float()
         losses += float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
         count += tokens[:, 1:].numel()
@@ -232,7 +237,7 @@ def hidden_moment(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> 
     total = torch.zeros(model.config.hidden_size, model.config.hidden_size, device=device)
     for start in range(0, len(some), rows):
         tokens = torch.from_numpy(some[start : start + rows].astype(np.int64)).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             h = model(tokens).flatten(0, 1)
         total += h.float().T @ h.float()
     return total / some.size
@@ -245,7 +250,7 @@ def layer_zeros(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> li
     found = []
     for start in range(0, len(windows), rows):
         tokens = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(device)
-        with torch.autocast(device.type, torch.bfloat16), counted_zeros(model.ffns()) as zeros:
+        with mixed_precision(device), counted_zeros(model.ffns()) as zeros:
             model(tokens)
         found.append([len(tokens) * float(z) for z in zeros])
     return [float(z) / len(windows) for z in np.sum(found, axis=0)]

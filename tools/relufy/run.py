@@ -9,13 +9,21 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 
 from svdengine.converters.checkpoint import Checkpoint
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
 from svdengine.tools.relufy.decoder import Decoder, make_student, read_decoder, read_student
-from svdengine.tools.relufy.distill import Distillation, StepResult, hidden_moment, layer_zeros, perplexity
+from svdengine.tools.relufy.distill import (
+    Distillation,
+    StepResult,
+    gate_gradients,
+    hidden_moment,
+    layer_zeros,
+    perplexity,
+)
 from svdengine.tools.relufy.layerwise import LayerResult, tokens_in_time, train_layers
 from svdengine.tools.relufy.output import write_model
 from svdengine.tools.relufy.report import Report, Stage, duration, summary
@@ -24,12 +32,14 @@ from svdengine.tools.relufy.saved_run import SavedRun
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.status_line import StatusLine
 from svdengine.tools.relufy.text import Text, Writer, hold_out, joined, read_windows, sample_windows
-from svdengine.tools.relufy.thresholds import balance, fold_thresholds, set_thresholds
+from svdengine.tools.relufy.thresholds import balance, fold_thresholds, layer_shares, set_thresholds
 
 SAVE_EVERY = 120.0  # seconds
 
 # What the parts of a run may take of its time.
-_SAMPLING_SHARE, _LAYERS_SHARE = 0.15, 0.15
+_SAMPLING_SHARE, _LAYERS_SHARE = 0.15, 0.35
+_SHARE_WINDOWS = 4  # of text, on which the original tells how zeros are shared among layers
+_KNOWN_AFTER = 0.2  # layers: before, making the first hidden states is most of the time spent
 _SHOWN_STEPS = 20  # divergence and sparsity on the status line are means over so many
 
 
@@ -177,11 +187,12 @@ class Run:
         def progress(share: float, error: float) -> None:
             done = index + share
             left = (time.monotonic() - started) / max(done - first, 1e-6) * (count - done)
-            self.status.show(f"stage 1: layer {index + 1} of {count}, error {error:.4f}, {duration(left)} left")
+            known = f", {duration(left)} left" if done - first > _KNOWN_AFTER else ""
+            self.status.show(f"stage 1: layer {index + 1} of {count}, error {error:.4f}{known}")
 
         index = first
         results: Iterator[LayerResult] = train_layers(
-            self.teacher, self.student, windows, settings, first, self._stopped, progress
+            self.teacher, self.student, windows, settings, first, self._stopped, progress, self._layer_shares(text)
         )
         for result in results:
             state["layers"].append(_on_cpu(self.student.layers[result.index].state_dict()))
@@ -195,6 +206,21 @@ class Run:
         )
         self._begin_second_stage()
 
+    def _layer_shares(self, text: Text) -> list[float] | None:
+        """What stage 1 makes zero of each layer's gates, as the original's gradients tell it; None with a penalty."""
+        if self.settings.activation != "fatrelu":
+            return None
+        if "layer_shares" not in self.state:
+            windows = text.train[:: -(-len(text.train) // _SHARE_WINDOWS)]
+            some = torch.from_numpy(windows.astype(np.int64)).to(self.settings.device)
+            copy = make_student(self.teacher, "ffn")
+            for ffn in copy.ffns():
+                ffn.threshold = None  # SiLU
+            found = gate_gradients(copy, some, self.settings.seed)
+            self.state["layer_shares"] = layer_shares(*found, self.settings.sparsity)
+        shares: list[float] = self.state["layer_shares"]
+        return shares
+
     def _begin_second_stage(self) -> None:
         self.state |= {"steps_done": 0, "step_seconds": 0.0, "student": self._trained(), "layers": []}
         self._save()
@@ -207,7 +233,8 @@ class Run:
             set_thresholds(self.student.ffns(), state["threshold"])
             return
         self._load_trained()
-        floor = None if settings.student is None else state["stages"][1]["zeros"]
+        thresholds = settings.student is not None or settings.activation == "fatrelu"
+        floor = state["stages"][-1]["zeros"] if thresholds else None  # with a penalty, sparsity comes late
         distillation = Distillation(
             self.teacher, self.student, settings, text.train, floor=floor, stored_weights=self._stored_weights
         )
@@ -257,13 +284,15 @@ class Run:
         self.status.say(f"{stage.name}: held-out perplexity {stage.perplexity:,.2f}{zeros}{took}")
 
     def _trained(self) -> dict[str, torch.Tensor]:
-        return _on_cpu({name: p for name, p in self.student.named_parameters() if p.requires_grad})
+        """The trained tensors, and the thresholds."""
+        own = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        return _on_cpu(own | dict(self.student.named_buffers()))
 
     def _load_trained(self) -> None:
         with torch.no_grad():
-            for name, p in self.student.named_parameters():
-                if p.requires_grad:
-                    p.copy_(self.state["student"][name])
+            named = {**dict(self.student.named_parameters()), **dict(self.student.named_buffers())}
+            for name, tensor in self.state["student"].items():
+                named[name].copy_(tensor)
 
     def _save_sometimes(self, update: Callable[[], None] = lambda: None) -> None:
         if time.monotonic() - self._last_save > self._save_every:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 _WARM_UP = 0.02  # of the steps
 # Between these shares of the steps the sparsity target rises from what there is to what is wanted: late under the
-# penalty, which costs most while it is high; early with thresholds, since most of the repair comes after them.
+# penalty, which costs most while it is high; early with thresholds, where a student has less than is wanted.
 _RAMP = {"relu": (0.15, 0.75), "fatrelu": (0.05, 0.5)}
 _ROUND_FROM = 0.5  # of the steps; before, weights are not rounded
 _SMOOTHING = 0.9  # of the measured sparsity

@@ -27,10 +27,10 @@ class Settings:
     window: int = 256  # tokens
     rows: int = 8  # windows of a step
     layer_tokens: int | None = None  # that stage 1 trains a layer on; None: what fits the budget
-    layer_epochs: int = 8
-    layer_rate: float = 1e-3  # Adam's, at the start of each layer
+    layer_epochs: int = 2
+    layer_rate: float = 5e-3  # Adam's, at the start of each layer
     steps: int | None = None  # of stage 2; None: what fits the budget
-    rate: float = 4e-4  # Adam's, in stage 2
+    rate: float = 2e-4  # Adam's, in stage 2
     train: str = "ffn"  # of TRAINED, in stage 2
     dtype: str | None = None  # of ROUNDED: what the file will hold; None: nothing is rounded
     embedding_dtype: str | None = None  # the same for embedding and output projection

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from svdengine.chat_template import ChatTemplate
-from svdengine.converters.calibration_text import OPENINGS, QUESTIONS, read_chats, read_text
+from svdengine.converters.calibration_text import OPENINGS, read_chats, read_text
 from svdengine.converters.checkpoint import Checkpoint
 from svdengine.errors import ConversionError, RequestError, SvdEngineError
 from svdengine.tokenizer import Tokenizer
 from svdengine.tools.relufy.decoder import Decoder, KvCache
+from svdengine.tools.relufy.precision import compute_dtype, mixed_precision
+from svdengine.tools.relufy.questions import questions
 
 Windows = NDArray[np.int32]  # (windows, window)
 Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
@@ -24,6 +27,8 @@ Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
 _HELD_OUT = 20  # one window in so many, at the end of each file
 _MOST_HELD_OUT = 64  # windows, of all text
 _SENTINEL = "\u2042"  # no template has it
+_ANSWER_TEMPERATURE = 0.7  # of answers to questions: at 1 a small model says too much that is not so
+_LEAST_ANSWER = 16  # tokens that a window must have left for the answer to another prompt
 _TOGETHER = {"cpu": 128, "cuda": 1024}  # windows sampled at once
 
 
@@ -33,6 +38,14 @@ class Text:
 
     train: Windows
     held_out: Windows
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The beginning of a text that a model goes on with."""
+
+    tokens: list[int]
+    temperature: float = 1.0
 
 
 class Writer:
@@ -60,22 +73,25 @@ class Writer:
                 raise ConversionError(f"{path}, line {number}: {error}") from error
         return ids
 
-    def prompts(self) -> list[list[int]]:
-        """Beginnings that lead the model to text of many kinds, as many of documents as of chats.
+    def prompts(self, seed: int) -> list[Prompt]:
+        """Beginnings that lead the model to text of many kinds: with a chat template, a quarter are documents.
 
-        Half of the chats begin with a question; the others leave it to the model to ask one (as in Magpie,
+        Half begin with a question (`questions.py`); the last quarter leaves it to the model to ask one (as in Magpie,
         arXiv:2406.08464): the prompt is what the template writes before a user's first word.
         """
-        documents = [self.tokenizer.encode(text) for text in OPENINGS]
+        documents = [Prompt(self.tokenizer.encode(text)) for text in OPENINGS]
         if self.template is None:
             return documents
-        chats = [self.template.encode([{"role": "user", "content": text}]) for text in QUESTIONS]
+        chats = [
+            Prompt(self.template.encode([{"role": "user", "content": text}]), _ANSWER_TEMPERATURE)
+            for text in questions(seed)
+        ]
         opened = self.template.render([{"role": "user", "content": _SENTINEL}]).plain.split(_SENTINEL)[0]
-        asked = self.tokenizer.encode(opened, special=True, bos=False) or documents[0]
-        prompts = []
-        for i in range(max(len(documents), len(chats))):
-            document = documents[i % len(documents)]
-            prompts += [document, chats[i % len(chats)], document, asked]
+        ids = self.tokenizer.encode(opened, special=True, bos=False)
+        asked = Prompt(ids) if ids else documents[0]
+        prompts: list[Prompt] = []
+        for i in range(0, len(chats) - 1, 2):
+            prompts += [chats[i], documents[i // 2 % len(documents)], chats[i + 1], asked]
         return prompts
 
 
@@ -121,42 +137,55 @@ def sample_windows(
     seconds: float = 0.0,
     progress: Progress | None = None,
 ) -> Windows:
-    """What the model itself writes at temperature 1, in windows: `tokens` of it, or as much as comes in `seconds`.
+    """What the model itself writes after prompts, in windows: `tokens` of it, or as much as comes in `seconds`.
 
     All rows of a batch advance by one position a step, over their prompts too, so that none waits for another.
     """
     device = model.embedding.weight.device
-    prompts, together = writer.prompts(), _TOGETHER[device.type]
+    together, upcoming = _TOGETHER[device.type], cycle(writer.prompts(seed))
     generator = torch.Generator(device).manual_seed(seed)
     done: list[Windows] = []
     started, written = time.monotonic(), 0
     while written < tokens if tokens is not None else not done or time.monotonic() - started < seconds:
         rows = together if tokens is None else min(together, -(-(tokens - written) // window))
-        first = sum(map(len, done))
-        batch = [prompts[(first + i) % len(prompts)][: window // 2] for i in range(rows)]
-        done.append(_sample(model, batch, window, generator))
+        done.append(_sample(model, upcoming, rows, window, generator, writer.tokenizer.eos_token_ids))
         written += rows * window
         if progress is not None:
             progress(written, tokens or written)
     return np.concatenate(done)
 
 
-def _sample(model: Decoder, prompts: Sequence[Sequence[int]], window: int, generator: torch.Generator) -> Windows:
-    device, rows = model.embedding.weight.device, len(prompts)
-    tokens = torch.full((rows, window), -1, dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
-    tokens = tokens.to(device)
-    like = model.embedding.weight.new_empty(0, dtype=torch.bfloat16)
+def _sample(
+    model: Decoder, prompts: Iterator[Prompt], rows: int, window: int, generator: torch.Generator, ends: Collection[int]
+) -> Windows:
+    """Windows that begin with prompts; where a text ends, the next prompt begins another one, if it has room."""
+    device = model.embedding.weight.device
+    tokens = torch.full((rows, window), -1, device=device)
+    temperatures = torch.ones(rows, 1, device=device)
+    end_tokens = torch.tensor(sorted(ends), device=device)
+
+    def begin(row: int, at: int, prompt: Prompt, most: int) -> None:
+        ids = torch.tensor(prompt.tokens[:most], device=device)
+        tokens[row, at : at + len(ids)], temperatures[row] = ids, prompt.temperature
+
+    for row in range(rows):
+        begin(row, 0, next(prompts), max(1, window // 2))
+    like = model.embedding.weight.new_empty(0, dtype=compute_dtype(device.type))
     caches = [KvCache(rows, window, model.config, like) for _ in model.layers]
-    with torch.autocast(device.type, torch.bfloat16):
+    with mixed_precision(device):
         for at in range(window - 1):
             hidden = model(tokens[:, at : at + 1], caches)
             # By the cumulative distribution: torch.multinomial draws a number for each token of the vocabulary.
-            chances = torch.softmax(model.head(hidden[:, 0]).float(), -1).cumsum(-1)
+            chances = torch.softmax(model.head(hidden[:, 0]).float() / temperatures, -1).cumsum(-1)
             at_most = torch.rand(rows, 1, device=device, generator=generator) * chances[:, -1:]
             drawn = torch.searchsorted(chances, at_most, right=True)[:, 0].clamp(max=chances.shape[1] - 1)
-            tokens[:, at + 1] = torch.where(tokens[:, at + 1] < 0, drawn, tokens[:, at + 1])
+            free = tokens[:, at + 1] < 0
+            tokens[:, at + 1] = torch.where(free, drawn, tokens[:, at + 1])
+            ended = free & torch.isin(tokens[:, at + 1], end_tokens)
+            for row in ended.nonzero()[:, 0].tolist():
+                prompt, room = next(prompts), window - at - 2
+                if len(prompt.tokens) < room - _LEAST_ANSWER:
+                    begin(row, at + 2, prompt, room)
     sampled: Windows = tokens.to("cpu", torch.int32).numpy()
     return sampled
 

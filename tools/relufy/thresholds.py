@@ -4,7 +4,8 @@ What a gate is worth is told by the loss: a gate g that becomes zero costs about
 gradient with respect to it, the diagonal of the Fisher information (as in optimal brain damage, LeCun et al. 1990).
 So the importance of a neuron is the root mean square of that gradient, and its threshold is level / importance, with
 one level for the whole model: layers in which gates matter less get more zeros. The level is the quantile of gate
-times importance that leaves the wanted share zero.
+times importance that leaves the wanted share zero. Stage 1 sees one layer at a time: each gets the share of zeros
+that one level leaves to it in the original, and a gate's gradient there is how far it moves the layer's output.
 
 A file has one threshold for all neurons, and needs no more: a gate scaled by s and its up by 1 / s are the same
 neuron with the threshold scaled by s.
@@ -26,6 +27,7 @@ _LEAST_IMPORTANCE = 0.1  # of the median of a layer: bounds what is scaled at th
 # Where ReLU alone leaves enough zeros, thresholds must still be above 0, and not so far below others that scaling them
 # to one would leave the range of float16. A share of the median of what active gates matter.
 _LEAST_LEVEL = 0.05
+_MOST_SHARE = 0.97  # of a layer's gates
 
 
 class Thresholds:
@@ -87,6 +89,17 @@ class Thresholds:
         """Of each neuron, (layers, f)."""
         importance = self._squares.sqrt()
         return importance.clamp(min=_LEAST_IMPORTANCE * importance.median(1, keepdim=True).values + 1e-12)
+
+
+@torch.no_grad()
+def layer_shares(gates: Sequence[Tensor], gradients: Sequence[Tensor], target: float) -> list[float]:
+    """Share of each layer's gates that one level for all makes zero where it leaves `target` of them all zero.
+
+    gates, gradients: (n, f) of each FFN, as `measure` takes them.
+    """
+    scores = [gate.float().relu() * g.float().square().mean(0).sqrt() for gate, g in zip(gates, gradients, strict=True)]
+    level = _quantile(torch.cat([row.flatten() for row in scores]), target)
+    return [min(_MOST_SHARE, float((row <= level).float().mean())) for row in scores]
 
 
 def _quantile(values: Tensor, share: float) -> Tensor:

@@ -1,0 +1,118 @@
+"""What ReLU-fication trains, and on what: the model in PyTorch, and the text."""
+
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_zoo import block_table, make_batch, random_tokens, relative_error, zoo
+from relufy_setup import decoder, source
+from small_checkpoints import CONFIG
+
+from svdengine.converters.conversion import open_checkpoint
+from svdengine.errors import SvdEngineError
+from svdengine.kernels.reference import ReferenceExecutor
+
+torch = pytest.importorskip("torch")
+
+from svdengine.tools.relufy.decoder import (  # noqa: E402
+    Decoder,
+    KvCache,
+    make_student,
+    read_decoder,
+)
+from svdengine.tools.relufy.precision import mixed_precision  # noqa: E402
+from svdengine.tools.relufy.text import Prompt, Writer, _sample, read_windows, sample_windows  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def logits(model: Decoder, tokens: list[int]) -> Any:
+    return model.head(model(torch.tensor([tokens])))[0].detach().numpy()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "llama_silu_biases", "llama_llama3", "llama_yarn", "mistral", "qwen2", "qwen3"]
+)
+def test_the_model_is_that_of_the_executors(name: str) -> None:
+    config = zoo()[name]
+    model, weights = decoder(config)
+    tokens = random_tokens(config, 29)
+    expected = ReferenceExecutor(config, weights, 8).forward(make_batch([(tokens, 0)], [block_table(len(tokens))]))
+    assert relative_error(logits(model, tokens), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_token_by_token_is_the_same_as_all_at_once(name: str) -> None:
+    model, _ = decoder(zoo()[name])
+    tokens = torch.tensor([random_tokens(model.config, 17), random_tokens(model.config, 17, 1)])
+    caches = [KvCache(2, 17, model.config, model.embedding.weight) for _ in model.layers]
+    steps = torch.cat([model(tokens[:, i : i + 1], caches) for i in range(17)], 1)
+    assert torch.allclose(steps, model(tokens), atol=1e-5)
+
+
+def test_the_student_owns_only_what_it_trains() -> None:
+    teacher, _ = decoder(zoo()["qwen3"])  # tied embeddings
+    names = {name for name, _ in teacher.named_parameters()}
+    for train, trained in (("ffn", ("ffn.", "ffn_norm.")), ("layers", ("layers.",)), ("all", ("",))):
+        student = make_student(teacher, train)
+        theirs = dict(teacher.named_parameters())
+        own = {name for name, p in student.named_parameters() if p is not theirs[name]}
+        assert own == {n for n in names if any(part in n for part in trained)}
+        assert own == {name for name, p in student.named_parameters() if p.requires_grad}
+        assert student.head.weight is student.embedding.weight
+
+
+def test_text_of_files_and_chats(tmp_path: Path) -> None:
+    writer = Writer(open_checkpoint(source(tmp_path)))
+    text, chats = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("".join(chr(97 + i // 40 % 10) for i in range(4000)))
+    chats.write_text('[{"role": "user", "content": "%s"}]\n' % ("0123456789" * 40))
+    found = read_windows(writer, [text, chats], 20)
+    assert found.train.shape[1] == found.held_out.shape[1] == 20 and len(found.held_out) == 200 // 20 + 1
+    seen = {writer.tokenizer.decode(list(map(int, w))) for w in found.held_out}
+    assert "0123456789" * 2 in seen
+    text.write_text("short")
+    with pytest.raises(SvdEngineError, match="too short"):
+        read_windows(writer, [text], 20)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_tokens_are_as_likely_as_the_model_says(tmp_path: Path, temperature: float) -> None:
+    model = read_decoder(open_checkpoint(source(tmp_path)))
+    windows = _sample(model, repeat(Prompt([1], temperature)), 4000, 2, torch.Generator().manual_seed(0), ())
+    with mixed_precision(torch.device("cpu")), torch.no_grad():
+        logits = model.head(model(torch.tensor([[1]])))[0, 0].float()
+    expected = torch.softmax(logits / temperature, -1).numpy()
+    found = np.bincount(windows[:, 1], minlength=len(expected)) / len(windows)
+    assert np.abs(found - expected).max() < 5 * np.sqrt(expected.max() / len(windows))
+    assert np.abs(np.cumsum(found) - np.cumsum(expected)).max() < 0.04  # Kolmogorov's bound at 1e-5
+
+
+def test_sampled_text_begins_with_prompts_and_is_repeatable(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(source(tmp_path))
+    model, writer = read_decoder(checkpoint), Writer(checkpoint)
+    windows = sample_windows(model, writer, 24, 5, tokens=1000)
+    assert windows.shape == (42, 24) and windows.min() >= 0 and windows.max() < CONFIG.vocab_size
+    prompts = [prompt.tokens[:12] for prompt in writer.prompts(5)]
+    assert all(list(row[: len(p)]) == p for row, p in zip(windows, prompts, strict=False))
+    assert np.array_equal(windows, sample_windows(model, writer, 24, 5, tokens=1000))
+    assert not np.array_equal(windows, sample_windows(model, writer, 24, 6, tokens=1000))
+
+
+def test_where_a_text_ends_the_next_prompt_begins(tmp_path: Path) -> None:
+    model = read_decoder(open_checkpoint(source(tmp_path)))
+    prompts = [[7, 3, i] for i in range(100)]  # of which 3 would be an end, if it had been drawn
+    windows = _sample(model, map(Prompt, prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3)))
+    begun = [list(windows[:, :3][row]) for row in range(8)]
+    assert begun == prompts[:8]
+    later = 0
+    for row in windows.tolist():
+        drawn, at = 0, 3
+        while at < 60 - 20:
+            drawn, at = row[at], at + 1
+            if drawn < 40 and drawn % 3 == 0:
+                assert row[at : at + 2] == [7, 3]
+                later, at = later + 1, at + 3
+    assert later > 5
