@@ -233,8 +233,9 @@ class Run:
             set_thresholds(self.student.ffns(), state["threshold"])
             return
         self._load_trained()
-        thresholds = settings.student is not None or settings.activation == "fatrelu"
-        floor = state["stages"][-1]["zeros"] if thresholds else None  # with a penalty, sparsity comes late
+        # A fresh student under the penalty becomes sparse late; any other is sparse already, and stays so.
+        sparse = settings.student is not None or settings.activation == "fatrelu"
+        floor = state["stages"][-1]["zeros"] if sparse else None
         distillation = Distillation(
             self.teacher, self.student, settings, text.train, floor=floor, stored_weights=self._stored_weights
         )
