@@ -101,6 +101,12 @@ def test_sampled_text_begins_with_prompts_and_is_repeatable(tmp_path: Path) -> N
     assert not np.array_equal(windows, sample_windows(model, writer, 24, 6, tokens=1000))
 
 
+def test_held_out_text_answers_other_questions(tmp_path: Path) -> None:
+    writer = Writer(open_checkpoint(source(tmp_path)))
+    train, held = ({tuple(p.tokens) for p in writer.prompts(1, held_out=h) if p.temperature < 1} for h in (False, True))
+    assert len(train) > 10 * len(held) > 0 and not train & held
+
+
 def test_where_a_text_ends_the_next_prompt_begins(tmp_path: Path) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
     prompts = [[7, 3, i] for i in range(100)]  # of which 3 would be an end, if it had been drawn

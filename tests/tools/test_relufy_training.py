@@ -1,10 +1,12 @@
 """Parts of the training: divergence, schedule, thresholds."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from model_zoo import random_tokens, zoo
 from relufy_setup import SILU, decoder, settings, source
@@ -13,7 +15,7 @@ from svdengine.converters.conversion import open_checkpoint
 
 torch = pytest.importorskip("torch")
 
-from svdengine.tools.relufy import precision  # noqa: E402
+from svdengine.tools.relufy import distill, divergence, precision  # noqa: E402
 from svdengine.tools.relufy.decoder import (  # noqa: E402
     Ffn,
     counted_zeros,
@@ -21,7 +23,8 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
     observed,
     read_decoder,
 )
-from svdengine.tools.relufy.distill import Distillation, divergence_gradient, drawn_gradient  # noqa: E402
+from svdengine.tools.relufy.distill import Distillation, drawn_gradient  # noqa: E402
+from svdengine.tools.relufy.divergence import divergence_gradient, of_logits  # noqa: E402
 from svdengine.tools.relufy.layerwise import train_layers  # noqa: E402
 from svdengine.tools.relufy.schedule import Steering, learning_rate  # noqa: E402
 from svdengine.tools.relufy.thresholds import Thresholds, balance, fold_thresholds, layer_shares  # noqa: E402
@@ -37,9 +40,41 @@ def test_the_gradient_of_the_divergence() -> None:
     ours, theirs = torch.log_softmax(head(leaf), -1), torch.log_softmax(head(wanted), -1)
     expected = (theirs.exp() * (theirs - ours)).sum(-1).mean()
     expected.backward()
-    divergence, gradient = divergence_gradient(found, head.requires_grad_(False), wanted, head)
-    assert divergence == pytest.approx(expected.item(), rel=1e-4)
+    value, gradient = divergence_gradient(found, head.requires_grad_(False), wanted, head)
+    assert value == pytest.approx(expected.item(), rel=1e-4)
     assert torch.allclose(gradient, leaf.grad, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 9), st.sampled_from([0.0, 1.0, 30.0]))
+@hypothesis_settings(deadline=None)  # the first example compiles
+def test_the_kernel_of_the_divergence(dtype: Any, seed: int, rows: int, vectors: int, spread: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    theirs, ours = ((spread * torch.randn(rows, 16 * vectors, generator=generator)).to(dtype) for _ in range(2))
+    expected = divergence._by_tensors(theirs, ours, 0.5)
+    assert dtype in divergence._KERNELS
+    for found, wanted in zip(of_logits(theirs, ours, 0.5), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_teacher_said_is_kept_for_the_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = read_decoder(open_checkpoint(source(tmp_path)))
+    windows = np.asarray([random_tokens(SILU, 16, seed) for seed in range(6)], np.int32)
+
+    def trained(kept_bytes: int) -> tuple[int, list[Any]]:
+        monkeypatch.setattr(distill, "_KEPT_BYTES", kept_bytes)
+        steps = Distillation(teacher, make_student(teacher, "ffn"), settings(tmp_path, rows=4), windows)
+        calls: list[int] = []
+        hook = teacher.register_forward_hook(lambda *_: calls.append(1))
+        for _ in range(6):
+            steps.run_step(6)
+        hook.remove()
+        return len(calls), steps.trained
+
+    known, ours = trained(1 << 20)
+    anew, theirs = trained(0)
+    assert known < anew == 6
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0.05, 0.95))

@@ -7,7 +7,7 @@ know."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -19,13 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from svdengine.tools.relufy.decoder import Decoder, counted_zeros, observed, zero_share
-from svdengine.tools.relufy.precision import mixed_precision
+from svdengine.tools.relufy.divergence import LOGIT_ROWS, divergence_gradient
+from svdengine.tools.relufy.precision import compute_dtype, mixed_precision
 from svdengine.tools.relufy.schedule import Steering, is_rounded, learning_rate
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.thresholds import Thresholds
 
-# Rows of logits that are held at once: on a CPU so few that the memory is reused and stays in the cache.
-_LOGIT_ROWS = {"cpu": 128, "cuda": 2048}
+_KEPT_BYTES = 4 << 30  # that hidden states of the teacher may take
 _CLIP = 1.0  # norm of the gradient
 _MOMENT_WINDOWS = 64  # of text, for the moment of hidden states
 _MEASURE_EVERY = 32  # steps: what each neuron's gate matters changes slowly
@@ -57,6 +57,7 @@ class Distillation:
         """floor: the share of zeros that the student has. stored_weights: in which later steps give it its weights."""
         self.teacher, self.student, self.settings, self._stored_weights = teacher, student, settings, stored_weights
         self._windows = windows
+        self._known: dict[int, Tensor] = {}  # the teacher's hidden states (window, d) of windows, by number
         self.trained = [p for p in student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(self.trained, settings.rate, betas=(0.9, 0.95), fused=True)
         self.optimizer.zero_grad()  # stage 1 left its last ones
@@ -72,9 +73,10 @@ class Distillation:
         rounds = is_rounded(self.step, total, goes_on=self.settings.student is not None)
         with self._stored_weights() if rounds else nullcontext():
             if self.thresholds and self.step % _MEASURE_EVERY == 0:
-                _, gradients = gate_gradients(self.student, self._batch(self.step), self.settings.seed + self.step)
+                tokens = self._tokens(self._picked(self.step))
+                _, gradients = gate_gradients(self.student, tokens, self.settings.seed + self.step)
                 self.thresholds.measure(gradients)
-            divergence, zeros = self._backward(self._batch(self.step), weight)
+            divergence, zeros = self._backward(self._picked(self.step), weight)
         self._update(learning_rate(self.settings.rate, self.step, total))
         if self.thresholds:
             self.thresholds.follow(target or 0.0)
@@ -102,11 +104,12 @@ class Distillation:
             if i == 1:
                 started = time.monotonic()
             with self._stored_weights():
-                self._backward(self._batch(i), 0.0 if self.thresholds else 1.0)
+                self._backward(self._picked(i), 0.0 if self.thresholds else 1.0)
             self._update(0.0)
             if device.type == "cuda":
                 torch.cuda.synchronize()
         self.optimizer.state.clear()
+        self._known.clear()
         return max(1, int(seconds / ((time.monotonic() - started) / _TRIED_STEPS)))
 
     def _update(self, rate: float) -> None:
@@ -117,16 +120,29 @@ class Distillation:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _batch(self, step: int) -> Tensor:
-        """The windows of a step: every window once in random order, then again in another."""
+    def _picked(self, step: int) -> list[int]:
+        """The numbers of a step's windows: every window once in random order, then again in another."""
         rows, count = self.settings.rows, len(self._windows)
         numbers = range(step * rows, (step + 1) * rows)
-        picked = [_order(self.settings.seed, i // count, count)[i % count] for i in numbers]
+        return [int(_order(self.settings.seed, i // count, count)[i % count]) for i in numbers]
+
+    def _tokens(self, picked: Sequence[int]) -> Tensor:
+        """Windows (rows, window) of token ids."""
         device = self.teacher.embedding.weight.device
         return torch.from_numpy(self._windows[np.asarray(picked)].astype(np.int64)).to(device)
 
-    def _backward(self, tokens: Tensor, weight: float) -> tuple[float, float]:
+    def _wanted(self, picked: Sequence[int], tokens: Tensor) -> Tensor:
+        """The teacher's hidden states (n, d) of windows. They are kept for the next epochs where memory allows it."""
+        if all(number in self._known for number in picked):
+            return torch.cat([self._known[number] for number in picked])
+        found: Tensor = self.teacher(tokens).to(compute_dtype(tokens.device.type))
+        if found[0].nbytes * len(self._windows) <= _KEPT_BYTES:
+            self._known.update(zip(picked, found, strict=True))
+        return found.flatten(0, 1)
+
+    def _backward(self, picked: Sequence[int], weight: float) -> tuple[float, float]:
         """Add the gradients of a batch; the divergence and the share of zeros."""
+        tokens = self._tokens(picked)
         penalties: list[Tensor] = []
         zeros: list[Tensor] = []
 
@@ -139,7 +155,7 @@ class Distillation:
 
         with mixed_precision(tokens.device):
             with torch.no_grad():
-                wanted = self.teacher(tokens).flatten(0, 1)
+                wanted = self._wanted(picked, tokens)
             with observed(self.student.ffns(), observe):
                 found = self.student(tokens).flatten(0, 1)
             divergence, gradient = divergence_gradient(found, self.student.head, wanted, self.teacher.head)
@@ -177,36 +193,11 @@ def _order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
     return np.random.default_rng((seed, epoch)).permutation(count)
 
 
-def divergence_gradient(found: Tensor, head: nn.Module, wanted: Tensor, their_head: nn.Module) -> tuple[float, Tensor]:
-    """KL divergence, mean over tokens in nats, of hidden states (n, d), and its gradient with respect to `found`.
-
-    Logits are made for some rows at a time: those of a whole batch would be most of the memory. The gradients of a
-    trained head are added to it.
-    """
-    n = len(found)
-    leaf = found.detach().requires_grad_()
-    total = torch.zeros((), device=found.device)
-    size = _LOGIT_ROWS[found.device.type]
-    for start in range(0, n, size):
-        rows = slice(start, start + size)
-        logits = head(leaf[rows])
-        with torch.no_grad():
-            theirs = torch.log_softmax(their_head(wanted[rows]).float(), -1)
-            ours = torch.log_softmax(logits.float(), -1)
-            p, q = theirs.exp(), ours.exp()
-            total += theirs.sub_(ours).mul_(p).sum() / n
-            q.sub_(p).mul_(1 / n)
-        logits.backward(q.to(logits.dtype))
-    gradient = leaf.grad
-    assert gradient is not None
-    return float(total), gradient
-
-
 def drawn_gradient(found: Tensor, head: nn.Module, generator: torch.Generator) -> Tensor:
     """Gradient, with respect to hidden states (n, d), of each token's loss where the next one is drawn by the model."""
     leaf = found.detach().requires_grad_()
     parts = []
-    for rows in leaf.split(_LOGIT_ROWS[found.device.type]):
+    for rows in leaf.split(LOGIT_ROWS[found.device.type]):
         logits = head(rows).float()
         with torch.no_grad():
             drawn = torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)[:, 0]

@@ -31,7 +31,7 @@ from svdengine.tools.relufy.rounding import Rounding, round_embedding
 from svdengine.tools.relufy.saved_run import SavedRun
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.status_line import StatusLine
-from svdengine.tools.relufy.text import Text, Writer, hold_out, joined, read_windows, sample_windows
+from svdengine.tools.relufy.text import Text, Writer, joined, read_windows, sample_text
 from svdengine.tools.relufy.thresholds import balance, fold_thresholds, layer_shares, set_thresholds
 
 SAVE_EVERY = 120.0  # seconds
@@ -121,7 +121,7 @@ class Run:
         if settings.text:
             parts.append(read_windows(self.writer, settings.text, settings.window))
         if settings.sampled_tokens or (settings.sampled_tokens is None and not settings.text):
-            sampled = sample_windows(
+            sampled = sample_text(
                 self.teacher,
                 self.writer,
                 settings.window,
@@ -130,7 +130,7 @@ class Run:
                 seconds=settings.seconds * _SAMPLING_SHARE,
                 progress=sampling,
             )
-            parts.append(hold_out(sampled))
+            parts.append(sampled)
         if not parts:
             raise SvdEngineError("there is no text to train on; give --text, or --sample above 0")
         text = joined(parts)

@@ -73,18 +73,20 @@ class Writer:
                 raise ConversionError(f"{path}, line {number}: {error}") from error
         return ids
 
-    def prompts(self, seed: int) -> list[Prompt]:
+    def prompts(self, seed: int, *, held_out: bool = False) -> list[Prompt]:
         """Beginnings that lead the model to text of many kinds: with a chat template, a quarter are documents.
 
         Half begin with a question (`questions.py`); the last quarter leaves it to the model to ask one (as in Magpie,
-        arXiv:2406.08464): the prompt is what the template writes before a user's first word.
+        arXiv:2406.08464): the prompt is what the template writes before a user's first word. A twentieth of the
+        questions is kept for held-out text.
         """
         documents = [Prompt(self.tokenizer.encode(text)) for text in OPENINGS]
         if self.template is None:
             return documents
         chats = [
             Prompt(self.template.encode([{"role": "user", "content": text}]), _ANSWER_TEMPERATURE)
-            for text in questions(seed)
+            for number, text in enumerate(questions(seed))
+            if (number % _HELD_OUT == 0) == held_out
         ]
         opened = self.template.render([{"role": "user", "content": _SENTINEL}]).plain.split(_SENTINEL)[0]
         ids = self.tokenizer.encode(opened, special=True, bos=False)
@@ -112,18 +114,29 @@ def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
     return Text(np.concatenate(train), _spread(np.concatenate(held), _MOST_HELD_OUT))
 
 
-def hold_out(windows: Windows) -> Text:
-    """Windows in random order, the last of them held out. Raises ConversionError when there are fewer than two."""
-    if len(windows) < 2:
-        raise ConversionError(f"found {len(windows)} windows of text, expected at least two")
-    kept = min(max(1, len(windows) // _HELD_OUT), _MOST_HELD_OUT)
-    return Text(windows[:-kept], windows[-kept:])
-
-
 def joined(parts: Sequence[Text]) -> Text:
     """All text together."""
     held = np.concatenate([part.held_out for part in parts])
     return Text(np.concatenate([part.train for part in parts]), _spread(held, _MOST_HELD_OUT))
+
+
+def sample_text(
+    model: Decoder,
+    writer: Writer,
+    window: int,
+    seed: int,
+    *,
+    tokens: int | None = None,
+    seconds: float = 0.0,
+    progress: Progress | None = None,
+) -> Text:
+    """What the model itself writes: `tokens` of it, or as much as comes in `seconds`, and held-out text besides.
+
+    The held-out text answers questions that the rest never asks.
+    """
+    train = sample_windows(model, writer, window, seed, tokens=tokens, seconds=seconds, progress=progress)
+    kept = min(max(1, len(train) // _HELD_OUT), _MOST_HELD_OUT)
+    return Text(train, sample_windows(model, writer, window, seed, tokens=kept * window, held_out=True))
 
 
 @torch.no_grad()
@@ -136,14 +149,15 @@ def sample_windows(
     tokens: int | None = None,
     seconds: float = 0.0,
     progress: Progress | None = None,
+    held_out: bool = False,
 ) -> Windows:
     """What the model itself writes after prompts, in windows: `tokens` of it, or as much as comes in `seconds`.
 
     All rows of a batch advance by one position a step, over their prompts too, so that none waits for another.
     """
     device = model.embedding.weight.device
-    together, upcoming = _TOGETHER[device.type], cycle(writer.prompts(seed))
-    generator = torch.Generator(device).manual_seed(seed)
+    together, upcoming = _TOGETHER[device.type], cycle(writer.prompts(seed, held_out=held_out))
+    generator = torch.Generator(device).manual_seed(2 * seed + held_out)
     done: list[Windows] = []
     started, written = time.monotonic(), 0
     while written < tokens if tokens is not None else not done or time.monotonic() - started < seconds:
