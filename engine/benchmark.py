@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from svdengine.llm import LLM
 
 
+_QUICK_TOKENS, _QUICK_REPETITIONS = 32, 3  # of a comparison that a user waits for
+
+
 @dataclass(frozen=True)
 class BenchRow:
     """One test: pp reads a prompt, tg decodes greedily, and ffn runs the FFNs of all layers alone.
@@ -94,6 +97,27 @@ def run_benchmark(
     finally:
         llm.ffn = before
     return rows
+
+
+def decoding_against_dense(llm: LLM, seconds: float = 1.0) -> BenchRow:
+    """One sequence decoded on the path that is set, against the dense one, in about `seconds`. `llm` must be idle.
+
+    What the KV cache held is lost.
+    """
+    before = llm.ffn
+
+    def decoding(tokens: int) -> Workload:
+        return Workload(f"tg{tokens}", tokens, partial(_decode, llm.executor, tokens, 1, 0.0))
+
+    try:
+        llm.ffn = "dense"
+        decoding(1).run()  # the first step does more than the others
+        token = _measured(llm.executor, decoding(1).run, faults=False).seconds
+        test = decoding(round(min(max(seconds / (2 * (_QUICK_REPETITIONS + 1) * token), 2), _QUICK_TOKENS)))
+        done = _repeat(llm, test, ("dense", before), _QUICK_REPETITIONS, None, faults=False)
+    finally:
+        llm.ffn = before
+    return _row(llm, test, before, done[before], done["dense"])
 
 
 def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_token: float = 1.0) -> float:

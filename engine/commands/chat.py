@@ -34,33 +34,56 @@ if TYPE_CHECKING:
 def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
     """Talk with MODEL, a .svdp file. /help lists what can be typed besides messages."""
     from svdengine.chat_session import ChatSession
-    from svdengine.errors import RequestError, SvdEngineError
     from svdengine.sampling import merge_params
 
     fields = {"max_tokens": None, **sampling_fields(options)}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    with open_model(options) as llm, kept_kv(llm, kv_save):
+    with open_model(options) as llm:
         params = merge_params(llm.default_params, fields)
         _ = llm.chat_template  # a model without one is refused before anything is typed
-        session = ChatSession(system)
         if interactive:
             _enable_line_editing()
-            click.echo(f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave", err=True)
-        for line in _lines(interactive):
-            if not line.strip():
-                continue
-            try:
-                if line.lstrip().startswith("/"):
-                    told = session.command(line)
-                    if told is None:
-                        return
-                    click.echo(told, err=True)
-                else:
-                    _answer(llm, session, line, params, options["context_shift"])
-            except RequestError as error:
-                click.echo(f"error: {error}", err=True)
-                if not interactive:
-                    raise SvdEngineError("the conversation ended at a message that cannot be answered") from error
+            click.echo(greeting(llm), err=True)  # it decodes, so the KV cache is still empty
+        with kept_kv(llm, kv_save):
+            _converse(llm, ChatSession(system), params, interactive, options["context_shift"])
+
+
+def greeting(llm: LLM) -> str:
+    """What is said before the first message: of a model with a predictor, also what that brings here, measured."""
+    from svdengine.benchmark import decoding_against_dense
+
+    lines = [f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave"]
+    if llm.predictor is not None and llm.ffn != "dense":
+        row = decoding_against_dense(llm)
+        if row.speedup is None or row.active_density is None:
+            lines.append("its FFNs run dense, which is as fast on this machine")
+        else:
+            rates = f"{row.tokens_per_second:.0f} tokens/s, dense {row.tokens_per_second / row.speedup:.0f}"
+            lines.append(
+                f"{100 * row.active_density:.0f} % of the FFN neurons are computed for a token:"
+                f" {row.speedup:.2f} times as fast as all of them ({rates})"
+            )
+    return "\n".join(lines)
+
+
+def _converse(llm: LLM, session: ChatSession, params: Any, interactive: bool, context_shift: bool) -> None:
+    from svdengine.errors import RequestError, SvdEngineError
+
+    for line in _lines(interactive):
+        if not line.strip():
+            continue
+        try:
+            if line.lstrip().startswith("/"):
+                told = session.command(line)
+                if told is None:
+                    return
+                click.echo(told, err=True)
+            else:
+                _answer(llm, session, line, params, context_shift)
+        except RequestError as error:
+            click.echo(f"error: {error}", err=True)
+            if not interactive:
+                raise SvdEngineError("the conversation ended at a message that cannot be answered") from error
 
 
 def _answer(llm: LLM, session: ChatSession, text: str, params: Any, context_shift: bool) -> None:

@@ -1,6 +1,7 @@
 """The command line of sparse models: calibrate, inspect, eval, bench, chat and generate."""
 
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from click.testing import CliRunner, Result
 from tiny_model import tiny_config, write_tiny_model
 from tiny_predictor import write_sparse_model
 
+from svdengine import SamplingParams, load
 from svdengine.cli import main
+from svdengine.commands.chat import greeting
 
 TEXT = "once upon a time there was a user and a system, hello world. what is 2 + 2? the assistant says: 4. " * 40
 
@@ -254,6 +257,20 @@ def test_bench_of_both_paths(folder: Path) -> None:
     table = done(*common, "--faults").stdout
     assert "predicted %" in table and "faults/token" in table
     assert "predicted %" not in done(*common[:-1], "dense").stdout
+
+
+def test_a_chat_begins_with_what_prediction_brings(folder: Path) -> None:
+    with load(folder / "sparse.svdp", device="reference", ffn="sparse") as llm:
+        first, second = greeting(llm).splitlines()
+        assert llm.ffn == "sparse"
+        [answer] = llm.generate("hello", SamplingParams(max_tokens=3, ignore_eos=True))
+        assert answer.stats.generated_tokens == 3
+        llm.ffn = "dense"
+        assert len(greeting(llm).splitlines()) == 1
+    assert first.startswith("sparse.svdp on ")
+    found = re.fullmatch(r"(\d+) % of the FFN neurons are .* ([\d.]+) times .* \((\d+) tokens/s, dense (\d+)\)", second)
+    assert found is not None and 10 < int(found[1]) < 60
+    assert float(found[2]) == pytest.approx(int(found[3]) / int(found[4]), rel=0.1)
 
 
 def test_answers_say_what_was_computed(folder: Path) -> None:
