@@ -21,6 +21,7 @@ from torch import Tensor
 from svdengine.tools.relufy.decoder import Ffn
 
 _SAMPLED = 64  # tokens of a step that the level is found on
+_MOST_SCORES = 1 << 19  # about, of their gates' scores
 _MEMORY = 0.9  # of the level at each step
 _SQUARE_MEMORY = 0.8  # of the mean squares of gradients at each measurement
 _LEAST_IMPORTANCE = 0.1  # of the median of a layer: bounds what is scaled at the end
@@ -62,6 +63,7 @@ class Thresholds:
         """Set the thresholds after a step that was observed, so that about the share `target` of gates is zero."""
         importance = self._importance()
         scores = torch.cat([(gates * row).flatten() for gates, row in zip(self._gates, importance, strict=True)])
+        scores = scores[:: len(scores) // _MOST_SCORES | 1]  # odd, so that it meets all neurons
         level = torch.maximum(_quantile(scores, target), _LEAST_LEVEL * scores[scores > 0].median())
         self._level = _MEMORY * self._level + (1 - _MEMORY) * level if self._steps else level
         self._steps += 1
