@@ -10,6 +10,7 @@ from model_zoo import block_table, make_batch, random_tokens, relative_error, zo
 from relufy_setup import decoder, source
 from small_checkpoints import CONFIG
 
+from svdengine.chat_template import ChatTemplate
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.reference import ReferenceExecutor
@@ -105,6 +106,38 @@ def test_held_out_text_answers_other_questions(tmp_path: Path) -> None:
     writer = Writer(open_checkpoint(source(tmp_path)))
     train, held = ({tuple(p.tokens) for p in writer.prompts(1, held_out=h) if p.temperature < 1} for h in (False, True))
     assert len(train) > 10 * len(held) > 0 and not train & held
+
+
+def test_the_model_answers_what_it_asked_itself(tmp_path: Path) -> None:
+    """After the end of the question comes what the template writes there, and only after that of the answer another."""
+    writer = Writer(open_checkpoint(source(tmp_path)))
+    writer.template = ChatTemplate(
+        "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}",
+        writer.tokenizer,
+    )
+    asked = next(p for p in writer.prompts(1) if p.then is not None)
+    assert asked.then is not None and asked.then.then is None and asked.then.temperature < asked.temperature
+    [end] = writer.tokenizer.encode("</s>", special=True, bos=False)
+    chat = [{"role": "user", "content": "a"}]
+    question = writer.tokenizer.encode("a", special=True, bos=False)
+    assert [*asked.tokens, *question, end, *asked.then.tokens] == writer.template.encode(chat)
+
+
+def test_a_text_of_two_parts_is_followed_by_another(tmp_path: Path) -> None:
+    model = read_decoder(open_checkpoint(source(tmp_path)))
+    prompts = [Prompt([7, i], then=Prompt([8, i])) for i in range(100)]
+    windows = _sample(model, iter(prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3)))
+    followed = 0
+    for row in windows.tolist():
+        parts, at = [row[0]], 2
+        while at < 60 - 20:
+            drawn, at = row[at], at + 1
+            if drawn < 40 and drawn % 3 == 0:
+                parts, at = [*parts, row[at]], at + 2
+        assert parts == [7, 8] * (len(parts) // 2) + [7] * (len(parts) % 2)
+        followed += len(parts) - 1
+    assert followed > 5
 
 
 def test_where_a_text_ends_the_next_prompt_begins(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ class Prompt:
 
     tokens: list[int]
     temperature: float = 1.0
+    then: Prompt | None = None  # where the text ends; None: the next text begins
 
 
 class Writer:
@@ -74,27 +75,30 @@ class Writer:
         return ids
 
     def prompts(self, seed: int, *, held_out: bool = False) -> list[Prompt]:
-        """Beginnings that lead the model to text of many kinds: with a chat template, a quarter are documents.
+        """Beginnings of texts of many kinds: of chats where the model has a template, else of documents.
 
-        Half begin with a question (`questions.py`); the last quarter leaves it to the model to ask one (as in Magpie,
-        arXiv:2406.08464): the prompt is what the template writes before a user's first word. A twentieth of the
-        questions is kept for held-out text.
+        Half of the chats begin with a question (`questions.py`), of which a twentieth is kept for held-out text. The
+        others leave it to the model to ask one (as in Magpie, arXiv:2406.08464): the prompt is what the template
+        writes before a user's first word.
         """
-        documents = [Prompt(self.tokenizer.encode(text)) for text in OPENINGS]
         if self.template is None:
-            return documents
+            return [Prompt(self.tokenizer.encode(text)) for text in OPENINGS]
         chats = [
             Prompt(self.template.encode([{"role": "user", "content": text}]), _ANSWER_TEMPERATURE)
             for number, text in enumerate(questions(seed))
             if (number % _HELD_OUT == 0) == held_out
         ]
-        opened = self.template.render([{"role": "user", "content": _SENTINEL}]).plain.split(_SENTINEL)[0]
-        ids = self.tokenizer.encode(opened, special=True, bos=False)
-        asked = Prompt(ids) if ids else documents[0]
-        prompts: list[Prompt] = []
-        for i in range(0, len(chats) - 1, 2):
-            prompts += [chats[i], documents[i // 2 % len(documents)], chats[i + 1], asked]
-        return prompts
+        asked = self._asked(self.template)
+        return chats if asked is None else [prompt for chat in chats for prompt in (chat, asked)]
+
+    def _asked(self, template: ChatTemplate) -> Prompt | None:
+        """A chat of which the model writes both the question and the answer; None where a template has nothing around
+        a message that would lead it to do so."""
+        before, _, after = template.render([{"role": "user", "content": _SENTINEL}]).plain.partition(_SENTINEL)
+        begin, rest = (self.tokenizer.encode(text, special=True, bos=False) for text in (before, after))
+        while rest and rest[0] in self.tokenizer.eos_token_ids:  # the model has written it
+            rest = rest[1:]
+        return Prompt(begin, then=Prompt(rest, _ANSWER_TEMPERATURE)) if begin and rest else None
 
 
 def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
@@ -172,15 +176,17 @@ def sample_windows(
 def _sample(
     model: Decoder, prompts: Iterator[Prompt], rows: int, window: int, generator: torch.Generator, ends: Collection[int]
 ) -> Windows:
-    """Windows that begin with prompts; where a text ends, the next prompt begins another one, if it has room."""
+    """Windows that begin with prompts; where a text ends, its prompt's `then` goes on, or the next prompt begins
+    another one, if it has room."""
     device = model.embedding.weight.device
     tokens = torch.full((rows, window), -1, device=device)
     temperatures = torch.ones(rows, 1, device=device)
+    then: list[Prompt | None] = [None] * rows
     end_tokens = torch.tensor(sorted(ends), device=device)
 
     def begin(row: int, at: int, prompt: Prompt, most: int) -> None:
         ids = torch.tensor(prompt.tokens[:most], device=device)
-        tokens[row, at : at + len(ids)], temperatures[row] = ids, prompt.temperature
+        tokens[row, at : at + len(ids)], temperatures[row], then[row] = ids, prompt.temperature, prompt.then
 
     for row in range(rows):
         begin(row, 0, next(prompts), max(1, window // 2))
@@ -197,7 +203,7 @@ def _sample(
             tokens[:, at + 1] = torch.where(free, drawn, tokens[:, at + 1])
             ended = free & torch.isin(tokens[:, at + 1], end_tokens)
             for row in ended.nonzero()[:, 0].tolist():
-                prompt, room = next(prompts), window - at - 2
+                prompt, room = then[row] or next(prompts), window - at - 2
                 if len(prompt.tokens) < room - _LEAST_ANSWER:
                     begin(row, at + 2, prompt, room)
     sampled: Windows = tokens.to("cpu", torch.int32).numpy()
