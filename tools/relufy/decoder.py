@@ -155,8 +155,12 @@ class Attention(nn.Module):
         if self.window and total > self.window:
             mask = _window_mask(n, total, self.window, q.device)
             out = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        elif n == 1:
+            # Query heads that share keys as if they were tokens: `enable_gqa` copies the keys for each of them.
+            shared = q.reshape(len(q), k.shape[1], -1, self.head_dim)
+            out = functional.scaled_dot_product_attention(shared, k, v).reshape(q.shape)
         else:
-            out = functional.scaled_dot_product_attention(q, k, v, is_causal=n > 1, enable_gqa=True)
+            out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
