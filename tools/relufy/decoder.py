@@ -45,7 +45,7 @@ def _cast(weight: nn.Parameter, dtype: torch.dtype) -> Tensor:
     key = (weight._version, weight.data_ptr(), dtype)
     if kept is None or kept[0] != key:
         kept = key, weight.detach().to(dtype)
-        weight.kept_cast = kept  # type: ignore[attr-defined]
+        weight.kept_cast = kept
     return kept[1]
 
 
@@ -60,7 +60,7 @@ class FatRelu(torch.autograd.Function):
         return x * kept
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """To the gates that are kept; thresholds are not trained."""
         (kept,) = ctx.saved_tensors
         return gradient * kept, None

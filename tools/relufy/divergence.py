@@ -81,14 +81,14 @@ def _kernel(load: Any, size: int) -> Callable[..., None]:
     """All rows, where a logit has `size` bytes and `load` reads 16 of them."""
 
     @jit
-    def highest(logits, columns):
+    def highest(logits: int, columns: int) -> Any:
         found = load(logits)
         for i in range(_LANES, columns, _LANES):
             found = maximum_f32(found, load(logits + i * size))
         return splat_f32(max_lanes(found))
 
     @jit
-    def one_row(theirs, ours, gradient, columns, scale):
+    def one_row(theirs: int, ours: int, gradient: int, columns: int, scale: np.float32) -> Any:
         their_highest, our_highest = highest(theirs, columns), highest(ours, columns)
         their_sum, our_sum, product = zero_f32(), zero_f32(), zero_f32()
         for i in range(0, columns, _LANES):
@@ -103,7 +103,7 @@ def _kernel(load: Any, size: int) -> Callable[..., None]:
             store_f32(gradient + i * 4, exp_f32(o) * q - exp_f32(t) * p)
         return sum_lanes(product) / their_total + math.log(our_total / their_total)
 
-    @numba.njit(parallel=True, error_model="numpy")  # type: ignore[untyped-decorator]
+    @numba.njit(parallel=True, error_model="numpy")
     def all_rows(
         theirs: int, ours: int, gradient: int, columns: int, scale: np.float32, divergences: NDArray[np.float32]
     ) -> None:

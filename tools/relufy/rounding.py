@@ -29,7 +29,7 @@ def round_q4(weight: Tensor) -> Tensor:
     return rounded
 
 
-@numba.njit(parallel=True, error_model="numpy")  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, error_model="numpy")
 def _round_q4_on_cpu(weight: NDArray[np.float32], rounded: NDArray[np.float32]) -> None:
     """`_round_rows` in one pass over the memory: as tensor operations it takes longer than half a training step."""
     rows, columns = weight.shape
