@@ -99,10 +99,10 @@ def run_benchmark(
     return rows
 
 
-def decoding_against_dense(llm: LLM, seconds: float = 1.0) -> BenchRow:
+def decoding_against_dense(llm: LLM, seconds: float = 1.0) -> BenchRow | None:
     """One sequence decoded on the path that is set, against the dense one, in about `seconds`. `llm` must be idle.
 
-    What the KV cache held is lost.
+    What the KV cache held is lost. None where dense tokens take too long for that.
     """
     before = llm.ffn
 
@@ -113,7 +113,10 @@ def decoding_against_dense(llm: LLM, seconds: float = 1.0) -> BenchRow:
         llm.ffn = "dense"
         decoding(1).run()  # the first step does more than the others
         token = _measured(llm.executor, decoding(1).run, faults=False).seconds
-        test = decoding(round(min(max(seconds / (2 * (_QUICK_REPETITIONS + 1) * token), 2), _QUICK_TOKENS)))
+        tokens = int(seconds / (2 * (_QUICK_REPETITIONS + 1) * token))
+        if tokens < 1:
+            return None
+        test = decoding(min(tokens, _QUICK_TOKENS))
         done = _repeat(llm, test, ("dense", before), _QUICK_REPETITIONS, None, faults=False)
     finally:
         llm.ffn = before

@@ -51,10 +51,12 @@ def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
 def greeting(llm: LLM) -> str:
     """What is said before the first message: of a model with a predictor, also what that brings here, measured."""
     from svdengine.benchmark import decoding_against_dense
+    from svdengine.paged_executor import PagedExecutor
 
     lines = [f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave"]
-    if llm.predictor is not None and llm.ffn != "dense":
-        row = decoding_against_dense(llm)
+    paged = isinstance(llm.executor, PagedExecutor)  # a dense token would read all weights from storage
+    row = None if llm.predictor is None or llm.ffn == "dense" or paged else decoding_against_dense(llm)
+    if row is not None:
         if row.speedup is None or row.active_density is None:
             lines.append("its FFNs run dense, which is as fast on this machine")
         else:
