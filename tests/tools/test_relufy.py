@@ -164,10 +164,10 @@ def test_two_runs_do_not_work_on_one_folder(tmp_path: Path) -> None:
 
 def test_a_run_goes_on_from_an_earlier_one_with_rounded_weights(tmp_path: Path) -> None:
     source(tmp_path, ffn_scale=4.0)
-    short = settings(tmp_path, steps=10, layer_epochs=1, layer_rate=1e-5)  # so that something is left to learn
+    short = settings(tmp_path, steps=1, layer_epochs=1, layer_rate=1e-5)  # so that something is left to learn
     first = Run(short, Silent()).run()  # type: ignore[arg-type]
     again = settings(
-        tmp_path, "more", student=tmp_path / "out", sampled_tokens=16384, dtype="q4", embedding_dtype="q4", steps=120
+        tmp_path, "more", student=tmp_path / "out", sampled_tokens=32768, dtype="q4", embedding_dtype="q4", steps=240
     )
     second = Run(again, Silent()).run()  # type: ignore[arg-type]
     names = [stage.name for stage in second.stages]
@@ -182,7 +182,7 @@ def test_a_run_goes_on_from_an_earlier_one_with_rounded_weights(tmp_path: Path) 
         with Rounding(student, embedding=True).rounded():
             return distance(student, teacher)
 
-    assert stored_distance("more") < 0.9 * stored_distance("out")
+    assert stored_distance("more") < 0.8 * stored_distance("out")
     before, after = (weights_of(tmp_path / name)["model.embed_tokens.weight"].float() for name in ("out", "more"))
     assert not torch.equal(before, after) and relative_error(after.numpy(), before.numpy()) < 0.2
     assert torch.allclose(round_q4(after), after, atol=2e-3)
