@@ -27,16 +27,18 @@ def convert(
     progress: Progress | None = None,
     *,
     embedding_dtype: WeightFormat | None = None,
+    down_dtype: WeightFormat | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
-    `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4.
+    `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4; `down_dtype` that
+    of the FFNs' down projections, by default `dtype`.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
     converted and ModelFileError when `output` cannot be written; nothing is left behind then.
     """
     source, output = Path(source), Path(output)
-    for wanted in (dtype, embedding_dtype or dtype):
+    for wanted in (dtype, embedding_dtype or dtype, down_dtype or dtype):
         if wanted not in WEIGHT_FORMATS:
             raise ConversionError(f"unknown dtype {wanted!r}; there are {', '.join(WEIGHT_FORMATS)}")
     checkpoint = open_checkpoint(source, activation)
@@ -51,6 +53,8 @@ def convert(
     }
     if embedding_dtype is not None:
         provenance["embedding_dtype"] = embedding_dtype
+    if down_dtype is not None:
+        provenance["down_dtype"] = down_dtype
     if activation is not None:
         provenance["activation"] = activation
     with ModelWriter(
@@ -61,6 +65,7 @@ def convert(
         checkpoint.generation,
         provenance,
         embedding_dtype=embedding_dtype,
+        down_dtype=down_dtype,
     ) as writer:
         for spec, layer, origin in plan:
             array = build_tensor(checkpoint, origin)

@@ -21,7 +21,12 @@ from svdengine.tensor_writer import PAGE, Declared, TensorWriter, size_of
 _CHUNK = 1 << 22  # elements of float32 that are quantised at once
 
 
-def format_for(name: str, dtype: WeightFormat, embedding_dtype: WeightFormat | None = None) -> WeightFormat:
+def format_for(
+    name: str,
+    dtype: WeightFormat,
+    embedding_dtype: WeightFormat | None = None,
+    down_dtype: WeightFormat | None = None,
+) -> WeightFormat:
     """How the matrix `name` is stored in a file of `dtype`.
 
     Embedding and output projection suffer most from 4 bits: by default they have 8 then. Positions are few.
@@ -30,6 +35,8 @@ def format_for(name: str, dtype: WeightFormat, embedding_dtype: WeightFormat | N
         return "f32"
     if name in ("embedding", "lm_head"):
         return embedding_dtype or ("q8" if dtype == "q4" else dtype)
+    if name in ("down", "down_T"):
+        return down_dtype or dtype
     return dtype
 
 
@@ -72,11 +79,12 @@ class ModelWriter:
         extra: Mapping[str, Declared] | None = None,
         metadata: Mapping[str, str] | None = None,
         embedding_dtype: WeightFormat | None = None,
+        down_dtype: WeightFormat | None = None,
     ) -> None:
         """Lay the file out. Raises ModelFileError when it cannot be made."""
         self._specs = {spec.name: spec for spec in tensor_specs(config)}
         matrices = [name for name, spec in self._specs.items() if spec.matrix]
-        self._formats = {name: format_for(name, dtype, embedding_dtype) for name in matrices}
+        self._formats = {name: format_for(name, dtype, embedding_dtype, down_dtype) for name in matrices}
         tensors: dict[str, Declared] = {}
         for name, spec in self._specs.items():
             tensors.update(stored_tensors(spec, self._formats.get(name, "f32")))

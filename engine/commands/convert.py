@@ -23,6 +23,11 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
     type=click.Choice(DTYPES),
     help="How embedding and output projection are stored; by default as the rest, but q8 with q4.",
 )
+@click.option(
+    "--down-dtype",
+    type=click.Choice(DTYPES),
+    help="How the FFNs' down projections are stored, which lose most by 4 bits; by default as the rest.",
+)
 @click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
 @click.option(
     "--predictor",
@@ -49,6 +54,7 @@ def command(
     output: Path,
     dtype: str,
     embedding_dtype: str | None,
+    down_dtype: str | None,
     activation: str | None,
     kind: str | None,
     **options: Any,
@@ -75,8 +81,15 @@ def command(
             bar.length = total
             bar.update(done - bar.pos)
 
-        embedding = cast("WeightFormat | None", embedding_dtype)
-        convert(source, output, cast(WeightFormat, dtype), activation, progress, embedding_dtype=embedding)
+        convert(
+            source,
+            output,
+            cast(WeightFormat, dtype),
+            activation,
+            progress,
+            embedding_dtype=cast("WeightFormat | None", embedding_dtype),
+            down_dtype=cast("WeightFormat | None", down_dtype),
+        )
         bar.update(max(0, (bar.length or 0) - bar.pos))
     if config.sparse_ffn and kind != "none":
         _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)

@@ -212,6 +212,17 @@ def test_embeddings_can_have_a_format_of_their_own(tmp_path: Path, embedding: An
     assert relative_error(ours, theirs) < 0.02  # activations have 8 bits
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_down_can_have_a_format_of_its_own(tmp_path: Path, activation: str) -> None:
+    source, output = write_hf(tmp_path / "hf", hidden_act=activation), tmp_path / "m.svdp"
+    convert(source, output, "q4", down_dtype="q8")
+    with svdengine.load(output, device="cpu", context=64) as cpu, svdengine.load(output, device="reference") as exact:
+        formats = cpu.model_file.formats
+        assert formats["down_T" if activation == "relu" else "down"] == "q8" and formats["up"] == "q4"
+        ours, theirs = cpu.logits([1, 2, 3]), exact.logits([1, 2, 3])
+    assert relative_error(ours, theirs) < 0.02  # activations have 8 bits
+
+
 def test_wrong_calls(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf")
     with pytest.raises(ConversionError, match="no such file"):

@@ -72,6 +72,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         help="train the later half, or with --student all, with weights rounded as `convert --dtype` will store them",
     )
     add("--embedding-dtype", choices=ROUNDED, help="the same for embedding and output projection")
+    add("--down-dtype", choices=("q8",), help="where `convert --down-dtype` will store `down` so: it is not rounded then")
     add("--window", type=int, default=default.window, help="tokens of a window of text (default: %(default)s)")
     add("--rows", type=int, help="windows of a step (default: 8, on a GPU 64)")
     add("--layer-tokens", type=int, metavar="N", help="tokens of stage 1 (default: what fits the budget)")
@@ -88,8 +89,8 @@ def parse(arguments: Sequence[str] | None) -> Settings:
     counts = (o.rows, o.layer_tokens, o.layer_epochs, o.steps, o.threads)
     if o.window < 2 or any(n is not None and n < 1 for n in counts) or (o.sample or 0) < 0 or o.seed < 0:
         parser.error("counts must be above 0, and a window has at least 2 tokens")
-    if o.embedding_dtype and not o.dtype:
-        parser.error("--embedding-dtype goes with --dtype")
+    if (o.embedding_dtype or o.down_dtype) and not o.dtype:
+        parser.error("--embedding-dtype and --down-dtype go with --dtype")
     device = _device(o.device, o.threads)
     return Settings(
         source=o.source,
@@ -110,6 +111,7 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         train=o.train,
         dtype=o.dtype,
         embedding_dtype=o.embedding_dtype,
+        down_dtype=o.down_dtype,
         device=device,
         seed=o.seed,
     )

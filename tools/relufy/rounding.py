@@ -129,10 +129,15 @@ def round_embedding(student: Decoder, moment: Tensor) -> None:
 class Rounding:
     """A student's matrices as a file holds them. Those that it shares with its teacher are rounded once."""
 
-    def __init__(self, student: Decoder, embedding: bool) -> None:
-        """embedding: round that of tokens and the output projection too. Nothing is changed before `rounded`."""
+    def __init__(self, student: Decoder, embedding: bool, down: bool = True) -> None:
+        """embedding: round that of tokens and the output projection too; down: the FFNs' down projections.
+
+        Nothing is changed before `rounded`.
+        """
         layers = student if embedding else student.layers
         holders = [(name, m) for name, m in layers.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+        if not down:
+            holders = [(name, m) for name, m in holders if not name.endswith(".down")]
         trained = {id(m.weight): (name, m.weight) for name, m in holders if m.weight.requires_grad}
         self._trained = list(trained.values())
         frozen = {id(m.weight): m.weight for _, m in holders if not m.weight.requires_grad}

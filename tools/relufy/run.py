@@ -104,7 +104,8 @@ class Run:
         if self.settings.dtype is None:
             return nullcontext()
         if self._rounding is None:
-            self._rounding = Rounding(self.student, self.settings.embedding_dtype is not None)
+            embedding, down = self.settings.embedding_dtype is not None, self.settings.down_dtype is None
+            self._rounding = Rounding(self.student, embedding, down)
         return self._rounding.rounded()
 
     def _text(self) -> Text:

@@ -34,6 +34,7 @@ class Settings:
     train: str = "ffn"  # of TRAINED, in stage 2
     dtype: str | None = None  # of ROUNDED: what the file will hold; None: nothing is rounded
     embedding_dtype: str | None = None  # the same for embedding and output projection
+    down_dtype: str | None = None  # "q8" where `down` is stored so, whose rounding is not worth training with
     device: str = "cpu"  # cpu or cuda
     seed: int = 0
 
