@@ -1,13 +1,15 @@
 """Read a `.svdp` model file: one memory map, with every tensor checked against the model's config.
 
 A `.svdp` file is a safetensors file whose tensors are those of `models/tensors.py`, stored as `kernels/formats.py`
-says, each at a multiple of 64 bytes. Its tokenizer is a byte tensor, `tokenizer.json` or `tokenizer.model`, and so is
-`chat_template`. Its `__metadata__` holds format, format_version, and as JSON: config, tokenizer, generation,
-provenance. Tensors under `predictor.` are not described by the config; whoever uses them checks their shapes.
+says, each at a multiple of 64 bytes. Its tokenizer is a byte tensor, `tokenizer.json` or `tokenizer.model`, as it is or
+compressed by gzip, and so is `chat_template`, as it is. Its `__metadata__` holds format, format_version, and as JSON:
+config, tokenizer, generation, provenance. Tensors under `predictor.` are not described by the config; whoever uses them
+checks their shapes.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +32,9 @@ PREDICTOR_PREFIX = "predictor."
 CHAT_TEMPLATE = "chat_template"
 
 TokenizerKind = Literal["tokenizer.json", "tokenizer.model", "none"]
+
+_GZIP = b"\x1f\x8b"
+_MOST_TOKENIZER_BYTES = 1 << 28
 
 _FORMAT_OF_DTYPE: dict[str, WeightFormat] = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I8": "q8", "U8": "q4"}
 
@@ -147,7 +152,7 @@ def _read(path: Path, file: TensorFile) -> ModelFile:
         arrays=MappingProxyType(arrays),
         formats=MappingProxyType(formats),
         tokenizer_info=info,
-        tokenizer_bytes=file.arrays[info.kind].tobytes() if info.kind != "none" else b"",
+        tokenizer_bytes=_plain(file.arrays[info.kind].tobytes()) if info.kind != "none" else b"",
         chat_template=template.tobytes().decode("utf-8") if template is not None else None,
         generation=MappingProxyType(_json_object(metadata, "generation")),
         metadata=metadata,
@@ -253,6 +258,23 @@ def _check_byte_tensors(header: TensorHeader, info: TokenizerInfo) -> set[str]:
         if entry.dtype != "U8" or len(entry.shape) != 1:
             raise ValueError(f"tensor {quoted(name)}: found {entry.dtype} {entry.shape}, expected U8 of one dimension")
     return names
+
+
+def _plain(data: bytes) -> bytes:
+    """The tokenizer, which may be compressed. Raises ValueError when it is damaged or swells beyond measure."""
+    if not data.startswith(_GZIP):  # no tokenizer.json and no tokenizer.model begins so
+        return data
+    stream = zlib.decompressobj(wbits=31)
+    try:
+        plain = stream.decompress(data, _MOST_TOKENIZER_BYTES)
+    except zlib.error as error:
+        raise ValueError(f"the compressed tokenizer is damaged: {error}") from error
+    if not stream.eof or stream.unused_data:
+        raise ValueError(
+            "the compressed tokenizer is cut off, goes on after its end,"
+            f" or is larger than {_MOST_TOKENIZER_BYTES:,} bytes"
+        )
+    return plain
 
 
 def _list(value: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """The model file: what is written is read back, and a file that breaks any rule is refused."""
 
 import errno
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from model_zoo import random_weights, zoo
 
+from svdengine import model_file
 from svdengine.errors import ModelFileError
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
 from svdengine.model_file import ModelFile, TokenizerInfo, read_model_file
@@ -28,8 +30,8 @@ TOKENIZER = StoredTokenizer(
 
 
 def write(path: Path, config: ModelConfig = CONFIG, dtype: WeightFormat = "q8", **options: Any) -> dict[str, Any]:
-    weights = random_weights(config)
-    with ModelWriter(path, config, dtype, TOKENIZER, {"temperature": 0.5}, {"source": "x"}, **options) as writer:
+    weights, tokenizer = random_weights(config), options.pop("tokenizer", TOKENIZER)
+    with ModelWriter(path, config, dtype, tokenizer, {"temperature": 0.5}, {"source": "x"}, **options) as writer:
         for spec in tensor_specs(config):
             for layer in range(config.layer_count if spec.stacked else 1):
                 writer.write(spec.name, weights[spec.name][layer] if spec.stacked else weights[spec.name], layer)
@@ -134,6 +136,37 @@ def test_a_model_without_tokenizer(tmp_path: Path) -> None:
                 writer.write(spec.name, weights[spec.name][layer] if spec.stacked else weights[spec.name], layer)
     file = read_model_file(tmp_path / "m.svdp")
     assert (file.tokenizer_info.kind, file.tokenizer_bytes, file.chat_template) == ("none", b"", None)
+
+
+def test_a_tokenizer_is_compressed(tmp_path: Path) -> None:
+    plain = b'{"any": "bytes"}' * 1000
+    write(tmp_path / "m.svdp", tokenizer=replace(TOKENIZER, data=plain))
+    file = read_model_file(tmp_path / "m.svdp")
+    assert file.tokenizer_bytes == plain
+    write(tmp_path / "short.svdp")
+    assert file.size_bytes < (tmp_path / "short.svdp").stat().st_size + 500
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data[:-9],
+        lambda data: data[:20] + b"xyz" + data[23:],
+        lambda data: data + b"more",
+        lambda _: gzip.compress(b"x" * 5001),
+    ],
+)
+def test_a_compressed_tokenizer_that_is_damaged_or_too_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    monkeypatch.setattr(model_file, "_MOST_TOKENIZER_BYTES", 5000)
+    data = gzip.compress(np.random.default_rng(0).bytes(4000))
+    path = tmp_path / "m.svdp"
+    write(path, tokenizer=replace(TOKENIZER, data=data))
+    assert len(read_model_file(path).tokenizer_bytes) == 4000
+    write(path, tokenizer=replace(TOKENIZER, data=change(data)))
+    with pytest.raises(ModelFileError, match="the compressed tokenizer is"):
+        read_model_file(path)
 
 
 def test_q4_keeps_embeddings_at_8_bits() -> None:

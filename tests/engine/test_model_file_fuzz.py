@@ -21,7 +21,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     config = zoo()["llama_relu_tied"]
     path = tmp_path_factory.mktemp("fuzz") / "m.svdp"
     weights = random_weights(config)
-    tokenizer = StoredTokenizer(TokenizerInfo("tokenizer.json", bos_id=1), b"{}", "template")
+    tokenizer = StoredTokenizer(TokenizerInfo("tokenizer.json", bos_id=1), b"{}" * 100, "template")
     with ModelWriter(path, config, "q4", tokenizer) as writer:
         for spec in tensor_specs(config):
             for layer in range(config.layer_count if spec.stacked else 1):

@@ -24,7 +24,7 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
     read_decoder,
 )
 from svdengine.tools.relufy.precision import mixed_precision  # noqa: E402
-from svdengine.tools.relufy.text import Prompt, Writer, _sample, read_windows, sample_windows  # noqa: E402
+from svdengine.tools.relufy.text import _TOGETHER, Prompt, Sampling, Windows, Writer, _sample, read_windows  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,7 +82,7 @@ def test_text_of_files_and_chats(tmp_path: Path) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_tokens_are_as_likely_as_the_model_says(tmp_path: Path, temperature: float) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
-    windows = _sample(model, repeat(Prompt([1], temperature)), 4000, 2, torch.Generator().manual_seed(0), ())
+    windows = _sample(model, repeat(Prompt([1], temperature)), 4000, 2, torch.Generator().manual_seed(0), ()).numpy()
     with mixed_precision(torch.device("cpu")), torch.no_grad():
         logits = model.head(model(torch.tensor([[1]])))[0, 0].float()
     expected = torch.softmax(logits / temperature, -1).numpy()
@@ -94,12 +94,31 @@ def test_sampled_tokens_are_as_likely_as_the_model_says(tmp_path: Path, temperat
 def test_sampled_text_begins_with_prompts_and_is_repeatable(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source(tmp_path))
     model, writer = read_decoder(checkpoint), Writer(checkpoint)
-    windows = sample_windows(model, writer, 24, 5, tokens=1000)
+
+    def written(seed: int) -> Windows:
+        sampling = Sampling(model, writer, 24, seed)
+        sampling.write(1000)
+        return sampling.windows
+
+    windows = written(5)
     assert windows.shape == (42, 24) and windows.min() >= 0 and windows.max() < CONFIG.vocab_size
     prompts = [prompt.tokens[:12] for prompt in writer.prompts(5)]
     assert all(list(row[: len(p)]) == p for row, p in zip(windows, prompts, strict=False))
-    assert np.array_equal(windows, sample_windows(model, writer, 24, 5, tokens=1000))
-    assert not np.array_equal(windows, sample_windows(model, writer, 24, 6, tokens=1000))
+    assert np.array_equal(windows, written(5))
+    assert not np.array_equal(windows, written(6))
+
+
+def test_sampling_goes_on_from_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(_TOGETHER, "cpu", 8)
+    checkpoint = open_checkpoint(source(tmp_path))
+    model, writer = read_decoder(checkpoint), Writer(checkpoint)
+    whole, first, second = (Sampling(model, writer, 24, 5) for _ in range(3))
+    whole.write(1000)
+    first.write(2 * 8 * 24)
+    second.load(first.state())
+    second.write(1000)
+    assert len(first.windows) == 16 and np.array_equal(second.windows, whole.windows)
+    assert len(np.unique(whole.windows, axis=0)) == 42
 
 
 def test_held_out_text_answers_other_questions(tmp_path: Path) -> None:
@@ -127,7 +146,7 @@ def test_the_model_answers_what_it_asked_itself(tmp_path: Path) -> None:
 def test_a_text_of_two_parts_is_followed_by_another(tmp_path: Path) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
     prompts = [Prompt([7, i], then=Prompt([8, i])) for i in range(100)]
-    windows = _sample(model, iter(prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3)))
+    windows = _sample(model, iter(prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3))).numpy()
     followed = 0
     for row in windows.tolist():
         parts, at = [row[0]], 2
@@ -143,7 +162,9 @@ def test_a_text_of_two_parts_is_followed_by_another(tmp_path: Path) -> None:
 def test_where_a_text_ends_the_next_prompt_begins(tmp_path: Path) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
     prompts = [[7, 3, i] for i in range(100)]  # of which 3 would be an end, if it had been drawn
-    windows = _sample(model, map(Prompt, prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3)))
+    windows = _sample(
+        model, map(Prompt, prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3))
+    ).numpy()
     begun = [list(windows[:, :3][row]) for row in range(8)]
     assert begun == prompts[:8]
     later = 0

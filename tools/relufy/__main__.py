@@ -72,7 +72,11 @@ def parse(arguments: Sequence[str] | None) -> Settings:
         help="train the later half, or with --student all, with weights rounded as `convert --dtype` will store them",
     )
     add("--embedding-dtype", choices=ROUNDED, help="the same for embedding and output projection")
-    add("--down-dtype", choices=("q8",), help="where `convert --down-dtype` will store `down` so: it is not rounded then")
+    add(
+        "--down-dtype",
+        choices=("q8",),
+        help="where `convert --down-dtype` will store `down` so: it is not rounded then",
+    )
     add("--window", type=int, default=default.window, help="tokens of a window of text (default: %(default)s)")
     add("--rows", type=int, help="windows of a step (default: 8, on a GPU 64)")
     add("--layer-tokens", type=int, metavar="N", help="tokens of stage 1 (default: what fits the budget)")
@@ -122,9 +126,11 @@ def _device(name: str, threads: int | None) -> str:
     if importlib.util.find_spec("torch") is None:
         raise SvdEngineError('ReLU-fication needs PyTorch; run: pip install "svdengine[relufy]"')
     import torch
+    from numba import config, set_num_threads
 
     if threads is not None:
         torch.set_num_threads(threads)
+        set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
     if name == "cuda" and not torch.cuda.is_available():
         raise SvdEngineError("PyTorch finds no GPU; use --device cpu, or install a build of it with CUDA")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"

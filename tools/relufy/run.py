@@ -31,7 +31,7 @@ from svdengine.tools.relufy.rounding import Rounding, round_embedding
 from svdengine.tools.relufy.saved_run import SavedRun
 from svdengine.tools.relufy.settings import Settings
 from svdengine.tools.relufy.status_line import StatusLine
-from svdengine.tools.relufy.text import Text, Writer, joined, read_windows, sample_text
+from svdengine.tools.relufy.text import Sampling, Text, Writer, held_out_count, joined, read_windows
 from svdengine.tools.relufy.thresholds import balance, fold_thresholds, layer_shares, set_thresholds
 
 SAVE_EVERY = 120.0  # seconds
@@ -114,32 +114,43 @@ class Run:
         if text is not None:
             return text
         settings, parts, started = self.settings, [], time.monotonic()
-
-        def sampling(done: int, total: int) -> None:
-            self._leave_if_stopped()
-            self.status.show(f"sampling text: {done:,} of {total:,} tokens")
-
         if settings.text:
             parts.append(read_windows(self.writer, settings.text, settings.window))
         if settings.sampled_tokens or (settings.sampled_tokens is None and not settings.text):
-            sampled = sample_text(
-                self.teacher,
-                self.writer,
-                settings.window,
-                settings.seed,
-                tokens=settings.sampled_tokens,
-                seconds=settings.seconds * _SAMPLING_SHARE,
-                progress=sampling,
-            )
-            parts.append(sampled)
+            parts.append(self._sampled(started))
         if not parts:
             raise SvdEngineError("there is no text to train on; give --text, or --sample above 0")
         text = joined(parts)
-        self.state["text_seconds"] = time.monotonic() - started
+        self.state.setdefault("text_seconds", time.monotonic() - started)
         self._save()  # before the text, which is not made again once it is there
         self.saved.save_text(text)
+        self.state.pop("sampling", None)
         self.status.say(f"text: {text.train.size:,} tokens to train on, {text.held_out.size:,} held out")
         return text
+
+    def _sampled(self, started: float) -> Text:
+        """What the teacher writes. The state holds what it has written."""
+        state, settings = self.state, self.settings
+        sampling, held = (
+            Sampling(self.teacher, self.writer, settings.window, settings.seed, held_out=held_out)
+            for held_out in (False, True)
+        )
+        before = state.get("text_seconds", 0.0)
+        if "sampling" in state:
+            sampling.load(state["sampling"])
+
+        def progress(done: int, total: int) -> None:
+            state.update({"sampling": sampling.state(), "text_seconds": before + time.monotonic() - started})
+            self.status.show(f"sampling text: {done:,} of {total:,} tokens")
+            self._leave_if_stopped()
+            self._save_sometimes()
+
+        def held_out_progress(done: int, total: int) -> None:
+            progress(sampling.windows.size + done, sampling.windows.size + total)
+
+        sampling.write(settings.sampled_tokens, settings.seconds * _SAMPLING_SHARE - before, progress)
+        held.write(held_out_count(len(sampling.windows)) * settings.window, progress=held_out_progress)
+        return Text(sampling.windows, held.windows)
 
     def _text_in_words(self, text: Text) -> str:
         names = ", ".join(path.name for path in self.settings.text)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from svdengine.chat_template import ChatTemplate
 from svdengine.converters.calibration_text import OPENINGS, read_chats, read_text
@@ -124,60 +125,72 @@ def joined(parts: Sequence[Text]) -> Text:
     return Text(np.concatenate([part.train for part in parts]), _spread(held, _MOST_HELD_OUT))
 
 
-def sample_text(
-    model: Decoder,
-    writer: Writer,
-    window: int,
-    seed: int,
-    *,
-    tokens: int | None = None,
-    seconds: float = 0.0,
-    progress: Progress | None = None,
-) -> Text:
-    """What the model itself writes: `tokens` of it, or as much as comes in `seconds`, and held-out text besides.
-
-    The held-out text answers questions that the rest never asks.
-    """
-    train = sample_windows(model, writer, window, seed, tokens=tokens, seconds=seconds, progress=progress)
-    kept = min(max(1, len(train) // _HELD_OUT), _MOST_HELD_OUT)
-    return Text(train, sample_windows(model, writer, window, seed, tokens=kept * window, held_out=True))
-
-
-@torch.no_grad()
-def sample_windows(
-    model: Decoder,
-    writer: Writer,
-    window: int,
-    seed: int,
-    *,
-    tokens: int | None = None,
-    seconds: float = 0.0,
-    progress: Progress | None = None,
-    held_out: bool = False,
-) -> Windows:
-    """What the model itself writes after prompts, in windows: `tokens` of it, or as much as comes in `seconds`.
+class Sampling:
+    """Text that a model itself writes after prompts, a batch of windows at a time.
 
     All rows of a batch advance by one position a step, over their prompts too, so that none waits for another.
     """
-    device = model.embedding.weight.device
-    together, upcoming = _TOGETHER[device.type], cycle(writer.prompts(seed, held_out=held_out))
-    generator = torch.Generator(device).manual_seed(2 * seed + held_out)
-    done: list[Windows] = []
-    started, written = time.monotonic(), 0
-    while written < tokens if tokens is not None else not done or time.monotonic() - started < seconds:
-        rows = together if tokens is None else min(together, -(-(tokens - written) // window))
-        done.append(_sample(model, upcoming, rows, window, generator, writer.tokenizer.eos_token_ids))
-        written += rows * window
-        if progress is not None:
-            progress(written, tokens or written)
-    return np.concatenate(done)
+
+    def __init__(self, model: Decoder, writer: Writer, window: int, seed: int, *, held_out: bool = False) -> None:
+        """held_out: it answers questions that other text never asks."""
+        device = model.embedding.weight.device
+        self._model, self._window, self._ends = model, window, writer.tokenizer.eos_token_ids
+        self._prompts = writer.prompts(seed, held_out=held_out)
+        self._used = 0  # prompts
+        self._generator = torch.Generator(device).manual_seed(2 * seed + held_out)
+        self._done = torch.empty(0, window, dtype=torch.int32)
+
+    @property
+    def windows(self) -> Windows:
+        """What is written."""
+        found: Windows = self._done.numpy()
+        return found
+
+    def write(self, tokens: int | None, seconds: float = 0.0, progress: Progress | None = None) -> None:
+        """Write on until there are so many tokens; None: for about `seconds`, but a batch at least.
+
+        progress is called after each batch with the tokens so far, and those wanted.
+        """
+        together = _TOGETHER[self._model.embedding.weight.device.type]
+        started = time.monotonic()
+        while self._done.numel() < tokens if tokens is not None else self._has_time(started, seconds):
+            rows = together
+            if tokens is not None:
+                rows = min(together, -(-(tokens - self._done.numel()) // self._window))
+            sampled = _sample(self._model, self._upcoming(), rows, self._window, self._generator, self._ends)
+            self._done = torch.cat([self._done, sampled])
+            if progress is not None:
+                progress(self._done.numel(), tokens or self._done.numel())
+
+    def state(self) -> dict[str, Any]:
+        """What `load` needs to go on."""
+        return {"windows": self._done, "used": self._used, "generator": self._generator.get_state()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._done, self._used = state["windows"], state["used"]
+        self._generator.set_state(state["generator"])
+
+    def _has_time(self, started: float, seconds: float) -> bool:
+        return not len(self._done) or time.monotonic() - started < seconds
+
+    def _upcoming(self) -> Iterator[Prompt]:
+        while True:
+            self._used += 1
+            yield self._prompts[(self._used - 1) % len(self._prompts)]
 
 
+def held_out_count(windows: int) -> int:
+    """How many windows are held out besides so many to train on."""
+    return min(max(1, windows // _HELD_OUT), _MOST_HELD_OUT)
+
+
+@torch.no_grad()
 def _sample(
     model: Decoder, prompts: Iterator[Prompt], rows: int, window: int, generator: torch.Generator, ends: Collection[int]
-) -> Windows:
+) -> Tensor:
     """Windows that begin with prompts; where a text ends, its prompt's `then` goes on, or the next prompt begins
-    another one, if it has room."""
+    another one, if it has room. int32, on the CPU."""
     device = model.embedding.weight.device
     tokens = torch.full((rows, window), -1, device=device)
     temperatures = torch.ones(rows, 1, device=device)
@@ -206,8 +219,7 @@ def _sample(
                 prompt, room = then[row] or next(prompts), window - at - 2
                 if len(prompt.tokens) < room - _LEAST_ANSWER:
                     begin(row, at + 2, prompt, room)
-    sampled: Windows = tokens.to("cpu", torch.int32).numpy()
-    return sampled
+    return tokens.to("cpu", torch.int32)
 
 
 def _cut(ids: Sequence[int], start: Sequence[int], window: int) -> Windows:
