@@ -23,6 +23,7 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
     make_student,
     read_decoder,
 )
+from svdengine.tools.relufy.distill import perplexity  # noqa: E402
 from svdengine.tools.relufy.precision import mixed_precision  # noqa: E402
 from svdengine.tools.relufy.text import _TOGETHER, Prompt, Sampling, Windows, Writer, _sample, read_windows  # noqa: E402
 
@@ -73,7 +74,7 @@ def test_text_of_files_and_chats(tmp_path: Path) -> None:
     found = read_windows(writer, [text, chats], 20)
     assert found.train.shape[1] == found.held_out.shape[1] == 20 and len(found.held_out) == 200 // 20 + 1
     seen = {writer.tokenizer.decode(list(map(int, w))) for w in found.held_out}
-    assert "0123456789" * 2 in seen
+    assert "0123456789" * 2 in seen and found.given.shape == found.held_out.shape and not found.given.any()
     text.write_text("short")
     with pytest.raises(SvdEngineError, match="too short"):
         read_windows(writer, [text], 20)
@@ -82,7 +83,7 @@ def test_text_of_files_and_chats(tmp_path: Path) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_sampled_tokens_are_as_likely_as_the_model_says(tmp_path: Path, temperature: float) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
-    windows = _sample(model, repeat(Prompt([1], temperature)), 4000, 2, torch.Generator().manual_seed(0), ()).numpy()
+    windows = _sample(model, repeat(Prompt([1], temperature)), 4000, 2, torch.Generator().manual_seed(0), ())[0].numpy()
     with mixed_precision(torch.device("cpu")), torch.no_grad():
         logits = model.head(model(torch.tensor([[1]])))[0, 0].float()
     expected = torch.softmax(logits / temperature, -1).numpy()
@@ -118,7 +119,21 @@ def test_sampling_goes_on_from_a_state(tmp_path: Path, monkeypatch: pytest.Monke
     second.load(first.state())
     second.write(1000)
     assert len(first.windows) == 16 and np.array_equal(second.windows, whole.windows)
+    assert np.array_equal(second.given, whole.given) and whole.given[:, 0].all() and not whole.given.all(1).any()
     assert len(np.unique(whole.windows, axis=0)) == 42
+
+
+def test_perplexity_is_of_what_was_not_given(tmp_path: Path) -> None:
+    model = read_decoder(open_checkpoint(source(tmp_path)))
+    windows = np.array([random_tokens(CONFIG, 12, seed) for seed in range(9)], np.int32)
+    given = np.random.default_rng(0).random(windows.shape) < 0.4
+    tokens = torch.from_numpy(windows).long()
+    with mixed_precision(torch.device("cpu")), torch.no_grad():
+        chances = torch.log_softmax(model.head(model(tokens)).float(), -1)
+    losses = [
+        -float(chances[row, at - 1, tokens[row, at]]) for row in range(9) for at in range(1, 12) if not given[row, at]
+    ]
+    assert perplexity(model, windows, given) == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
 
 
 def test_held_out_text_answers_other_questions(tmp_path: Path) -> None:
@@ -143,10 +158,42 @@ def test_the_model_answers_what_it_asked_itself(tmp_path: Path) -> None:
     assert [*asked.tokens, *question, end, *asked.then.tokens] == writer.template.encode(chat)
 
 
+def test_a_conversation_goes_on_with_the_next_question(tmp_path: Path) -> None:
+    """As the template writes it: without a second system prompt, and with nothing that the model itself wrote."""
+    checkpoint = open_checkpoint(source(tmp_path))
+    writer = Writer(checkpoint)
+    writer.template = ChatTemplate(
+        "{{ 'system: ' }}{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant {% endif %}",
+        writer.tokenizer,
+    )
+    [end] = writer.tokenizer.encode("</s>", special=True, bos=False)
+    asked = next(p for p in writer.prompts(1) if p.then is not None)
+    answered = next(p for p in writer.prompts(1) if p.then is None)
+    assert asked.turn is not None and answered.turn is not None and asked.then is not None
+    before = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    so_far = writer.template.encode(before, add_generation_prompt=False)
+    assert so_far[-1] == end
+    whole = writer.template.encode([*before, {"role": "user", "content": "c"}])
+    question = writer.tokenizer.encode("c", special=True, bos=False)
+    assert [*so_far, *asked.turn, *question, end, *asked.then.tokens] == whole
+    assert answered.tokens[-len(answered.turn) :] == answered.turn and len(answered.turn) < len(answered.tokens)
+    model, prompts = read_decoder(checkpoint), [Prompt([7, 5, 5], turn=[8, 6])] * 400
+    ends = set(range(0, 40, 3))
+    sampled, given = _sample(model, iter(prompts), 8, 60, torch.Generator().manual_seed(0), ends)
+    windows = sampled.tolist()
+    first_ends = [next((i for i in range(3, 40) if row[i] in ends), None) for row in windows]
+    followed = [row[i + 1 : i + 3] for row, i in zip(windows, first_ends, strict=True) if i is not None]
+    assert all(row[:3] == [7, 5, 5] for row in windows)
+    assert len(followed) > 3 and all(turn == [8, 6] for turn in followed)
+    for row, i in zip(given.tolist(), first_ends, strict=True):
+        assert row[:3] == [True] * 3 and (i is None or row[3 : i + 3] == [False] * (i - 2) + [True] * 2)
+
+
 def test_a_text_of_two_parts_is_followed_by_another(tmp_path: Path) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
     prompts = [Prompt([7, i], then=Prompt([8, i])) for i in range(100)]
-    windows = _sample(model, iter(prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3))).numpy()
+    windows = _sample(model, iter(prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3)))[0].numpy()
     followed = 0
     for row in windows.tolist():
         parts, at = [row[0]], 2
@@ -162,9 +209,9 @@ def test_a_text_of_two_parts_is_followed_by_another(tmp_path: Path) -> None:
 def test_where_a_text_ends_the_next_prompt_begins(tmp_path: Path) -> None:
     model = read_decoder(open_checkpoint(source(tmp_path)))
     prompts = [[7, 3, i] for i in range(100)]  # of which 3 would be an end, if it had been drawn
-    windows = _sample(
-        model, map(Prompt, prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3))
-    ).numpy()
+    windows = _sample(model, map(Prompt, prompts), 8, 60, torch.Generator().manual_seed(0), set(range(0, 40, 3)))[
+        0
+    ].numpy()
     begun = [list(windows[:, :3][row]) for row in range(8)]
     assert begun == prompts[:8]
     later = 0

@@ -207,16 +207,17 @@ def drawn_gradient(found: Tensor, head: nn.Module, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, windows: NDArray[np.int32], rows: int = 8) -> float:
-    """Perplexity over all tokens of windows but the first of each."""
+def perplexity(model: Decoder, windows: NDArray[np.int32], given: NDArray[np.bool_], rows: int = 8) -> float:
+    """Perplexity over the tokens of windows (n, window), but for the first of each and those that are given."""
     device = model.embedding.weight.device
     losses, count = 0.0, 0
     for start in range(0, len(windows), rows):
         tokens = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(device)
         with mixed_precision(device):
             logits = model.head(model(tokens)[:, :-1]).float()
-        losses += float(nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum"))
-        count += tokens[:, 1:].numel()
+        counted = torch.from_numpy(~given[start : start + rows, 1:]).to(device)
+        losses += float(nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum"))
+        count += int(counted.sum())
     return float(np.exp(losses / count))
 
 

@@ -83,7 +83,7 @@ class Run:
             self.state["threshold"],
             tuple(Stage(**stage) for stage in self.state["stages"]),
             tuple(zeros),
-            text.held_out.size,
+            int((~text.given[:, 1:]).sum()),
         )
         write_model(self.student, self.checkpoint, self.state["threshold"], report, self.settings.output)
         self.saved.remove()
@@ -150,7 +150,7 @@ class Run:
 
         sampling.write(settings.sampled_tokens, settings.seconds * _SAMPLING_SHARE - before, progress)
         held.write(held_out_count(len(sampling.windows)) * settings.window, progress=held_out_progress)
-        return Text(sampling.windows, held.windows)
+        return Text(sampling.windows, held.windows, held.given)
 
     def _text_in_words(self, text: Text) -> str:
         names = ", ".join(path.name for path in self.settings.text)
@@ -163,10 +163,10 @@ class Run:
         if "stages" in self.state:
             return
         self.status.show("measuring the teacher")
-        teacher = perplexity(self.teacher, text.held_out)
+        teacher = perplexity(self.teacher, text.held_out, text.given)
         fresh = self.settings.student is None
         with nullcontext() if fresh else self._stored_weights():
-            found = perplexity(self.student, text.held_out)
+            found = perplexity(self.student, text.held_out, text.given)
             zeros = _mean(layer_zeros(self.student, text.held_out))
         given = "ReLU in place of SiLU" if fresh else "student of an earlier run"
         stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage(given, 0, 0, found, zeros)]
@@ -286,7 +286,7 @@ class Run:
         self._save()
 
     def _end_stage(self, name: str, seconds: float, tokens: int, text: Text) -> None:
-        found = perplexity(self.student, text.held_out)
+        found = perplexity(self.student, text.held_out, text.given)
         stage = Stage(name, seconds, tokens, found, _mean(layer_zeros(self.student, text.held_out)))
         self.state["stages"].append(asdict(stage))
         self._say_stage(stage)

@@ -53,14 +53,14 @@ class SavedRun:
         if not path.exists():
             return None
         with np.load(path, allow_pickle=False) as arrays:
-            return Text(arrays["train"], arrays["held_out"])
+            return Text(arrays["train"], arrays["held_out"], arrays["given"])
 
     def save_text(self, text: Text) -> None:
         """Keep the windows: text that was sampled, or files that may change meanwhile."""
 
         def write(path: Path) -> None:
             with path.open("wb") as stream:
-                np.savez(stream, train=text.train, held_out=text.held_out)
+                np.savez(stream, train=text.train, held_out=text.held_out, given=text.given)
 
         _replace(self.folder / _TEXT, write)
 

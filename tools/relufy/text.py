@@ -39,6 +39,7 @@ class Text:
 
     train: Windows
     held_out: Windows
+    given: NDArray[np.bool_]  # of held_out, tokens of prompts and templates, which nobody has to foretell
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Prompt:
     tokens: list[int]
     temperature: float = 1.0
     then: Prompt | None = None  # where the text ends; None: the next text begins
+    turn: list[int] | None = None  # instead of `tokens` after another text: the next turn of a conversation
 
 
 class Writer:
@@ -80,12 +82,16 @@ class Writer:
 
         Half of the chats begin with a question (`questions.py`), of which a twentieth is kept for held-out text. The
         others leave it to the model to ask one (as in Magpie, arXiv:2406.08464): the prompt is what the template
-        writes before a user's first word.
+        writes before a user's first word. After an answer a conversation goes on with the next question.
         """
         if self.template is None:
             return [Prompt(self.tokenizer.encode(text)) for text in OPENINGS]
         chats = [
-            Prompt(self.template.encode([{"role": "user", "content": text}]), _ANSWER_TEMPERATURE)
+            Prompt(
+                self.template.encode([{"role": "user", "content": text}]),
+                _ANSWER_TEMPERATURE,
+                turn=self._turn(self.template, text),
+            )
             for number, text in enumerate(questions(seed))
             if (number % _HELD_OUT == 0) == held_out
         ]
@@ -99,7 +105,25 @@ class Writer:
         begin, rest = (self.tokenizer.encode(text, special=True, bos=False) for text in (before, after))
         while rest and rest[0] in self.tokenizer.eos_token_ids:  # the model has written it
             rest = rest[1:]
-        return Prompt(begin, then=Prompt(rest, _ANSWER_TEMPERATURE)) if begin and rest else None
+        if not begin or not rest:
+            return None
+        return Prompt(begin, then=Prompt(rest, _ANSWER_TEMPERATURE), turn=self._turn(template, _SENTINEL))
+
+    def _turn(self, template: ChatTemplate, question: str) -> list[int] | None:
+        """What the template writes between the end of an answer and the answer to the next question, or, for
+        _SENTINEL, that question; None where it does not go on so."""
+        messages = [
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": _SENTINEL},
+            {"role": "user", "content": question},
+        ]
+        try:
+            _, *parts = template.render(messages).plain.split(_SENTINEL)
+        except RequestError:
+            return None
+        ids = self.tokenizer.encode(parts[0], special=True, bos=False) if parts else []
+        end = next((i for i, token in enumerate(ids) if token in self.tokenizer.eos_token_ids), -1)
+        return ids[end + 1 :] or None  # the model has written the end of its answer
 
 
 def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
@@ -116,13 +140,12 @@ def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
         kept = max(1, len(windows) // _HELD_OUT)
         train.append(windows[:-kept])
         held.append(windows[-kept:])
-    return Text(np.concatenate(train), _spread(np.concatenate(held), _MOST_HELD_OUT))
+    return _text(train, held, [np.zeros(windows.shape, np.bool_) for windows in held])
 
 
 def joined(parts: Sequence[Text]) -> Text:
     """All text together."""
-    held = np.concatenate([part.held_out for part in parts])
-    return Text(np.concatenate([part.train for part in parts]), _spread(held, _MOST_HELD_OUT))
+    return _text(*([getattr(part, name) for part in parts] for name in ("train", "held_out", "given")))
 
 
 class Sampling:
@@ -139,11 +162,18 @@ class Sampling:
         self._used = 0  # prompts
         self._generator = torch.Generator(device).manual_seed(2 * seed + held_out)
         self._done = torch.empty(0, window, dtype=torch.int32)
+        self._given = torch.empty(0, window, dtype=torch.bool)
 
     @property
     def windows(self) -> Windows:
         """What is written."""
         found: Windows = self._done.numpy()
+        return found
+
+    @property
+    def given(self) -> NDArray[np.bool_]:
+        """Of the windows, what prompts and template gave, and the model did not write."""
+        found: NDArray[np.bool_] = self._given.numpy()
         return found
 
     def write(self, tokens: int | None, seconds: float = 0.0, progress: Progress | None = None) -> None:
@@ -157,18 +187,19 @@ class Sampling:
             rows = together
             if tokens is not None:
                 rows = min(together, -(-(tokens - self._done.numel()) // self._window))
-            sampled = _sample(self._model, self._upcoming(), rows, self._window, self._generator, self._ends)
-            self._done = torch.cat([self._done, sampled])
+            sampled, given = _sample(self._model, self._upcoming(), rows, self._window, self._generator, self._ends)
+            self._done, self._given = torch.cat([self._done, sampled]), torch.cat([self._given, given])
             if progress is not None:
                 progress(self._done.numel(), tokens or self._done.numel())
 
     def state(self) -> dict[str, Any]:
         """What `load` needs to go on."""
-        return {"windows": self._done, "used": self._used, "generator": self._generator.get_state()}
+        generator = self._generator.get_state()
+        return {"windows": self._done, "given": self._given, "used": self._used, "generator": generator}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self._done, self._used = state["windows"], state["used"]
+        self._done, self._given, self._used = state["windows"], state["given"], state["used"]
         self._generator.set_state(state["generator"])
 
     def _has_time(self, started: float, seconds: float) -> bool:
@@ -188,21 +219,24 @@ def held_out_count(windows: int) -> int:
 @torch.no_grad()
 def _sample(
     model: Decoder, prompts: Iterator[Prompt], rows: int, window: int, generator: torch.Generator, ends: Collection[int]
-) -> Tensor:
-    """Windows that begin with prompts; where a text ends, its prompt's `then` goes on, or the next prompt begins
-    another one, if it has room. int32, on the CPU."""
+) -> tuple[Tensor, Tensor]:
+    """Windows (int32) that begin with prompts; where a text ends, its prompt's `then` goes on, or else the next prompt,
+    if it has room. And which of their tokens are of prompts (bool). Both on the CPU."""
     device = model.embedding.weight.device
     tokens = torch.full((rows, window), -1, device=device)
+    fixed = torch.zeros(rows, window, dtype=torch.bool)
     temperatures = torch.ones(rows, 1, device=device)
     then: list[Prompt | None] = [None] * rows
     end_tokens = torch.tensor(sorted(ends), device=device)
 
-    def begin(row: int, at: int, prompt: Prompt, most: int) -> None:
-        ids = torch.tensor(prompt.tokens[:most], device=device)
+    def begin(row: int, at: int, prompt: Prompt, given: list[int], most: int) -> None:
+        ids = torch.tensor(given[:most], device=device)
         tokens[row, at : at + len(ids)], temperatures[row], then[row] = ids, prompt.temperature, prompt.then
+        fixed[row, at : at + len(ids)] = True
 
     for row in range(rows):
-        begin(row, 0, next(prompts), max(1, window // 2))
+        prompt = next(prompts)
+        begin(row, 0, prompt, prompt.tokens, max(1, window // 2))
     like = model.embedding.weight.new_empty(0, dtype=compute_dtype(device.type))
     caches = [KvCache(rows, window, model.config, like) for _ in model.layers]
     with mixed_precision(device):
@@ -216,10 +250,12 @@ def _sample(
             tokens[:, at + 1] = torch.where(free, drawn, tokens[:, at + 1])
             ended = free & torch.isin(tokens[:, at + 1], end_tokens)
             for row in ended.nonzero()[:, 0].tolist():
-                prompt, room = then[row] or next(prompts), window - at - 2
-                if len(prompt.tokens) < room - _LEAST_ANSWER:
-                    begin(row, at + 2, prompt, room)
-    return tokens.to("cpu", torch.int32)
+                second, room = then[row], window - at - 2
+                prompt = second or next(prompts)
+                given = prompt.tokens if second or prompt.turn is None else prompt.turn
+                if len(given) < room - _LEAST_ANSWER:
+                    begin(row, at + 2, prompt, given, room)
+    return tokens.to("cpu", torch.int32), fixed
 
 
 def _cut(ids: Sequence[int], start: Sequence[int], window: int) -> Windows:
@@ -229,8 +265,10 @@ def _cut(ids: Sequence[int], start: Sequence[int], window: int) -> Windows:
     return np.concatenate([np.tile(np.asarray(start, np.int32), (count, 1)), body], axis=1)
 
 
-def _spread(windows: Windows, count: int) -> Windows:
-    """At most `count` windows, at even distances."""
-    if len(windows) <= count:
-        return windows
-    return windows[np.linspace(0, len(windows) - 1, count).astype(int)]
+def _text(train: Sequence[Windows], held: Sequence[Windows], given: Sequence[NDArray[np.bool_]]) -> Text:
+    """All parts together, but of what is held out at most so much, at even distances."""
+    held_out, fixed = np.concatenate(held), np.concatenate(given)
+    if len(held_out) > _MOST_HELD_OUT:
+        some = np.linspace(0, len(held_out) - 1, _MOST_HELD_OUT).astype(int)
+        held_out, fixed = held_out[some], fixed[some]
+    return Text(np.concatenate(train), held_out, fixed)
