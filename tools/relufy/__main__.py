@@ -126,11 +126,11 @@ def _device(name: str, threads: int | None) -> str:
     if importlib.util.find_spec("torch") is None:
         raise SvdEngineError('ReLU-fication needs PyTorch; run: pip install "svdengine[relufy]"')
     import torch
-    from numba import config, set_num_threads
+    from numba import get_num_threads, set_num_threads
 
     if threads is not None:
         torch.set_num_threads(threads)
-        set_num_threads(min(threads, config.NUMBA_NUM_THREADS))
+        set_num_threads(min(threads, get_num_threads()))  # at most those that it began with
     if name == "cuda" and not torch.cuda.is_available():
         raise SvdEngineError("PyTorch finds no GPU; use --device cpu, or install a build of it with CUDA")
     return "cuda" if name != "cpu" and torch.cuda.is_available() else "cpu"
