@@ -228,6 +228,6 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ):
         with pytest.raises(SystemExit, match=what):
             main(arguments)
-    for wrong in (["--budget", "soon"], ["--sparsity", "2"], ["--rows", "0"]):
+    for wrong in (["--budget", "soon"], ["--sparsity", "2"], ["--rows", "0"], ["--down-dtype", "q8"]):
         with pytest.raises(SystemExit, match="2"):
             main([str(folder), "-o", "x", *wrong])

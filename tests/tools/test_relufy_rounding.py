@@ -71,3 +71,6 @@ def test_rounding_is_of_the_student_alone_and_ends() -> None:
             name: id(p) for name, p in teacher.named_parameters() if id(p) in {id(q) for q in student.parameters()}
         }
         assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+    with Rounding(student, embedding=True, down=False).rounded():
+        assert torch.equal(layer.ffn.gate.weight, rounded(before["layers.0.ffn.gate.weight"]))
+        assert torch.equal(layer.ffn.down.weight, before["layers.0.ffn.down.weight"])
