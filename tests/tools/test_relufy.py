@@ -148,6 +148,11 @@ def test_another_run_does_not_go_on_from_this_one(tmp_path: Path) -> None:
     assert interrupted(settings(tmp_path), 3, stop)
     with pytest.raises(SvdEngineError, match="other settings or files \\(sparsity\\)"):
         Run(settings(tmp_path, sparsity=0.7), Silent())  # type: ignore[arg-type]
+    text = tmp_path / "out.partial/text.npz"
+    for damage in (b"damaged", b"PK\x03\x04" + bytes(99)):
+        text.write_bytes(damage)
+        with pytest.raises(SvdEngineError, match=r"text\.npz: cannot be read"):
+            Run(settings(tmp_path), Silent()).run()  # type: ignore[arg-type]
     (tmp_path / "out.partial/state.pt").write_bytes(b"damaged")
     with pytest.raises(SvdEngineError, match="remove the folder to begin anew"):
         Run(settings(tmp_path), Silent())  # type: ignore[arg-type]

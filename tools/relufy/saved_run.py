@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -52,8 +53,11 @@ class SavedRun:
         path = self.folder / _TEXT
         if not path.exists():
             return None
-        with np.load(path, allow_pickle=False) as arrays:
-            return Text(arrays["train"], arrays["held_out"], arrays["given"])
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return Text(arrays["train"], arrays["held_out"], arrays["given"])
+        except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+            raise SvdEngineError(f"{path}: cannot be read ({error}); remove the folder to begin anew") from error
 
     def save_text(self, text: Text) -> None:
         """Keep the windows: text that was sampled, or files that may change meanwhile."""
