@@ -213,10 +213,10 @@ def perplexity(model: Decoder, windows: NDArray[np.int32], given: NDArray[np.boo
     losses, count = 0.0, 0
     for start in range(0, len(windows), rows):
         tokens = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(device)
-        with mixed_precision(device):
-            logits = model.head(model(tokens)[:, :-1]).float()
         counted = torch.from_numpy(~given[start : start + rows, 1:]).to(device)
-        losses += float(nn.functional.cross_entropy(logits[counted], tokens[:, 1:][counted], reduction="sum"))
+        with mixed_precision(device):
+            logits = model.head(model(tokens)[:, :-1][counted]).float()
+        losses += float(nn.functional.cross_entropy(logits, tokens[:, 1:][counted], reduction="sum"))
         count += int(counted.sum())
     return float(np.exp(losses / count))
 

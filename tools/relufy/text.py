@@ -102,9 +102,7 @@ class Writer:
         """A chat of which the model writes both the question and the answer; None where a template has nothing around
         a message that would lead it to do so."""
         before, _, after = template.render([{"role": "user", "content": _SENTINEL}]).plain.partition(_SENTINEL)
-        begin, rest = (self.tokenizer.encode(text, special=True, bos=False) for text in (before, after))
-        while rest and rest[0] in self.tokenizer.eos_token_ids:  # the model has written it
-            rest = rest[1:]
+        begin, rest = self.tokenizer.encode(before, special=True, bos=False), self._after_end(after)
         if not begin or not rest:
             return None
         return Prompt(begin, then=Prompt(rest, _ANSWER_TEMPERATURE), turn=self._turn(template, _SENTINEL))
@@ -121,9 +119,13 @@ class Writer:
             _, *parts = template.render(messages).plain.split(_SENTINEL)
         except RequestError:
             return None
-        ids = self.tokenizer.encode(parts[0], special=True, bos=False) if parts else []
+        return self._after_end(parts[0]) or None if parts else None
+
+    def _after_end(self, text: str) -> list[int]:
+        """Tokens of what a template writes after a message, without the message's end: the model has written it."""
+        ids = self.tokenizer.encode(text, special=True, bos=False)
         end = next((i for i, token in enumerate(ids) if token in self.tokenizer.eos_token_ids), -1)
-        return ids[end + 1 :] or None  # the model has written the end of its answer
+        return ids[end + 1 :]
 
 
 def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
@@ -145,7 +147,7 @@ def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
 
 def joined(parts: Sequence[Text]) -> Text:
     """All text together."""
-    return _text(*([getattr(part, name) for part in parts] for name in ("train", "held_out", "given")))
+    return _text([part.train for part in parts], [part.held_out for part in parts], [part.given for part in parts])
 
 
 class Sampling:
