@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from model_zoo import block_table, make_batch, random_tokens, relative_error, zoo
+from numpy.typing import NDArray
 from relufy_setup import decoder, source
 from small_checkpoints import CONFIG
 
@@ -72,9 +75,11 @@ def test_text_of_files_and_chats(tmp_path: Path) -> None:
     text.write_text("".join(chr(97 + i // 40 % 10) for i in range(4000)))
     chats.write_text('[{"role": "user", "content": "%s"}]\n' % ("0123456789" * 40))
     found = read_windows(writer, [text, chats], 20)
-    assert found.train.shape[1] == found.held_out.shape[1] == 20 and len(found.held_out) == 200 // 20 + 1
-    seen = {writer.tokenizer.decode(list(map(int, w))) for w in found.held_out}
-    assert "0123456789" * 2 in seen and found.given.shape == found.held_out.shape and not found.given.any()
+    assert len(found.held_out) == 200 // 20 + 1
+    for part in (found.train, found.held_out):
+        assert part.tokens.shape[1] == 20 and part.given.shape == part.tokens.shape and part.foretold.all()
+    seen = {writer.tokenizer.decode(list(map(int, w))) for w in found.held_out.tokens}
+    assert "0123456789" * 2 in seen
     text.write_text("short")
     with pytest.raises(SvdEngineError, match="too short"):
         read_windows(writer, [text], 20)
@@ -92,14 +97,24 @@ def test_sampled_tokens_are_as_likely_as_the_model_says(tmp_path: Path, temperat
     assert np.abs(np.cumsum(found) - np.cumsum(expected)).max() < 0.04  # Kolmogorov's bound at 1e-5
 
 
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 9))
+def test_what_a_window_has_to_foretell(seed: int, rows: int, size: int) -> None:
+    rng = np.random.default_rng(seed)
+    windows = Windows(rng.integers(0, 9, (rows, size)).astype(np.int32), rng.random((rows, size)) < 0.5)
+    found = windows.foretold
+    assert np.array_equal(found[:, :-1], ~windows.given[:, 1:])  # what `perplexity` counts
+    assert np.array_equal(found[:, -1], ~windows.given[:, -1])  # the next token is not known: as the last one
+    assert np.array_equal(windows[np.arange(rows)[::-1]].foretold, found[::-1])
+
+
 def test_sampled_text_begins_with_prompts_and_is_repeatable(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(source(tmp_path))
     model, writer = read_decoder(checkpoint), Writer(checkpoint)
 
-    def written(seed: int) -> Windows:
+    def written(seed: int) -> NDArray[np.int32]:
         sampling = Sampling(model, writer, 24, seed)
         sampling.write(1000)
-        return sampling.windows
+        return sampling.windows.tokens
 
     windows = written(5)
     assert windows.shape == (42, 24) and windows.min() >= 0 and windows.max() < CONFIG.vocab_size
@@ -118,9 +133,10 @@ def test_sampling_goes_on_from_a_state(tmp_path: Path, monkeypatch: pytest.Monke
     first.write(2 * 8 * 24)
     second.load(first.state())
     second.write(1000)
-    assert len(first.windows) == 16 and np.array_equal(second.windows, whole.windows)
-    assert np.array_equal(second.given, whole.given) and whole.given[:, 0].all() and not whole.given.all(1).any()
-    assert len(np.unique(whole.windows, axis=0)) == 42
+    tokens, given = whole.windows.tokens, whole.windows.given
+    assert len(first.windows) == 16 and np.array_equal(second.windows.tokens, tokens)
+    assert np.array_equal(second.windows.given, given) and given[:, 0].all() and not given.all(1).any()
+    assert len(np.unique(tokens, axis=0)) == 42
 
 
 def test_perplexity_is_of_what_was_not_given(tmp_path: Path) -> None:
@@ -133,7 +149,7 @@ def test_perplexity_is_of_what_was_not_given(tmp_path: Path) -> None:
     losses = [
         -float(chances[row, at - 1, tokens[row, at]]) for row in range(9) for at in range(1, 12) if not given[row, at]
     ]
-    assert perplexity(model, windows, given) == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
+    assert perplexity(model, Windows(windows, given)) == pytest.approx(np.exp(np.mean(losses)), rel=1e-3)
 
 
 def test_held_out_text_answers_other_questions(tmp_path: Path) -> None:

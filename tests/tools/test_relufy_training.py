@@ -15,7 +15,7 @@ from svdengine.converters.conversion import open_checkpoint
 
 torch = pytest.importorskip("torch")
 
-from svdengine.tools.relufy import distill, divergence, precision  # noqa: E402
+from svdengine.tools.relufy import distill, divergence, layerwise, precision  # noqa: E402
 from svdengine.tools.relufy.decoder import (  # noqa: E402
     Ffn,
     counted_zeros,
@@ -25,11 +25,19 @@ from svdengine.tools.relufy.decoder import (  # noqa: E402
 )
 from svdengine.tools.relufy.distill import Distillation, drawn_gradient  # noqa: E402
 from svdengine.tools.relufy.divergence import divergence_gradient, of_logits  # noqa: E402
-from svdengine.tools.relufy.layerwise import train_layers  # noqa: E402
+from svdengine.tools.relufy.layerwise import LayerResult, train_layers  # noqa: E402
 from svdengine.tools.relufy.schedule import Steering, learning_rate  # noqa: E402
+from svdengine.tools.relufy.text import Windows  # noqa: E402
 from svdengine.tools.relufy.thresholds import Thresholds, balance, fold_thresholds, layer_shares  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def random_windows(count: int, size: int) -> Windows:
+    tokens = np.array([random_tokens(SILU, size, seed) for seed in range(count)], np.int32)
+    given = np.zeros(tokens.shape, np.bool_)
+    given[:, : size // 4] = True
+    return Windows(tokens, given)
 
 
 def test_the_gradient_of_the_divergence() -> None:
@@ -59,7 +67,7 @@ def test_the_kernel_of_the_divergence(dtype: Any, seed: int, rows: int, vectors:
 
 def test_what_the_teacher_said_is_kept_for_the_next_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = read_decoder(open_checkpoint(source(tmp_path)))
-    windows = np.asarray([random_tokens(SILU, 16, seed) for seed in range(6)], np.int32)
+    windows = random_windows(6, 16)
 
     def trained(kept_bytes: int) -> tuple[int, list[Any]]:
         monkeypatch.setattr(distill, "_KEPT_BYTES", kept_bytes)
@@ -75,6 +83,24 @@ def test_what_the_teacher_said_is_kept_for_the_next_epoch(tmp_path: Path, monkey
     anew, theirs = trained(0)
     assert known < anew == 6
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_a_step_counts_what_a_model_has_to_foretell(tmp_path: Path) -> None:
+    teacher = read_decoder(open_checkpoint(source(tmp_path)))
+    windows, changed = random_windows(2, 16), random_windows(2, 16)
+    changed.given[:, 10:] = True
+
+    def divergences(windows: Windows) -> float:
+        student = make_student(teacher, "ffn")
+        return Distillation(teacher, student, settings(tmp_path, rows=2), windows).run_step(1).divergence
+
+    tokens = torch.from_numpy(windows.tokens).long()
+    with torch.no_grad(), precision.mixed_precision(torch.device("cpu")):
+        student = make_student(teacher, "ffn")
+        theirs, ours = (torch.log_softmax(model.head(model(tokens)).float(), -1) for model in (teacher, student))
+        each = (theirs.exp() * (theirs - ours)).sum(-1)
+    for some, counted in ((windows, slice(3, 16)), (changed, slice(3, 9))):
+        assert divergences(some) == pytest.approx(float(each[:, counted].mean()), rel=0.01)
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=60), st.floats(0.05, 0.95))
@@ -125,7 +151,7 @@ def test_thresholds_follow_the_target_and_spare_the_important() -> None:
 def test_timing_steps_changes_nothing(tmp_path: Path) -> None:
     teacher, _ = decoder(SILU)
     student = make_student(teacher, "ffn")
-    windows = np.array([random_tokens(SILU, 32, seed) for seed in range(8)], np.int32)
+    windows = random_windows(8, 32)
     distillation = Distillation(teacher, student, settings(tmp_path), windows)
     before = {name: p.clone() for name, p in student.named_parameters()}
     few, many = distillation.steps_in_time(1.0), distillation.steps_in_time(100.0)
@@ -201,6 +227,28 @@ def test_stage_1_leaves_each_layer_its_share_of_zeros_and_learns(tmp_path: Path)
         assert result.after < 0.8 * result.before  # which has half of them zero
     free = [r.zeros for r in train_layers(teacher, make_student(teacher, "ffn"), tokens, wanted, 0, lambda: False)]
     assert max(free) < 0.65
+
+
+def test_a_layer_sees_the_embedding_of_the_student(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = read_decoder(open_checkpoint(source(tmp_path)))
+    student = make_student(teacher, "ffn")
+    student.embedding.weight = torch.nn.Parameter(teacher.embedding.weight * 0.5, requires_grad=False)
+    tokens = torch.from_numpy(random_windows(4, 16).tokens).long()
+    seen: list[Any] = []
+
+    def record(layer: Any, index: int, middle: Any, goal: Any, *_: Any) -> LayerResult:
+        seen.append((middle, goal))
+        return LayerResult(index, 1.0, 1.0, 0.5)
+
+    monkeypatch.setattr(layerwise, "_train_layer", record)
+    list(train_layers(teacher, student, tokens, settings(tmp_path), 0, lambda: False))
+    rope = teacher.rope(0, 16)
+    with torch.no_grad(), precision.mixed_precision(tokens.device):
+        entering = student.layers[0].attend(student.embedding(tokens), *rope).float().flatten(0, 1)
+        leaving = teacher.layers[0](teacher.embedding(tokens), *rope).float().flatten(0, 1)
+        theirs = teacher.layers[0].attend(teacher.embedding(tokens), *rope).float().flatten(0, 1)
+    assert torch.allclose(seen[0][0], entering, atol=1e-2) and torch.allclose(seen[0][1], leaving, atol=1e-2)
+    assert not torch.allclose(entering, theirs, atol=0.1)
 
 
 def test_products_are_computed_in_the_format_that_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from svdengine.tools.relufy.divergence import LOGIT_ROWS, divergence_gradient
 from svdengine.tools.relufy.precision import compute_dtype, mixed_precision
 from svdengine.tools.relufy.schedule import Steering, is_rounded, learning_rate
 from svdengine.tools.relufy.settings import Settings
+from svdengine.tools.relufy.text import Windows
 from svdengine.tools.relufy.thresholds import Thresholds
 
 _KEPT_BYTES = 4 << 30  # that hidden states of the teacher may take
@@ -50,11 +51,12 @@ class Distillation:
         teacher: Decoder,
         student: Decoder,
         settings: Settings,
-        windows: NDArray[np.int32],
+        windows: Windows,
         floor: float | None = None,
         stored_weights: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """floor: the share of zeros that the student has. stored_weights: in which later steps give it its weights."""
+        """windows: to train on, where a model has to foretell the next token. floor: the share of zeros that the
+        student has. stored_weights: in which later steps give it its weights."""
         self.teacher, self.student, self.settings, self._stored_weights = teacher, student, settings, stored_weights
         self._windows = windows
         self._known: dict[int, Tensor] = {}  # the teacher's hidden states (window, d) of windows, by number
@@ -129,20 +131,21 @@ class Distillation:
     def _tokens(self, picked: Sequence[int]) -> Tensor:
         """Windows (rows, window) of token ids."""
         device = self.teacher.embedding.weight.device
-        return torch.from_numpy(self._windows[np.asarray(picked)].astype(np.int64)).to(device)
+        return torch.from_numpy(self._windows.tokens[np.asarray(picked)].astype(np.int64)).to(device)
 
     def _wanted(self, picked: Sequence[int], tokens: Tensor) -> Tensor:
-        """The teacher's hidden states (n, d) of windows. They are kept for the next epochs where memory allows it."""
+        """The teacher's hidden states (rows, window, d). They are kept for later epochs where memory allows it."""
         if all(number in self._known for number in picked):
-            return torch.cat([self._known[number] for number in picked])
+            return torch.stack([self._known[number] for number in picked])
         found: Tensor = self.teacher(tokens).to(compute_dtype(tokens.device.type))
         if found[0].nbytes * len(self._windows) <= _KEPT_BYTES:
             self._known.update(zip(picked, found, strict=True))
-        return found.flatten(0, 1)
+        return found
 
     def _backward(self, picked: Sequence[int], weight: float) -> tuple[float, float]:
         """Add the gradients of a batch; the divergence and the share of zeros."""
         tokens = self._tokens(picked)
+        counted = torch.from_numpy(self._windows[np.asarray(picked)].foretold).to(tokens.device)
         penalties: list[Tensor] = []
         zeros: list[Tensor] = []
 
@@ -157,8 +160,8 @@ class Distillation:
             with torch.no_grad():
                 wanted = self._wanted(picked, tokens)
             with observed(self.student.ffns(), observe):
-                found = self.student(tokens).flatten(0, 1)
-            divergence, gradient = divergence_gradient(found, self.student.head, wanted, self.teacher.head)
+                found = self.student(tokens)[counted]
+            divergence, gradient = divergence_gradient(found, self.student.head, wanted[counted], self.teacher.head)
         roots, gradients = [found], [gradient]
         if penalties:
             roots.append(torch.stack(penalties).mean())
@@ -207,13 +210,14 @@ def drawn_gradient(found: Tensor, head: nn.Module, generator: torch.Generator) -
 
 
 @torch.no_grad()
-def perplexity(model: Decoder, windows: NDArray[np.int32], given: NDArray[np.bool_], rows: int = 8) -> float:
-    """Perplexity over the tokens of windows (n, window), but for the first of each and those that are given."""
+def perplexity(model: Decoder, windows: Windows, rows: int = 8) -> float:
+    """Perplexity over the tokens of windows, but for the first of each and those that are given."""
     device = model.embedding.weight.device
     losses, count = 0.0, 0
     for start in range(0, len(windows), rows):
-        tokens = torch.from_numpy(windows[start : start + rows].astype(np.int64)).to(device)
-        counted = torch.from_numpy(~given[start : start + rows, 1:]).to(device)
+        some = windows[start : start + rows]
+        tokens = torch.from_numpy(some.tokens.astype(np.int64)).to(device)
+        counted = torch.from_numpy(~some.given[:, 1:]).to(device)
         with mixed_precision(device):
             logits = model.head(model(tokens)[:, :-1][counted]).float()
         losses += float(nn.functional.cross_entropy(logits, tokens[:, 1:][counted], reduction="sum"))

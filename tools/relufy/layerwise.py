@@ -59,8 +59,7 @@ def train_layers(
     weights.
     """
     cos, sin = teacher.rope(0, windows.shape[1])
-    goal = _batched(teacher.embedding, windows, settings.rows)
-    state = goal.clone()
+    goal, state = (_batched(model.embedding, windows, settings.rows) for model in (teacher, student))
     for index, (theirs, ours) in enumerate(zip(teacher.layers, student.layers, strict=True)):
         goal = _batched(lambda x, layer=theirs: layer(x, cos, sin), goal, settings.rows)
         middle = _batched(lambda x, layer=ours: layer.attend(x, cos, sin), state, settings.rows)

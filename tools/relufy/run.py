@@ -70,12 +70,12 @@ class Run:
         with closing(self.saved), self._stopping():
             text = self._text()
             if self.settings.embedding_dtype is not None:
-                round_embedding(self.student, hidden_moment(self.teacher, text.train))
+                round_embedding(self.student, hidden_moment(self.teacher, text.train.tokens))
             self._stages(text)
             self._first_stage(text)
             self._second_stage(text)
         with self._stored_weights():
-            zeros = layer_zeros(self.student, text.held_out)
+            zeros = layer_zeros(self.student, text.held_out.tokens)
         report = Report(
             self.checkpoint.path.name,
             self._text_in_words(text),
@@ -83,7 +83,7 @@ class Run:
             self.state["threshold"],
             tuple(Stage(**stage) for stage in self.state["stages"]),
             tuple(zeros),
-            int((~text.given[:, 1:]).sum()),
+            int((~text.held_out.given[:, 1:]).sum()),
         )
         write_model(self.student, self.checkpoint, self.state["threshold"], report, self.settings.output)
         self.saved.remove()
@@ -125,7 +125,7 @@ class Run:
         self._save()  # before the text, which is not made again once it is there
         self.saved.save_text(text)
         self.state.pop("sampling", None)
-        self.status.say(f"text: {text.train.size:,} tokens to train on, {text.held_out.size:,} held out")
+        self.status.say(f"text: {text.train.tokens.size:,} tokens to train on, {text.held_out.tokens.size:,} held out")
         return text
 
     def _sampled(self, started: float) -> Text:
@@ -146,28 +146,28 @@ class Run:
             self._save_sometimes()
 
         def held_out_progress(done: int, total: int) -> None:
-            progress(sampling.windows.size + done, sampling.windows.size + total)
+            progress(sampling.windows.tokens.size + done, sampling.windows.tokens.size + total)
 
         sampling.write(settings.sampled_tokens, settings.seconds * _SAMPLING_SHARE - before, progress)
         held.write(held_out_count(len(sampling.windows)) * settings.window, progress=held_out_progress)
-        return Text(sampling.windows, held.windows, held.given)
+        return Text(sampling.windows, held.windows)
 
     def _text_in_words(self, text: Text) -> str:
         names = ", ".join(path.name for path in self.settings.text)
         sampled = self.settings.sampled_tokens != 0 and (self.settings.sampled_tokens or not self.settings.text)
         parts = [names] * bool(names) + ["text that the original wrote itself"] * bool(sampled)
-        return f"{text.train.size:,} tokens of {' and '.join(parts)}"
+        return f"{text.train.tokens.size:,} tokens of {' and '.join(parts)}"
 
     def _stages(self, text: Text) -> None:
         """Measure the teacher, and the student before it is trained."""
         if "stages" in self.state:
             return
         self.status.show("measuring the teacher")
-        teacher = perplexity(self.teacher, text.held_out, text.given)
+        teacher = perplexity(self.teacher, text.held_out)
         fresh = self.settings.student is None
         with nullcontext() if fresh else self._stored_weights():
-            found = perplexity(self.student, text.held_out, text.given)
-            zeros = _mean(layer_zeros(self.student, text.held_out))
+            found = perplexity(self.student, text.held_out)
+            zeros = _mean(layer_zeros(self.student, text.held_out.tokens))
         given = "ReLU in place of SiLU" if fresh else "student of an earlier run"
         stages = [Stage("teacher, SiLU", 0, 0, teacher, 0), Stage(given, 0, 0, found, zeros)]
         self.state["stages"] = [asdict(stage) for stage in stages]
@@ -192,7 +192,7 @@ class Run:
         for index, parts in enumerate(state["layers"]):
             self.student.layers[index].load_state_dict(parts)
         order = torch.randperm(len(text.train), generator=torch.Generator().manual_seed(settings.seed))
-        windows = torch.from_numpy(text.train)[order[: state["layer_windows"]]].long().to(settings.device)
+        windows = torch.from_numpy(text.train.tokens)[order[: state["layer_windows"]]].long().to(settings.device)
         count, first = len(self.student.layers), len(state["layers"])
         started = last = time.monotonic()
 
@@ -223,7 +223,7 @@ class Run:
         if self.settings.activation != "fatrelu":
             return None
         if "layer_shares" not in self.state:
-            windows = text.train[:: -(-len(text.train) // _SHARE_WINDOWS)]
+            windows = text.train.tokens[:: -(-len(text.train) // _SHARE_WINDOWS)]
             some = torch.from_numpy(windows.astype(np.int64)).to(self.settings.device)
             copy = make_student(self.teacher, "ffn")
             for ffn in copy.ffns():
@@ -286,8 +286,8 @@ class Run:
         self._save()
 
     def _end_stage(self, name: str, seconds: float, tokens: int, text: Text) -> None:
-        found = perplexity(self.student, text.held_out, text.given)
-        stage = Stage(name, seconds, tokens, found, _mean(layer_zeros(self.student, text.held_out)))
+        found = perplexity(self.student, text.held_out)
+        stage = Stage(name, seconds, tokens, found, _mean(layer_zeros(self.student, text.held_out.tokens)))
         self.state["stages"].append(asdict(stage))
         self._say_stage(stage)
 

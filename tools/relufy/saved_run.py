@@ -19,7 +19,7 @@ from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
 from svdengine.tools.relufy.settings import Settings
-from svdengine.tools.relufy.text import Text
+from svdengine.tools.relufy.text import Text, Windows
 
 try:
     import fcntl
@@ -55,7 +55,7 @@ class SavedRun:
             return None
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return Text(arrays["train"], arrays["held_out"], arrays["given"])
+                return Text(*(Windows(arrays[part], arrays[f"{part}_given"]) for part in ("train", "held_out")))
         except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
             raise SvdEngineError(f"{path}: cannot be read ({error}); remove the folder to begin anew") from error
 
@@ -63,8 +63,11 @@ class SavedRun:
         """Keep the windows: text that was sampled, or files that may change meanwhile."""
 
         def write(path: Path) -> None:
+            arrays = {}
+            for part, windows in (("train", text.train), ("held_out", text.held_out)):
+                arrays |= {part: windows.tokens, f"{part}_given": windows.given}
             with path.open("wb") as stream:
-                np.savez(stream, train=text.train, held_out=text.held_out, given=text.given)
+                np.savez(stream, **arrays)
 
         _replace(self.folder / _TEXT, write)
 

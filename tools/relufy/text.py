@@ -22,7 +22,7 @@ from svdengine.tools.relufy.decoder import Decoder, KvCache
 from svdengine.tools.relufy.precision import compute_dtype, mixed_precision
 from svdengine.tools.relufy.questions import questions
 
-Windows = NDArray[np.int32]  # (windows, window)
+Tokens = NDArray[np.int32]  # (windows, window)
 Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
 
 _HELD_OUT = 20  # one window in so many, at the end of each file
@@ -34,12 +34,30 @@ _TOGETHER = {"cpu": 128, "cuda": 1024}  # windows sampled at once
 
 
 @dataclass(frozen=True)
+class Windows:
+    """Text in pieces of one length."""
+
+    tokens: Tokens
+    given: NDArray[np.bool_]  # (windows, window): tokens of prompts and templates, which nobody has to foretell
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Windows:
+        return Windows(self.tokens[rows], self.given[rows])
+
+    @property
+    def foretold(self) -> NDArray[np.bool_]:
+        """(windows, window): after which tokens a model has to foretell the next one, though a window may end there."""
+        return ~np.concatenate([self.given[:, 1:], self.given[:, -1:]], axis=1)
+
+
+@dataclass(frozen=True)
 class Text:
     """Windows to train on, and windows that no stage sees."""
 
     train: Windows
     held_out: Windows
-    given: NDArray[np.bool_]  # of held_out, tokens of prompts and templates, which nobody has to foretell
 
 
 @dataclass(frozen=True)
@@ -136,18 +154,19 @@ def read_windows(writer: Writer, paths: Sequence[Path], window: int) -> Text:
     train: list[Windows] = []
     held: list[Windows] = []
     for path in paths:
-        windows = _cut(writer.tokens(path), writer.start, window)
+        tokens = _cut(writer.tokens(path), writer.start, window)
+        windows = Windows(tokens, np.zeros(tokens.shape, np.bool_))
         if len(windows) < 2:
             raise ConversionError(f"{path}: too short: expected at least two windows of {window} tokens")
         kept = max(1, len(windows) // _HELD_OUT)
         train.append(windows[:-kept])
         held.append(windows[-kept:])
-    return _text(train, held, [np.zeros(windows.shape, np.bool_) for windows in held])
+    return _text(train, held)
 
 
 def joined(parts: Sequence[Text]) -> Text:
     """All text together."""
-    return _text([part.train for part in parts], [part.held_out for part in parts], [part.given for part in parts])
+    return _text([part.train for part in parts], [part.held_out for part in parts])
 
 
 class Sampling:
@@ -168,15 +187,8 @@ class Sampling:
 
     @property
     def windows(self) -> Windows:
-        """What is written."""
-        found: Windows = self._done.numpy()
-        return found
-
-    @property
-    def given(self) -> NDArray[np.bool_]:
-        """Of the windows, what prompts and template gave, and the model did not write."""
-        found: NDArray[np.bool_] = self._given.numpy()
-        return found
+        """What is written; given is what prompts and template gave, and the model did not write."""
+        return Windows(self._done.numpy(), self._given.numpy())
 
     def write(self, tokens: int | None, seconds: float = 0.0, progress: Progress | None = None) -> None:
         """Write on until there are so many tokens; None: for about `seconds`, but a batch at least.
@@ -260,17 +272,20 @@ def _sample(
     return tokens.to("cpu", torch.int32), fixed
 
 
-def _cut(ids: Sequence[int], start: Sequence[int], window: int) -> Windows:
+def _cut(ids: Sequence[int], start: Sequence[int], window: int) -> Tokens:
     size = window - len(start)
     count = len(ids) // size
     body = np.asarray(ids[: count * size], np.int32).reshape(count, size)
     return np.concatenate([np.tile(np.asarray(start, np.int32), (count, 1)), body], axis=1)
 
 
-def _text(train: Sequence[Windows], held: Sequence[Windows], given: Sequence[NDArray[np.bool_]]) -> Text:
+def _text(train: Sequence[Windows], held: Sequence[Windows]) -> Text:
     """All parts together, but of what is held out at most so much, at even distances."""
-    held_out, fixed = np.concatenate(held), np.concatenate(given)
+    held_out = _concatenated(held)
     if len(held_out) > _MOST_HELD_OUT:
-        some = np.linspace(0, len(held_out) - 1, _MOST_HELD_OUT).astype(int)
-        held_out, fixed = held_out[some], fixed[some]
-    return Text(np.concatenate(train), held_out, fixed)
+        held_out = held_out[np.linspace(0, len(held_out) - 1, _MOST_HELD_OUT).astype(int)]
+    return Text(_concatenated(train), held_out)
+
+
+def _concatenated(parts: Sequence[Windows]) -> Windows:
+    return Windows(np.concatenate([part.tokens for part in parts]), np.concatenate([part.given for part in parts]))
