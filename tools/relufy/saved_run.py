@@ -63,11 +63,15 @@ class SavedRun:
         """Keep the windows: text that was sampled, or files that may change meanwhile."""
 
         def write(path: Path) -> None:
-            arrays = {}
-            for part, windows in (("train", text.train), ("held_out", text.held_out)):
-                arrays |= {part: windows.tokens, f"{part}_given": windows.given}
+            train, held_out = text.train, text.held_out
             with path.open("wb") as stream:
-                np.savez(stream, **arrays)
+                np.savez(
+                    stream,
+                    train=train.tokens,
+                    train_given=train.given,
+                    held_out=held_out.tokens,
+                    held_out_given=held_out.given,
+                )
 
         _replace(self.folder / _TEXT, write)
 
