@@ -217,7 +217,7 @@ def perplexity(model: Decoder, windows: Windows, rows: int = 8) -> float:
     for start in range(0, len(windows), rows):
         some = windows[start : start + rows]
         tokens = torch.from_numpy(some.tokens.astype(np.int64)).to(device)
-        counted = torch.from_numpy(~some.given[:, 1:]).to(device)
+        counted = torch.from_numpy(some.foretold[:, :-1]).to(device)
         with mixed_precision(device):
             logits = model.head(model(tokens)[:, :-1][counted]).float()
         losses += float(nn.functional.cross_entropy(logits, tokens[:, 1:][counted], reduction="sum"))

@@ -83,7 +83,7 @@ class Run:
             self.state["threshold"],
             tuple(Stage(**stage) for stage in self.state["stages"]),
             tuple(zeros),
-            int((~text.held_out.given[:, 1:]).sum()),
+            int(text.held_out.foretold[:, :-1].sum()),
         )
         write_model(self.student, self.checkpoint, self.state["threshold"], report, self.settings.output)
         self.saved.remove()
