@@ -23,11 +23,10 @@ from svdengine.converters.statistics import (
     is_held_out,
 )
 from svdengine.converters.thresholds import CALIBRATORS, Calibrator, ThresholdTable, calibrate_thresholds, make_sample
-from svdengine.cost import layer_predictor_bytes
 from svdengine.errors import ConversionError
-from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, scores
-from svdengine.model_file import ModelFile
-from svdengine.predictor_file import model_fingerprint
+from svdengine.files.model_file import ModelFile
+from svdengine.files.predictor_file import model_fingerprint
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, layer_predictor_bytes, scores
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from svdengine.errors import ConversionError, RequestError
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM

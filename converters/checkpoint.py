@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import ConversionError
-from svdengine.model_writer import StoredTokenizer
+from svdengine.files.model_writer import StoredTokenizer
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.errors import ConversionError
+from svdengine.files.model_writer import ModelWriter
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
-from svdengine.model_writer import ModelWriter
 from svdengine.models.family import Source
 from svdengine.models.tensors import TensorSpec, tensor_specs
 

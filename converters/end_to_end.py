@@ -7,9 +7,10 @@ from typing import Protocol
 
 from svdengine.converters.statistics import FfnInputs, Windows, window_batches
 from svdengine.errors import ConversionError
-from svdengine.kernels.batch import Batch, FfnMode, Logits
+from svdengine.kernels.batch import Batch
+from svdengine.kernels.executor import FfnMode, Logits
 from svdengine.kernels.predictor import Predictor
-from svdengine.perplexity import negative_log_likelihood
+from svdengine.scheduling.sampler import negative_log_likelihood
 
 
 class SparseExecutor(FfnInputs, Protocol):

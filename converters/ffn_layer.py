@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import ConversionError
+from svdengine.files.model_file import ModelFile
 from svdengine.kernels.formats import dequantize
 from svdengine.kernels.predictor import quantize_activations
 from svdengine.kernels.reference import activate, linear
-from svdengine.model_file import ModelFile
 from svdengine.models.config import ModelConfig
 
 Array = NDArray[np.float32]

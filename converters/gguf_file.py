@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.converters.checkpoint import read_bytes
-from svdengine.errors import ConversionError, ModelFileError
-from svdengine.tensor_file import open_regular, quoted
+from svdengine.errors import ConversionError, ModelFileError, quoted
+from svdengine.files.tensor_file import open_regular
 
 _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")  # by value type; 8: string, 9: array
 _STRING, _ARRAY = 8, 9

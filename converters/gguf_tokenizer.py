@@ -16,8 +16,8 @@ from svdengine.converters.sentencepiece_bpe import (
     USER_DEFINED,
     build_sentencepiece,
 )
-from svdengine.model_file import TokenizerInfo
-from svdengine.model_writer import StoredTokenizer
+from svdengine.files.model_writer import StoredTokenizer
+from svdengine.text.tokenizer_info import TokenizerInfo
 
 # Texts that end a turn or a document whatever the file says of them, as llama.cpp has it.
 _END_TEXTS = frozenset(

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 
 from svdengine.converters.checkpoint import read_bytes, read_json
 from svdengine.converters.hf_tokenizer import read_hf_tokenizer
-from svdengine.errors import ConversionError, ModelFileError
+from svdengine.errors import ConversionError, ModelFileError, quoted
+from svdengine.files.tensor_file import DTYPES, TensorEntry, read_header
 from svdengine.kernels.formats import from_bfloat16
 from svdengine.models import config_from_hf, hf_source, with_activation
 from svdengine.models.family import Source
-from svdengine.tensor_file import DTYPES, TensorEntry, quoted, read_header
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"

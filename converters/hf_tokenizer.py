@@ -12,8 +12,8 @@ from tokenizers import AddedToken, Tokenizer
 
 from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level, split_merges
 from svdengine.converters.checkpoint import explained, read_json
-from svdengine.model_file import TokenizerInfo, TokenizerKind
-from svdengine.model_writer import StoredTokenizer
+from svdengine.files.model_writer import StoredTokenizer
+from svdengine.text.tokenizer_info import TokenizerInfo, TokenizerKind
 
 _PRE_OF_CLASS = {"GPT2Tokenizer": "gpt-2", "OPTTokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 _BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "MiniCPMTokenizer")  # begin with BOS unless told not to

@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 
 from svdengine.converters.gguf_file import GgufFile, read_gguf
 from svdengine.errors import ConversionError
+from svdengine.files.model_file import ModelFile
 from svdengine.kernels.formats import quantize
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, largest_rank, scores
-from svdengine.model_file import ModelFile
 from svdengine.models.config import ModelConfig
 
 POWERINFER = "powerinfer"  # the kind's name

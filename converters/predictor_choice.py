@@ -12,8 +12,7 @@ from svdengine.converters.ffn_layer import FfnLayer, Neurons
 from svdengine.converters.predictors import PREDICTOR_KINDS, Basis, build_predictor, check_shape, find_basis
 from svdengine.converters.statistics import LayerStatistics
 from svdengine.converters.thresholds import calibrate_thresholds, make_sample
-from svdengine.cost import layer_predictor_bytes
-from svdengine.kernels.predictor import FactorFormat, LayerPredictor, scores
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, layer_predictor_bytes, scores
 from svdengine.models.config import ModelConfig
 
 AUTO = "auto"

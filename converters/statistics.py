@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import ConversionError
+from svdengine.files.tensor_file import TensorFile
+from svdengine.files.tensor_writer import TensorWriter
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.tensor_file import TensorFile
-from svdengine.tensor_writer import TensorWriter
 
 Windows = Sequence[Sequence[int]]  # token ids of each window
 Progress = Callable[[int, int], None]  # windows done, windows in all

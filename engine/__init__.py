@@ -14,7 +14,6 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from svdengine.completion import Completion, Stats
     from svdengine.errors import (
         ContextOverflowError,
         ConversionError,
@@ -25,15 +24,16 @@ if TYPE_CHECKING:
     )
     from svdengine.llm import LLM, load
     from svdengine.models.config import ModelConfig
-    from svdengine.sampler import TokenLogprobs
-    from svdengine.sampling import SamplingParams
+    from svdengine.scheduling.completion import Completion, Stats
+    from svdengine.scheduling.sampler import TokenLogprobs
+    from svdengine.scheduling.sampling import SamplingParams
+    from svdengine.text.tokenizer import Tokenizer
     from svdengine.text_stream import TextStream
-    from svdengine.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Completion": "completion",
+    "Completion": "scheduling.completion",
     "ContextOverflowError": "errors",
     "ConversionError": "errors",
     "DeviceError": "errors",
@@ -41,12 +41,12 @@ _HOMES = {
     "ModelConfig": "models.config",
     "ModelFileError": "errors",
     "RequestError": "errors",
-    "SamplingParams": "sampling",
-    "Stats": "completion",
+    "SamplingParams": "scheduling.sampling",
+    "Stats": "scheduling.completion",
     "SvdEngineError": "errors",
     "TextStream": "text_stream",
-    "TokenLogprobs": "sampler",
-    "Tokenizer": "tokenizer",
+    "TokenLogprobs": "scheduling.sampler",
+    "Tokenizer": "text.tokenizer",
     "load": "llm",
 }
 

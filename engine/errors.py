@@ -31,3 +31,8 @@ class ShutdownError(SvdEngineError):
 
 class DeviceError(SvdEngineError):
     """A device or an instruction set that was asked for is not there."""
+
+
+def quoted(name: str) -> str:
+    """A name from a file, safe to print: escaped, and cut when it is long."""
+    return repr(name if len(name) <= 100 else name[:100] + "...")

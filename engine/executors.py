@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from svdengine.errors import DeviceError, RequestError
-from svdengine.kernels.batch import Executor, FfnMode
+from svdengine.files.residency import usable_memory
+from svdengine.kernels.executor import Executor, FfnMode
 from svdengine.kernels.user_cache import user_cache_directory
-from svdengine.residency import usable_memory
 
 if TYPE_CHECKING:
+    from svdengine.files.model_file import ModelFile
     from svdengine.kernels.predictor import Predictor
-    from svdengine.model_file import ModelFile
 
 Device = Literal["auto", "cpu", "cuda", "ascend", "reference"]
 KvDtype = Literal["f16", "f32"]
 DEVICES: tuple[str, ...] = get_args(Device)
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
+FFN_CHOICES: tuple[str, ...] = ("auto", "dense", "sparse")
 DEVICE_VARIABLE = "SVDENGINE_DEVICE"  # what "auto" means, when it is set
 
 MAX_BATCH_ROWS = 256
 MAX_THREADS = 1024
+
+
+def check_ffn(ffn: Any) -> FfnMode:
+    """`ffn` itself. Raises RequestError unless it names a path."""
+    if ffn not in FFN_CHOICES:
+        raise RequestError(f"ffn must be one of {', '.join(FFN_CHOICES)}, found {ffn!r}")
+    return cast(FfnMode, ffn)
 
 
 def create_executor(
@@ -77,9 +81,9 @@ def create_executor(
             _say_why_not(str(error))
             chosen = "cpu"
     if chosen == "reference":
-        from svdengine.kernels.reference import ReferenceExecutor
+        from svdengine.kernels.reference import ReferenceExecutor, float32_weights
 
-        weights = float32_weights(model_file)
+        weights = float32_weights(model_file.config, model_file.arrays, model_file.formats)
         return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
     from svdengine.kernels.cpu.executor import CpuExecutor
 
@@ -182,23 +186,3 @@ def _best_device() -> str:
 
 def _say_why_not(reason: str) -> None:
     print(f"running on the CPU: {reason}", file=sys.stderr)
-
-
-def float32_weights(model_file: ModelFile) -> Mapping[str, NDArray[np.float32]]:
-    """Every canonical tensor in float32, in its logical shape."""
-    from svdengine.kernels.formats import dequantize
-    from svdengine.models.tensors import tensor_specs
-
-    weights: dict[str, NDArray[np.float32]] = {}
-    for spec in tensor_specs(model_file.config):
-        if not spec.matrix:
-            weights[spec.name] = np.asarray(model_file.arrays[spec.name], np.float32)
-            continue
-        parts = {}
-        for suffix in ("", ".scale", ".min", ".row"):
-            array = model_file.arrays.get(spec.name + suffix)
-            if array is not None:
-                parts[suffix] = array.reshape(-1, array.shape[-1])  # layers and rows together
-        w = dequantize(parts, model_file.formats[spec.name], spec.shape[-1])
-        weights[spec.name] = w.reshape(spec.shape)
-    return weights

@@ -11,33 +11,30 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.chat_template import ChatTemplate, Message, check_messages
-from svdengine.completion import Completion, FinishReason
-from svdengine.constraint import Constraint, ConstraintMaker
-from svdengine.cost import kv_pool_bytes_per_token
-from svdengine.engine import Engine
-from svdengine.engine_stats import EngineStats
 from svdengine.errors import RequestError, SvdEngineError
-from svdengine.executors import KvDtype, create_executor
-from svdengine.ffn_path import check_ffn, find_predictor, require_predictor
-from svdengine.kernels.batch import BLOCK_SIZE, BlockStore, Executor
+from svdengine.executors import KvDtype, check_ffn, create_executor
+from svdengine.files.advising_executor import AdvisingExecutor
+from svdengine.files.kv_file import KvFile, KvOrigin, restore, write_kv_file
+from svdengine.files.model_file import ModelFile, read_model_file
+from svdengine.files.predictor_file import find_predictor, model_fingerprint, predictor_fingerprint, require_predictor
+from svdengine.files.residency import arrange_memory
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.executor import BlockStore, Executor
 from svdengine.kernels.predictor import Predictor
-from svdengine.kv_file import KvFile, KvOrigin, restore, write_kv_file
-from svdengine.kv_size import context_limit, pool_blocks
-from svdengine.model_file import ModelFile, read_model_file
 from svdengine.models.config import ModelConfig
-from svdengine.paged_executor import PagedExecutor
-from svdengine.predictor_file import model_fingerprint, predictor_fingerprint
-from svdengine.prompt import Prompt, as_prompts, token_list
-from svdengine.request import ContextLimit, Generation, Scoring
-from svdengine.residency import arrange_memory
-from svdengine.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
-from svdengine.scheduler import PREFILL_ROWS
-from svdengine.sequence import blocks_for
-from svdengine.speculation import Speculation
-from svdengine.stream_decoder import StreamDecoder
+from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token, pool_blocks
+from svdengine.scheduling.completion import Completion, FinishReason
+from svdengine.scheduling.constraint import Constraint, ConstraintMaker
+from svdengine.scheduling.engine_loop import Engine, EngineStats
+from svdengine.scheduling.request import ContextLimit, Generation, Scoring
+from svdengine.scheduling.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
+from svdengine.scheduling.scheduler import PREFILL_ROWS
+from svdengine.scheduling.sequence import blocks_for
+from svdengine.speculation.speculation import Speculation
+from svdengine.text.chat_template import ChatTemplate, Message, check_messages
+from svdengine.text.stream_decoder import StreamDecoder
+from svdengine.text.tokenizer import Prompt, Tokenizer, as_prompts, token_list
 from svdengine.text_stream import TextStream
-from svdengine.tokenizer import Tokenizer
 
 
 def load(
@@ -97,7 +94,7 @@ def load(
             gpu_memory=gpu_memory,
         )
         if not fits and executor.name != "cuda":  # a GPU has its own copy of the weights
-            executor = PagedExecutor(executor, model_file)
+            executor = AdvisingExecutor(executor, model_file)
         return LLM(
             model_file,
             executor,
@@ -135,8 +132,8 @@ class LLM:
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
-        speculation = Speculation(executor) if speculative else None
-        self._engine = Engine(executor, prefill_rows=prefill_rows, speculation=speculation)
+        drafter = Speculation(executor) if speculative else None
+        self._engine = Engine(executor, prefill_rows=prefill_rows, drafter=drafter)
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None
@@ -351,7 +348,7 @@ class LLM:
             raise SvdEngineError("the model was closed")
 
     def _block_store(self) -> BlockStore:
-        executor = self.executor.inner if isinstance(self.executor, PagedExecutor) else self.executor
+        executor = self.executor.inner if isinstance(self.executor, AdvisingExecutor) else self.executor
         if not isinstance(executor, BlockStore):
             raise RequestError(f"KV blocks cannot be saved or loaded on the device {executor.name}; use --device cpu")
         return executor

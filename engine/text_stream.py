@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Self
 
-from svdengine.completion import Completion
-from svdengine.request import Generation
+from svdengine.scheduling.completion import Completion
+from svdengine.scheduling.request import Generation
 
 
 class TextStream(Iterator[str]):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import FfnMode, FfnPath, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, NeuronCounts
 
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor

@@ -190,3 +190,14 @@ def _layer(
     bias, unit = arrays[prefix + "bias"], arrays[prefix + "unit"]
     frequency = arrays.get(prefix + "frequency")
     return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit, relu, frequency)
+
+
+def predictor_bytes(predictor: Predictor) -> int:
+    """Bytes that the scores of one token read, in all layers."""
+    return sum(layer_predictor_bytes(layer) for layer in predictor.layers)
+
+
+def layer_predictor_bytes(layer: LayerPredictor) -> int:
+    """Bytes that the scores of one token read in one layer."""
+    parts = [*layer.a.values(), *layer.b.values(), *layer.q.values(), layer.bias]
+    return sum(part.nbytes for part in parts)

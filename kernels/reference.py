@@ -12,7 +12,9 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnMode, FfnPath, Logits, NeuronCounts
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts
+from svdengine.kernels.formats import WeightFormat, dequantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
@@ -309,3 +311,22 @@ def _erf_table() -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 def _erf(x: Array) -> Array:
     """Error function by linear interpolation in a table so fine that it is accurate to 5e-9; beyond 6 it is 1."""
     return np.copysign(np.interp(np.abs(x), *_erf_table()), x).astype(np.float32)
+
+
+def float32_weights(
+    config: ModelConfig, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]
+) -> dict[str, Array]:
+    """Every canonical tensor in float32, in its logical shape, from the stored parts of a model file."""
+    weights: dict[str, Array] = {}
+    for spec in tensor_specs(config):
+        if not spec.matrix:
+            weights[spec.name] = np.asarray(arrays[spec.name], np.float32)
+            continue
+        parts = {}
+        for suffix in ("", ".scale", ".min", ".row"):
+            array = arrays.get(spec.name + suffix)
+            if array is not None:
+                parts[suffix] = array.reshape(-1, array.shape[-1])  # layers and rows together
+        w = dequantize(parts, formats[spec.name], spec.shape[-1])
+        weights[spec.name] = w.reshape(spec.shape)
+    return weights

@@ -17,10 +17,10 @@ from model_zoo import block_table, make_batch
 from numpy.typing import NDArray
 
 from svdengine.converters import convert
+from svdengine.files.model_file import read_model_file
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cpu.executor import CpuExecutor
-from svdengine.model_file import read_model_file
-from svdengine.tokenizer import Tokenizer
+from svdengine.text.tokenizer import Tokenizer
 from svdengine.tools.record_llama_cpp import negative_log_likelihood, windows
 
 CONTEXT = 512

@@ -21,7 +21,7 @@ from svdengine.kernels.cuda.device import Device, Gemm
 from svdengine.kernels.cuda.gemm import narrow
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.kv_cache import allocate_cache
-from svdengine.kernels.cuda.plan import Plan, PredictorPlan, build_plan, place_predictor
+from svdengine.kernels.cuda.model import Plan, PredictorPlan, build_plan, place_predictor
 from svdengine.kernels.cuda.sparse import gate_listed
 from svdengine.kernels.cuda.step import State, ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace, pack_inputs

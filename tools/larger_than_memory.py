@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from svdengine.residency import usable_memory
+from svdengine.files.residency import usable_memory
 
 GIB = 1 << 30
 _PIECE = 64 << 20  # bytes that are taken or given back at once

@@ -98,7 +98,7 @@ def _make(path: Path, megabytes: int, report: Report, write: Callable[[Path], No
 
 def _usable(path: Path) -> bool:
     """Whether the file is there, and not of another version of the format."""
-    from svdengine.model_file import read_model_file
+    from svdengine.files.model_file import read_model_file
 
     try:
         if path.suffix == ".svdp":

@@ -83,12 +83,11 @@ def _llama_cpp(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
 
 def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str, float]:
     """Sparse where the file has a predictor."""
-    from svdengine.cost import sparse_weight_bytes, weight_bytes
-    from svdengine.ffn_path import find_predictor
+    from svdengine.files.model_file import read_model_file
+    from svdengine.files.predictor_file import find_predictor
     from svdengine.kernels.batch import BLOCK_SIZE, Batch
     from svdengine.kernels.cpu.executor import CpuExecutor
-    from svdengine.model_file import read_model_file
-    from svdengine.neurons import active_density, predicted_density
+    from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
 
     with read_model_file(path) as file:
         predictor = find_predictor(file)
@@ -123,7 +122,7 @@ def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
             if predictor is None:
                 return {"weight_bytes": weight_bytes(file), **times}
             counts = executor.neuron_counts()
-            shares = predicted_density(counts) or 0.0, active_density(counts) or 0.0
+            shares = counts.predicted_density or 0.0, counts.active_density or 0.0
             return {"weight_bytes": sparse_weight_bytes(file, predictor, *shares), **times}
         finally:
             executor.close()

@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import SvdEngineError
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import model_fingerprint, write_model_with_predictor
 from svdengine.kernels.formats import GROUP, WeightFormat, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
-from svdengine.model_file import read_model_file
 from svdengine.models import ModelConfig
-from svdengine.predictor_file import model_fingerprint, write_model_with_predictor
 from svdengine.tools.random_model import RandomWeights, announced, shape_config, shape_parser, write_weights
 
 _CONSTANT = 2.0  # what the residual stream holds in its first GROUP columns; the others hold numbers near 1

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import SvdEngineError
+from svdengine.files.model_writer import ModelWriter
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
-from svdengine.model_writer import ModelWriter
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs, with_activation
 from svdengine.models.config import Rope
 from svdengine.tools.random_gguf import GGUF_TYPES, write_gguf

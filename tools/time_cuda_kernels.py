@@ -15,11 +15,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from svdengine.errors import DeviceError, SvdEngineError
-from svdengine.kernels.cuda.availability import describe_gpus, find_gpu
+from svdengine.kernels.cuda.availability import find_gpu
+from svdengine.kernels.cuda.description import describe_gpus
 from svdengine.kernels.formats import WEIGHT_FORMATS
 
 if TYPE_CHECKING:
-    from svdengine.kernels.cuda.availability import GpuDescription
+    from svdengine.kernels.cuda.description import GpuDescription
     from svdengine.tools.cuda_kernel_timings import Timing
 
 _HEADER = (

@@ -35,7 +35,7 @@ def command(requests: Path, output: Path, parallel: int, **options: Any) -> None
     OpenAI's batch files. The answers come in the order of the lines; what is wrong with a line is told on its answer.
     After an interruption the same command goes on where it stopped. Sampling options count for lines that do not say.
     """
-    from svdengine.batch_run import BatchRun, finished_lines, read_lines
+    from svdengine.server.batch_run import BatchRun, finished_lines, read_lines
     from svdengine.server.body import encode_json
 
     check_writable(output)

@@ -12,8 +12,8 @@ import click
 from svdengine.commands.options import measuring_options, open_model
 
 if TYPE_CHECKING:
-    from svdengine.benchmark import BenchRow
     from svdengine.llm import LLM
+    from svdengine.measuring.benchmark import BenchRow
 
 
 @click.command("bench")
@@ -43,8 +43,8 @@ def command(
     what a token reads of weights, predictor and KV cache; of the sparse path, with the shares of neurons that the
     measured tokens took, and at most, where several sequences list the same rows.
     """
-    from svdengine.benchmark import run_benchmark
-    from svdengine.machine import usable_cores
+    from svdengine.measuring.benchmark import run_benchmark
+    from svdengine.measuring.machine import usable_cores
 
     if not pp and not tg:
         raise click.UsageError("there is nothing to measure: --pp and --tg are both 0")
@@ -70,7 +70,7 @@ def command(
 
 
 def _facts(llm: LLM, threads: int) -> dict[str, Any]:
-    from svdengine.cost import parameter_count
+    from svdengine.measuring.memory_traffic import parameter_count
 
     formats = set(llm.model_file.formats.values())
     return {
@@ -117,7 +117,7 @@ def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None)
 
 def _bandwidth(facts: dict[str, Any]) -> float | None:
     """Read bandwidth of the memory that the weights were in, in GB/s."""
-    from svdengine.machine import gpu_bandwidth, measured_bandwidth
+    from svdengine.measuring.machine import gpu_bandwidth, measured_bandwidth
 
     if facts["backend"] == "cuda":
         return gpu_bandwidth()

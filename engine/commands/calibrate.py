@@ -14,8 +14,8 @@ from svdengine.commands.options import check_writable
 
 if TYPE_CHECKING:
     from svdengine.converters.calibration import CalibrationOptions
+    from svdengine.files.model_file import ModelFile
     from svdengine.kernels.predictor import Predictor
-    from svdengine.model_file import ModelFile
 
 KINDS = ("svd", "svd-naive", "lowbit", "svd+lowbit", "auto")
 THRESHOLDS = ("error", "recall", "uniform")
@@ -98,7 +98,7 @@ def command(model: Path, output: Path | None, as_json: bool, **options: Any) -> 
     window of text in five is held out, and the table that is printed is measured on it. At most one budget may be
     given. The file is replaced only when all is done; with -o it is left as it is.
     """
-    from svdengine.predictor_table import predictor_lines, predictor_report
+    from svdengine.measuring.predictor_table import predictor_lines, predictor_report
 
     if sum(options[name] is not None for name in _BUDGETS) > 1:
         raise click.UsageError("give one budget: --max-loss, --max-error or --density")
@@ -131,10 +131,9 @@ def calibrate_file(
     """Calibrate a model file as the options of the command say, and write what came of it."""
     from svdengine.converters.calibration import CalibrationOptions, calibrate
     from svdengine.converters.calibration_text import TOKENS, WINDOW
-    from svdengine.ffn_path import require_relu_family
+    from svdengine.files.model_file import read_model_file
+    from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
     from svdengine.llm import load
-    from svdengine.model_file import read_model_file
-    from svdengine.predictor_file import write_model_with_predictor, write_predictor
 
     shape: Any = {"kind": kind, "source": source, "rank": rank, "bits": bits, "factor_format": factors}
     wanted = CalibrationOptions(**{**shape, "thresholds": thresholds, **budget})

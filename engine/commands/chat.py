@@ -22,7 +22,7 @@ from svdengine.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from svdengine.chat_session import ChatSession
+    from svdengine.commands.chat_session import ChatSession
     from svdengine.llm import LLM
 
 
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 @click.option("--system", metavar="TEXT", help="The system prompt; by default the model's own.")
 def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
     """Talk with MODEL, a .svdp file. /help lists what can be typed besides messages."""
-    from svdengine.chat_session import ChatSession
-    from svdengine.sampling import merge_params
+    from svdengine.commands.chat_session import ChatSession
+    from svdengine.scheduling.sampling import merge_params
 
     fields = {"max_tokens": None, **sampling_fields(options)}
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
@@ -50,11 +50,11 @@ def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
 
 def greeting(llm: LLM) -> str:
     """What is said before the first message: of a model with a predictor, also what that brings here, measured."""
-    from svdengine.benchmark import decoding_against_dense
-    from svdengine.paged_executor import PagedExecutor
+    from svdengine.files.advising_executor import AdvisingExecutor
+    from svdengine.measuring.benchmark import decoding_against_dense
 
     lines = [f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave"]
-    paged = isinstance(llm.executor, PagedExecutor)  # a dense token would read all weights from storage
+    paged = isinstance(llm.executor, AdvisingExecutor)  # a dense token would read all weights from storage
     row = None if llm.predictor is None or llm.ffn == "dense" or paged else decoding_against_dense(llm)
     if row is not None:
         if row.speedup is None or row.active_density is None:
@@ -89,7 +89,7 @@ def _converse(llm: LLM, session: ChatSession, params: Any, interactive: bool, co
 
 
 def _answer(llm: LLM, session: ChatSession, text: str, params: Any, context_shift: bool) -> None:
-    from svdengine.chat_session import answer_line
+    from svdengine.commands.chat_session import answer_line
 
     session.ask(text)
     try:

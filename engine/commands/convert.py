@@ -68,7 +68,7 @@ def command(
 
     from svdengine.converters import convert
     from svdengine.converters.conversion import open_checkpoint
-    from svdengine.ffn_path import why_not_sparse
+    from svdengine.files.predictor_file import why_not_sparse
     from svdengine.kernels.formats import WeightFormat
 
     begin = time.perf_counter()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from svdengine.kernels.cuda.availability import GpuDescription
+    from svdengine.kernels.cuda.description import GpuDescription
 
 
 @click.command("devices")
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--measure/--no-measure", default=True, show_default=True, help="Measure read bandwidths of memories.")
 def command(as_json: bool, measure: bool) -> None:
     """Show the CPU, its memory, and which accelerators can be used."""
-    from svdengine.machine import describe_machine
+    from svdengine.measuring.machine import describe_machine
 
     machine = describe_machine(measure)
     if as_json:

@@ -16,9 +16,9 @@ import click
 from svdengine.commands.options import check_writable, measuring_options, open_model, read_text
 
 if TYPE_CHECKING:
-    from svdengine.evaluation import Measurements
     from svdengine.llm import LLM
-    from svdengine.tasks import Task
+    from svdengine.measuring.evaluation import Measurements
+    from svdengine.measuring.tasks import Task
 
 REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the page's curve of error against speed
 
@@ -55,7 +55,7 @@ def command(
     --ffn both runs dense and sparse, and says how often they agree on the likeliest next token and how far their
     distributions are apart. With --json, `perplexity` is then that of the sparse path, and `dense` holds the other.
     """
-    from svdengine.tasks import read_tasks
+    from svdengine.measuring.tasks import read_tasks
 
     if text_file is None and task_file is None:
         raise click.UsageError("there is nothing to measure: give --perplexity FILE or --tasks FILE")
@@ -81,10 +81,10 @@ def _measure(
     llm: LLM, text: str, window: int, tasks: list[Task], options: dict[str, Any], *, study: bool, curve: bool
 ) -> Measurements:
     """All that was asked for. With `curve`, sparse execution is measured at several biases."""
-    from svdengine.evaluation import Measurements, compare_paths
-    from svdengine.perplexity import measure_perplexity
-    from svdengine.predictor_study import study_predictors
-    from svdengine.task_scores import score_tasks
+    from svdengine.measuring.evaluation import Measurements, compare_paths
+    from svdengine.measuring.perplexity import measure_perplexity
+    from svdengine.measuring.predictor_study import study_predictors
+    from svdengine.measuring.task_scores import score_tasks
 
     shown, bias, both = sys.stderr.isatty(), options["sparsity_bias"] or 0.0, options["ffn"] == "both"
     found = Measurements(ffn="both" if both else llm.ffn, sparsity_bias=bias)
@@ -103,7 +103,7 @@ def _measure(
 
 
 def _write_report(llm: LLM, path: Path, found: Measurements) -> None:
-    from svdengine.report import make_report, render_report
+    from svdengine.measuring.report import make_report, render_report
 
     path.write_text(render_report(make_report(llm, found)), encoding="utf-8")
     click.echo(f"written to {path}", err=True)
@@ -111,7 +111,7 @@ def _write_report(llm: LLM, path: Path, found: Measurements) -> None:
 
 def _record(found: Measurements) -> dict[str, Any]:
     """What is printed, in plain JSON types."""
-    from svdengine.predictor_study import mean_aurocs
+    from svdengine.measuring.predictor_study import mean_aurocs
 
     record: dict[str, Any] = {"ffn": found.ffn}
     if found.perplexity is not None:

@@ -20,8 +20,8 @@ from svdengine.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from svdengine.completion import Completion
     from svdengine.llm import LLM
+    from svdengine.scheduling.completion import Completion
 
 
 @click.command("generate")
@@ -44,7 +44,7 @@ def command(
 ) -> None:
     """Complete prompts with MODEL, a .svdp file; without -p and -f, the text of standard input."""
     from svdengine.errors import RequestError
-    from svdengine.sampling import merge_params
+    from svdengine.scheduling.sampling import merge_params
 
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat")

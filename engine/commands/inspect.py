@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
-    from svdengine.model_file import ModelFile
+    from svdengine.files.model_file import ModelFile
 
 
 @click.command("inspect")
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: Path, as_json: bool) -> None:
     """Show the config, the tokenizer, the tensors and the predictor of MODEL, a .svdp file."""
-    from svdengine.model_file import read_model_file
+    from svdengine.files.model_file import read_model_file
 
     with read_model_file(model) as file:
         report = _report(file)
@@ -29,8 +29,8 @@ def command(model: Path, as_json: bool) -> None:
 
 
 def _report(file: ModelFile) -> dict[str, Any]:
-    from svdengine.ffn_path import find_predictor
-    from svdengine.predictor_table import predictor_report
+    from svdengine.files.predictor_file import find_predictor
+    from svdengine.measuring.predictor_table import predictor_report
 
     tensors = _tensors(file)
     parameters = sum(tensor["parameters"] for tensor in tensors)
@@ -61,7 +61,7 @@ def _tensors(file: ModelFile) -> list[dict[str, Any]]:
     """One row a canonical tensor, with all of its stored parts."""
     import math
 
-    from svdengine.model_file import stored_tensors
+    from svdengine.files.model_file import stored_tensors
     from svdengine.models.tensors import tensor_specs
 
     rows = []
@@ -81,7 +81,7 @@ def _tensors(file: ModelFile) -> list[dict[str, Any]]:
 
 
 def _tables(report: dict[str, Any]) -> list[str]:
-    from svdengine.predictor_table import predictor_lines
+    from svdengine.measuring.predictor_table import predictor_lines
 
     totals = report["totals"]
     lines = [report["file"], "", "config"]

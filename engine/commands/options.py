@@ -159,8 +159,8 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.llm import load
-    from svdengine.scheduler import PREFILL_ROWS
-    from svdengine.sequence import blocks_for
+    from svdengine.scheduling.scheduler import PREFILL_ROWS
+    from svdengine.scheduling.sequence import blocks_for
 
     path = options["model"] if options["model"] is not None else _demo_model()
     llm = load(
@@ -289,7 +289,7 @@ def printable(text: str) -> str:
 
 
 def _demo_model() -> Path:
-    from svdengine.demo_model import demo_model
+    from svdengine.commands.demo_model import demo_model
 
     def report(message: str) -> None:
         click.echo(message, err=True)

@@ -28,8 +28,8 @@ from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
 from svdengine.server.job import Job
 from svdengine.server.messages import read_messages
-from svdengine.server.page_files import PAGE_FILES, page_routes
 from svdengine.server.service import Service
+from svdengine.server.web_files import PAGE_FILES, page_routes
 
 _DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
 

@@ -6,18 +6,18 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from svdengine.completion import Completion
 from svdengine.llm import LLM
-from svdengine.request_loop import Update
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.completion import Completion
+from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.messages import read_messages
+from svdengine.server.request_loop import Update
 from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
 from svdengine.server.tool_fields import take_answer_form, take_tools
-from svdengine.tool_calls import ToolCall, ToolCallReader, tool_prompt
+from svdengine.text.tool_calls import ToolCall, ToolCallReader, tool_prompt
 
 # Fields of OpenAI that say nothing about the answer.
 _IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")

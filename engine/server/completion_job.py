@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from svdengine.completion import Completion
 from svdengine.llm import LLM
-from svdengine.request_loop import Update
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.completion import Completion
+from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError, unsupported
 from svdengine.server.body import Body
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
 from svdengine.server.logprobs import LogprobTrail
+from svdengine.server.request_loop import Update
 from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
 
 MAX_PROMPTS = 64

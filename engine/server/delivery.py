@@ -6,7 +6,7 @@ import asyncio
 import threading
 from contextlib import suppress
 
-from svdengine.request_loop import Update
+from svdengine.server.request_loop import Update
 
 
 class Delivery:

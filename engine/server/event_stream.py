@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
 
-from svdengine.completion import Completion
+from svdengine.scheduling.completion import Completion
 from svdengine.server.body import encode_json
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job, Object

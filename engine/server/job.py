@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from svdengine.completion import Completion
-from svdengine.request import Generation
-from svdengine.request_loop import Update
+from svdengine.scheduling.completion import Completion
+from svdengine.scheduling.request import Generation
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
+from svdengine.server.request_loop import Update
 
 Object = dict[str, Any]  # of JSON
 

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from svdengine.sampler import TokenLogprobs
-from svdengine.stream_decoder import StreamDecoder
-from svdengine.tokenizer import Tokenizer
+from svdengine.scheduling.sampler import TokenLogprobs
+from svdengine.text.stream_decoder import StreamDecoder
+from svdengine.text.tokenizer import Tokenizer
 
 _LEAST = -9999.0  # stands for minus infinity, which JSON has not
 

@@ -8,8 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from svdengine.completion import Stats
-from svdengine.engine_stats import EngineStats
+from svdengine.scheduling.completion import Stats
+from svdengine.scheduling.engine_loop import EngineStats
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

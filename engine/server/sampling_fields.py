@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from svdengine.errors import RequestError
-from svdengine.sampling import SamplingParams, merge_params
+from svdengine.scheduling.sampling import SamplingParams, merge_params
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
 

@@ -11,14 +11,14 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
-from svdengine.completion import Completion
 from svdengine.errors import QueueFullError, SvdEngineError
 from svdengine.llm import LLM
-from svdengine.request_loop import RequestLoop, Update
+from svdengine.scheduling.completion import Completion
 from svdengine.server.api_error import ApiError, api_error
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job
 from svdengine.server.metrics import Metrics
+from svdengine.server.request_loop import RequestLoop, Update
 from svdengine.server.settings import Settings
 
 log = logging.getLogger("svdengine.server")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from svdengine.grammar import Grammar
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError, unsupported
 from svdengine.server.body import Body
 from svdengine.server.sampling_fields import changed
-from svdengine.tool_calls import Tool, tool_grammar
+from svdengine.text.grammar import Grammar
+from svdengine.text.tool_calls import Tool, tool_grammar
 
 MAX_TOOLS = 128
 

@@ -22,23 +22,15 @@ from svdengine.kernels.ascend.attention import (
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
+from svdengine.kernels.ascend.model import build_plan, device_bytes
 from svdengine.kernels.ascend.operator_calls import Action
 from svdengine.kernels.ascend.operators import add, needed_operators
-from svdengine.kernels.ascend.plan import build_plan, device_bytes
 from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, check_predictor, place_predictor, why_not
 from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
-from svdengine.kernels.batch import (
-    BLOCK_SIZE,
-    Batch,
-    FfnMode,
-    FfnPath,
-    Logits,
-    NeuronCounts,
-    check_batch,
-    check_ffn_inputs,
-)
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
+from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts, check_ffn_inputs
 from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor

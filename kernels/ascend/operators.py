@@ -9,7 +9,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 from svdengine.kernels.ascend.device import AscendDevice
-from svdengine.kernels.ascend.plan import HalfMatrix, Matrix, Norm, Projection, Projections
+from svdengine.kernels.ascend.model import HalfMatrix, Matrix, Norm, Projection, Projections
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.formats import GROUP
 from svdengine.models import ModelConfig

@@ -14,8 +14,8 @@ from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import Cann
 from svdengine.kernels.ascend.custom_ops import CustomOps, load_custom_ops
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.model import SparseRows, to_half
 from svdengine.kernels.ascend.operators import multiply
-from svdengine.kernels.ascend.plan import SparseRows, to_half
 from svdengine.kernels.ascend.sparse import (
     SparseState,
     allocate_sparse,

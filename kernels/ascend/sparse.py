@@ -11,8 +11,8 @@ import numpy as np
 
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.model import HalfMatrix, SparseRows, to_half
 from svdengine.kernels.ascend.operators import multiply
-from svdengine.kernels.ascend.plan import HalfMatrix, SparseRows, to_half
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.tiling import COUNT_INTS, MAX_BLOCKS, check_shape, list_capacity, padded
 from svdengine.kernels.formats import Parts, dequantize, padded_columns, stored_parts

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from svdengine.kernels.ascend.attention import Attending, LayerAttention
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import KvCache
+from svdengine.kernels.ascend.model import LayerPlan, Norm, Plan
 from svdengine.kernels.ascend.operators import (
     activate,
     add,
@@ -23,11 +24,11 @@ from svdengine.kernels.ascend.operators import (
     rotate,
     scale,
 )
-from svdengine.kernels.ascend.plan import LayerPlan, Norm, Plan
 from svdengine.kernels.ascend.sparse import PlacedPredictor, SparseState, sparse_ffn
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import Workspace
-from svdengine.kernels.batch import BLOCK_SIZE, FfnPath
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.executor import FfnPath
 
 Keep = Callable[[int, Tensor], None]  # takes a layer's number and what its FFN reads
 

@@ -9,7 +9,7 @@ from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_q
 from svdengine.kernels.cpu.attention_tile import QUERIES
 from svdengine.kernels.cpu.elementwise import head_rms_norm, rotate, scale_head
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import LAYER_MATRICES, O
+from svdengine.kernels.cpu.model import LAYER_MATRICES, O
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul, matmul_together, ready, rows_of, share
 from svdengine.kernels.cpu.workspace import ATTENTION_STAGE

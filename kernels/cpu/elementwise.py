@@ -10,7 +10,7 @@ import math
 import numpy as np
 
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import DRELU, FATRELU, GELU, RELU, RELU2, SILU
+from svdengine.kernels.cpu.model import DRELU, FATRELU, GELU, RELU, RELU2, SILU
 from svdengine.kernels.cpu.simd import (
     absolute_f32,
     copy_sign,

@@ -10,21 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import (
-    BLOCK_SIZE,
-    Batch,
-    FfnMode,
-    FfnPath,
-    Logits,
-    NeuronCounts,
-    check_batch,
-    check_ffn_inputs,
-)
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
 from svdengine.kernels.cpu.aligned import aligned
 from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.kv_blocks import KvBlocks
+from svdengine.kernels.cpu.model import build_model
 from svdengine.kernels.cpu.place import place_predictor
-from svdengine.kernels.cpu.plan import build_model
 from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
 from svdengine.kernels.cpu.step import run
@@ -46,6 +37,7 @@ from svdengine.kernels.cpu.workspace import (
     Inputs,
     Workspace,
 )
+from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts, check_ffn_inputs
 from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank

@@ -7,7 +7,7 @@ import numpy as np
 from svdengine.kernels.cpu.elementwise import activate_row, copy_row
 from svdengine.kernels.cpu.gemm import gemm_transposed
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
+from svdengine.kernels.cpu.model import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.rows import add_range, add_to_few
 from svdengine.kernels.cpu.sharing import FEW, NEURON_UNIT, claim, counter_of, matmul, matmul_together, share

@@ -6,7 +6,7 @@ import numpy as np
 
 from svdengine.kernels.cpu.dot import BIAS, copy_biased, unpack_nibbles
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import BF16, COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, ROWS, SCALE
+from svdengine.kernels.cpu.model import BF16, COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, ROWS, SCALE
 from svdengine.kernels.cpu.simd import (
     load_bf16,
     load_f16,

@@ -19,7 +19,7 @@ from svdengine.kernels.cpu.dot import (
     load_u8_pair,
 )
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
+from svdengine.kernels.cpu.model import COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
 from svdengine.kernels.cpu.simd import (
     fma,
     load_bf16,

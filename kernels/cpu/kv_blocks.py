@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cpu.aligned import aligned
-from svdengine.kernels.cpu.plan import Model
+from svdengine.kernels.cpu.model import Model
 from svdengine.kernels.cpu.workspace import Cache
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.plan import (
+from svdengine.kernels.cpu.model import (
     BIAS_VECTOR,
     COLUMNS,
     DATA,

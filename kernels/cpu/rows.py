@@ -12,8 +12,8 @@ from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.plan import BF16, COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
-from svdengine.kernels.cpu.plan import ROWS as MATRIX_ROWS
+from svdengine.kernels.cpu.model import BF16, COLUMNS, DATA, F16, F32, FORMAT, MIN, Q4, Q8, ROW, SCALE
+from svdengine.kernels.cpu.model import ROWS as MATRIX_ROWS
 from svdengine.kernels.cpu.simd import (
     F32V,
     I8,

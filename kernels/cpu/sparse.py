@@ -13,8 +13,7 @@ import numpy as np
 
 from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_four, dot_row
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.page_ahead import ask_for_rows
-from svdengine.kernels.cpu.plan import (
+from svdengine.kernels.cpu.model import (
     BIAS_VECTOR,
     COLUMNS,
     DATA,
@@ -33,6 +32,7 @@ from svdengine.kernels.cpu.plan import (
     ROWS,
     UP,
 )
+from svdengine.kernels.cpu.read_ahead import ask_for_rows
 from svdengine.kernels.cpu.rows import add_four, fetch_part, row_bytes
 from svdengine.kernels.cpu.score import (
     FACTOR_BYTES,

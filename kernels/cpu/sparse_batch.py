@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.page_ahead import ask_for_rows
-from svdengine.kernels.cpu.plan import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
+from svdengine.kernels.cpu.model import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
+from svdengine.kernels.cpu.read_ahead import ask_for_rows
 from svdengine.kernels.cpu.rows import row_bytes
 from svdengine.kernels.cpu.score import NEURONS, list_positive
 from svdengine.kernels.cpu.sharing import NEURON_UNIT, share

@@ -9,7 +9,7 @@ from svdengine.kernels.cpu.elementwise import add_row, copy_row, layer_norm, rms
 from svdengine.kernels.cpu.ffn_stage import any_ffn, keep_ffn_inputs
 from svdengine.kernels.cpu.gemm import load_weights
 from svdengine.kernels.cpu.jit import entry, jit
-from svdengine.kernels.cpu.plan import EMBEDDING, LAYER_MATRICES, LM_HEAD
+from svdengine.kernels.cpu.model import EMBEDDING, LAYER_MATRICES, LM_HEAD
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul_together, ready, rows_of
 from svdengine.kernels.cpu.simd import load_real, store_f32, store_real, zero_f32

@@ -31,7 +31,7 @@ from svdengine.kernels.cuda.intrinsics import (
     warp_sum,
 )
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype, head_stride
-from svdengine.kernels.cuda.plan import Plan
+from svdengine.kernels.cuda.model import Plan
 from svdengine.kernels.cuda.workspace import Workspace, parts_of
 
 THREADS = 128

@@ -9,7 +9,7 @@ from numba import cuda
 
 from svdengine.kernels.cuda.device import Device
 from svdengine.kernels.cuda.intrinsics import Kernel, kernel
-from svdengine.kernels.cuda.plan import Plan
+from svdengine.kernels.cuda.model import Plan
 from svdengine.kernels.cuda.rows import matrix_parameters
 from svdengine.kernels.cuda.weights import WEIGHT
 from svdengine.kernels.cuda.workspace import Workspace

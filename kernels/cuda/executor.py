@@ -8,26 +8,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import (
-    BLOCK_SIZE,
-    Batch,
-    Choice,
-    FfnMode,
-    Logits,
-    NeuronCounts,
-    check_batch,
-    check_ffn_inputs,
-)
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
-from svdengine.kernels.cuda.memory_plan import plan_memory
-from svdengine.kernels.cuda.plan import build_plan, place_predictor
+from svdengine.kernels.cuda.memory_split import plan_memory
+from svdengine.kernels.cuda.model import build_plan, place_predictor
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
 from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
 from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, pack_inputs, workspace_bytes
+from svdengine.kernels.executor import Choice, FfnMode, Logits, NeuronCounts, check_ffn_inputs
 from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
 from svdengine.kernels.formats import WeightFormat, padded_columns
 from svdengine.kernels.predictor import Predictor

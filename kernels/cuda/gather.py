@@ -4,7 +4,7 @@ A warp computes a listed neuron's gate and, only where it is active, at once its
 to their active neurons in shared memory and add rows of down, each to a sum of its own, which are added in order later:
 the result does not depend on how threads are scheduled. Grids are sized for the longest lists; lengths stay here.
 
-Of a layer that is split (kernels/cuda/memory_plan.py) the words of neurons from `hot` on lie in host memory, `cold`,
+Of a layer that is split (kernels/cuda/memory_split.py) the words of neurons from `hot` on lie in host memory, `cold`,
 and are read over the bus where they lie. Kernels for such layers are compiled apart: others know nothing of it.
 """
 

@@ -13,7 +13,7 @@ from svdengine.kernels.cuda.device import Array, Device, Gemm
 from svdengine.kernels.cuda.elementwise import add_parts
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.intrinsics import Kernel, f2h, kernel
-from svdengine.kernels.cuda.plan import Matrix
+from svdengine.kernels.cuda.model import Matrix
 from svdengine.kernels.cuda.rows import matrix_parameters
 from svdengine.kernels.cuda.weights import WEIGHT
 from svdengine.kernels.formats import WeightFormat

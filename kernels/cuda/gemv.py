@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, ldg128, warp_index, warp_sum
-from svdengine.kernels.cuda.plan import Matrix
+from svdengine.kernels.cuda.model import Matrix
 from svdengine.kernels.cuda.rows import (
     ADDS,
     CHUNK_COLUMNS,

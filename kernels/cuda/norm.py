@@ -9,7 +9,7 @@ from numba import cuda
 
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.intrinsics import block_sum, kernel
-from svdengine.kernels.cuda.plan import Norm
+from svdengine.kernels.cuda.model import Norm
 from svdengine.models import ModelConfig
 
 THREADS = 256

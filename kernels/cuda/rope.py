@@ -13,7 +13,7 @@ from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cuda.device import Device
 from svdengine.kernels.cuda.intrinsics import Kernel, kernel, lane_index, warp_index, warp_sum
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype
-from svdengine.kernels.cuda.plan import LayerPlan, Plan
+from svdengine.kernels.cuda.model import LayerPlan, Plan
 from svdengine.kernels.cuda.workspace import Workspace
 
 THREADS = 128

@@ -1,7 +1,7 @@
 """A matrix row of any format, 16 bytes at a time: its product with an activation row, and adding it to a sum.
 
 A chunk is 16 bytes of a row: 4, 8, 8, 16 or 32 columns. Activations are float32, seen as words. The parts of a matrix
-are those of kernels/cuda/plan.py: `words`, `scale`, `low` and `row`, of which a format reads what it has.
+are those of kernels/cuda/model.py: `words`, `scale`, `low` and `row`, of which a format reads what it has.
 """
 
 from __future__ import annotations

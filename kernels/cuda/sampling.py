@@ -1,4 +1,4 @@
-"""Sampling on the device: temperature, top-k, top-p and min-p as engine/sampler.py defines them, or greedily.
+"""Sampling on the device: temperature, top-k, top-p and min-p as scheduling/sampler.py defines them, or greedily.
 
 No row is sorted. Tokens are ordered by logit, ties by token id, and those that a filter keeps are the first of that
 order: all above a key, and some of those on it. Such a key is found digit by digit, from a histogram of the digit over
@@ -16,10 +16,10 @@ from numba import cuda
 from numba.cuda import types
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import NOT_FINITE, Choice
 from svdengine.kernels.cuda.device import Device
 from svdengine.kernels.cuda.intrinsics import FULL, as_float, as_word, block_max, jit, kernel, lane_index, warp_index
 from svdengine.kernels.cuda.workspace import CHOICE_NUMBERS, Workspace
+from svdengine.kernels.executor import NOT_FINITE, Choice
 
 SAMPLE_THREADS = 512
 MOST_TOKENS = 1 << 19  # of a vocabulary: sums of limbs fit in 32 bits

@@ -12,7 +12,7 @@ from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_every, list_pos
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import ACTIVATIONS
 from svdengine.kernels.cuda.gather import DOWN, DOWN_THREADS, GATE, GATE_UP, GATHER_THREADS, UP, WARPS
-from svdengine.kernels.cuda.plan import LayerPlan, Matrix, Plan, PredictorPlan
+from svdengine.kernels.cuda.model import LayerPlan, Matrix, Plan, PredictorPlan
 from svdengine.kernels.cuda.rows import CHUNK_COLUMNS
 from svdengine.kernels.cuda.score import (
     PROJECT,

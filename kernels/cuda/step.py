@@ -11,8 +11,8 @@ from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts
 from svdengine.kernels.cuda.embedding import embed_tokens
 from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product
 from svdengine.kernels.cuda.kv_cache import KvCache
+from svdengine.kernels.cuda.model import LayerPlan, Plan, PredictorPlan
 from svdengine.kernels.cuda.norm import normalize
-from svdengine.kernels.cuda.plan import LayerPlan, Plan, PredictorPlan
 from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.sampling import sample_tokens
 from svdengine.kernels.cuda.sparse import sparse_ffn

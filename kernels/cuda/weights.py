@@ -1,4 +1,4 @@
-"""Single weights of a stored matrix (kernels/cuda/plan.py), for each format."""
+"""Single weights of a stored matrix (kernels/cuda/model.py), for each format."""
 
 from __future__ import annotations
 

@@ -20,14 +20,14 @@ import svdengine
 from svdengine.cli import main
 from svdengine.errors import DeviceError
 from svdengine.executors import ascend_ops_folder
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import model_fingerprint, write_model_with_predictor
 from svdengine.kernels.ascend import cann, custom_ops
 from svdengine.kernels.ascend.availability import Npu as FoundNpu
 from svdengine.kernels.ascend.availability import find_npu
 from svdengine.kernels.ascend.custom_ops import build_custom_ops, find_kernels, library_path
 from svdengine.kernels.ascend.self_test import failing_kernel, proven_custom_ops
-from svdengine.machine import describe_machine
-from svdengine.model_file import read_model_file
-from svdengine.predictor_file import model_fingerprint, write_model_with_predictor
+from svdengine.measuring.machine import describe_machine
 from svdengine.tools.random_model import write_svdp
 
 MakeNpu = Callable[..., Npu]

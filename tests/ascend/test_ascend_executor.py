@@ -21,7 +21,8 @@ from svdengine.kernels.ascend.attention import FUSED
 from svdengine.kernels.ascend.custom_ops import find_kernels
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
-from svdengine.kernels.batch import Batch, BlockStore
+from svdengine.kernels.batch import Batch
+from svdengine.kernels.executor import BlockStore
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor

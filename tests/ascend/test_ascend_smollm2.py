@@ -12,10 +12,10 @@ from model_zoo import block_table, make_batch, relative_error
 from test_smollm2 import GGUF, executor
 
 from svdengine.converters import convert
+from svdengine.files.model_file import read_model_file
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
-from svdengine.model_file import read_model_file
-from svdengine.tokenizer import Tokenizer
+from svdengine.text.tokenizer import Tokenizer
 
 TEXT = "The capital of France is Paris. The three primary colours are red, yellow and"
 CONTEXT = 64

@@ -13,21 +13,20 @@ from svdengine.converters.calibration import CalibrationOptions, calibrate
 from svdengine.converters.end_to_end import mean_loss, sparse_loss
 from svdengine.converters.statistics import is_held_out
 from svdengine.errors import ConversionError, ModelFileError
-from svdengine.executors import float32_weights
-from svdengine.kernels.predictor import Predictor, scores
-from svdengine.kernels.reference import ReferenceExecutor
-from svdengine.model_file import ModelFile, read_model_file
-from svdengine.model_writer import ModelWriter
-from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import tensor_specs
-from svdengine.predictor_file import (
+from svdengine.files.model_file import ModelFile, read_model_file
+from svdengine.files.model_writer import ModelWriter
+from svdengine.files.predictor_file import (
     check_fingerprint,
     model_fingerprint,
     read_predictor,
     write_model_with_predictor,
     write_predictor,
 )
-from svdengine.tensor_writer import TensorWriter
+from svdengine.files.tensor_writer import TensorWriter
+from svdengine.kernels.predictor import Predictor, scores
+from svdengine.kernels.reference import ReferenceExecutor, float32_weights
+from svdengine.models.config import ModelConfig
+from svdengine.models.tensors import tensor_specs
 
 WINDOWS = [random_tokens(zoo()["llama_relu_tied"], 64, seed) for seed in range(10)]
 
@@ -42,7 +41,9 @@ def write_model(path: Path, config: ModelConfig, seed: int = 0) -> ModelFile:
 
 
 def executor_of(model_file: ModelFile) -> ReferenceExecutor:
-    return ReferenceExecutor(model_file.config, float32_weights(model_file), block_count=8)
+    return ReferenceExecutor(
+        model_file.config, float32_weights(model_file.config, model_file.arrays, model_file.formats), block_count=8
+    )
 
 
 @pytest.fixture(scope="module")

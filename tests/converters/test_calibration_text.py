@@ -11,7 +11,7 @@ import pytest
 from svdengine.converters.calibration_text import chat_windows, file_windows, sampled_windows, text_windows
 from svdengine.converters.statistics import is_held_out
 from svdengine.errors import ConversionError, RequestError
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.sampling import SamplingParams
 
 
 class Words:

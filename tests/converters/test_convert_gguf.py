@@ -14,7 +14,7 @@ from svdengine.converters import convert
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.converters.gguf_file import read_gguf
 from svdengine.errors import ConversionError, SvdEngineError
-from svdengine.model_file import read_model_file
+from svdengine.files.model_file import read_model_file
 
 gguf = pytest.importorskip("gguf")
 

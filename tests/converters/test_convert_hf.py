@@ -19,7 +19,7 @@ from small_checkpoints import CONFIG, HF_CONFIG, TEMPLATE, checkpoint_weights, h
 import svdengine
 from svdengine.converters import convert
 from svdengine.errors import ConversionError, ModelFileError
-from svdengine.model_file import ModelFile, read_model_file
+from svdengine.files.model_file import ModelFile, read_model_file
 
 
 def converted(source: Path, dtype: Any = "f32", activation: str | None = None) -> ModelFile:

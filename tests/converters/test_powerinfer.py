@@ -14,11 +14,11 @@ from svdengine.converters.calibration import CalibrationOptions, calibrate
 from svdengine.converters.ffn_layer import read_ffn_layer
 from svdengine.converters.powerinfer import MAGIC, THRESHOLD_FIELD, Network, build_network, open_powerinfer
 from svdengine.errors import ConversionError
+from svdengine.files.model_file import ModelFile, read_model_file
+from svdengine.files.predictor_file import read_predictor, write_model_with_predictor, write_predictor
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.predictor import Predictor, scores
 from svdengine.kernels.reference import ReferenceExecutor, rms_norm
-from svdengine.model_file import ModelFile, read_model_file
-from svdengine.predictor_file import read_predictor, write_model_with_predictor, write_predictor
 
 CONFIG = zoo()["llama_relu_tied"]
 D, F, H = CONFIG.hidden_size, CONFIG.ffn_size, 110  # wider than the input
@@ -111,7 +111,7 @@ def test_trained_thresholds_are_left_as_they_are(
     write_predictor(tmp_path / "p.safetensors", found)
     write_model_with_predictor(tmp_path / "m.svdp", model, found)
     with read_model_file(tmp_path / "m.svdp") as both:
-        from svdengine.ffn_path import find_predictor
+        from svdengine.files.predictor_file import find_predictor
 
         for again in (read_predictor(tmp_path / "p.safetensors", model), find_predictor(both)):
             assert again is not None

@@ -16,7 +16,7 @@ from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level
 from svdengine.converters.gguf_file import read_gguf
 from svdengine.converters.gguf_tokenizer import read_gguf_tokenizer
 from svdengine.converters.sentencepiece_bpe import build_sentencepiece
-from svdengine.model_file import TokenizerInfo
+from svdengine.text.tokenizer_info import TokenizerInfo
 
 RECORDED = (
     Path(__file__).parent.parent / "data" / "smollm2_token_ids.json"

@@ -10,7 +10,8 @@ from tiny_model import write_tiny_model
 
 import svdengine
 from svdengine import LLM
-from svdengine.kernels.batch import Batch, Logits
+from svdengine.kernels.batch import Batch
+from svdengine.kernels.executor import Logits
 from svdengine.server.http_server import HttpServer, listen, url_of
 from svdengine.server.service import Service
 from svdengine.server.settings import Settings

@@ -10,13 +10,14 @@ from tiny_predictor import tiny_predictor, write_sparse_model
 
 import svdengine
 from svdengine import LLM, ModelFileError, RequestError, SamplingParams
-from svdengine.benchmark import bytes_per_token, run_benchmark
-from svdengine.cost import ffn_bytes, predictor_bytes, sparse_weight_bytes, stored_bytes, weight_bytes
-from svdengine.kernels.batch import NeuronCounts
-from svdengine.model_file import read_model_file
-from svdengine.predictor_file import model_fingerprint, write_predictor
-from svdengine.tensor_file import TensorFile
-from svdengine.tensor_writer import TensorWriter
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import model_fingerprint, write_predictor
+from svdengine.files.tensor_file import TensorFile
+from svdengine.files.tensor_writer import TensorWriter
+from svdengine.kernels.executor import NeuronCounts
+from svdengine.kernels.predictor import predictor_bytes
+from svdengine.measuring.benchmark import bytes_per_token, run_benchmark
+from svdengine.measuring.memory_traffic import ffn_bytes, sparse_weight_bytes, stored_bytes, weight_bytes
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 

@@ -12,12 +12,14 @@ from tiny_model import write_tiny_model
 
 import svdengine
 from svdengine import LLM, ContextOverflowError, ModelFileError, RequestError, SamplingParams, SvdEngineError
-from svdengine.benchmark import run_benchmark
-from svdengine.cost import kv_bytes_per_token, kv_pool_bytes_per_token, kv_read_bytes, weight_bytes
-from svdengine.executors import float32_weights
 from svdengine.kernels.batch import BLOCK_SIZE
-from svdengine.perplexity import measure_perplexity, negative_log_likelihood
-from svdengine.sequence import blocks_for
+from svdengine.kernels.reference import float32_weights
+from svdengine.measuring.benchmark import run_benchmark
+from svdengine.measuring.memory_traffic import weight_bytes
+from svdengine.measuring.perplexity import measure_perplexity
+from svdengine.scheduling.block_pool import kv_bytes_per_token, kv_pool_bytes_per_token, kv_read_bytes
+from svdengine.scheduling.sampler import negative_log_likelihood
+from svdengine.scheduling.sequence import blocks_for
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 HELLO = [{"role": "user", "content": "hello world"}]
@@ -276,7 +278,7 @@ def test_weights_come_back_as_they_were_stored(llm: LLM) -> None:
     from model_zoo import random_weights
 
     expected = random_weights(llm.config)
-    found = float32_weights(llm.model_file)
+    found = float32_weights(llm.config, llm.model_file.arrays, llm.model_file.formats)
     assert set(found) == set(expected)
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 

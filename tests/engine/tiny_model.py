@@ -13,12 +13,13 @@ import sentencepiece
 import tokenizers
 from model_zoo import random_weights, zoo
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, FfnPath, Logits, NeuronCounts
-from svdengine.model_file import TokenizerInfo
-from svdengine.model_writer import ModelWriter, StoredTokenizer
+from svdengine.files.model_writer import ModelWriter, StoredTokenizer
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.executor import FfnPath, Logits, NeuronCounts
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
-from svdengine.tokenizer import Tokenizer
+from svdengine.text.tokenizer import Tokenizer
+from svdengine.text.tokenizer_info import TokenizerInfo
 
 SPECIALS = ("<s>", "</s>", "<|im_start|>", "<|im_end|>")
 CORPUS = [

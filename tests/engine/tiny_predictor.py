@@ -6,11 +6,11 @@ import numpy as np
 from model_zoo import random_weights
 from tiny_model import write_tiny_model
 
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import model_fingerprint, write_model_with_predictor
 from svdengine.kernels.formats import quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
-from svdengine.model_file import read_model_file
 from svdengine.models.config import ModelConfig
-from svdengine.predictor_file import model_fingerprint, write_model_with_predictor
 
 
 def tiny_predictor(config: ModelConfig, offset: float = 0.1, fingerprint: str = "") -> Predictor:

@@ -10,11 +10,11 @@ import pytest
 from model_zoo import make_batch, random_tokens
 from test_random_model import TINY
 
-from svdengine.ffn_path import find_predictor
-from svdengine.kernels.batch import NeuronCounts
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import find_predictor
 from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.kernels.executor import NeuronCounts
 from svdengine.kernels.predictor import Predictor
-from svdengine.model_file import read_model_file
 from svdengine.tools import planted_model, random_model
 from svdengine.tools.planted_model import PlantedWeights, Sparsity, write_planted
 

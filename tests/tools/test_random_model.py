@@ -11,9 +11,9 @@ from model_zoo import make_batch, random_tokens
 from numpy.typing import NDArray
 
 from svdengine.converters import convert
-from svdengine.executors import float32_weights
+from svdengine.files.model_file import read_model_file
 from svdengine.kernels.cpu.executor import CpuExecutor
-from svdengine.model_file import read_model_file
+from svdengine.kernels.reference import float32_weights
 from svdengine.models import ModelConfig, tensor_specs
 from svdengine.tools import random_model
 from svdengine.tools.random_gguf import write_gguf
@@ -67,7 +67,7 @@ def test_the_gguf_file_holds_the_same_weights(tmp_path: Path) -> None:
     convert(tmp_path / "m.gguf", tmp_path / "back.svdp", "f32")
     with read_model_file(tmp_path / "back.svdp") as file:
         assert file.config == TINY
-        found = float32_weights(file)
+        found = float32_weights(file.config, file.arrays, file.formats)
         for spec in tensor_specs(TINY):
             layers = [weights.tensor(spec.name, i) for i in range(TINY.layer_count if spec.stacked else 1)]
             expected = np.stack(layers) if spec.stacked else layers[0]

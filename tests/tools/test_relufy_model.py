@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from relufy_setup import decoder, source
 from small_checkpoints import CONFIG
 
-from svdengine.chat_template import ChatTemplate
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.reference import ReferenceExecutor
+from svdengine.text.chat_template import ChatTemplate
 
 torch = pytest.importorskip("torch")
 

@@ -13,11 +13,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from svdengine.chat_template import ChatTemplate
 from svdengine.converters.calibration_text import OPENINGS, read_chats, read_text
 from svdengine.converters.checkpoint import Checkpoint
 from svdengine.errors import ConversionError, RequestError, SvdEngineError
-from svdengine.tokenizer import Tokenizer
+from svdengine.text.chat_template import ChatTemplate
+from svdengine.text.tokenizer import Tokenizer
 from svdengine.tools.relufy.decoder import Decoder, KvCache
 from svdengine.tools.relufy.precision import compute_dtype, mixed_precision
 from svdengine.tools.relufy.questions import questions

@@ -12,10 +12,10 @@ from typing import Any
 from test_cpu_sparse import make_predictor
 from test_executor import RELU, executors
 
-from svdengine.engine import Engine
 from svdengine.kernels.cuda.executor import CudaExecutor
-from svdengine.request import ContextLimit, Generation
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.engine_loop import Engine
+from svdengine.scheduling.request import ContextLimit, Generation
+from svdengine.scheduling.sampling import SamplingParams
 
 EACH = 2  # tokens of a request
 TOGETHER = 2  # of its requests run at once

@@ -15,8 +15,9 @@ from fake_cupy import PinnedMemory, fake_cublas, fake_cupy
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.cuda import compilation, device
-from svdengine.kernels.cuda.availability import Gpu, measured_bandwidth
+from svdengine.kernels.cuda.availability import Gpu
 from svdengine.kernels.cuda.bandwidth import BLOCKS, THREADS
+from svdengine.kernels.cuda.description import measured_bandwidth
 from svdengine.kernels.cuda.device import CupyDevice, Gemm, SimulatedDevice
 from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
 from svdengine.kernels.cuda.intrinsics import SIMULATED

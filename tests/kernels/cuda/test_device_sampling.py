@@ -1,4 +1,4 @@
-"""Tokens sampled on the device are those of engine/sampler.py, given the same random numbers."""
+"""Tokens sampled on the device are those of engine/scheduling/sampler.py, given the same random numbers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import NOT_FINITE, Choice
 from svdengine.kernels.cuda import sampling
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.sampling import pack_choices, sample_tokens
-from svdengine.sampler import candidates
-from svdengine.sampling import SamplingParams
+from svdengine.kernels.executor import NOT_FINITE, Choice
+from svdengine.scheduling.sampler import candidates
+from svdengine.scheduling.sampling import SamplingParams
 
 SIZE, STRIDE = 119, 128
 
@@ -53,7 +53,7 @@ def choice_of(params: SamplingParams, draw: float) -> Choice:
 
 
 def defined(logits: NDArray[np.float32], params: SamplingParams, draw: float) -> int:
-    """The token that engine/sampler.py takes for this random number."""
+    """The token that engine/scheduling/sampler.py takes for this random number."""
     tokens, probabilities = candidates(logits, params)
     cumulative = np.cumsum(probabilities)
     index = int(np.searchsorted(cumulative, draw * cumulative[-1], side="right"))

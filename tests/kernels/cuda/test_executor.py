@@ -13,20 +13,20 @@ from model_zoo import block_table, make_batch, random_tokens, relative_error, ru
 from numpy.typing import NDArray
 from random_predictors import make_predictor
 
-from svdengine.engine import Engine
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import Choice
 from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling, sparse
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
+from svdengine.kernels.executor import Choice
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig
-from svdengine.request import ContextLimit, Generation
-from svdengine.sampler import candidates
-from svdengine.sampling import SamplingParams
+from svdengine.scheduling.engine_loop import Engine
+from svdengine.scheduling.request import ContextLimit, Generation
+from svdengine.scheduling.sampler import candidates
+from svdengine.scheduling.sampling import SamplingParams
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(SIMULATED, reason="needs an NVIDIA GPU: too slow in the simulator")]
 # Together these use every field of ModelConfig; rope's tables come from the host.
@@ -236,7 +236,7 @@ def test_tokens_are_chosen_in_the_recorded_step(device: Any) -> None:
 
 
 def drawn(logits: NDArray[np.float32], params: SamplingParams, draw: float) -> int:
-    """The token that engine/sampler.py takes for this random number."""
+    """The token that engine/scheduling/sampler.py takes for this random number."""
     tokens, weights = candidates(logits, params)
     return int(tokens[np.searchsorted(np.cumsum(weights), draw * weights.sum(), side="right")])
 

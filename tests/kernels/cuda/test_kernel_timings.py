@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from svdengine.kernels.cuda import attention, bandwidth, elementwise, gemv, sparse
-from svdengine.kernels.cuda.availability import Gpu, GpuDescription
+from svdengine.kernels.cuda.availability import Gpu
+from svdengine.kernels.cuda.description import GpuDescription
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.tools import cuda_kernel_timings as timings

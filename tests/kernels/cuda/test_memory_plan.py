@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from random_predictors import make_predictor
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda.memory_plan import RESERVE, MemoryPlan, plan_memory, split_layers
+from svdengine.kernels.cuda.memory_split import RESERVE, MemoryPlan, plan_memory, split_layers
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig

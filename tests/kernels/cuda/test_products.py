@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from svdengine.kernels import reference
 from svdengine.kernels.cuda import gemm, gemv
 from svdengine.kernels.cuda.elementwise import ACTIVATIONS, activate_ffn, add_parts
+from svdengine.kernels.cuda.model import Matrix, Norm, _matrix
 from svdengine.kernels.cuda.norm import normalize
-from svdengine.kernels.cuda.plan import Matrix, Norm, _matrix
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, padded_columns, quantize
 from svdengine.models.config import Activation
 

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from svdengine.kernels.cuda import sparse
 from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
 from svdengine.kernels.cuda.intrinsics import SIMULATED
-from svdengine.kernels.cuda.memory_plan import LayerSplit
-from svdengine.kernels.cuda.plan import Plan, build_plan, place_predictor
+from svdengine.kernels.cuda.memory_split import LayerSplit
+from svdengine.kernels.cuda.model import Plan, build_plan, place_predictor
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize

@@ -17,7 +17,7 @@ from svdengine.kernels.cuda import executor, gemm
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
-from svdengine.kernels.cuda.memory_plan import RESERVE, LayerSplit
+from svdengine.kernels.cuda.memory_split import RESERVE, LayerSplit
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import LayerPredictor
 from svdengine.kernels.reference import ffn

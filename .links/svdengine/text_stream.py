@@ -1,0 +1,1 @@
+../../engine/text_stream.py

@@ -1,0 +1,1 @@
+"""Throughput, quality and cost, and the tables and charts that show them."""

@@ -1,0 +1,298 @@
+"""Throughput of prompt processing and of decoding, in the manner of llama-bench."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from svdengine.kernels.batch import Batch
+from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, Logits, NeuronCounts, SamplingExecutor
+from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
+from svdengine.measuring.page_faults import PageFaults, page_faults
+from svdengine.scheduling.block_pool import kv_read_bytes
+from svdengine.scheduling.sequence import blocks_for
+
+if TYPE_CHECKING:
+    from svdengine.kernels.cpu.executor import CpuExecutor
+    from svdengine.llm import LLM
+
+
+_QUICK_TOKENS, _QUICK_REPETITIONS = 32, 3  # of a comparison that a user waits for
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """One test: pp reads a prompt, tg decodes greedily, and ffn runs the FFNs of all layers alone.
+
+    tg128x4 decodes 128 tokens of each of 4 sequences together; rates and bytes are then those of all their tokens.
+
+    The ffn test runs the compiled stages of decoding on what enters the FFNs when a prompt is read, one token at a
+    time; its tokens a second are what decoding would reach if nothing else cost time.
+    """
+
+    test: str  # pp512, tg128, tg128x4, ffn128
+    ffn: str  # the path that was asked for: dense, sparse or auto
+    tokens_per_second: float
+    stddev: float  # of tokens_per_second over the repetitions
+    bytes_per_token: float  # of weights, predictor and KV cache that must be read
+    gb_per_second: float  # bytes_per_token times tokens_per_second, in 1e9 bytes
+    speedup: float | None = None  # tokens_per_second against those of the dense path, measured in turn; None: no other
+    predicted_density: float | None = None  # share of FFN neurons predicted active; None: nothing ran sparse
+    active_density: float | None = None  # share of FFN neurons computed in full
+    faults_per_token: float | None = None  # page faults of all kinds; None: not asked for
+    major_faults_per_token: float | None = None  # of those, pages that were not in memory
+    disk_bytes_per_token: float | None = None  # read from storage
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is repeated. `run` goes once through all tokens."""
+
+    name: str
+    tokens: int
+    run: Callable[[], None]
+    together: int = 1  # tokens of a step, where they belong to as many sequences
+
+
+@dataclass(frozen=True)
+class Repetition:
+    """What one repetition took."""
+
+    seconds: float
+    neurons: NeuronCounts
+    faults: PageFaults | None
+
+
+def run_benchmark(
+    llm: LLM,
+    pp: int,
+    tg: int,
+    repetitions: int,
+    report: Callable[[str], None] | None = None,
+    *,
+    paths: Sequence[str] = (),
+    parallel: Sequence[int] = (1,),
+    sparsity_bias: float = 0.0,
+    faults: bool = False,
+) -> list[BenchRow]:
+    """Time a prompt of `pp` tokens and `tg` decoded tokens; 0 leaves a test out. `llm` must be idle.
+
+    Decoding is timed for each number of sequences in `parallel`, all decoded together.
+    The tests run on each of the FFN's `paths`, by default the one that is set; where there are several, on a CPU, the
+    FFNs are also timed alone, for `tg` tokens. Paths take turns, since a machine's speed drifts; but not with
+    `faults`, which counts page faults: then what one path leaves in memory would be another's.
+    """
+    before = llm.ffn
+    paths = paths or (before,)
+    rows = []
+    try:
+        for test in _tests(llm, pp, tg, parallel, sparsity_bias, alone=len(paths) > 1 and not faults):
+            done = _repeat(llm, test, paths, repetitions, report, faults)
+            rows += [_row(llm, test, path, done[path], done.get("dense")) for path in paths]
+    finally:
+        llm.ffn = before
+    return rows
+
+
+def decoding_against_dense(llm: LLM, seconds: float = 1.0) -> BenchRow | None:
+    """One sequence decoded on the path that is set, against the dense one, in about `seconds`. `llm` must be idle.
+
+    What the KV cache held is lost. None where dense tokens take too long for that.
+    """
+    before = llm.ffn
+
+    def decoding(tokens: int) -> Workload:
+        return Workload(f"tg{tokens}", tokens, partial(_decode, llm.executor, tokens, 1, 0.0))
+
+    try:
+        llm.ffn = "dense"
+        decoding(1).run()  # the first step does more than the others
+        token = _measured(llm.executor, decoding(1).run, faults=False).seconds
+        tokens = int(seconds / (2 * (_QUICK_REPETITIONS + 1) * token))
+        if tokens < 1:
+            return None
+        test = decoding(min(tokens, _QUICK_TOKENS))
+        done = _repeat(llm, test, ("dense", before), _QUICK_REPETITIONS, None, faults=False)
+    finally:
+        llm.ffn = before
+    return _row(llm, test, before, done[before], done["dense"])
+
+
+def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_token: float = 1.0) -> float:
+    """Bytes of weights read for each of `tokens` tokens, of which some or all ran sparse, as `neurons` says.
+
+    What is dense is read once a step, and rows of sparse execution at most once a token: where tokens of a step list
+    the same row, it is read once for them, which neuron counts do not tell.
+    """
+    config, dense = llm.config, weight_bytes(llm.model_file)
+    predicted, active = neurons.predicted_density, neurons.active_density
+    if predicted is None or active is None:
+        return dense * steps_per_token
+    share = neurons.total / (tokens * config.layer_count * config.ffn_size)  # of tokens that ran sparse
+    around = sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)  # attention, norms, embeddings
+    rows = sparse_weight_bytes(llm.model_file, llm.predictor, predicted, active) - around
+    return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
+
+
+def _tests(llm: LLM, pp: int, tg: int, parallel: Sequence[int], sparsity_bias: float, alone: bool) -> list[Workload]:
+    """The tests that were asked for; `alone`: the FFNs by themselves too, where the executor can."""
+    executor = llm.executor
+    bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
+    prompt = _prompt(pp, llm.config.vocab_size)
+    tests = []
+    if pp:
+        tests.append(Workload(f"pp{pp}", pp, lambda: _read_prompt(executor, prompt, bias)))
+    for count in parallel if tg else ():
+        name = f"tg{tg}" if count == 1 else f"tg{tg}x{count}"
+        tests.append(Workload(name, tg * count, partial(_decode, executor, tg, count, sparsity_bias), count))
+    from svdengine.kernels.cpu.executor import CpuExecutor
+
+    if tg and alone and isinstance(executor, CpuExecutor):
+        count = min(max(tg, 2), executor.max_batch_rows, llm.context)
+        inputs = executor.ffn_inputs(_batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
+        tests.append(Workload(f"ffn{tg}", tg, lambda: _run_ffns(executor, inputs, tg, sparsity_bias)))
+    return tests
+
+
+def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: list[Repetition] | None) -> BenchRow:
+    count = test.tokens * len(done)
+    rates = [test.tokens / repetition.seconds for repetition in done]
+    mean = statistics.fmean(rates)
+    neurons = sum((repetition.neurons for repetition in done), NO_NEURONS)
+    size = _size_of(llm, test, neurons, count)
+    row = BenchRow(
+        test=test.name,
+        ffn=path,
+        tokens_per_second=mean,
+        stddev=statistics.stdev(rates) if len(rates) > 1 else 0.0,
+        bytes_per_token=size,
+        gb_per_second=size * mean / 1e9,
+        predicted_density=neurons.predicted_density,
+        active_density=neurons.active_density,
+    )
+    if dense is not None and dense is not done:
+        row = replace(row, speedup=_median_seconds(dense) / _median_seconds(done))
+    faults = [repetition.faults for repetition in done if repetition.faults is not None]
+    if not faults:
+        return row
+    return replace(
+        row,
+        faults_per_token=sum(found.minor + found.major for found in faults) / count,
+        major_faults_per_token=sum(found.major for found in faults) / count,
+        disk_bytes_per_token=sum(found.disk_bytes for found in faults) / count,
+    )
+
+
+def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> float:
+    """Bytes that each of `count` tokens reads in a test."""
+    config, tokens = llm.config, test.tokens
+    if test.name.startswith("ffn"):
+        return bytes_per_token(llm, neurons, count) - sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)
+    if test.name.startswith("pp"):
+        steps = -(-tokens // llm.executor.max_batch_rows)
+        kv = kv_read_bytes(config, tokens, llm.kv_dtype) / tokens
+    else:
+        each = tokens // test.together
+        steps, kv = each, kv_read_bytes(config, (each + 1) / 2, llm.kv_dtype)
+    return kv + bytes_per_token(llm, neurons, count, steps / tokens)
+
+
+def _median_seconds(done: list[Repetition]) -> float:
+    return statistics.median(repetition.seconds for repetition in done)
+
+
+def _repeat(
+    llm: LLM,
+    test: Workload,
+    paths: Sequence[str],
+    repetitions: int,
+    report: Callable[[str], None] | None,
+    faults: bool,
+) -> dict[str, list[Repetition]]:
+    """Run a test `repetitions` times on each path, after once that does not count."""
+    order = [path for path in paths for _ in range(repetitions)] if faults else [*paths] * repetitions
+    done: dict[str, list[Repetition]] = {}
+    for number, path in enumerate(order):
+        if report is not None:
+            report(f"{test.name} {number + 1}/{len(order)}")
+        llm.ffn = path
+        if path not in done:
+            test.run()
+        done.setdefault(path, []).append(_measured(llm.executor, test.run, faults))
+    return done
+
+
+def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
+    neurons = executor.neuron_counts()
+    pages = page_faults() if faults else None
+    begin = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - begin
+    found = page_faults().since(pages) if pages is not None else None
+    return Repetition(seconds, executor.neuron_counts() - neurons, found)
+
+
+def _prompt(count: int, vocab_size: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
+
+
+def _read_prompt(executor: Executor, tokens: np.ndarray, bias: np.ndarray | None) -> None:
+    for start in range(0, len(tokens), executor.max_batch_rows):
+        chunk = tokens[start : start + executor.max_batch_rows]
+        _forward(executor, chunk, start, bias, last=start + len(chunk) == len(tokens))
+
+
+def _decode(executor: Executor, count: int, sequences: int, bias: float) -> None:
+    """Decode `count` tokens of each of some sequences, all in the same steps."""
+    rows = np.arange(sequences, dtype=np.int32)
+    blocks = blocks_for(count)
+    tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
+    tokens = 1 + rows
+    for position in range(count):
+        batch = Batch(
+            tokens=tokens,
+            positions=np.full_like(rows, position),
+            sequences=rows,
+            block_tables=tables,
+            context_lengths=np.full_like(rows, position + 1),
+            logit_rows=rows,
+            sparsity_bias=np.full(sequences, bias, np.float32) if bias else None,
+        )
+        tokens = _likeliest(executor, batch)
+
+
+def _likeliest(executor: Executor, batch: Batch) -> np.ndarray:
+    """The likeliest next tokens, as the engine gets them: from the executor, where it can choose."""
+    if isinstance(executor, SamplingExecutor):
+        return executor.forward_and_sample(batch, [Choice(temperature=0.0)] * len(batch.logit_rows))[0]
+    return executor.forward(batch).argmax(1).astype(np.int32)
+
+
+def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float) -> None:
+    """Run all layers' FFNs on `inputs` (layers, n, hidden), one token at a time, `count` times."""
+    for token in range(count):
+        executor.run_ffns(inputs[:, token % inputs.shape[1], None], sparsity_bias=bias)
+
+
+def _forward(executor: Executor, tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Logits:
+    return executor.forward(_batch(tokens, start, bias, last=last))
+
+
+def _batch(tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Batch:
+    """One step of a single sequence that fills blocks 0, 1, ... of the pool; `last`: with the last token's logits."""
+    end = start + len(tokens)
+    return Batch(
+        tokens=tokens,
+        positions=np.arange(start, end, dtype=np.int32),
+        sequences=np.zeros(len(tokens), np.int32),
+        block_tables=np.arange(blocks_for(end), dtype=np.int32)[None],
+        context_lengths=np.array([end], np.int32),
+        logit_rows=np.array([len(tokens) - 1] if last else [], np.int32),
+        sparsity_bias=bias,
+    )

@@ -1,0 +1,163 @@
+"""How well predictors rank the neurons of each layer, on held-out tokens of a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import RequestError
+from svdengine.files.predictor_file import require_relu_family
+
+if TYPE_CHECKING:
+    from svdengine.converters.ffn_layer import FfnLayer, Neurons
+    from svdengine.converters.predictor_quality import Scorer, Selection
+    from svdengine.converters.statistics import LayerStatistics, Statistics
+    from svdengine.kernels.predictor import LayerPredictor
+    from svdengine.llm import LLM
+
+Progress = Callable[[str, int, int], None]  # what is being done, how much of it is, and all
+
+WINDOW = 256  # tokens
+FIT_ROWS = 4096  # tokens that predictors are fitted to
+HELD_OUT_ROWS = 1024  # tokens that they are measured on
+OWN = "this model's"
+
+
+@dataclass(frozen=True)
+class LayerStudy:
+    """One layer: every predictor's ranking, and what the model's own one selects."""
+
+    layer: int
+    auroc: dict[str, float]  # name of a predictor -> its AUROC, NaN where no neuron is active on some tokens only
+    active_density: float  # share of neurons whose gate is not zero
+    own: Selection | None
+
+
+@dataclass(frozen=True)
+class NeuronScores:
+    """Scores of one neuron by the model's own predictor, which computes it where they are above 0."""
+
+    layer: int
+    neuron: int
+    active: tuple[float, ...]  # on tokens for which the neuron is active
+    inactive: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PredictorStudy:
+    """All layers, and one neuron of the middle one."""
+
+    layers: tuple[LayerStudy, ...]
+    neuron: NeuronScores | None  # None: the model has no predictor
+    fit_tokens: int
+    held_out_tokens: int
+
+
+def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> PredictorStudy:
+    """Fit predictors of several kinds to four fifths of `text`, and measure them and the model's own on the rest.
+
+    `llm` must be idle. Raises RequestError for a model outside the ReLU family, ConversionError when the text is too
+    short.
+    """
+    from svdengine.converters.ffn_layer import read_ffn_layer, run_neurons
+
+    require_relu_family(llm.model_file)
+    statistics = _gather(llm, text, progress)
+    layers, middle = [], None
+    for index in range(llm.config.layer_count):
+        own = llm.predictor.layers[index] if llm.predictor is not None else None
+        layer = read_ffn_layer(llm.model_file, index)
+        x = statistics.held_out[index].astype(np.float32)
+        neurons = run_neurons(layer, x)
+        layers.append(_study_layer(index, layer, statistics.layers[index], own, x, neurons))
+        if own is not None and index == llm.config.layer_count // 2:
+            middle = _neuron_scores(index, own, x, neurons)
+        if progress is not None:
+            progress("layers", index + 1, llm.config.layer_count)
+    return PredictorStudy(tuple(layers), middle, statistics.tokens, statistics.held_out.shape[1])
+
+
+def _gather(llm: LLM, text: str, progress: Progress | None) -> Statistics:
+    from svdengine.converters.statistics import StatisticsCollector, collect_statistics
+
+    source: Any = llm.executor
+    if not hasattr(source, "ffn_inputs"):
+        raise RequestError(f"the device {source.name} cannot show what its FFNs read; use --device cpu")
+    tokens = llm.tokenizer.encode(text, bos=False)
+    size = min(WINDOW, llm.context, max(2, len(tokens) // 10))  # so that a short text has windows to hold out
+    windows = [tokens[at : at + size] for at in range(0, len(tokens), size)]
+    windows = [window for window in windows if len(window) > 1]
+    config = llm.config
+    collector = StatisticsCollector(
+        config.layer_count, config.hidden_size, fit_rows=FIT_ROWS, held_out_rows=HELD_OUT_ROWS
+    )
+    report = (lambda done, total: progress("windows", done, total)) if progress is not None else None
+    return collect_statistics(source, windows, collector, progress=report)
+
+
+def _study_layer(
+    index: int,
+    layer: FfnLayer,
+    statistics: LayerStatistics,
+    own: LayerPredictor | None,
+    x: NDArray[np.float32],
+    neurons: Neurons,
+) -> LayerStudy:
+    from svdengine.converters.predictor_quality import mean_auroc, select
+    from svdengine.kernels.predictor import scores
+
+    auroc = {name: mean_auroc(scorer(x), neurons.active) for name, scorer in _scorers(layer, statistics, own)}
+    chosen = select(scores(own, x) > 0, neurons) if own is not None else None
+    return LayerStudy(index, auroc, float(neurons.active.mean()), chosen)
+
+
+def _scorers(layer: FfnLayer, statistics: LayerStatistics, own: LayerPredictor | None) -> Iterator[tuple[str, Scorer]]:
+    """The model's own predictor, then those to compare it with; ranks and bits are its own where it has them."""
+    from svdengine.converters.predictor_quality import oracle_scorer, random_scorer, scorer_of, sign_scorer
+    from svdengine.converters.predictors import build_predictor, find_basis
+
+    if own is not None:
+        yield OWN, scorer_of(own)
+    hidden = layer.gate.shape[1]
+    rank = min(own.rank, *layer.gate.shape) if own is not None and own.rank else max(1, hidden // 8)
+    bits = own.residual_bits if own is not None and own.residual_bits else 2
+    for kind in ("svd", "svd-naive"):
+        basis = find_basis(kind, layer.gate, statistics, rank)
+        yield f"{kind}, rank {rank}", scorer_of(build_predictor(kind, layer, statistics, rank, 0, basis=basis))
+        if kind == "svd":
+            name = f"svd, rank {rank} + {bits} bits"
+            yield name, scorer_of(build_predictor("svd+lowbit", layer, statistics, rank, bits, basis=basis))
+    yield f"lowbit, {bits} bits", scorer_of(build_predictor("lowbit", layer, statistics, 0, bits))
+    yield "sign bits", sign_scorer(layer)
+    yield "random", random_scorer(layer)
+    yield "oracle", oracle_scorer(layer)
+
+
+def _neuron_scores(index: int, own: LayerPredictor, x: NDArray[np.float32], neurons: Neurons) -> NeuronScores:
+    """Of the neuron that is active about as often as the layer's mean."""
+    from svdengine.kernels.predictor import scores
+
+    found = scores(own, x)
+    share = neurons.active.mean(0)
+    neuron = int(np.abs(share - max(share.mean(), 0.1)).argmin())
+    truth = neurons.active[:, neuron]
+    return NeuronScores(
+        layer=index,
+        neuron=neuron,
+        active=tuple(map(float, found[truth, neuron])),
+        inactive=tuple(map(float, found[~truth, neuron])),
+    )
+
+
+def mean_aurocs(study: PredictorStudy) -> dict[str, float]:
+    """Each predictor's AUROC, averaged over the layers that have one."""
+    means = {}
+    for name in study.layers[0].auroc:
+        found = [layer.auroc[name] for layer in study.layers if math.isfinite(layer.auroc[name])]
+        means[name] = sum(found) / len(found) if found else math.nan
+    return means

@@ -1,0 +1,108 @@
+"""What a predictor says of itself, as a table: how it was made, and how good it was in each layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from svdengine.kernels.predictor import Predictor, layer_predictor_bytes
+
+_MEASURES = (
+    "auroc",
+    "recall",
+    "precision",
+    "predicted_density",
+    "active_density",
+    "computed_density",
+    "relative_error",
+)
+
+# Heading, field of a row, and how it is written.
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("rank", "rank", "{}".format),
+    ("bits", "bits", "{}".format),
+    ("AUROC", "auroc", "{:.3f}".format),
+    ("recall", "recall", "{:.3f}".format),
+    ("predicted", "predicted_density", "{:.1%}".format),
+    ("active", "active_density", "{:.1%}".format),
+    ("rel. error", "relative_error", "{:.1e}".format),
+    ("KB", "bytes", lambda size: f"{size / 1e3:.1f}"),
+)
+
+
+def predictor_report(predictor: Predictor) -> dict[str, Any]:
+    """A description in plain JSON types. `about` may come from any file: what is not as expected is left out."""
+    about = predictor.about
+    noted = about.get("table")
+    rows = noted if isinstance(noted, list) and len(noted) == len(predictor.layers) else [{}] * len(predictor.layers)
+    layers = []
+    for index, (layer, row) in enumerate(zip(predictor.layers, rows, strict=True)):
+        measured = row if isinstance(row, dict) else {}
+        layers.append(
+            {
+                "layer": index,
+                "rank": layer.rank,
+                "relu": layer.relu,
+                "bits": layer.residual_bits,
+                "factors": layer.factor_format,
+                "bytes": layer_predictor_bytes(layer),
+                **{name: _number(measured.get(name)) for name in _MEASURES},
+            }
+        )
+    return {
+        "kind": _text(about.get("kind")),
+        "thresholds": _text(about.get("thresholds")),
+        "budget": _numbers(about.get("budget")),
+        "outcome": _numbers(about.get("outcome")),
+        "tokens": _number(about.get("tokens")),
+        "layers": layers,
+        "totals": {
+            "bytes": sum(layer["bytes"] for layer in layers),
+            **{name: _mean([layer[name] for layer in layers]) for name in _MEASURES},
+        },
+    }
+
+
+def predictor_lines(report: Mapping[str, Any]) -> list[str]:
+    """The report as text."""
+    none = "none" if report["thresholds"] == "trained" else "unknown"
+    budget = ", ".join(f"{name} {value:g}" for name, value in report["budget"].items()) or none
+    lines = [f"predictor: {report['kind']}; thresholds: {report['thresholds']}; budget: {budget}"]
+    if report["outcome"]:
+        lines.append("outcome: " + ", ".join(f"{name} {value:.4g}" for name, value in report["outcome"].items()))
+    lines += ["", _line("layer", [heading for heading, *_ in _COLUMNS])]
+    for row in report["layers"]:
+        lines.append(_line(str(row["layer"]), _cells(row)))
+    totals = {**report["totals"], "rank": None, "bits": None}
+    lines.append(_line("total", _cells({**totals})))
+    return lines
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    return ["-" if row[name] is None else form(row[name]) for _, name, form in _COLUMNS]
+
+
+def _line(first: str, cells: list[str]) -> str:
+    return f"{first:<6}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _number(value: Any) -> float | int | None:
+    usable = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return value if usable else None
+
+
+def _numbers(value: Any) -> dict[str, float]:
+    found = value.items() if isinstance(value, dict) else ()
+    return {_text(name): number for name, entry in found if (number := _number(entry)) is not None}
+
+
+def _text(value: Any) -> str:
+    """A name from a file, safe to print."""
+    text = value if isinstance(value, str) else "unknown"
+    return "".join(c if c.isprintable() else "?" for c in text)[:60]
+
+
+def _mean(values: list[Any]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

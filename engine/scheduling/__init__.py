@@ -1,0 +1,1 @@
+"""Who runs next: requests, sequences, the scheduler, and the loop that drives an executor."""

@@ -1,0 +1,192 @@
+"""The sampler of one request: logits of one step to a token, with its own random generator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.errors import RequestError, SvdEngineError
+from svdengine.kernels.executor import NOT_FINITE, Choice
+from svdengine.scheduling.constraint import Constraint
+from svdengine.scheduling.sampling import SamplingParams
+
+_FIRST_CANDIDATES = 256  # of a top-p search; it grows eightfold until their probability suffices
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of one step, under the model's own distribution: before penalties, bias and temperature."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
+
+
+class Sampler:
+    """Chooses the tokens of one request. Its random generator is its own, so that other requests change nothing."""
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt: Sequence[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        for token in params.logit_bias:
+            if token >= vocab_size:
+                raise RequestError(f"logit_bias names token {token}, but the vocabulary has {vocab_size} tokens")
+        self.params = params
+        self.constraint = constraint
+        self._random = np.random.Generator(np.random.PCG64(params.seed))
+        self._prompt = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1.0 else None
+        self._counts: Counter[int] = Counter()  # of generated tokens; kept only while a penalty needs it
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._penalised = bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+
+    def sample(self, logits: NDArray[np.float32]) -> int:
+        """The next token, from logits (vocabulary,) float32, which are left as they are.
+
+        Raises SvdEngineError when a logit is NaN or infinite, or no token fits the constraint.
+        """
+        if self._penalised or self._bias_ids.size:
+            logits = self._adjust(logits)
+        if self.constraint is None:
+            token = self._choose(logits)
+        else:
+            tokens = self.constraint.allowed()
+            token = int(tokens[self._choose(logits[tokens])])
+            self.constraint.accept(token)
+        if self._penalised:
+            self._counts[token] += 1
+        return token
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
+        """The index of the logit that is taken."""
+        token = int(logits.argmax())  # NumPy's argmax stops at the first NaN, so this one look finds any
+        if not np.isfinite(logits[token]):
+            raise _not_finite()
+        return token if self.params.greedy else self._draw(logits)
+
+    def choice(self) -> Choice | None:
+        """How an executor is to choose the next token itself, with a number drawn for it: to be called once a token.
+
+        None where logits are changed or left out before a token is chosen: then `sample` is for it.
+        """
+        if self._penalised or self._bias_ids.size or self.constraint is not None:
+            return None
+        params = self.params
+        draw = 0.0 if params.greedy else self._random.random()
+        return Choice(params.temperature, params.top_k, params.top_p, params.min_p, draw)
+
+    def _adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Penalties, then bias, on a copy."""
+        logits = logits.copy()
+        params = self.params
+        generated = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+        if self._prompt is not None:
+            seen = np.union1d(self._prompt, generated)
+            values = logits[seen]
+            penalty = np.float32(params.repetition_penalty)
+            logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if params.presence_penalty or params.frequency_penalty:
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            logits[generated] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
+        logits[self._bias_ids] += self._bias
+        return logits
+
+    def _draw(self, logits: NDArray[np.float32]) -> int:
+        tokens, probabilities = candidates(logits, self.params)
+        cumulative = np.cumsum(probabilities)
+        index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        return int(tokens[min(index, len(tokens) - 1)])
+
+
+def check_chosen(token: int) -> None:
+    """Raise SvdEngineError where an executor found logits that are NaN or infinite, instead of a token."""
+    if token == NOT_FINITE:
+        raise _not_finite()
+
+
+def _not_finite() -> SvdEngineError:
+    return SvdEngineError(
+        "the model gave logits that are not finite; its weights may be damaged, or too large for their format"
+    )
+
+
+def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Tokens that survive the filters, and their probabilities (not normalised): (n,) int64, (n,) float64.
+
+    They come likeliest first, ties by token id, when a top-k or top-p filter ran; else in order of token id.
+    """
+    if params.top_k and params.top_k < len(logits):
+        tokens = _largest(logits, params.top_k)
+        kept = _weights(logits[tokens], params.temperature)
+        total = float(kept.sum())
+    else:
+        tokens = np.arange(len(logits))
+        kept = _weights(logits, params.temperature)
+        if params.top_p < 1.0:
+            total = float(kept.sum())
+            tokens = _enough(kept, params.top_p * total)
+            kept = kept[tokens]
+    if params.top_p < 1.0:
+        # The token that crosses the line is kept.
+        count = int((np.cumsum(kept) < params.top_p * total).sum()) + 1
+        tokens, kept = tokens[:count], kept[:count]
+    if params.min_p > 0.0:
+        likely = kept >= params.min_p * kept.max()
+        tokens, kept = tokens[likely], kept[likely]
+    return tokens, kept
+
+
+def _weights(logits: NDArray[np.float32], temperature: float) -> NDArray[np.float64]:
+    """Probabilities times a constant that makes the largest 1."""
+    distances = logits.astype(np.float64) - float(logits.max())
+    with np.errstate(over="ignore"):  # divided by a tiny temperature
+        return np.exp(distances / temperature)
+
+
+def token_logprobs(logits: NDArray[np.float32], token: int, top: int) -> TokenLogprobs:
+    """Log-probabilities of the token chosen and of the `top` likeliest, from raw logits (vocabulary,) float32."""
+    shifted = logits.astype(np.float64) - float(logits.max())
+    normaliser = float(np.log(np.exp(shifted).sum()))
+    likeliest = _largest(logits, min(top, len(logits))) if top else ()
+    pairs = tuple((int(t), float(shifted[t]) - normaliser) for t in likeliest)
+    return TokenLogprobs(token, float(shifted[token]) - normaliser, pairs)
+
+
+def _largest(values: NDArray, count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest, in descending order, the lower index first among equals."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    bound = values[np.argpartition(values, len(values) - count)[len(values) - count]]
+    above = np.flatnonzero(values > bound)
+    level = np.flatnonzero(values == bound)[: count - len(above)]
+    indices = np.concatenate([above, level])
+    return indices[np.argsort(-values[indices], kind="stable")]
+
+
+def _enough(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
+    """The likeliest tokens, in descending order, that hold at least `mass` together."""
+    count = _FIRST_CANDIDATES
+    while True:
+        tokens = _largest(weights, count)
+        if count >= len(weights) or weights[tokens].sum() >= mass:
+            return tokens
+        count *= 8
+
+
+def negative_log_likelihood(logits: NDArray[np.float32], targets: list[int]) -> float:
+    """Sum over rows of -log softmax(logits)[target], in nats; logits: (n, vocabulary) float32."""
+    return -sum(float(log_softmax(row)[target]) for row, target in zip(logits, targets, strict=True))
+
+
+def log_softmax(row: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Logarithms of the probabilities that logits (vocabulary,) stand for."""
+    shifted = row.astype(np.float64) - float(row.max())
+    return shifted - np.log(np.exp(shifted).sum())

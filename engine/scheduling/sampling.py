@@ -1,0 +1,158 @@
+"""Sampling parameters: what a request may ask for, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from svdengine.errors import RequestError
+from svdengine.text.grammar import Grammar, read_response_format
+
+MAX_LOGPROBS = 100
+MAX_STOP_STRINGS = 64
+MAX_PRIORITY = 1 << 31
+MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen, when generation ends, and who waits. Raises RequestError on a field that is out of range.
+
+    The logits of a step are changed in this order, which is that of Hugging Face: repetition penalty, presence and
+    frequency penalties, logit bias, temperature, top-k, top-p, min-p. Temperature 0 is greedy: the filters are not run.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0  # keep the k likeliest tokens; 0: all
+    top_p: float = 1.0  # keep the likeliest tokens up to and with the one that brings their sum to top_p
+    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest
+    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen, prompt included
+    presence_penalty: float = 0.0  # subtracted once from tokens that were generated
+    frequency_penalty: float = 0.0  # subtracted for every time that a token was generated
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> what is added to its logit
+    seed: int | None = None  # None: another one for each request
+    max_tokens: int | None = 256  # None: as many as the context has room for
+    stop: tuple[str, ...] = ()  # generation ends before the first of these; a single string is taken too
+    stop_token_ids: tuple[int, ...] = ()  # end generation, like the model's own end tokens
+    logprobs: int | None = None  # log-probabilities of the chosen and of this many likeliest tokens; None: none
+    ignore_eos: bool = False  # the model's end tokens do not end generation
+    response_format: Grammar | Mapping[str, Any] | None = None  # as OpenAI's: the text must be JSON, or fit a schema
+    sparsity_bias: float = 0.0  # shifts the sparsity predictor's thresholds; above 0: fewer neurons are computed
+    priority: int = 0  # where requests wait for each other, lower numbers go first; equal ones in order of arrival
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", _stop_strings(self.stop))
+        object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
+        object.__setattr__(self, "response_format", read_response_format(self.response_format))
+        _check_number("temperature", self.temperature, 0.0, 100.0)
+        _check_integer("top_k", self.top_k, 0, 1 << 24)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        check_sparsity_bias(self.sparsity_bias)
+        _check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        if self.top_p == 0.0:
+            raise RequestError("top_p must be above 0; use temperature 0 for greedy decoding")
+        if self.seed is not None:
+            _check_integer("seed", self.seed, 0, (1 << 64) - 1)
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, 1, 1 << 31)
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if not isinstance(self.ignore_eos, bool):
+            raise RequestError(f"ignore_eos must be true or false, found {self.ignore_eos!r}")
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the text must keep to."""
+        return self.response_format if isinstance(self.response_format, Grammar) else None
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
+        return self.temperature == 0.0
+
+
+def merge_params(base: SamplingParams, changes: Mapping[str, Any]) -> SamplingParams:
+    """`base` with the named fields changed. Raises RequestError on a name that is no sampling parameter."""
+    known = {f.name for f in fields(SamplingParams)}
+    for name in changes:
+        if name not in known:
+            raise RequestError(f"{name!r} is not a sampling parameter; there are {', '.join(sorted(known))}")
+    return replace(base, **changes) if changes else base
+
+
+# What llama.cpp samples with when it is not told.
+UNSTATED: Mapping[str, Any] = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
+
+
+def params_from_generation(generation: Mapping[str, Any]) -> SamplingParams:
+    """The defaults that a model's generation_config.json states; entries that are unknown or unusable are left out.
+
+    A model that says nothing of sampling gets `UNSTATED`: small models ramble when they sample freely.
+    """
+    if generation.get("do_sample") is False:
+        return SamplingParams(temperature=0.0)
+    if not any(generation.get(name) is not None for name in ("temperature", "top_k", "top_p", "min_p")):
+        generation = {**UNSTATED, **generation}
+    params = SamplingParams()
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        if generation.get(name) is None:
+            continue
+        try:
+            params = replace(params, **{name: generation[name]})
+        except RequestError:
+            continue
+    return params
+
+
+def check_sparsity_bias(value: Any) -> None:
+    """Raise RequestError unless it is a number that a threshold can be shifted by."""
+    _check_number("sparsity_bias", value, -MAX_SPARSITY_BIAS, MAX_SPARSITY_BIAS)
+
+
+def _check_number(name: str, value: Any, low: float, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise RequestError(f"{name} must be a number, found {value!r}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must lie between {low:g} and {high:g}, found {value:g}")
+
+
+def _check_integer(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise RequestError(f"{name} must be a whole number, found {value!r}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must lie between {low} and {high}, found {value}")
+
+
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
+    if any(not isinstance(s, str) or not s for s in strings):
+        raise RequestError(f"stop must be strings that are not empty, found {stop!r}")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings can be given, found {len(strings)}")
+    return strings
+
+
+def _token_ids(ids: Any) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        raise RequestError(f"stop_token_ids must be token ids, found {ids!r}")
+    values = tuple(ids)
+    for value in values:
+        _check_integer("stop_token_ids", value, 0, 1 << 31)
+    return values
+
+
+def _logit_bias(bias: Any) -> dict[int, float]:
+    if not isinstance(bias, Mapping):
+        raise RequestError(f"logit_bias must map token ids to numbers, found {bias!r}")
+    for token, value in bias.items():
+        _check_integer("a token id of logit_bias", token, 0, 1 << 31)
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value == math.inf:
+            raise RequestError(f"logit_bias of token {token} must be a number, found {value!r}")
+    return {token: float(value) for token, value in bias.items()}

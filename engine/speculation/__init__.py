@@ -1,0 +1,1 @@
+"""Drafted tokens, and whether they pay."""

@@ -1,0 +1,153 @@
+"""The chat template: a list of messages to the text of a prompt, in which what users typed stays text."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from jinja2 import meta
+
+from svdengine.errors import ModelFileError, RequestError
+from svdengine.text.template_sandbox import BoundedSandbox, TemplateLimitError
+from svdengine.text.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]  # role, content and whatever else the template reads
+
+MAX_TEMPLATE = 256 * 1024  # characters
+MAX_DEPTH = 32  # of lists and objects inside a message
+
+_TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+_MARKS = range(0xE000, 0xF900)  # the private use area: no meaning of their own, no case, no white space
+
+
+@dataclass(frozen=True)
+class RenderedPrompt:
+    """A prompt to be encoded with control tokens, and the marks in it that stand for text that looks like one."""
+
+    text: str
+    literals: Mapping[str, str]
+
+    @property
+    def plain(self) -> str:
+        """The prompt as people read it."""
+        return self.text.translate({ord(mark): meaning for mark, meaning in self.literals.items()})
+
+
+class ChatTemplate:
+    """A compiled template. Raises ModelFileError when it is too long or does not compile."""
+
+    def __init__(self, source: str, tokenizer: Tokenizer) -> None:
+        if len(source) > MAX_TEMPLATE:
+            raise ModelFileError(f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are taken")
+        self._tokenizer = tokenizer
+        self.source = source
+        self._sandbox = BoundedSandbox()
+        self._lock = threading.Lock()
+        try:
+            self._template = self._sandbox.from_string(source)
+        except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError) as error:
+            raise ModelFileError(f"the model's chat template does not compile: {_first_line(error)}") from error
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """Names that the template reads and does not set itself, such as messages or tools."""
+        return frozenset(meta.find_undeclared_variables(self._sandbox.parse(self.source)))
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
+    ) -> RenderedPrompt:
+        """The prompt of a conversation. `extra`: further variables of the template, such as tools.
+
+        Text inside messages that spells a control token is replaced by a private-use character before the template
+        runs, so that it can be told from what the template itself writes; trimming, splitting and looking into the
+        content work as ever on the rest. Raises RequestError when the messages are unusable or the template refuses.
+        """
+        check_messages(messages)
+        marked, literals = self._mark([dict(m) for m in messages], _without_none(extra))
+        values = {"messages": marked[0], **marked[1]}
+        values |= {"add_generation_prompt": add_generation_prompt}
+        values |= {name: self._tokenizer.special_text(id_) for name, id_ in self._named_tokens()}
+        try:
+            with self._lock:
+                return RenderedPrompt(self._sandbox.render(self._template, values), literals)
+        except TemplateLimitError as error:
+            raise ModelFileError(f"the model's chat template was stopped: {_first_line(error)}") from error
+        except jinja2.TemplateError as error:
+            raise RequestError(f"the model's chat template refused the messages: {_first_line(error)}") from error
+        except _TEMPLATE_FAILURES as error:
+            what = f"{type(error).__name__}: {_first_line(error)}"
+            raise RequestError(f"the model's chat template failed on the messages: {what}") from error
+
+    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> list[int]:
+        """Token ids of the prompt of a conversation; see `render`."""
+        rendered = self.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+        return self._tokenizer.encode(rendered.text, special=True, bos=False, literals=rendered.literals)
+
+    def _named_tokens(self) -> Iterable[tuple[str, int | None]]:
+        return (("bos_token", self._tokenizer.bos_id), ("eos_token", self._tokenizer.eos_id))
+
+    def _mark(self, messages: list[dict[str, Any]], extra: dict[str, Any]) -> tuple[Any, dict[str, str]]:
+        texts = list(_strings([messages, extra]))
+        found = [s for s in self._tokenizer.special_texts if any(s in text for text in texts)]
+        if not found:
+            return [messages, extra], {}
+        used = set("".join(texts)).union(self.source)
+        free = (chr(code) for code in _MARKS if chr(code) not in used)
+        marks = dict(zip(sorted(found, key=len, reverse=True), free, strict=False))
+        if len(marks) < len(found):
+            raise RequestError("the messages use too many private-use characters")
+        return _replaced([messages, extra], marks), {mark: text for text, mark in marks.items()}
+
+
+def check_messages(messages: Any) -> None:
+    """Raise RequestError unless `messages` is a list of objects with a role, at least one."""
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise RequestError(f"messages must be a list of objects with role and content, found {type(messages).__name__}")
+    if not messages:
+        raise RequestError("the list of messages is empty")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise RequestError(f"message {i} must be an object with role and content, found {type(message).__name__}")
+        if not isinstance(message.get("role"), str) or not message["role"]:
+            raise RequestError(f"message {i} has no role")
+        if "content" not in message and "tool_calls" not in message:
+            raise RequestError(f"message {i} has no content")
+        if not isinstance(message.get("content"), str | list | None):
+            raise RequestError(f"the content of message {i} must be a string")
+
+
+def _strings(value: Any, depth: int = 0) -> Iterable[str]:
+    if depth > MAX_DEPTH:
+        raise RequestError(f"a message is nested more than {MAX_DEPTH} deep")
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key, depth + 1)
+            yield from _strings(item, depth + 1)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item, depth + 1)
+
+
+def _replaced(value: Any, marks: Mapping[str, str]) -> Any:
+    if isinstance(value, str):
+        for text, mark in marks.items():
+            value = value.replace(text, mark)
+        return value
+    if isinstance(value, Mapping):
+        return {_replaced(key, marks): _replaced(item, marks) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_replaced(item, marks) for item in value]
+    return value
+
+
+def _without_none(extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in extra.items() if value is not None}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]

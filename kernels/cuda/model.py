@@ -1,0 +1,400 @@
+"""The model on the device: matrices as their stored words, layer by layer, and the predictor's parts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
+from svdengine.kernels.formats import WeightFormat, padded_columns, stored_parts
+from svdengine.kernels.lowbit import BLOCK
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.rope import rope_tables
+from svdengine.kernels.stored_arrays import STORED_DTYPES, check_stored
+from svdengine.models import ModelConfig, tensor_specs
+
+_SUFFIXES = ("", ".scale", ".min", ".row")
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix in its stored format (kernels/formats.py), flat. Parts that the format lacks are one zero."""
+
+    format: WeightFormat
+    rows: int
+    columns: int
+    stride: int  # columns as stored: padded to 64
+    words: Array  # uint32: the stored rows up to `hot`, of stride * bits / 32 words each
+    scale: Array  # (rows, stride / 32): float16 of q8, uint8 of q4
+    low: Array  # (rows, stride / 32) uint8: `.min` of q4
+    row: Array  # (rows, 2) float32: of q4
+    bias: Array  # (rows,) float32; zeros where the model has none
+    hot: (
+        int  # rows whose words lie on the device: all of them, unless the layer is split (kernels/cuda/memory_split.py)
+    )
+    cold: Array  # uint32: the words of the other rows, in host memory; where there are none, `words` again
+
+    @property
+    def is_split(self) -> bool:
+        """Whether some rows lie in host memory."""
+        return self.hot < self.rows
+
+    def pieces(self) -> tuple[tuple[int, Matrix], ...]:
+        """The parts that lie in one place each, with their first rows. They share the memory."""
+        if not self.is_split:
+            return ((0, self),)
+        cold = replace(self.rows_from(self.hot, self.rows - self.hot), words=self.cold, cold=self.cold)
+        return (*([(0, self.rows_from(0, self.hot))] if self.hot else []), (self.hot, cold))
+
+    def rows_from(self, first: int, count: int) -> Matrix:
+        """A part of the matrix: `count` rows from `first`. It shares the memory.
+
+        The bias is that of the part where rows are outputs, and of no use where columns are.
+        """
+        groups = self.stride // 32
+        scaled, rowed = self.format in ("q8", "q4"), self.format == "q4"
+        words = self.words[first * self.row_words : (first + count) * self.row_words]
+        return Matrix(
+            self.format,
+            count,
+            self.columns,
+            self.stride,
+            words,
+            self.scale[first * groups : (first + count) * groups] if scaled else self.scale,
+            self.low[first * groups : (first + count) * groups] if rowed else self.low,
+            self.row[2 * first : 2 * (first + count)] if rowed else self.row,
+            self.bias[first : first + count],
+            count,
+            words,
+        )
+
+    @property
+    def row_words(self) -> int:
+        """Words of a row."""
+        return self.stride * BITS[self.format] // 32
+
+
+BITS: dict[WeightFormat, int] = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4}
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A matrix whose product goes to columns from `offset` of a buffer's rows."""
+
+    matrix: Matrix
+    offset: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Weight and bias of a norm, (columns,) float32; the bias is zeros where there is none."""
+
+    weight: Array
+    bias: Array
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer's weights."""
+
+    attention_norm: Norm
+    ffn_norm: Norm | None  # None where attention and FFN share a norm
+    qkv: tuple[Projection, ...]  # into Workspace.qkv; one where q, k and v have the same format
+    q_norm: Array  # (head_dim,) float32, one zero where there is none
+    k_norm: Array
+    o: Matrix
+    gate_up: tuple[Projection, ...]  # into Workspace.gate_up
+    gate: Matrix | None  # rows of gate_up
+    up: Matrix
+    down: Matrix  # (hidden, ffn), or (ffn, hidden) where Plan.transposed_down; its bias is (hidden,) either way
+    window: int  # a token sees itself and the window - 1 before it
+    order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The model."""
+
+    config: ModelConfig
+    layers: tuple[LayerPlan, ...]
+    embedding: Matrix
+    positions: Array  # (max_position, hidden) float32, one zero where there are none
+    output_norm: Norm
+    lm_head: Matrix
+    cos: Array  # (context, head_dim / 2) float32
+    sin: Array
+
+    @property
+    def transposed_down(self) -> bool:
+        """Whether down is stored as one row a neuron."""
+        return self.config.sparse_ffn
+
+
+@dataclass(frozen=True)
+class PredictorPlan:
+    """One layer's predictor (kernels/predictor.py)."""
+
+    rank: int  # 0: no factors
+    factor_format: FactorFormat
+    residual_bits: int  # 0: no residual
+    a: Matrix | None  # (ffn, rank)
+    b: Matrix | None  # (rank, hidden)
+    q_words: Array  # uint32: (ffn, padded hidden * bits / 32), as kernels/lowbit.py packs them
+    q_scale: Array  # (ffn, padded hidden / 64) float16
+    bias: Array  # (ffn,) float32
+    unit: Array  # (ffn,) float32
+    relu: bool
+
+
+_WINDOW = 1 << 30  # wider than any context
+
+
+def build_plan(
+    device: Device,
+    config: ModelConfig,
+    arrays: Mapping[str, NDArray],
+    formats: Mapping[str, WeightFormat],
+    context: int,
+    splits: Sequence[LayerSplit] = (),
+) -> Plan:
+    """Copy a model to the device, and what `splits`, of each layer, leave out to host memory that it can read.
+
+    `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
+    an array's shape or type is not what the config says: kernels check nothing.
+    """
+    specs = {spec.name: spec for spec in tensor_specs(config)}
+    for spec in specs.values():
+        check_stored(spec, arrays, formats)
+    build = _Builder(device, config, arrays, formats, splits)
+    layers = tuple(build.layer(i) for i in range(config.layer_count))
+    embedding = build.matrix(["embedding"], None)
+    lm_head = embedding if config.tied_embeddings else build.matrix(["lm_head"], None)
+    cos, sin = (np.zeros(1, np.float32),) * 2 if config.rope is None else rope_tables(config, np.arange(context))
+    return Plan(
+        config,
+        layers,
+        embedding,
+        build.positions(),
+        build.norm("output_norm", None),
+        lm_head,
+        device.upload(cos),
+        device.upload(sin),
+    )
+
+
+def place_predictor(
+    device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
+) -> tuple[PredictorPlan, ...]:
+    """Copy a predictor to the device, with its neurons in the `orders` of the layers' rows, by default the model's.
+
+    Raises ValueError when it does not fit the model.
+    """
+    if predictor is None:
+        return ()
+    if len(predictor.layers) != config.layer_count:
+        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
+    layers = enumerate(zip(predictor.layers, orders or [None] * config.layer_count, strict=True))
+    return tuple(_place_layer(device, config, index, layer, order) for index, (layer, order) in layers)
+
+
+def _place_layer(
+    device: Device, config: ModelConfig, index: int, layer: LayerPredictor, order: NDArray[np.intp] | None
+) -> PredictorPlan:
+    d, f, rank, bits = config.hidden_size, config.ffn_size, layer.rank, layer.residual_bits
+    where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
+    if len(layer.bias) != f or len(layer.unit) != f:
+        raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
+    if not 0 <= rank <= most:
+        raise ValueError(f"{where} has rank {rank}, which must lie in 0..{most}")
+    columns = padded_columns(d)
+    if bits and layer.q[""].shape != (f, columns * bits // 8):
+        raise ValueError(f"{where} has a residual of {layer.q[''].shape}, expected {(f, columns * bits // 8)}")
+    if bits and layer.q[".scale"].shape != (f, columns // BLOCK):
+        raise ValueError(f"{where} has scales of {layer.q['.scale'].shape}, expected {(f, columns // BLOCK)}")
+    nothing = device.zeros(1, np.uint32)
+
+    def ordered(array: NDArray) -> NDArray:
+        return array if order is None else array[order]
+
+    def check_factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> None:
+        for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
+            if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != STORED_DTYPES[dtype]:
+                raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
+
+    def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
+        return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
+
+    if rank:
+        check_factor("A", layer.a, f, rank)
+        check_factor("B", layer.b, rank, d)
+
+    return PredictorPlan(
+        rank,
+        layer.factor_format,
+        bits,
+        factor({suffix: ordered(part) for suffix, part in layer.a.items()}, rank) if rank else None,
+        factor(layer.b, d) if rank else None,
+        device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
+        device.upload(ordered(layer.q[".scale"])) if bits else nothing,
+        device.upload(ordered(np.asarray(layer.bias, np.float32))),
+        device.upload(ordered(np.asarray(layer.unit, np.float32))),
+        layer.relu,
+    )
+
+
+class _Builder:
+    """Copies tensors of a model to the device."""
+
+    def __init__(
+        self,
+        device: Device,
+        config: ModelConfig,
+        arrays: Mapping[str, NDArray],
+        formats: Mapping[str, WeightFormat],
+        splits: Sequence[LayerSplit],
+    ) -> None:
+        self.device, self.config, self.arrays, self.formats, self.splits = device, config, arrays, formats, splits
+        self.nothing = device.zeros(1, np.float32)
+
+    def layer(self, index: int) -> LayerPlan:
+        """All weights of a layer."""
+        config = self.config
+        gate_up, down, order = self.ffn(index)
+        f = config.ffn_size
+        halves = [m for p in gate_up for m in _halves(p.matrix, f)]
+        windowed = config.sliding_window and index in config.sliding_window_layers
+        return LayerPlan(
+            attention_norm=self.norm("attention_norm", index),
+            ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
+            qkv=self.projections(["q", "k", "v"], index),
+            q_norm=self.vector("q_norm.weight", index),
+            k_norm=self.vector("k_norm.weight", index),
+            o=self.matrix(["o"], index),
+            gate_up=gate_up,
+            gate=halves[0] if config.gated else None,
+            up=halves[-1],
+            down=down,
+            window=config.sliding_window if windowed else _WINDOW,
+            order=order,
+        )
+
+    def ffn(self, index: int) -> tuple[tuple[Projection, ...], Matrix, NDArray[np.intp] | None]:
+        """Gate and up, down, and the order of the neurons' rows."""
+        config = self.config
+        names, down = ["gate", "up"] if config.gated else ["up"], "down_T" if config.sparse_ffn else "down"
+        split = self.splits[index] if self.splits else None
+        if split is None or split.hot == config.ffn_size:
+            return self.projections(names, index), self.matrix([down], index), None
+        # Where down's columns are the neurons, all stay in the model's order.
+        order = split.order if config.sparse_ffn else None
+        gate_up = tuple(
+            Projection(self.split_matrix(name, index, order, split.hot), i * config.ffn_size)
+            for i, name in enumerate(names)
+        )
+        hot = split.hot if config.sparse_ffn else hot_outputs(config, split.hot)
+        return gate_up, self.split_matrix(down, index, order, hot), order
+
+    def projections(self, names: Sequence[str], layer: int) -> tuple[Projection, ...]:
+        """Matrices that read the same rows, joined where neighbours have the same format: one launch for all."""
+        groups: list[list[str]] = []
+        for name in names:
+            if groups and self.formats[groups[-1][0]] == self.formats[name]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        made, offset = [], 0
+        for group in groups:
+            made.append(Projection(self.matrix(group, layer), offset))
+            offset += made[-1].matrix.rows
+        return tuple(made)
+
+    def matrix(self, names: Sequence[str], layer: int | None) -> Matrix:
+        """Matrices of one format and width, one below the other."""
+        parts = [{s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays} for name in names]
+        columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[names[0]]
+        # down.bias has an item for each output, and so has that of every other matrix but down_T one for each row.
+        sizes = [columns if name == "down_T" else len(p[""]) for name, p in zip(names, parts, strict=True)]
+        bias = np.zeros(sum(sizes), np.float32)
+        for name, end, size in zip(names, np.cumsum(sizes), sizes, strict=True):
+            source = f"{'down' if name == 'down_T' else name}.bias"
+            if source in self.arrays:
+                bias[end - size : end] = self.part(source, layer)
+        return _matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
+
+    def split_matrix(self, name: str, layer: int, order: NDArray[np.intp] | None, hot: int) -> Matrix:
+        """A matrix with its rows in some order, of which the words of those from `hot` on stay in host memory."""
+        parts = {s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays}
+        columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[name]
+        source = f"{'down' if name == 'down_T' else name}.bias"
+        bias = np.zeros(columns if name == "down_T" else len(parts[""]), np.float32)
+        if source in self.arrays:
+            bias[:] = self.part(source, layer)
+        if order is not None:
+            parts = {suffix: part[order] for suffix, part in parts.items()}
+            bias = bias if name == "down_T" else bias[order]
+        rows = {**parts, "": parts[""][:hot]}
+        matrix = _matrix(self.device, [rows], self.formats[name], columns, self.device.upload(bias))
+        cold = self.device.pin(_words(parts[""][hot:]))
+        return replace(matrix, rows=len(parts[""]), cold=cold)
+
+    def norm(self, name: str, layer: int | None) -> Norm:
+        """A norm's weight and bias."""
+        weight = self.part(f"{name}.weight", layer)
+        has_bias = f"{name}.bias" in self.arrays
+        bias = self.part(f"{name}.bias", layer) if has_bias else np.zeros_like(weight)
+        return Norm(self.device.upload(weight), self.device.upload(bias))
+
+    def vector(self, name: str, layer: int) -> Array:
+        """A vector, or one zero where the model has none."""
+        return self.device.upload(self.part(name, layer)) if name in self.arrays else self.nothing
+
+    def positions(self) -> Array:
+        """The table of learned positions in float32, or one zero."""
+        if not self.config.learned_positions:
+            return self.nothing
+        weight_format = self.formats["position_embedding"]
+        if weight_format not in ("f32", "f16"):
+            raise ValueError(f"position_embedding must be f32 or f16, found {weight_format}")
+        table = self.arrays["position_embedding"][:, : self.config.hidden_size]
+        return self.device.upload(np.ascontiguousarray(table, np.float32))
+
+    def part(self, name: str, layer: int | None) -> NDArray:
+        """An array, or its layer."""
+        return self.arrays[name] if layer is None else self.arrays[name][layer]
+
+
+def _matrix(
+    device: Device, parts: Sequence[Mapping[str, NDArray]], weight_format: WeightFormat, columns: int, bias: Array
+) -> Matrix:
+    """Stored parts of matrices, one below the other."""
+
+    def joined(suffix: str, dtype: Any) -> Array:
+        if suffix not in parts[0]:
+            return device.zeros(1, dtype)
+        sources = [_words(p[suffix]) if suffix == "" else p[suffix].reshape(-1) for p in parts]
+        to, end = device.zeros(max(1, sum(map(len, sources))), sources[0].dtype), 0
+        for source in sources:
+            if len(source):
+                device.write(to[end : end + len(source)], source)
+            end += len(source)
+        return to
+
+    rows = sum(len(p[""]) for p in parts)
+    words, scale = joined("", np.uint32), joined(".scale", np.float16 if weight_format == "q8" else np.uint8)
+    low, row = joined(".min", np.uint8), joined(".row", np.float32)
+    return Matrix(weight_format, rows, columns, padded_columns(columns), words, scale, low, row, bias, rows, words)
+
+
+def _halves(matrix: Matrix, rows: int) -> tuple[Matrix, ...]:
+    """Matrices of `rows` rows that lie one below the other."""
+    return (matrix,) if matrix.rows == rows else (matrix.rows_from(0, rows), matrix.rows_from(rows, rows))
+
+
+def _words(array: NDArray) -> NDArray[np.uint32]:
+    """The bytes of an array as 32-bit words, flat."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint32)

@@ -1,0 +1,125 @@
+"""What is kept in memory: advice, prefetching and locking of the pages of a model file."""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from model_zoo import zoo
+from tiny_model import write_tiny_model
+
+import svdengine
+from svdengine import DeviceError
+from svdengine.files import residency
+from svdengine.files.model_file import ModelFile, read_model_file
+from svdengine.files.residency import arrange_memory, ffn_row_names, memory_bytes, usable_memory
+from svdengine.files.tensor_file import read_header
+from svdengine.files.tensor_writer import PAGE
+from svdengine.tools.random_model import write_svdp
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[ModelFile]:
+    with read_model_file(write_tiny_model(tmp_path / "tiny.svdp")) as file:
+        yield file
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """(what, bytes) of everything that the system is asked for."""
+    made: list[tuple[str, int]] = []
+    monkeypatch.setattr(
+        "svdengine.files.memory_advice.advise", lambda _, start, end, advice: made.append((advice, end - start))
+    )
+    monkeypatch.setattr(
+        "svdengine.files.memory_advice.prefetch", lambda _, start, end: made.append(("prefetch", end - start))
+    )
+    monkeypatch.setattr("svdengine.files.memory_advice.lock", lambda _, start, end: made.append(("lock", end - start)))
+    return made
+
+
+def test_a_model_that_fits_is_taken_whole(file: ModelFile, calls: list[tuple[str, int]]) -> None:
+    assert arrange_memory(file, mlock=True, prefetch=True, memory=1 << 40)
+    assert {what for what, _ in calls} == {"prefetch", "lock"}
+    weights = sum(array.nbytes for array in file.arrays.values())
+    for what in ("prefetch", "lock"):
+        assert weights <= sum(size for name, size in calls if name == what) <= file.size_bytes
+
+
+def test_of_a_larger_one_only_what_every_token_reads(file: ModelFile, calls: list[tuple[str, int]]) -> None:
+    assert not arrange_memory(file, mlock=True, prefetch=True, memory=file.size_bytes // 2)
+    rows = sum(file.arrays[name].nbytes for name in ffn_row_names(file))
+    weights = sum(array.nbytes for array in file.arrays.values())
+    assert rows > weights // 3
+    for what in ("prefetch", "lock"):
+        assert sum(size for name, size in calls if name == what) < weights - rows + mmap.PAGESIZE
+    assert {what for what, _ in calls} == {"prefetch", "lock"}
+
+
+def test_the_system_takes_the_advice(file: ModelFile) -> None:
+    for advice in ("random", "sequential", "willneed", "normal"):
+        file.advise(file.arrays, advice)  # type: ignore[arg-type]
+    file.prefetch(file.arrays)
+    file.prefetch([])
+
+
+def test_only_models_that_can_be_sparse_have_rows(tmp_path: Path) -> None:
+    with read_model_file(write_tiny_model(tmp_path / "silu.svdp", activation="silu")) as file:
+        assert ffn_row_names(file) == []
+
+
+@pytest.mark.skipif(mmap.PAGESIZE != PAGE, reason="pages of another size")
+def test_rows_of_a_pages_size_lie_in_one_page(tmp_path: Path) -> None:
+    """Elsewhere a row would cost two reads."""
+    config = replace(
+        zoo()["llama_relu_tied"], hidden_size=4096, head_count=1, kv_head_count=1, head_dim=16, ffn_size=3, vocab_size=5
+    )
+    write_svdp(tmp_path / "m.svdp", config, "q8")
+    entries = read_header(tmp_path / "m.svdp").entries
+    assert [entries[name].start % mmap.PAGESIZE for name in ("gate", "up", "down_T", "embedding")] == [0] * 4
+    assert {entry.start % 64 for entry in entries.values() if entry.end - entry.start >= 64} == {0}
+
+
+def test_a_refused_lock_is_explained(file: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr("svdengine.files.memory_advice._mlock", lambda address, size: 12)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
+    with pytest.raises(DeviceError, match=r"does not let this process lock .* MB .*limit is 0.1 MB.*leave mlock out"):
+        file.lock(file.arrays)
+
+
+def test_load_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdengine.files.memory_advice._mlock", lambda address, size: 0)
+    path = write_tiny_model(tmp_path / "tiny.svdp")
+    with svdengine.load(path, device="reference", prefetch=True, mlock=True) as llm:
+        assert llm.generate("hello", max_tokens=1)
+
+
+def test_memory_is_known() -> None:
+    usable, there = usable_memory(), memory_bytes()
+    assert usable is None or there is None or 0 < usable <= there
+
+
+@pytest.mark.parametrize(
+    ("membership", "limits", "expected"),
+    [
+        ("0::/user/app\n", {"user/app/memory.max": "max", "user/memory.max": "5000"}, 5000),
+        ("0::/user/app\n", {"user/app/memory.max": "3000", "user/memory.max": "5000"}, 3000),
+        ("0::/\n", {"memory.max": "4000"}, 4000),
+        ("2:cpu:/a\n1:memory:/a\n", {"memory/a/memory.limit_in_bytes": "2000", "a/memory.max": "1"}, 2000),
+        ("0::/gone\n", {}, 8192),
+    ],
+)
+def test_limits_of_control_groups_and_what_others_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, membership: str, limits: dict[str, str], expected: int
+) -> None:
+    (tmp_path / "membership").write_text(membership)
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemFree: 1 kB\nMemAvailable: 8 kB\n")
+    for name, text in limits.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(text + "\n")
+    monkeypatch.setattr(residency, "_MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(residency, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(residency, "_MEMORY", tmp_path / "meminfo")
+    assert usable_memory() == expected

@@ -1,0 +1,56 @@
+"""The engine's counters, against what its executor saw."""
+
+from tiny_model import FakeExecutor
+
+from svdengine.scheduling.engine_loop import Engine
+from svdengine.scheduling.request import ContextLimit, Generation, Scoring
+from svdengine.scheduling.sampling import SamplingParams
+
+
+def request(prompt: list[int], max_tokens: int) -> Generation:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    return Generation(prompt, params, vocab_size=50, end_tokens=frozenset(), limit=ContextLimit(128), decoder=None)
+
+
+def test_counters() -> None:
+    executor = FakeExecutor(8, 64)
+    engine = Engine(executor)
+    first, second = request([1] * 40, 10), request([2] * 20, 5)
+    for one in (first, second):
+        engine.add(one)
+    assert engine.stats().waiting == 2
+    engine.step()
+    now = engine.stats()
+    assert (now.waiting, now.running, now.blocks_used, now.blocks_cached, now.blocks_free) == (0, 2, 5, 0, 3)
+    assert (now.steps, now.rows, now.prompt_tokens, now.generated_tokens) == ({"dense": 1}, {"dense": 60}, 60, 2)
+    while not first.done:
+        engine.step()
+    now = engine.stats()
+    assert (now.running, now.blocks_used, now.blocks_cached, now.blocks_free) == (0, 0, 4 + 2, 2)
+    assert now.generated_tokens == 15 and now.prompt_tokens == 60 and now.preemptions == 0
+    assert now.rows["dense"] == executor.rows == 60 + 9 + 4
+
+    engine.set_ffn("sparse")
+    assert engine.stats().blocks_cached == 0
+    for _ in range(2):
+        engine.add(again := request([1] * 40, 1))
+        while not again.done:
+            engine.step()
+    engine.add(scoring := Scoring([3] * 5, 50, 128))
+    engine.step()
+    assert scoring.done
+    now = engine.stats()
+    assert now.prefix_hit_tokens == 39
+    assert now.steps == {"dense": executor.steps - 3, "predict": 3}
+    assert now.rows["predict"] == 40 + 1 + 5
+    assert now.generated_tokens == 17
+
+
+def test_preemptions_are_counted() -> None:
+    engine = Engine(FakeExecutor(4, 64))
+    requests = [request([i] * 15, 30) for i in (1, 2)]
+    for one in requests:
+        engine.add(one)
+    while not all(one.done for one in requests):
+        engine.step()
+    assert engine.stats().preemptions == 1

@@ -1,0 +1,135 @@
+"""svdengine batch: order, errors on their lines, and going on after an interruption."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from tiny_model import write_tiny_model
+
+import svdengine
+from svdengine.cli import main
+from svdengine.errors import RequestError
+from svdengine.scheduling.engine_loop import Engine
+from svdengine.server.batch_run import BatchRun, finished_lines, read_lines
+
+GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
+LINES: list[Any] = [
+    {"prompt": "hello", "max_tokens": 30},
+    {"messages": [{"role": "user", "content": "hello"}], "custom_id": "talk"},
+    {
+        "custom_id": "as OpenAI's",
+        "method": "POST",
+        "url": "/v1/chat/completions",
+        "body": {"model": "gpt-4o", "messages": [{"role": "user", "content": "hello"}], "n": 2},
+    },
+    {"prompt": "hello", "temperature": -1},
+    {"prompt": "once", "stream": True},
+    {"url": "/v1/embeddings", "body": {"input": "x"}},
+    {"method": "GET", "url": "/v1/completions", "body": {"prompt": "x"}},
+    ["no object"],
+    {},
+    {"prompt": "x " * 9999},
+    *({"prompt": f"hello {i}", "max_tokens": 1 + i % 5} for i in range(20)),
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("batch") / "tiny.svdp")
+
+
+@pytest.fixture
+def requests(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in LINES) + "{broken", encoding="utf-8")
+    return path
+
+
+def run(*arguments: Any) -> Result:
+    return CliRunner(env={"SVDENGINE_DEVICE": "reference"}).invoke(main, ["batch", *map(str, arguments)])
+
+
+def test_answers_in_order(model: Path, requests: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    result = run(requests, model, "-o", output, *GREEDY)
+    assert result.exit_code == 0, result.output
+    assert "8 lines could not be answered" in result.stderr
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert [f["line"] for f in found] == [1 + 2 * i for i in range(len(LINES) + 1)]
+    assert [f["custom_id"] for f in found[:4]] == [None, "talk", "as OpenAI's", None]
+    bodies = [f["response"]["body"] for f in found]
+    assert all((f["error"] is None) == (f["response"]["status_code"] == 200) for f in found)
+    assert [i for i, f in enumerate(found) if f["error"]] == [3, 4, 5, 6, 7, 8, 9, 30]
+    for i, message in ((3, "temperature"), (4, "stream"), (5, "url must"), (6, "POST"), (8, "prompt"), (9, "context")):
+        assert message in found[i]["error"] and bodies[i]["error"]["message"] == found[i]["error"]
+    with svdengine.load(model, device="reference") as llm:
+        expected = llm.generate("hello", temperature=0, max_tokens=30, ignore_eos=True)[0]
+        assert bodies[0]["choices"][0]["text"] == expected.text
+        chat = llm.chat([{"role": "user", "content": "hello"}], temperature=0, max_tokens=6, ignore_eos=True).text
+    assert [c["message"]["content"] for c in [*bodies[1]["choices"], *bodies[2]["choices"]]] == [chat] * 3
+    assert [b["usage"]["completion_tokens"] for b in bodies[10:30]] == [1 + i % 5 for i in range(20)]
+    assert bodies[2]["model"] == "tiny"
+
+
+@pytest.mark.parametrize("kept", [0, 1, 5, 12])
+def test_going_on(model: Path, requests: Path, tmp_path: Path, kept: int) -> None:
+    whole, partial = tmp_path / "whole.jsonl", tmp_path / "partial.jsonl"
+    run(requests, model, "-o", whole, *GREEDY)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    partial.write_bytes(b"".join(lines[:kept]) + lines[kept][:40])
+    result = run(requests, model, "-o", partial, *GREEDY)
+    assert result.exit_code == 0, result.output
+    assert (f"{kept} of 31 lines were answered before" in result.stderr) == (kept > 0)
+
+    def texts(path: Path) -> list[Any]:
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return [(f["line"], f["error"], f["response"]["body"].get("choices")) for f in found]
+
+    assert texts(partial) == texts(whole)
+    before = partial.read_bytes()
+    assert run(requests, model, "-o", partial, *GREEDY).exit_code == 0 and partial.read_bytes() == before
+
+
+def test_answers_to_other_requests_are_left_alone(model: Path, requests: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    for text in ('{"input": "0"}\n', "[]\n", "hello\n"):
+        output.write_text(text, encoding="utf-8")
+        result = run(requests, model, "-o", output)
+        assert result.exit_code == 1 and "is no answer to line 1" in result.stderr
+        assert output.read_text(encoding="utf-8") == text
+    with pytest.raises(RequestError, match="no answer"):
+        finished_lines(requests, output)
+
+
+def test_a_run_that_is_given_up_frees_its_blocks(model: Path, requests: Path) -> None:
+    with svdengine.load(model, device="reference", context=128) as llm:
+        results = BatchRun(llm, "tiny", {"temperature": 0, "ignore_eos": True}, 4).results(read_lines(requests))
+        assert next(results)["line"] == 1
+        results.close()  # type: ignore[attr-defined]
+        llm._engine.prefix_cache.clear()
+        assert llm._engine.pool.free_count == llm._engine.pool.block_count
+
+
+@pytest.mark.parametrize(("given", "rows"), [((), 64), (("--prefill-rows", 5), 5)])
+def test_rows_of_prompts(
+    model: Path, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: tuple[Any, ...], rows: int
+) -> None:
+    found: list[int] = []
+    real = Engine.__init__
+
+    def spy(self: Engine, *arguments: Any, **options: Any) -> None:
+        found.append(options["prefill_rows"])
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Engine, "__init__", spy)
+    assert run(requests, model, "-o", tmp_path / "out.jsonl", *given).exit_code == 0
+    assert found == [rows]
+
+
+def test_wrong_usage(model: Path, requests: Path, tmp_path: Path) -> None:
+    assert run(requests, model).exit_code == 2
+    assert run(tmp_path / "missing", model, "-o", tmp_path / "x").exit_code == 2
+    result = run(requests, model, "-o", tmp_path / "no" / "x")
+    assert result.exit_code == 1 and "there is no folder" in result.stderr
