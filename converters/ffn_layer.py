@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile
-from svdengine.kernels.formats import dequantize
+from svdengine.kernels.formats import FORMATS, dequantize, gather_parts
 from svdengine.kernels.predictor import quantize_activations
 from svdengine.kernels.reference import activate, linear
 from svdengine.models.config import ModelConfig
@@ -27,7 +27,7 @@ class FfnLayer:
     up: Array | None  # (f, d); None: not gated
     up_bias: Array  # (f,)
     down_norm: Array  # (f,) length of each neuron's row of down_T
-    input_bits: int  # of x, as executors multiply it with the gate; 0: float32
+    input_bits: int  # of x, as executors multiply it with the gate; 32: float32
     row_bytes: tuple[int, int, int]  # stored bytes of one row of gate, up (0: none) and down_T
 
     @property
@@ -74,7 +74,7 @@ def read_ffn_layer(model_file: ModelFile, layer: int) -> FfnLayer:
         up=layer_matrix(model_file, "up", layer, config.hidden_size) if config.gated else None,
         up_bias=bias("up"),
         down_norm=np.sqrt(np.square(down).sum(1)),
-        input_bits={"q8": 16, "q4": 8}.get(model_file.formats[name], 0),
+        input_bits=FORMATS[model_file.formats[name]].activation_bits,
         row_bytes=(
             _row_bytes(model_file, name),
             _row_bytes(model_file, "up") if config.gated else 0,
@@ -85,11 +85,7 @@ def read_ffn_layer(model_file: ModelFile, layer: int) -> FfnLayer:
 
 def layer_matrix(model_file: ModelFile, name: str, layer: int, columns: int) -> Array:
     """One layer of a stacked matrix, dequantised: (rows, columns)."""
-    parts = {
-        suffix: model_file.arrays[name + suffix][layer]
-        for suffix in ("", ".scale", ".min", ".row")
-        if name + suffix in model_file.arrays
-    }
+    parts = {suffix: part[layer] for suffix, part in gather_parts(model_file.arrays, name).items()}
     return dequantize(parts, model_file.formats[name], columns)
 
 
@@ -116,9 +112,8 @@ def run_neurons(layer: FfnLayer, x: Array) -> Neurons:
 
 def _inputs(layer: FfnLayer, x: Array) -> Array:
     x = np.asarray(x, np.float32)
-    return quantize_activations(x, layer.input_bits) if layer.input_bits else x
+    return quantize_activations(x, layer.input_bits) if layer.input_bits < 32 else x
 
 
 def _row_bytes(model_file: ModelFile, name: str) -> int:
-    parts = (model_file.arrays.get(name + suffix) for suffix in ("", ".scale", ".min", ".row"))
-    return sum(part.shape[-1] * part.itemsize for part in parts if part is not None)
+    return sum(part.shape[-1] * part.itemsize for part in gather_parts(model_file.arrays, name).values())

@@ -1,10 +1,14 @@
 """Weight formats: how a matrix is stored in the file and in memory, and the NumPy definition of each.
 
-Columns are padded with zeros to a multiple of 64, so that no kernel has a tail. With C padded columns, a matrix is
+A format is one `Format` here and one file a device (kernels/cpu/formats, kernels/cuda/formats). Columns are padded with
+zeros to a multiple of 64, so that no kernel has a tail. With C padded columns, a matrix is
 
     f32, f16, bf16   `name` (rows, C); bfloat16 is held as uint16
     q8               `name` (rows, C) int8; `name.scale` (rows, C / 32) float16
                      w = scale * q, scale = max |w| / 127 of its group of 32
+    q6               `name` (rows, C * 3 / 4) uint8; `name.scale` (rows, C / 32) float16
+                     w = scale * (q - 32), q in 0..63. Of every 64 columns, 32 bytes hold the low four bits, as q4 does,
+                     then 16 bytes the upper two: byte j has columns j, j + 16, j + 32 and j + 48, lowest pair first.
     q4               `name` (rows, C / 2) uint8; `name.scale`, `name.min` (rows, C / 32) uint8; `name.row` (rows, 2) f32
                      w = row[0] * scale * q - row[1] * min, q in 0..15. Of every 64 columns, byte j holds column j in
                      its low half and column j + 32 in its high half.
@@ -12,17 +16,62 @@ Columns are padded with zeros to a multiple of 64, so that no kernel has a tail.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-WeightFormat = Literal["f32", "f16", "bf16", "q8", "q4"]
+from svdengine.models.tensors import TensorSpec
+
+WeightFormat = Literal["f32", "f16", "bf16", "q8", "q6", "q4"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 COLUMN_MULTIPLE = 64
 GROUP = 32  # columns that share a scale
 
 Parts = dict[str, NDArray]  # suffix ("", ".scale", ...) -> array
+
+# Of each safetensors dtype that parts have, the NumPy type that holds it; bfloat16 is held as its bits.
+STORED_DTYPES = MappingProxyType(
+    {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "U8": np.uint8}
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One array of a stored matrix."""
+
+    suffix: str  # of the array's name; "" for the values
+    dtype: str  # of safetensors
+    width: Callable[[int], int]  # items of a row, by the matrix's padded columns
+
+
+@dataclass(frozen=True)
+class Format:
+    """All there is to know about a format that does not depend on the device."""
+
+    name: WeightFormat
+    parts: tuple[Part, ...]  # the values first
+    activation_bits: int  # of the activations that kernels multiply with it: 32 are float32
+    quantize: Callable[[NDArray[np.float32]], Parts]  # (rows, C) finite float32 -> stored parts
+    dequantize: Callable[[Parts], NDArray[np.float32]]  # stored parts -> (rows, C)
+
+    @property
+    def code(self) -> int:
+        """The number by which compiled code knows the format."""
+        return WEIGHT_FORMATS.index(self.name)
+
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row's values, without scales; `columns` are padded."""
+        values = self.parts[0]
+        return values.width(columns) * np.dtype(STORED_DTYPES[values.dtype]).itemsize
+
+    def stored_bytes(self, rows: int, columns: int) -> int:
+        """Bytes of all parts of a (rows, columns) matrix."""
+        c = padded_columns(columns)
+        return rows * sum(part.width(c) * np.dtype(STORED_DTYPES[part.dtype]).itemsize for part in self.parts)
 
 
 def padded_columns(columns: int) -> int:
@@ -33,17 +82,12 @@ def padded_columns(columns: int) -> int:
 def stored_parts(weight_format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], str]]:
     """Suffix -> (shape, safetensors dtype) of every array that a (rows, columns) matrix is stored as."""
     c = padded_columns(columns)
-    if weight_format == "q8":
-        return {"": ((rows, c), "I8"), ".scale": ((rows, c // GROUP), "F16")}
-    if weight_format == "q4":
-        groups = (rows, c // GROUP)
-        return {
-            "": ((rows, c // 2), "U8"),
-            ".scale": (groups, "U8"),
-            ".min": (groups, "U8"),
-            ".row": ((rows, 2), "F32"),
-        }
-    return {"": ((rows, c), {"f32": "F32", "f16": "F16", "bf16": "BF16"}[weight_format])}
+    return {part.suffix: ((rows, part.width(c)), part.dtype) for part in FORMATS[weight_format].parts}
+
+
+def gather_parts(arrays: Mapping[str, NDArray], name: str) -> Parts:
+    """Suffix -> array of all parts of the matrix `name` that there are."""
+    return {suffix: arrays[name + suffix] for suffix in PART_SUFFIXES if name + suffix in arrays}
 
 
 def quantize(matrix: NDArray[np.float32], weight_format: WeightFormat) -> Parts:
@@ -54,34 +98,29 @@ def quantize(matrix: NDArray[np.float32], weight_format: WeightFormat) -> Parts:
     rows, columns = matrix.shape
     w = np.zeros((rows, padded_columns(columns)), np.float32)
     w[:, :columns] = matrix
-    if weight_format == "f32":
-        return {"": w}
-    if weight_format == "f16":
-        with np.errstate(over="ignore"):
-            half = w.astype(np.float16)
-        if not np.isfinite(half).all():
-            raise ValueError("a weight is too large for f16; use bf16 or f32")
-        return {"": half}
-    if weight_format == "bf16":
-        return {"": to_bfloat16(w)}
-    return _quantize_q8(w) if weight_format == "q8" else _quantize_q4(w)
+    return FORMATS[weight_format].quantize(w)
 
 
 def dequantize(parts: Parts, weight_format: WeightFormat, columns: int) -> NDArray[np.float32]:
     """The (rows, columns) float32 matrix that the stored parts stand for."""
-    data = parts[""]
-    if weight_format == "q8":
-        w = _by_group(data.astype(np.float32)) * parts[".scale"].astype(np.float32)[..., None]
-    elif weight_format == "q4":
-        row = parts[".row"].astype(np.float32)
-        scale = row[:, :1] * parts[".scale"].astype(np.float32)
-        low = row[:, 1:] * parts[".min"].astype(np.float32)
-        w = _by_group(_unpack_nibbles(data).astype(np.float32)) * scale[..., None] - low[..., None]
-    elif weight_format == "bf16":
-        w = from_bfloat16(data)
-    else:
-        w = data.astype(np.float32)
-    return np.ascontiguousarray(w.reshape(len(data), -1)[:, :columns])
+    return np.ascontiguousarray(FORMATS[weight_format].dequantize(parts)[:, :columns])
+
+
+def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]) -> None:
+    """Raise ValueError unless the arrays of a tensor are there, of the shapes and types that its format has."""
+    lead = spec.shape[:-2] if spec.matrix else ()
+    stored = {"": (spec.shape, "F32")}
+    if spec.matrix:
+        parts = stored_parts(formats[spec.name], *spec.shape[-2:])
+        stored = {suffix: ((*lead, *shape), dtype) for suffix, (shape, dtype) in parts.items()}
+    for suffix, (shape, dtype) in stored.items():
+        array = arrays.get(spec.name + suffix)
+        if array is None or array.shape != shape or array.dtype != STORED_DTYPES[dtype]:
+            found = "nothing" if array is None else f"{array.dtype} {array.shape}"
+            raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
+
+
+# Floats
 
 
 def to_bfloat16(x: NDArray[np.float32]) -> NDArray[np.uint16]:
@@ -95,18 +134,77 @@ def from_bfloat16(x: NDArray[np.uint16]) -> NDArray[np.float32]:
     return (x.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def _quantize_f16(w: NDArray[np.float32]) -> Parts:
+    with np.errstate(over="ignore"):
+        half = w.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("a weight is too large for f16; use bf16 or f32")
+    return {"": half}
+
+
+# Groups of 32 columns
+
+
 def _by_group(w: NDArray) -> NDArray:
     return w.reshape(w.shape[0], -1, GROUP)
+
+
+def _scaled(q: NDArray, scale: NDArray) -> NDArray[np.float32]:
+    """q (rows, C) times the scales of its groups (rows, C / 32)."""
+    w: NDArray[np.float32] = _by_group(q.astype(np.float32)) * scale.astype(np.float32)[..., None]
+    return w.reshape(q.shape)
+
+
+def _inverse(scale: NDArray[np.float32]) -> NDArray[np.float32]:
+    """1 / scale; 0 where the scale is 0."""
+    return np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+
+
+def _check_scales(scale: NDArray[np.float32], name: str) -> None:
+    if np.abs(scale).max(initial=0.0) > np.finfo(np.float16).max:
+        raise ValueError(f"a weight is too large for {name}")
 
 
 def _quantize_q8(w: NDArray[np.float32]) -> Parts:
     groups = _by_group(w)
     scale = np.abs(groups).max(-1) / np.float32(127)
-    if scale.max(initial=0.0) > np.finfo(np.float16).max:
-        raise ValueError("a weight is too large for q8")
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    q = np.clip(np.rint(groups * inverse[..., None]), -127, 127).astype(np.int8)
+    _check_scales(scale, "q8")
+    q = np.clip(np.rint(groups * _inverse(scale)[..., None]), -127, 127).astype(np.int8)
     return {"": q.reshape(w.shape), ".scale": scale.astype(np.float16)}
+
+
+def _dequantize_q8(parts: Parts) -> NDArray[np.float32]:
+    return _scaled(parts[""], parts[".scale"])
+
+
+def _quantize_q6(w: NDArray[np.float32]) -> Parts:
+    """The weight of largest magnitude becomes -32, whatever its sign: so all 64 levels are used."""
+    groups = _by_group(w)
+    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
+    scale = largest / np.float32(-32)
+    _check_scales(scale, "q6")
+    stored = scale.astype(np.float16)
+    inverse = _inverse(stored.astype(np.float32))
+    q = np.clip(np.rint(groups * inverse[..., None]) + 32, 0, 63).astype(np.uint8)
+    return {"": _pack_six_bits(q.reshape(w.shape)), ".scale": stored}
+
+
+def _dequantize_q6(parts: Parts) -> NDArray[np.float32]:
+    return _scaled(_unpack_six_bits(parts[""]).astype(np.float32) - 32, parts[".scale"])
+
+
+def _pack_six_bits(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    low = _pack_nibbles(q & 15).reshape(len(q), -1, 32)
+    pairs = (q >> 4).reshape(len(q), -1, 4, 16)
+    high = np.bitwise_or.reduce(pairs << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
+    return np.concatenate([low, high], 2).reshape(len(q), -1)
+
+
+def _unpack_six_bits(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    blocks = data.reshape(len(data), -1, 48)
+    low = _unpack_nibbles(blocks[:, :, :32].reshape(len(data), -1)).reshape(len(data), -1, 64)
+    high = np.stack([blocks[:, :, 32:] >> shift & 3 for shift in (0, 2, 4, 6)], 2).reshape(low.shape)
+    return (low | high << 4).reshape(len(data), -1)
 
 
 def _quantize_q4(w: NDArray[np.float32]) -> Parts:
@@ -123,8 +221,7 @@ def _quantize_q4(w: NDArray[np.float32]) -> Parts:
     offset = minimum * row[:, 1:]
     # A group's range is re-measured from the rounded minimum, so that its largest weight still fits.
     scale = np.clip(relative((np.maximum(groups.max(-1), 0) + offset) / np.float32(15), row[:, 0]), 0, 255)
-    actual = scale * row[:, :1]
-    inverse = np.divide(np.float32(1), actual, out=np.zeros_like(actual), where=actual > 0)
+    inverse = _inverse(scale * row[:, :1])
     q = np.clip(np.rint((groups + offset[..., None]) * inverse[..., None]), 0, 15).astype(np.uint8)
     return {
         "": _pack_nibbles(q.reshape(w.shape)),
@@ -132,6 +229,15 @@ def _quantize_q4(w: NDArray[np.float32]) -> Parts:
         ".min": minimum.astype(np.uint8),
         ".row": row,
     }
+
+
+def _dequantize_q4(parts: Parts) -> NDArray[np.float32]:
+    row = parts[".row"].astype(np.float32)
+    scale = row[:, :1] * parts[".scale"].astype(np.float32)
+    low = row[:, 1:] * parts[".min"].astype(np.float32)
+    q = _unpack_nibbles(parts[""])
+    w: NDArray[np.float32] = _by_group(q.astype(np.float32)) * scale[..., None] - low[..., None]
+    return w.reshape(q.shape)
 
 
 def _pack_nibbles(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -143,3 +249,33 @@ def _pack_nibbles(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _unpack_nibbles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     packed = data.reshape(len(data), -1, 32)
     return np.stack([packed & 15, packed >> 4], 2).reshape(len(data), -1)
+
+
+_SCALE = Part(".scale", "F16", lambda c: c // GROUP)
+_ALL = (
+    Format("f32", (Part("", "F32", lambda c: c),), 32, lambda w: {"": w}, lambda parts: parts[""].astype(np.float32)),
+    Format("f16", (Part("", "F16", lambda c: c),), 32, _quantize_f16, lambda parts: parts[""].astype(np.float32)),
+    Format(
+        "bf16",
+        (Part("", "BF16", lambda c: c),),
+        32,
+        lambda w: {"": to_bfloat16(w)},
+        lambda parts: from_bfloat16(parts[""]),
+    ),
+    Format("q8", (Part("", "I8", lambda c: c), _SCALE), 16, _quantize_q8, _dequantize_q8),
+    Format("q6", (Part("", "U8", lambda c: c * 3 // 4), _SCALE), 16, _quantize_q6, _dequantize_q6),
+    Format(
+        "q4",
+        (
+            Part("", "U8", lambda c: c // 2),
+            Part(".scale", "U8", lambda c: c // GROUP),
+            Part(".min", "U8", lambda c: c // GROUP),
+            Part(".row", "F32", lambda c: 2),
+        ),
+        8,
+        _quantize_q4,
+        _dequantize_q4,
+    ),
+)
+FORMATS: Mapping[WeightFormat, Format] = MappingProxyType({format.name: format for format in _ALL})
+PART_SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys(part.suffix for format in _ALL for part in format.parts))

@@ -20,7 +20,16 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.formats import Parts, WeightFormat, dequantize, padded_columns, stored_parts
+from svdengine.kernels.formats import (
+    FORMATS,
+    STORED_DTYPES,
+    Parts,
+    WeightFormat,
+    dequantize,
+    gather_parts,
+    padded_columns,
+    stored_parts,
+)
 from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit
 
 PREFIX = "predictor."
@@ -86,7 +95,7 @@ def scores(layer: LayerPredictor, x: NDArray[np.float32], bias: float = 0.0) -> 
     x = np.asarray(x, np.float32)
     s = np.broadcast_to(layer.bias - np.float32(bias) * layer.unit, (len(x), len(layer.bias)))
     if layer.rank:
-        bits = 16 if layer.factor_format == "q8" else 8
+        bits = FORMATS[layer.factor_format].activation_bits
         z = quantize_activations(x, bits) @ dequantize(layer.b, layer.factor_format, x.shape[1]).T
         z = np.maximum(z, 0) if layer.relu else z
         s = s + quantize_activations(z, bits) @ dequantize(layer.a, layer.factor_format, layer.rank).T
@@ -139,7 +148,7 @@ def predictor_from_arrays(
             expected[frequency] = ((ffn_size,), "F16")
     for name, (shape, dtype) in expected.items():
         found = arrays.get(name)
-        if found is None or found.shape != shape or found.dtype != np.dtype(_NUMPY[dtype]):
+        if found is None or found.shape != shape or found.dtype != np.dtype(STORED_DTYPES[dtype]):
             what = "nothing" if found is None else f"{found.dtype} {found.shape}"
             raise ValueError(f"{name}: found {what}, expected {dtype} {shape}")
     extra = {name for name in arrays if name.startswith(PREFIX)} - expected.keys()
@@ -147,9 +156,6 @@ def predictor_from_arrays(
         raise ValueError(f"unexpected predictor tensor {min(extra)}")
     layers = tuple(_layer(arrays, f"{PREFIX}{i}.", *shape) for i, shape in enumerate(shapes))
     return Predictor(layers, about)
-
-
-_NUMPY = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
 
 def _layout(layout: Any, hidden_size: int, ffn_size: int) -> tuple[int, FactorFormat, int, bool]:
@@ -184,8 +190,7 @@ def _layer(
     arrays: Mapping[str, NDArray], prefix: str, rank: int, factors: FactorFormat, bits: int, relu: bool
 ) -> LayerPredictor:
     def parts(name: str) -> Parts:
-        suffixes = ("", ".scale", ".min", ".row")
-        return {s: arrays[prefix + name + s] for s in suffixes if prefix + name + s in arrays}
+        return gather_parts(arrays, prefix + name)
 
     bias, unit = arrays[prefix + "bias"], arrays[prefix + "unit"]
     frequency = arrays.get(prefix + "frequency")

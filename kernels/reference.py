@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts
-from svdengine.kernels.formats import WeightFormat, dequantize
+from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
@@ -322,11 +322,8 @@ def float32_weights(
         if not spec.matrix:
             weights[spec.name] = np.asarray(arrays[spec.name], np.float32)
             continue
-        parts = {}
-        for suffix in ("", ".scale", ".min", ".row"):
-            array = arrays.get(spec.name + suffix)
-            if array is not None:
-                parts[suffix] = array.reshape(-1, array.shape[-1])  # layers and rows together
+        # Layers and rows together.
+        parts = {suffix: part.reshape(-1, part.shape[-1]) for suffix, part in gather_parts(arrays, spec.name).items()}
         w = dequantize(parts, formats[spec.name], spec.shape[-1])
         weights[spec.name] = w.reshape(spec.shape)
     return weights

@@ -11,7 +11,7 @@ import click
 
 from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, calibrate_file
 
-DTYPES = ("f32", "f16", "bf16", "q8", "q4")
+DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without NumPy: help comes at once
 
 
 @click.command("convert")

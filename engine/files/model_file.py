@@ -3,7 +3,8 @@
 A `.svdp` file is a safetensors file whose tensors are those of `models/tensors.py`, stored as `kernels/formats.py`
 says, each at a multiple of 64 bytes. Its tokenizer is a byte tensor, `tokenizer.json` or `tokenizer.model`, as it is or
 compressed by gzip, and so is `chat_template`, as it is. Its `__metadata__` holds format, format_version, and as JSON:
-config, tokenizer, generation, provenance. Tensors under `predictor.` are not described by the config; whoever uses them
+config, formats (the weight format of each matrix by name), tokenizer, generation, provenance. Files of version 1 lack
+formats: there each dtype stood for one. Tensors under `predictor.` are not described by the config; whoever uses them
 checks their shapes.
 """
 
@@ -22,20 +23,21 @@ from svdengine.errors import ModelFileError, quoted
 from svdengine.files.memory_advice import Advice
 from svdengine.files.tensor_file import TensorEntry, TensorFile, TensorHeader, open_regular, strict_json
 from svdengine.files.tensor_writer import ALIGNMENT, PAD_PREFIX, Declared
-from svdengine.kernels.formats import WeightFormat, stored_parts
+from svdengine.kernels.formats import FORMATS, WeightFormat, stored_parts
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import TensorSpec, tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo, TokenizerKind
 
 FORMAT = "svdp"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+_WITHOUT_FORMATS = "1"  # the version whose formats are told by the dtypes
 PREDICTOR_PREFIX = "predictor."
 CHAT_TEMPLATE = "chat_template"
 
 _GZIP = b"\x1f\x8b"
 _MOST_TOKENIZER_BYTES = 1 << 28
 
-_FORMAT_OF_DTYPE: dict[str, WeightFormat] = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I8": "q8", "U8": "q4"}
+_FIRST_FORMATS: dict[str, WeightFormat] = {"F32": "f32", "F16": "f16", "BF16": "bf16", "I8": "q8", "U8": "q4"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ def _read(path: Path, file: TensorFile) -> ModelFile:
     metadata = header.metadata
     _check_version(metadata)
     config = ModelConfig.from_dict(_json_object(metadata, "config"))
-    formats = _check_tensors(header, config)
+    formats = _formats(header, config)
+    _check_tensors(header, config, formats)
     info = TokenizerInfo.from_dict(_json_object(metadata, "tokenizer"), config.vocab_size)
     texts = _check_byte_tensors(header, info)
     arrays = {n: a for n, a in file.arrays.items() if n not in texts and not n.startswith(PAD_PREFIX)}
@@ -147,9 +150,9 @@ def _check_version(metadata: Mapping[str, str]) -> None:
             " run: svdengine convert FOLDER -o model.svdp on the checkpoint folder"
         )
     version = metadata.get("format_version", "")
-    if version != FORMAT_VERSION:
+    if version not in (_WITHOUT_FORMATS, FORMAT_VERSION):
         raise ValueError(
-            f"has format version {quoted(version)}, this svdengine reads {FORMAT_VERSION!r};"
+            f"has format version {quoted(version)}, this svdengine reads {_WITHOUT_FORMATS!r} and {FORMAT_VERSION!r};"
             " convert the checkpoint again, or update svdengine"
         )
 
@@ -166,20 +169,35 @@ def _json_object(metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     return value
 
 
-def _check_tensors(header: TensorHeader, config: ModelConfig) -> dict[str, WeightFormat]:
-    """Compare every tensor with the config; return the format of each matrix."""
-    formats: dict[str, WeightFormat] = {}
+def _formats(header: TensorHeader, config: ModelConfig) -> dict[str, WeightFormat]:
+    """The format of each matrix of the config."""
+    matrices = [spec.name for spec in tensor_specs(config) if spec.matrix]
+    if header.metadata.get("format_version") == _WITHOUT_FORMATS:
+        return {name: _format_of_dtype(name, _entry(header, name).dtype) for name in matrices}
+    told = _json_object(header.metadata, "formats")
+    if told.keys() != set(matrices):
+        odd = min(told.keys() ^ set(matrices))
+        raise ValueError(f"__metadata__ 'formats' {'lacks' if odd in matrices else 'has no use for'} {quoted(odd)}")
+    for name, weight_format in told.items():
+        if not isinstance(weight_format, str) or weight_format not in FORMATS:
+            raise ValueError(
+                f"tensor {quoted(name)}: found the format {quoted(str(weight_format))}, this svdengine reads"
+                f" {', '.join(FORMATS)}; convert the checkpoint again, or update svdengine"
+            )
+    return told
+
+
+def _format_of_dtype(name: str, dtype: str) -> WeightFormat:
+    if dtype not in _FIRST_FORMATS:
+        raise ValueError(f"tensor {quoted(name)}: found {dtype}, expected one of {', '.join(_FIRST_FORMATS)}")
+    return _FIRST_FORMATS[dtype]
+
+
+def _check_tensors(header: TensorHeader, config: ModelConfig, formats: Mapping[str, WeightFormat]) -> None:
+    """Compare every tensor with what the config and the formats call for."""
     expected: dict[str, Declared] = {}
     for spec in tensor_specs(config):
-        weight_format: WeightFormat = "f32"
-        if spec.matrix:
-            dtype = _entry(header, spec.name).dtype
-            if dtype not in _FORMAT_OF_DTYPE:
-                raise ValueError(
-                    f"tensor {quoted(spec.name)}: found {dtype}, expected one of {', '.join(_FORMAT_OF_DTYPE)}"
-                )
-            weight_format = formats[spec.name] = _FORMAT_OF_DTYPE[dtype]
-        expected.update(stored_tensors(spec, weight_format))
+        expected.update(stored_tensors(spec, formats.get(spec.name, "f32")))
     for name, (shape, dtype) in expected.items():
         entry = _entry(header, name)
         if (entry.shape, entry.dtype) != (shape, dtype):
@@ -187,7 +205,6 @@ def _check_tensors(header: TensorHeader, config: ModelConfig) -> dict[str, Weigh
                 f"tensor {quoted(name)}: found {entry.dtype} {entry.shape}, expected {dtype} {shape} from the config"
             )
     _check_names_and_alignment(header, expected)
-    return formats
 
 
 def _entry(header: TensorHeader, name: str) -> TensorEntry:

@@ -20,6 +20,7 @@ from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo
 
+_SMALL: tuple[WeightFormat, ...] = ("q6", "q4")
 _CHUNK = 1 << 22  # elements of float32 that are quantised at once
 
 
@@ -31,12 +32,12 @@ def format_for(
 ) -> WeightFormat:
     """How the matrix `name` is stored in a file of `dtype`.
 
-    Embedding and output projection suffer most from 4 bits: by default they have 8 then. Positions are few.
+    Embedding and output projection suffer most from few bits: by default they have 8 then. Positions are few.
     """
     if name == "position_embedding":
         return "f32"
     if name in ("embedding", "lm_head"):
-        return embedding_dtype or ("q8" if dtype == "q4" else dtype)
+        return embedding_dtype or ("q8" if dtype in _SMALL else dtype)
     if name in ("down", "down_T"):
         return down_dtype or dtype
     return dtype
@@ -101,6 +102,7 @@ class ModelWriter:
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "config": json.dumps(config.to_dict()),
+            "formats": json.dumps(self._formats),
             "tokenizer": json.dumps(tokenizer.info.to_dict()),
             "generation": json.dumps(dict(generation or {})),
             "provenance": json.dumps(dict(provenance or {})),

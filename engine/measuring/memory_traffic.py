@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from svdengine.kernels.formats import gather_parts
 from svdengine.kernels.predictor import Predictor, predictor_bytes
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
@@ -12,7 +13,6 @@ from svdengine.models.tensors import tensor_specs
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
 
-_SUFFIXES = ("", ".scale", ".min", ".row")
 _LOOKUPS = ("embedding", "position_embedding")  # one row a token is read of them
 
 
@@ -50,8 +50,7 @@ def ffn_bytes(model_file: ModelFile) -> int:
 
 def stored_bytes(model_file: ModelFile, name: str) -> int:
     """Bytes of a canonical tensor with its scales, in all layers."""
-    parts = (model_file.arrays.get(name + suffix) for suffix in _SUFFIXES)
-    return sum(array.nbytes for array in parts if array is not None)
+    return sum(part.nbytes for part in gather_parts(model_file.arrays, name).values())
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -15,12 +15,10 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.formats import GROUP, Parts, WeightFormat, dequantize, padded_columns
+from svdengine.kernels.formats import GROUP, Parts, WeightFormat, check_stored, dequantize, gather_parts, padded_columns
 from svdengine.kernels.rope import rope_tables
-from svdengine.kernels.stored_arrays import check_stored
 from svdengine.models import ModelConfig, tensor_specs
 
-_SUFFIXES = ("", ".scale", ".min", ".row")
 _MOST_QUANTISED = 65535  # rows and columns that the quantised product takes
 
 
@@ -292,7 +290,7 @@ class _Builder:
 
     def parts(self, name: str, layer: int | None) -> Parts:
         """The stored arrays of a matrix by suffix."""
-        return {s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays}
+        return {suffix: self.part(name + suffix, layer) for suffix in gather_parts(self.arrays, name)}
 
     def part(self, name: str, layer: int | None) -> NDArray:
         """An array, or its layer."""

@@ -24,11 +24,11 @@ from svdengine.kernels.cpu.simd import (
     half_to_float,
     index,
     load,
+    loop,
     operation,
     splat,
     store,
 )
-from svdengine.kernels.cpu.tile import loop
 
 QUERIES = 4  # most queries in a tile
 _ZERO = ir.Constant(F32V, [0.0] * 16)

@@ -1,4 +1,4 @@
-"""Integer dot products, the only arithmetic that differs between instruction sets, and the inner loops built on them.
+"""Integer dot products, the only arithmetic that differs between instruction sets, and how packed bits are unpacked.
 
 Activations are planes of int8 in -127..127 (quantize.py). `vpdpbusd` wants one side unsigned, so int8 weights are
 offset by BIAS in the register, and sum(w * a) = sum((w + BIAS) * a) - BIAS * sum(a): the caller subtracts the last
@@ -6,8 +6,6 @@ term, whose sum over a group is made once for all rows.
 """
 
 from __future__ import annotations
-
-from numba.core import types
 
 from svdengine.kernels.cpu import isa
 from svdengine.kernels.cpu.simd import (
@@ -19,11 +17,9 @@ from svdengine.kernels.cpu.simd import (
     I16,
     I32,
     I32V,
-    I64,
     ISA,
     address,
     call,
-    emit_prefetch,
     f32x16,
     fused,
     half_to_float,
@@ -31,7 +27,6 @@ from svdengine.kernels.cpu.simd import (
     load,
     operation,
     shuffle,
-    store,
 )
 
 BIAS = 128 if ISA in (isa.AVX512, isa.AVXVNNI) else 0
@@ -116,7 +111,7 @@ def emit_nibbles(builder, at, offset=0):
     return shuffle(builder, low, high, list(range(64)))
 
 
-def _scaled(builder, total, dots, scales, block):
+def emit_scaled(builder, total, dots, scales, block):
     """total + dots * (the scales of the block's two groups)."""
     spread = shuffle(builder, scales, scales, [2 * block] * 8 + [2 * block + 1] * 8)
     return fused(builder, builder.sitofp(dots, F32V), spread, total)
@@ -126,49 +121,6 @@ def emit_dot_16(builder, weights, high, low):
     """Sums of 4 neighbouring products of biased int8 weights with 16-bit activations at two addresses."""
     dots = emit_dot(builder, ir.Constant(I32V, [0] * 16), weights, load(builder, high, I8V))
     return emit_dot(builder, builder.shl(dots, ir.Constant(I32V, [8] * 16)), weights, load(builder, low, I8V))
-
-
-@operation(f32x16, f32x16, address, address, address, f32x16, address)
-def dot_chunk_q8(builder, total, weights, high, low, scales, ahead):
-    """total + scaled products of 512 columns of int8 weights, less the bias' term. scales: of both sides, by group.
-
-    ahead: address of as many bytes that will be wanted next; the hardware alone does not fetch far enough ahead.
-    """
-    for block in range(CHUNK // BLOCK):
-        offset = ir.Constant(I64, block * BLOCK)
-        emit_prefetch(builder, builder.add(ahead, offset))
-        w = emit_bias(builder, load(builder, weights, I8V, block * BLOCK))
-        dots = emit_dot_16(builder, w, builder.add(high, offset), builder.add(low, offset))
-        total = _scaled(builder, total, dots, scales, block)
-    return total
-
-
-@operation(f32x16, f32x16, address, address, f32x16, address)
-def dot_chunk_q4(builder, total, weights, activations, scales, ahead):
-    """As `dot_chunk_q8`, for packed 4-bit weights (less the minima's term) and the high plane of activations."""
-    zero = ir.Constant(I32V, [0] * 16)
-    for block in range(CHUNK // BLOCK):
-        if block % 2 == 0:
-            emit_prefetch(builder, builder.add(ahead, ir.Constant(I64, block * BLOCK // 2)))
-        w = emit_nibbles(builder, weights, block * BLOCK // 2)
-        dots = emit_dot(builder, zero, w, load(builder, activations, I8V, block * BLOCK))
-        total = _scaled(builder, total, dots, scales, block)
-    return total
-
-
-@operation(f32x16, f32x16, address, address, address, f32x16)
-def dot_block_q8(builder, total, weights, high, low, scales):
-    """As `dot_chunk_q8`, for 64 columns; the scales are those of the first two lanes."""
-    w = emit_bias(builder, load(builder, weights, I8V))
-    return _scaled(builder, total, emit_dot_16(builder, w, high, low), scales, 0)
-
-
-@operation(f32x16, f32x16, address, address, f32x16)
-def dot_block_q4(builder, total, weights, activations, scales):
-    """As `dot_chunk_q4`, for 64 columns; the scales are those of the first two lanes."""
-    zero = ir.Constant(I32V, [0] * 16)
-    w = emit_nibbles(builder, weights)
-    return _scaled(builder, total, emit_dot(builder, zero, w, load(builder, activations, I8V)), scales, 0)
 
 
 def emit_two_bits(builder, at):
@@ -210,15 +162,3 @@ def load_f16_pair(builder, at):
 def load_u8_pair(builder, at):
     """Two unsigned bytes, converted, then zeros."""
     return _two_lanes(builder, builder.uitofp(load(builder, at, ir.VectorType(I8, 2)), ir.VectorType(F32, 2)))
-
-
-@operation(types.void, address, address)
-def copy_biased(builder, to, at):
-    """64 int8 weights to 64 bytes as `emit_dot` wants them."""
-    store(builder, to, emit_bias(builder, load(builder, at, I8V)))
-
-
-@operation(types.void, address, address)
-def unpack_nibbles(builder, to, at):
-    """32 packed bytes to 64 bytes in 0..15."""
-    store(builder, to, emit_nibbles(builder, at))

@@ -27,6 +27,7 @@ from svdengine.kernels.cpu.simd import (
     zero_f32,
 )
 
+_ZERO = np.float32(0)
 _ONE = np.float32(1)
 _TWO = np.float32(2)
 
@@ -36,6 +37,13 @@ def copy_row(source, to, columns):
     """to = source."""
     for i in range(0, 4 * columns, 64):
         store_f32(to + i, load_f32(source + i))
+
+
+@jit
+def clear_padding(x, columns, padded):
+    """Zeros after the first `columns` floats of a row of `padded`."""
+    for i in range(columns, padded):
+        store_real(x + 4 * i, _ZERO)
 
 
 @jit

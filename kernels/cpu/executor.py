@@ -39,7 +39,7 @@ from svdengine.kernels.cpu.workspace import (
 )
 from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts, check_ffn_inputs
 from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
-from svdengine.kernels.formats import WeightFormat, padded_columns
+from svdengine.kernels.formats import WeightFormat, gather_parts, padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
@@ -88,8 +88,8 @@ class CpuExecutor:
         self._config = config
         tables = _rope(config, self.context)
         self._model, self._keep = build_model(config, arrays, formats, tables)
-        names = (name + suffix for name in ("gate", "up", "down_T") for suffix in ("", ".scale", ".min", ".row"))
-        self._ffn_bytes = sum(arrays[name].nbytes for name in names if name in arrays)
+        ffn_parts = (gather_parts(arrays, name).values() for name in ("gate", "up", "down_T"))
+        self._ffn_bytes = sum(part.nbytes for parts in ffn_parts for part in parts)
         self._kv = KvBlocks(self._model, block_count, _KV_DTYPES[kv_dtype])
         self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
         self._inputs = _inputs(

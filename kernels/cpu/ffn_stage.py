@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.elementwise import activate_row, copy_row
+from svdengine.kernels.cpu.elementwise import activate_row, clear_padding, copy_row
 from svdengine.kernels.cpu.gemm import gemm_transposed
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.model import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
+from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.rows import add_range, add_to_few
 from svdengine.kernels.cpu.sharing import FEW, NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
 from svdengine.kernels.cpu.simd import store_int
 from svdengine.kernels.cpu.sparse import (
     LISTED,
-    clear_padding,
     compute_listed,
     count_neurons,
     list_neurons,

@@ -24,7 +24,7 @@ def kernel_cache_directory() -> Path:
     Numba's own cache looks only at the file of the outermost function, so an edit of a callee would go unseen.
     """
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     for part in (active_isa(), numba.__version__, llvmlite.__version__, sys.version):
         digest.update(part.encode())

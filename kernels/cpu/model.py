@@ -11,15 +11,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, padded_columns, stored_parts
-from svdengine.kernels.stored_arrays import STORED_DTYPES
+from svdengine.kernels.cpu.formats.dispatch import check_codes
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, MATRIX_FIELDS, matrix_fields
+from svdengine.kernels.formats import FORMATS, STORED_DTYPES, WeightFormat, padded_columns, stored_parts
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
-
-F32, F16, BF16, Q8, Q4 = range(5)  # codes of WEIGHT_FORMATS, in its order
-Q2, Q1 = 5, 6  # of kernels/lowbit.py
-
-# Fields of a matrix.
-DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, BIAS_VECTOR, MATRIX_FIELDS = range(9)
 
 # Matrices of a layer, then those of the whole model after all layers.
 Q, K, V, O, GATE, UP, DOWN, FACTOR_A, FACTOR_B, RESIDUAL, LAYER_MATRICES = range(11)  # noqa: E741
@@ -105,11 +100,9 @@ def build_model(
     for slot, name in ((EMBEDDING, "embedding"), (LM_HEAD, head)):
         matrices[count + slot, :BIAS_VECTOR] = _matrix_fields(specs[name], arrays, formats[name], keep)[0]
         matrices[count + slot, BIAS_VECTOR] = zeros.ctypes.data
+    check_codes(matrices)
     model = _model(config, specs, arrays, formats, matrices, formats[head], rope_tables)
     return model, keep
-
-
-_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
 
 
 def _widths(config: ModelConfig) -> tuple[int, int]:
@@ -122,17 +115,15 @@ def _matrix_fields(
     """(layers, BIAS_VECTOR) addresses and sizes of a stacked matrix; an unstacked one is one layer."""
     layers = spec.shape[0] if spec.stacked else 1
     rows, columns = spec.shape[-2:]
-    fields = np.zeros((layers, BIAS_VECTOR), np.int64)
-    fields[:, FORMAT] = WEIGHT_FORMATS.index(weight_format)
-    fields[:, ROWS], fields[:, COLUMNS] = rows, padded_columns(columns)
+    parts: dict[str, NDArray] = {}
     for suffix, (shape, dtype) in stored_parts(weight_format, rows, columns).items():
         array = arrays[spec.name + suffix]
         expected = (layers, *shape) if spec.stacked else shape
         if array.shape != expected or array.dtype != STORED_DTYPES[dtype] or not array.flags.c_contiguous:
             raise ValueError(f"{spec.name}{suffix}: found {array.dtype} {array.shape}, expected {dtype} {expected}")
         keep.append(array)
-        fields[:, _FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
-    return fields
+        parts[suffix] = array
+    return matrix_fields(parts, weight_format, rows, columns, layers)
 
 
 def _bias_addresses(
@@ -208,8 +199,8 @@ def _model(
         qk_norm=config.qk_norm,
         learned_positions=config.learned_positions,
         rope=config.rope is not None,
-        quantized=any(formats[name] in ("q8", "q4") for name in _NAMES if name in specs),
-        head_quantized=head_format in ("q8", "q4"),
+        quantized=any(FORMATS[formats[name]].activation_bits < 32 for name in _NAMES if name in specs),
+        head_quantized=FORMATS[head_format].activation_bits < 32,
         embedding_scale=float(config.embedding_scale),
         residual_scale=float(config.residual_scale),
         logit_scale=float(config.logit_scale),

@@ -7,31 +7,20 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.model import (
+from svdengine.kernels.cpu.formats.dispatch import check_codes
+from svdengine.kernels.cpu.matrix import (
     BIAS_VECTOR,
-    COLUMNS,
-    DATA,
-    FACTOR_A,
-    FACTOR_B,
-    FORMAT,
-    LAYER_MATRICES,
-    MIN,
-    Q1,
-    Q2,
-    RESIDUAL,
-    ROW,
-    ROWS,
-    SCALE,
-    Model,
+    RESIDUALS,
+    fields_of,
+    matrix_fields,
 )
+from svdengine.kernels.cpu.model import FACTOR_A, FACTOR_B, LAYER_MATRICES, RESIDUAL, Model
 from svdengine.kernels.cpu.score import factor_panels, residual_panels
-from svdengine.kernels.formats import WEIGHT_FORMATS, padded_columns, stored_parts
+from svdengine.kernels.formats import STORED_DTYPES, padded_columns, stored_parts
 from svdengine.kernels.lowbit import BLOCK
 from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
 
 _NEVER = np.float32(-1e30)  # the threshold of neurons that only fill up a panel
-_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
-_DTYPES = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
 
 def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
@@ -47,6 +36,7 @@ def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
         matrices[[FACTOR_A, FACTOR_B, RESIDUAL]] = 0
         if predictor is not None:
             _place_layer(model, layer, matrices, predictor.layers[layer], keep)
+            check_codes(matrices)
     return keep
 
 
@@ -63,18 +53,20 @@ def _place_layer(
     model.predictor_bias[layer, :f], model.predictor_unit[layer, :f] = predictor.bias, predictor.unit
     model.predictor_relu[layer] = predictor.relu
     if rank:
-        code = WEIGHT_FORMATS.index(factors)
         parts = _checked(predictor.a, stored_parts(factors, f, rank))
         if factors == "q8":
             parts = {"": factor_panels(parts[""], parts[".scale"])}
-        matrices[FACTOR_A, :BIAS_VECTOR] = _fields(parts, code, f, rank, keep)
+        matrices[FACTOR_A, :BIAS_VECTOR] = matrix_fields(parts, factors, f, rank)[0]
+        keep += parts.values()
         parts = _checked(predictor.b, stored_parts(factors, rank, d))
-        matrices[FACTOR_B, :BIAS_VECTOR] = _fields(parts, code, rank, d, keep)
+        matrices[FACTOR_B, :BIAS_VECTOR] = matrix_fields(parts, factors, rank, d)[0]
+        keep += parts.values()
     if predictor.residual_bits:
         bits, c = predictor.residual_bits, padded_columns(d)
         parts = _checked(predictor.q, {"": ((f, c * bits // 8), "U8"), ".scale": ((f, c // BLOCK), "F16")})
         panels = residual_panels(parts[""], parts[".scale"], bits)
-        matrices[RESIDUAL, :BIAS_VECTOR] = _fields({"": panels}, Q2 if bits == 2 else Q1, f, d, keep)
+        matrices[RESIDUAL, :BIAS_VECTOR] = fields_of({"": panels}, RESIDUALS[bits], f, d)[0]
+        keep.append(panels)
 
 
 def _checked(parts: Mapping[str, NDArray], expected: Mapping[str, tuple[tuple[int, int], str]]) -> dict[str, NDArray]:
@@ -82,18 +74,8 @@ def _checked(parts: Mapping[str, NDArray], expected: Mapping[str, tuple[tuple[in
     found = {}
     for suffix, (shape, dtype) in expected.items():
         array = parts.get(suffix)
-        if array is None or array.shape != shape or array.dtype != _DTYPES[dtype]:
+        if array is None or array.shape != shape or array.dtype != STORED_DTYPES[dtype]:
             what = "nothing" if array is None else f"{array.dtype} {array.shape}"
             raise ValueError(f"found {what} for a part of the predictor, expected {dtype} {shape}")
         found[suffix] = np.ascontiguousarray(array)
     return found
-
-
-def _fields(parts: Mapping[str, NDArray], code: int, rows: int, columns: int, keep: list[NDArray]) -> NDArray[np.int64]:
-    """(BIAS_VECTOR,) addresses and sizes of one matrix."""
-    fields = np.zeros(BIAS_VECTOR, np.int64)
-    fields[FORMAT], fields[ROWS], fields[COLUMNS] = code, rows, padded_columns(columns)
-    for suffix, array in parts.items():
-        keep.append(array)
-        fields[_FIELDS[suffix]] = array.ctypes.data
-    return fields

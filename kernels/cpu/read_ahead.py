@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.model import DATA
+from svdengine.kernels.cpu.matrix import DATA, ROW_BYTES
 from svdengine.kernels.cpu.simd import I8, I32, address, call, load_int, operation
 
 _PAGE = mmap.PAGESIZE
@@ -28,11 +28,12 @@ def will_need(builder, at, size):
 
 
 @jit
-def ask_for_rows(matrix, size, neurons, count, gap):
-    """Ask for the rows, of `size` bytes each, of `count` neurons listed in ascending order.
+def ask_for_rows(matrix, neurons, count, gap):
+    """Ask for the rows of `count` neurons listed in ascending order.
 
     Rows up to `gap` neurons apart are asked for together, and those between them are read too.
     """
+    size = matrix[ROW_BYTES]
     k = 0
     while k < count:
         first = load_int(neurons + 4 * k)

@@ -33,10 +33,10 @@ from svdengine.kernels.cpu.simd import (
     half_to_float,
     index,
     load,
+    loop,
     operation,
     splat,
 )
-from svdengine.kernels.cpu.tile import loop
 from svdengine.kernels.formats import GROUP
 from svdengine.kernels.lowbit import BLOCK
 

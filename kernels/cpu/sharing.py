@@ -9,7 +9,7 @@ from __future__ import annotations
 from svdengine.kernels.cpu.gemm import gemm
 from svdengine.kernels.cpu.gemv import gemv, gemv_few
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.model import BIAS_VECTOR, COLUMNS
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS
 from svdengine.kernels.cpu.sync import barrier, fetch_add
 from svdengine.kernels.cpu.workspace import STAGES
 

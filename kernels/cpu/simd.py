@@ -121,6 +121,31 @@ def float_to_half(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     return builder.trunc(builder.or_(half, sign), I16)
 
 
+def loop(
+    builder: ir.IRBuilder,
+    count: ir.Value,
+    carried: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """Run `body(i, values) -> values` for i in 0..count (at least once) and return the last values."""
+    before = builder.block
+    top, done = builder.append_basic_block("top"), builder.append_basic_block("done")
+    builder.branch(top)
+    builder.position_at_end(top)
+    i = builder.phi(I64)
+    values: list[Any] = [builder.phi(value.type) for value in carried]
+    results = body(i, values)
+    following = builder.add(i, ir.Constant(I64, 1))
+    i.add_incoming(ir.Constant(I64, 0), before)
+    i.add_incoming(following, builder.block)
+    for phi, first, result in zip(values, carried, results, strict=True):
+        phi.add_incoming(first, before)
+        phi.add_incoming(result, builder.block)
+    builder.cbranch(builder.icmp_signed("<", following, count), top, done)
+    builder.position_at_end(done)
+    return results
+
+
 def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., ir.Value | None]], Any]:
     """Make a Numba function of these types out of an emitter `emit(builder, *values) -> value`."""
 
@@ -158,29 +183,27 @@ def store_f32(builder, at, value):
     store(builder, at, value)
 
 
+def emit_f16(builder: ir.IRBuilder, at: ir.Value, offset: int = 0) -> ir.Value:
+    """16 float16, widened."""
+    return half_to_float(builder, load(builder, at, ir.VectorType(F16, 16), offset))
+
+
+def emit_bf16(builder: ir.IRBuilder, at: ir.Value, offset: int = 0) -> ir.Value:
+    """16 bfloat16, widened."""
+    wide = builder.zext(load(builder, at, ir.VectorType(I16, 16), offset), I32V)
+    return builder.bitcast(builder.shl(wide, ir.Constant(I32V, [16] * 16)), F32V)
+
+
 @operation(f32x16, address)
 def load_f16(builder, at):
     """16 float16, widened."""
-    return half_to_float(builder, load(builder, at, ir.VectorType(F16, 16)))
-
-
-@operation(f32x16, address)
-def load_bf16(builder, at):
-    """16 bfloat16, widened."""
-    wide = builder.zext(load(builder, at, ir.VectorType(I16, 16)), I32V)
-    return builder.bitcast(builder.shl(wide, ir.Constant(I32V, [16] * 16)), F32V)
+    return emit_f16(builder, at)
 
 
 @operation(f32x16, address)
 def load_u8_as_f32(builder, at):
     """16 unsigned bytes, converted."""
     return builder.uitofp(load(builder, at, ir.VectorType(I8, 16)), F32V)
-
-
-@operation(f32x16, address)
-def load_i8_as_f32(builder, at):
-    """16 signed bytes, converted."""
-    return builder.sitofp(load(builder, at, ir.VectorType(I8, 16)), F32V)
 
 
 @operation(f32x16, real)
@@ -274,14 +297,6 @@ def round_f32(builder, a):
 def store_whole_i8(builder, at, value):
     """16 whole numbers in -128..127 as int8."""
     store(builder, at, builder.trunc(builder.fptosi(value, I32V), ir.VectorType(I8, 16)))
-
-
-@operation(f32x16, address, address)
-def load_nibbles_as_f32(builder, at, shift):
-    """16 bytes' low halves (shift 0) or high halves (shift 4), converted."""
-    packed = load(builder, at, ir.VectorType(I8, 16))
-    packed = builder.lshr(packed, splat(builder, builder.trunc(shift, I8)))
-    return builder.uitofp(builder.and_(packed, ir.Constant(packed.type, [15] * 16)), F32V)
 
 
 @operation(real, address)

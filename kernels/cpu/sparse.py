@@ -11,29 +11,24 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.gemv import STREAM_AHEAD, dot_four, dot_row
+from svdengine.kernels.cpu.formats.dispatch import add_four, dot_four, dot_row
+from svdengine.kernels.cpu.gemv import STREAM_AHEAD
 from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, DATA, FORMAT, Q2, ROWS
 from svdengine.kernels.cpu.model import (
-    BIAS_VECTOR,
-    COLUMNS,
-    DATA,
     DOWN,
     DRELU,
     FACTOR_A,
     FACTOR_B,
     FATRELU,
-    FORMAT,
     GATE,
     LAYER_MATRICES,
-    Q2,
-    Q8,
     RELU2,
     RESIDUAL,
-    ROWS,
     UP,
 )
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
-from svdengine.kernels.cpu.rows import add_four, fetch_part, row_bytes
+from svdengine.kernels.cpu.rows import fetch_part
 from svdengine.kernels.cpu.score import (
     FACTOR_BYTES,
     NEURONS,
@@ -53,12 +48,14 @@ from svdengine.kernels.cpu.simd import (
     store_real,
     zero_f32,
 )
+from svdengine.kernels.formats import FORMATS
 
 CHUNK = 2048  # neurons of a list at once, between gate, up and down
 AHEAD = 8  # listed rows that are on their way from memory
 PART = 512  # columns of down that are added, and asked for, at once
 PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8  # counters of a thread, on a cache line of their own
 RESIDUAL_BYTES_2, RESIDUAL_BYTES_1 = RESIDUAL_BYTES[2], RESIDUAL_BYTES[1]
+_Q8 = FORMATS["q8"].code
 _ZERO = np.float32(0)
 
 
@@ -94,7 +91,7 @@ def score_neurons(model, layer, quantized, z, shift, first, scratch):
     panel = first // NEURONS
     score = load_f32(bias + 4 * first) - load_f32(unit + 4 * first) * splat_f32(shift)
     if groups > 0:
-        if a[FORMAT] == Q8:
+        if a[FORMAT] == _Q8:
             score = add_factor_scores(score, a[DATA] + panel * groups * FACTOR_BYTES, groups, z)
         else:
             score = add_row_scores(score, a, first, z, scratch)
@@ -219,17 +216,17 @@ def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch
     down = model.matrices[base + DOWN]
     if gap > 0:
         gate = model.matrices[base + (GATE if model.gated else UP)]
-        ask_for_rows(gate, row_bytes(gate), neurons, count, gap)
+        ask_for_rows(gate, neurons, count, gap)
     active, hidden, four = scratch, scratch + 4 * CHUNK, scratch + 8 * CHUNK
     total = 0
     for start in range(0, count, CHUNK):
         size = min(CHUNK, count - start)
         found = gate_listed(model, layer, x, quantized, neurons + 4 * start, size, active, hidden, four)
         if gap > 0:
-            ask_for_rows(down, row_bytes(down), active, found, gap)
+            ask_for_rows(down, active, found, gap)
             if model.gated:
                 up = model.matrices[base + UP]
-                ask_for_rows(up, row_bytes(up), active, found, gap)
+                ask_for_rows(up, active, found, gap)
         if model.gated:
             up_listed(model, layer, x, quantized, active, found, hidden, four)
         add_listed(down, active, hidden, found, out, 0, down[COLUMNS])
@@ -250,10 +247,3 @@ def count_neurons(counts, member, predicted, active, total):
     counts[member, PREDICTED] += predicted
     counts[member, ACTIVE] += active
     counts[member, TOTAL] += total
-
-
-@jit
-def clear_padding(z, rank, columns):
-    """Zeros after the last of `rank` floats."""
-    for i in range(rank, columns):
-        store_real(z + 4 * i, _ZERO)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import numpy as np
 
+from svdengine.kernels.cpu.elementwise import clear_padding
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.model import BIAS_VECTOR, COLUMNS, DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, ROWS, UP
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
+from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
-from svdengine.kernels.cpu.rows import row_bytes
 from svdengine.kernels.cpu.score import NEURONS, list_positive
 from svdengine.kernels.cpu.sharing import NEURON_UNIT, share
 from svdengine.kernels.cpu.simd import load_int, load_real, store_int, store_real
 from svdengine.kernels.cpu.sparse import (
     LISTED,
     add_listed,
-    clear_padding,
     count_neurons,
     gate_listed,
     project,
@@ -155,7 +155,7 @@ def activate_listed(model, work, inputs, layer, normed, first, count, total, mem
     if gap > 0:
         for kind in (GATE, UP, DOWN) if model.gated else (UP, UP, DOWN):
             matrix = model.matrices[layer * LAYER_MATRICES + kind]
-            ask_for_rows(matrix, row_bytes(matrix), neurons + 4 * begin, end - begin, gap)
+            ask_for_rows(matrix, neurons + 4 * begin, end - begin, gap)
     computed = 0
     for start in range(begin, end, CHUNK):
         size = min(CHUNK, end - start)

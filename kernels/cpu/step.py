@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.attention_stage import attention, place_keys, project_attention, project_qkv
-from svdengine.kernels.cpu.elementwise import add_row, copy_row, layer_norm, rms_norm, scale_row
+from svdengine.kernels.cpu.elementwise import add_row, clear_padding, copy_row, layer_norm, rms_norm, scale_row
 from svdengine.kernels.cpu.ffn_stage import any_ffn, keep_ffn_inputs
-from svdengine.kernels.cpu.gemm import load_weights
+from svdengine.kernels.cpu.formats.dispatch import load_weights
 from svdengine.kernels.cpu.jit import entry, jit
 from svdengine.kernels.cpu.model import EMBEDDING, LAYER_MATRICES, LM_HEAD
 from svdengine.kernels.cpu.quantize import quantize_groups
@@ -55,7 +55,10 @@ def normalize(model, work, norms, out, n, member, threads, quantize):
 
 @jit
 def add_to_residual(model, work, addend, parts, n, member, threads):
-    """x += residual_scale * addend; in decode the addend may come in several parts, one a row."""
+    """x += residual_scale * addend; in decode the addend may come in several parts, one a row.
+
+    The padding of x stays 0, as norms need it: that of an addend need not be, since 4 bits do not hold every 0 exactly.
+    """
     scale = np.float32(model.residual_scale)
     first, last = rows_of(n, member, threads)
     for row in range(first, last):
@@ -65,6 +68,7 @@ def add_to_residual(model, work, addend, parts, n, member, threads):
                 add_row(x, addend + part * work.hidden_stride, scale, model.hidden_stride)
         else:
             add_row(x, addend + row * work.hidden_stride, scale, model.hidden_stride)
+        clear_padding(x, model.hidden, model.hidden_stride)
 
 
 @jit

@@ -1,17 +1,17 @@
 """The register tiles of matrix-matrix products: 16 rows of weights by up to 8 rows of activations.
 
-Weights are first packed into a panel of 16 rows (gemm.py): lanes are rows, so that no sum runs across lanes.
+Weights are first packed into a panel of 16 rows (formats): lanes are rows, so that no sum runs across lanes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu.dot import emit_dot
+from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
     F32,
     F32V,
@@ -23,38 +23,12 @@ from svdengine.kernels.cpu.simd import (
     fused,
     index,
     load,
+    loop,
     operation,
     shuffle,
     splat,
     store,
 )
-
-PANEL = 16  # rows of weights in a panel
-
-
-def loop(
-    builder: ir.IRBuilder,
-    count: ir.Value,
-    carried: list[ir.Value],
-    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
-) -> list[ir.Value]:
-    """Run `body(i, values) -> values` for i in 0..count (at least once) and return the last values."""
-    before = builder.block
-    top, done = builder.append_basic_block("top"), builder.append_basic_block("done")
-    builder.branch(top)
-    builder.position_at_end(top)
-    i = builder.phi(I64)
-    values: list[Any] = [builder.phi(value.type) for value in carried]
-    results = body(i, values)
-    following = builder.add(i, ir.Constant(I64, 1))
-    i.add_incoming(ir.Constant(I64, 0), before)
-    i.add_incoming(following, builder.block)
-    for phi, first, result in zip(values, carried, results, strict=True):
-        phi.add_incoming(first, before)
-        phi.add_incoming(result, builder.block)
-    builder.cbranch(builder.icmp_signed("<", following, count), top, done)
-    builder.position_at_end(done)
-    return results
 
 
 def _at(builder, base, index_value, step):
@@ -157,7 +131,7 @@ def _transposed(builder, vectors):
 @operation(types.void, address, index, address)
 def transpose_words(builder, source, stride, to):
     """16 rows of 16 4-byte words, `stride` bytes apart, to 16 vectors whose lanes are the rows."""
-    rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, PANEL)]
+    rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, 16)]
     for i, vector in enumerate(_transposed(builder, rows)):
         store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
 
@@ -165,3 +139,51 @@ def transpose_words(builder, source, stride, to):
 integer_tile_8, integer_tile_4, integer_tile_2 = (integer_tile(t, 2) for t in (8, 4, 2))
 coarse_tile_8, coarse_tile_4, coarse_tile_2 = (integer_tile(t, 1) for t in (8, 4, 2))
 float_tile_8, float_tile_4, float_tile_2 = float_tile(8), float_tile(4), float_tile(2)
+
+
+@jit
+def integer_tiles(panel, x, x_stride, columns, out, out_stride, n):
+    """out (n, 16) += panel times n quantised rows. Rows up to the next tile size may be read and written."""
+    t = 0
+    while t < n:
+        if n - t > 4:
+            integer_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 8
+        elif n - t > 2:
+            integer_tile_4(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 4
+        else:
+            integer_tile_2(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 2
+
+
+@jit
+def coarse_tiles(panel, x, x_stride, columns, out, out_stride, n):
+    """As `integer_tiles`, with the high plane of activations alone."""
+    t = 0
+    while t < n:
+        if n - t > 4:
+            coarse_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 8
+        elif n - t > 2:
+            coarse_tile_4(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 4
+        else:
+            coarse_tile_2(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 2
+
+
+@jit
+def float_tiles(panel, x, x_stride, columns, out, out_stride, n):
+    """As `integer_tiles`, for float32 panels and rows."""
+    t = 0
+    while t < n:
+        if n - t > 4:
+            float_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 8
+        elif n - t > 2:
+            float_tile_4(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 4
+        else:
+            float_tile_2(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+            t += 2

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
-from svdengine.kernels.formats import WeightFormat, padded_columns, stored_parts
+from svdengine.kernels.formats import STORED_DTYPES, WeightFormat, check_stored, padded_columns, stored_parts
 from svdengine.kernels.lowbit import BLOCK
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
-from svdengine.kernels.stored_arrays import STORED_DTYPES, check_stored
 from svdengine.models import ModelConfig, tensor_specs
 
 _SUFFIXES = ("", ".scale", ".min", ".row")

@@ -16,13 +16,13 @@ from model_zoo import block_table, make_batch, random_tokens, zoo
 from random_predictors import make_predictor
 from test_cpu import executors
 
-from svdengine.kernels.cpu.model import DATA
+from svdengine.kernels.cpu.matrix import DATA, ROW_BYTES
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
 
 
 @numba.njit(nogil=True)
-def ask(matrix, size, neurons, count, gap):
-    ask_for_rows(matrix, size, neurons, count, gap)
+def ask(matrix, neurons, count, gap):
+    ask_for_rows(matrix, neurons, count, gap)
 
 
 def resident(pages: mmap.mmap, address: int) -> list[int]:
@@ -45,8 +45,8 @@ def test_only_the_pages_of_listed_rows_are_read(tmp_path: Path, gap: int, extra:
     if resident(pages, address):
         pytest.skip("this file system keeps its pages in memory")
     matrix, neurons = np.zeros(16, np.int64), np.array(listed, np.int32)
-    matrix[DATA] = address
-    ask(matrix, mmap.PAGESIZE, neurons.ctypes.data, len(listed), gap)
+    matrix[DATA], matrix[ROW_BYTES] = address, mmap.PAGESIZE
+    ask(matrix, neurons.ctypes.data, len(listed), gap)
     expected = sorted([*listed, *extra] if gap < 3 else range(2, 12))
     for _ in range(200):
         if resident(pages, address) == expected:

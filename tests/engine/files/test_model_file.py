@@ -17,7 +17,7 @@ from svdengine.files import model_file
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.model_writer import ModelWriter, StoredTokenizer, format_for
 from svdengine.files.tensor_writer import TensorWriter
-from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, gather_parts, quantize
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo
@@ -42,8 +42,7 @@ def write(path: Path, config: ModelConfig = CONFIG, dtype: WeightFormat = "q8", 
 
 
 def parts_of(file: ModelFile, name: str, layer: int | None) -> dict[str, Any]:
-    suffixes = ("", ".scale", ".min", ".row")
-    found = {s: file.arrays[name + s] for s in suffixes if name + s in file.arrays}
+    found = gather_parts(file.arrays, name)
     return found if layer is None else {suffix: part[layer] for suffix, part in found.items()}
 
 
@@ -218,13 +217,46 @@ def test_wrong_data_is_not_written(tmp_path: Path) -> None:
         model.write("q", np.zeros((1, 1), np.float32))
 
 
+def edit_formats(header: dict[str, Any], **changes: Any) -> None:
+    formats = {**json.loads(header["__metadata__"]["formats"]), **changes}
+    header["__metadata__"]["formats"] = json.dumps({k: v for k, v in formats.items() if v is not None})
+
+
+def as_version_1(header: dict[str, Any]) -> None:
+    header["__metadata__"].pop("formats")
+    header["__metadata__"]["format_version"] = "1"
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8", "q4"])
+def test_files_of_the_first_version_are_read(tmp_path: Path, dtype: WeightFormat) -> None:
+    path = tmp_path / "m.svdp"
+    write(path, dtype=dtype)
+    with read_model_file(path) as file:
+        formats, gate = dict(file.formats), file.arrays["gate"].copy()
+    edit_header(path, as_version_1)
+    with read_model_file(path) as file:
+        assert dict(file.formats) == formats
+        np.testing.assert_array_equal(file.arrays["gate"], gate)
+
+
+def test_the_first_version_had_one_format_a_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "m.svdp"
+    write(path, dtype="q6")
+    edit_header(path, as_version_1)
+    with pytest.raises(ModelFileError, match=r"'q': found U8 .* expected U8"):  # as if it were q4
+        read_model_file(path)
+    edit_header(path, lambda h: h["gate"].update(dtype="BOOL"))
+    with pytest.raises(ModelFileError, match="found BOOL, expected one of"):
+        read_model_file(path)
+
+
 HEADER_EDITS: dict[str, tuple[Any, str]] = {
     "missing": (lambda h: {k: v for k, v in h.items() if k != "up.scale"}, "hole|missing"),
     "renamed": (lambda h: {("upp" if k == "up" else k): v for k, v in h.items()}, "'up' is missing"),
     "unexpected": (lambda h: {("extra" if k == "chat_template" else k): v for k, v in h.items()}, "'extra' is unexp"),
     "dtype": (lambda h: h["gate"].update(dtype="U8"), "'gate"),
     "unknown dtype": (lambda h: h["gate"].update(dtype="Q1"), "unknown dtype"),
-    "integer weights": (lambda h: h["gate"].update(dtype="BOOL"), "found BOOL, expected one of"),
+    "integer weights": (lambda h: h["gate"].update(dtype="BOOL"), "'gate': found BOOL .* expected I8"),
     "shape": (lambda h: h["gate"].update(shape=h["gate"]["shape"][::-1]), "'gate': found I8 .* expected I8"),
     "negative": (lambda h: h["gate"].update(shape=[-1, -1, *h["gate"]["shape"]]), "whole numbers"),
     "boolean": (lambda h: h["gate"].update(shape=[True, *h["gate"]["shape"]]), "whole numbers"),
@@ -237,7 +269,14 @@ HEADER_EDITS: dict[str, tuple[Any, str]] = {
     "not an object": (lambda h: h.update(up=3), "exactly dtype"),
     "metadata": (lambda h: h.update(__metadata__={"format": 1}), "strings to strings"),
     "no metadata": (lambda h: h.pop("__metadata__") and h, "svdengine convert"),
-    "version": (lambda h: h["__metadata__"].update(format_version="2"), "has format version '2'"),
+    "version": (lambda h: h["__metadata__"].update(format_version="3"), "has format version '3'.*reads '1' and '2'"),
+    "formats gone": (lambda h: h["__metadata__"].pop("formats") and h, "lacks 'formats'"),
+    "formats list": (lambda h: h["__metadata__"].update(formats="[]"), "JSON object"),
+    "a format left out": (lambda h: edit_formats(h, gate=None), "'formats' lacks 'gate'"),
+    "a format of nothing": (lambda h: edit_formats(h, output="q8"), "'formats' has no use for 'output'"),
+    "a format of later": (lambda h: edit_formats(h, gate="q5"), "'gate': found the format 'q5', this svdengine reads"),
+    "a format that is none": (lambda h: edit_formats(h, gate=["q8"]), "found the format"),
+    "another format": (lambda h: edit_formats(h, gate="q6"), "'gate': found I8 .* expected U8"),
     "config gone": (lambda h: h["__metadata__"].pop("config") and h, "lacks 'config'"),
     "config text": (lambda h: h["__metadata__"].update(config="{"), "'config'"),
     "config list": (lambda h: h["__metadata__"].update(config="[]"), "JSON object"),

@@ -1,0 +1,56 @@
+"""The kernels of whichever format a matrix has: what `FormatKernels` lists, by the code in the matrix.
+
+A new format is a line in `ALL`. A code that is none of theirs raises ValueError before a step runs (`check_codes`):
+another format's kernels would read memory that is not there. Should one come this far, nothing is read, and a product
+is NaN. (Exceptions in kernels that are called for every row would make all of them take a sixth longer to compile.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.cpu.formats.floats import BF16_KERNELS, F16_KERNELS, F32_KERNELS
+from svdengine.kernels.cpu.formats.kernels import FormatKernels
+from svdengine.kernels.cpu.formats.q4 import Q4_KERNELS
+from svdengine.kernels.cpu.formats.q6 import Q6_KERNELS
+from svdengine.kernels.cpu.formats.q8 import Q8_KERNELS
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.matrix import FORMAT, RESIDUALS, ROWS
+from svdengine.kernels.cpu.simd import zero_f32
+from svdengine.kernels.formats import FORMATS
+
+ALL: tuple[FormatKernels, ...] = (Q8_KERNELS, Q6_KERNELS, Q4_KERNELS, F32_KERNELS, F16_KERNELS, BF16_KERNELS)
+
+
+def check_codes(matrices: NDArray[np.int64]) -> None:
+    """Raise ValueError when a matrix, a row of `matrices` that has rows itself, has a code that no kernel reads."""
+    known = {FORMATS[kernels.name].code for kernels in ALL} | set(RESIDUALS.values())
+    for matrix in matrices:
+        if matrix[ROWS] and int(matrix[FORMAT]) not in known:
+            raise ValueError(f"a matrix has the format code {matrix[FORMAT]}, which no kernel reads")
+
+
+def _by_format(operation: str, parameters: str, otherwise: str = "") -> Any:
+    """A compiled function that runs `operation` of the matrix's format.
+
+    It is a chain of comparisons, written out because compiled code cannot choose a function from a table.
+    """
+    lines = [f"def {operation}(matrix, {parameters}):", "    code = matrix[FORMAT]"]
+    scope: dict[str, Any] = {"FORMAT": FORMAT, "nan": np.float32(np.nan), "zero_f32": zero_f32}
+    for kernels in ALL:
+        scope[kernels.name] = getattr(kernels, operation)
+        lines.append(f"    if code == {FORMATS[kernels.name].code}:")
+        lines.append(f"        return {kernels.name}(matrix, {parameters})")
+    exec("\n".join([*lines, f"    return {otherwise}"]), scope)
+    return jit(scope[operation])
+
+
+dot_row = _by_format("dot_row", "row, x, quantized, ahead", "nan")
+dot_four = _by_format("dot_four", "r0, r1, r2, r3, n0, n1, n2, n3, x, quantized, out")
+add_four = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last")
+load_weights = _by_format("load_weights", "row, column", "zero_f32()")
+pack_panel = _by_format("pack_panel", "first, start, stop, panel, staging")
+pack_columns = _by_format("pack_columns", "first, start, stop, panel")

@@ -1,0 +1,40 @@
+"""A matrix as compiled code sees it: a row of integers, which are the addresses of its parts, its format and sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.formats import FORMATS, WeightFormat, padded_columns
+
+# DATA, SCALE, MIN, ROW: addresses of the parts that the format has. ROW_BYTES: of one row's values. ACTIVATION_BITS: of
+# what it is multiplied with. BIAS_VECTOR: the address of what is added to the product.
+DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BIAS_VECTOR, MATRIX_FIELDS = range(11)
+PART_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
+RESIDUALS = {2: 102, 1: 101}  # codes of a predictor's low-bit residual (kernels/lowbit.py), by its bits
+Q2, Q1 = RESIDUALS[2], RESIDUALS[1]
+
+
+def matrix_fields(
+    parts: Mapping[str, NDArray], weight_format: WeightFormat, rows: int, columns: int, layers: int = 1
+) -> NDArray[np.int64]:
+    """(layers, BIAS_VECTOR) addresses and sizes of a stored matrix, or of a stack of `layers` of them.
+
+    The parts must have been checked: C-contiguous, of the format's shapes and types. They must outlive the fields.
+    """
+    stored = FORMATS[weight_format]
+    fields = fields_of(parts, stored.code, rows, columns, layers)
+    fields[:, ROW_BYTES] = stored.row_bytes(padded_columns(columns))
+    fields[:, ACTIVATION_BITS] = stored.activation_bits
+    return fields
+
+
+def fields_of(parts: Mapping[str, NDArray], code: int, rows: int, columns: int, layers: int = 1) -> NDArray[np.int64]:
+    """As `matrix_fields`, for anything that has a code; without what only formats have."""
+    fields = np.zeros((layers, BIAS_VECTOR), np.int64)
+    fields[:, FORMAT], fields[:, ROWS], fields[:, COLUMNS] = code, rows, padded_columns(columns)
+    for suffix, array in parts.items():
+        fields[:, PART_FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
+    return fields
