@@ -10,6 +10,7 @@ import pytest
 # Each is the body of a function with these parameters, checked by `mypy --strict`.
 HEADER = """\
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack, assert_type
 
@@ -62,7 +63,8 @@ RIGHT = {
         assert_type(params.logit_bias, Mapping[int, float])
         assert_type(params.response_format, svdengine.Grammar | None)
         assert_type(params.max_tokens, int | None)
-        {params: "a key of a dict"}
+        assert_type(replace(params, temperature=0.5), svdengine.SamplingParams)
+        print({params: "a key of a dict"})
     """,
     "prompts": """
         llm.generate("x")
