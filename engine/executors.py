@@ -20,7 +20,7 @@ Device = Literal["auto", "cpu", "cuda", "ascend", "reference"]
 KvDtype = Literal["f16", "f32"]
 DEVICES: tuple[str, ...] = get_args(Device)
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
-FFN_CHOICES: tuple[str, ...] = ("auto", "dense", "sparse")
+FFN_CHOICES: tuple[str, ...] = get_args(FfnMode)
 DEVICE_VARIABLE = "SVDENGINE_DEVICE"  # what "auto" means, when it is set
 
 MAX_BATCH_ROWS = 256
@@ -37,7 +37,7 @@ def check_ffn(ffn: Any) -> FfnMode:
 def create_executor(
     model_file: ModelFile,
     *,
-    device: str = "auto",
+    device: Device = "auto",
     threads: int | None = None,
     context: int,
     block_count: int,

@@ -14,6 +14,7 @@ from svdengine.commands.options import check_writable
 
 if TYPE_CHECKING:
     from svdengine.converters.calibration import CalibrationOptions
+    from svdengine.executors import Device
     from svdengine.files.model_file import ModelFile
     from svdengine.kernels.predictor import Predictor
 
@@ -124,7 +125,7 @@ def calibrate_file(
     text: Sequence[Path] = (),
     tokens: int | None = None,
     state: Path | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     threads: int | None = None,
     **budget: float | None,
 ) -> Predictor:

@@ -16,6 +16,7 @@ import click
 from svdengine.commands.options import check_writable, measuring_options, open_model, read_text
 
 if TYPE_CHECKING:
+    from svdengine.kernels.executor import FfnMode
     from svdengine.llm import LLM
     from svdengine.measuring.evaluation import Measurements
     from svdengine.measuring.tasks import Task
@@ -96,7 +97,7 @@ def _measure(
     if study:
         found.study = study_predictors(llm, text, _progress if shown else None)
     if tasks:
-        paths = ("dense", "sparse") if both else (llm.ffn,)
+        paths: tuple[FfnMode, ...] = ("dense", "sparse") if both else (llm.ffn,)
         report = partial(_progress, "tasks") if shown else None
         found.tasks, found.pairs = score_tasks(llm, tasks, paths, bias, report)
     return found
