@@ -37,7 +37,7 @@ def main() -> None:
     with svdengine.load(path) as llm:
         told, variables = tool_prompt(messages, [TOOL], llm.chat_template)
         grammar = tool_grammar([TOOL], required=True, several=False)
-        answer = llm.chat(told, template=variables, response_format=grammar, temperature=0.0, max_tokens=100)
+        answer = llm.chat(told, template=variables, response_format=grammar, temperature=0.0, max_tokens=200)
         _, calls = ToolCallReader().push(answer.text)
         if not calls:
             sys.exit(f"the call was cut ({answer.finish_reason}): {answer.text!r}")
