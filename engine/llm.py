@@ -57,18 +57,16 @@ def load(
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
-    context: most tokens of one sequence; by default what the model was made for, at most 4096.
-    kv_tokens: tokens that the KV cache holds for all sequences together, by default `sequences` whole contexts; or
-    kv_memory: bytes that it may take. kv_dtype: f16 or f32.
-    threads: by default one a core. ffn: see `LLM.ffn`. predictor: a file; by default the model file's own.
-    gpu_memory: bytes that all of this may take of a GPU's memory, by default what is free; FFN weights that do not fit
-    stay in the host's.
-    prefill_rows: prompt tokens that a step reads while others decode. More read prompts faster; fewer keep the others
-    from waiting.
-    speculative: guess several tokens at once, where that is measured to be faster.
-    prefetch: read the weights into memory before anything runs; mlock: keep them there.
-
-    Raises ModelFileError, DeviceError or RequestError, saying what was found and what to do.
+    context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
+    the KV cache holds for all sequences together, by default `sequences` whole contexts; or kv_memory: bytes that it
+    may take. kv_dtype: f16 or f32. gpu_memory: bytes of a GPU's memory for all of this, by default what is free; FFN
+    weights that do not fit stay in the host's. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a
+    predictor comes from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads
+    while others decode: more read prompts faster, fewer let the others wait less for each token. speculative: let steps
+    try tokens that followed the same ones before, or that the model drafted by its sparse path, where that is measured
+    to be faster. prefetch: read the weights into
+    memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or RequestError, saying what
+    was found and what to do.
     """
     mode = check_ffn(ffn)
     if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
