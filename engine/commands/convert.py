@@ -21,7 +21,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q4")
 @click.option(
     "--embedding-dtype",
     type=click.Choice(DTYPES),
-    help="How embedding and output projection are stored; by default like the rest, and in q8 with --dtype q4.",
+    help="How embedding and output projection are stored; by default like the rest, and in q8 with q6 and q4.",
 )
 @click.option(
     "--down-dtype",
