@@ -47,16 +47,15 @@ def weights(tensors: Tensors, name: str, weight_format: str, columns: int) -> np
     scale = np.repeat(tensors[f"{name}.scale"].astype(np.float32), 32, -1)
     if weight_format == "q8":
         return (scale * data)[..., :columns]
-    if weight_format == "q4":
-        row = tensors[f"{name}.row"]
-        low = np.repeat(tensors[f"{name}.min"].astype(np.float32), 32, -1)
-        q = halves(data.reshape(*data.shape[:-1], -1, 32))
-        return (row[..., :1] * scale * q - row[..., 1:] * low)[..., :columns]
-    assert weight_format == "q6", f"docs/format.md does not describe {weight_format}"
-    of_64 = data.reshape(*data.shape[:-1], -1, 48)
-    upper = np.concatenate([of_64[..., 32:] >> shift & 3 for shift in (0, 2, 4, 6)], -1)
-    q = halves(of_64[..., :32]) + 16.0 * upper.reshape(*data.shape[:-1], -1)
-    return (scale * (q - 32))[..., :columns].astype(np.float32)
+    assert weight_format in ("q4", "q6"), f"docs/format.md does not describe {weight_format}"
+    row = tensors[f"{name}.row"]
+    low = np.repeat(tensors[f"{name}.min"].astype(np.float32), 32, -1)
+    of_64 = data.reshape(*data.shape[:-1], -1, 32 if weight_format == "q4" else 48)
+    q = halves(of_64[..., :32])
+    if weight_format == "q6":
+        upper = np.concatenate([of_64[..., 32:] >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+        q = q + 16.0 * upper.reshape(*data.shape[:-1], -1)
+    return (row[..., :1] * scale * q - row[..., 1:] * low)[..., :columns].astype(np.float32)
 
 
 def halves(packed: np.ndarray) -> np.ndarray:
