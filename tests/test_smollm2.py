@@ -167,13 +167,15 @@ def test_8_bits_cost_little_perplexity(perplexities: Callable[[str], float]) -> 
     assert perplexities("q8") == pytest.approx(perplexities("f32"), rel=0.003)
 
 
-def test_8_bits_cost_little_perplexity_on_more_text(converted: Convert, recorded: dict[str, Any]) -> None:
+def test_8_and_6_bits_cost_little_perplexity_on_more_text(converted: Convert, recorded: dict[str, Any]) -> None:
     """On the recorded text and a licence together."""
     licence = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
     with read_model_file(converted("q8")) as file:
         tokens = Tokenizer(file.tokenizer_info, file.tokenizer_bytes).encode(licence)
     text = {"text_tokens": [*recorded["text_tokens"], *tokens]}
-    assert perplexity(converted("q8"), text) == pytest.approx(perplexity(converted("f32"), text), rel=0.003)
+    expected = perplexity(converted("f32"), text)
+    assert perplexity(converted("q8"), text) == pytest.approx(expected, rel=0.003)
+    assert perplexity(converted("q6"), text) == pytest.approx(expected, rel=0.003)
 
 
 def test_4_bits_cost_little_perplexity(perplexities: Callable[[str], float]) -> None:
