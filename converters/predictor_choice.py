@@ -58,7 +58,7 @@ def build_candidate(
     factor_format: FactorFormat,
     basis: Basis | None = None,
 ) -> LayerPredictor:
-    """The predictor of a shape, with zero thresholds."""
+    """The predictor of a shape, before calibration."""
     return build_predictor(shape.kind, layer, statistics, shape.rank, shape.bits, factor_format, basis)
 
 

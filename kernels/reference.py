@@ -136,8 +136,8 @@ class ReferenceExecutor:
             return ffn(self.config, self.layers[layer], x)
         if self.predictor is None:
             raise ValueError("ffn='sparse' needs a predictor")
-        bias = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
-        return sparse_ffn(self.config, self.layers[layer], x, self.predictor.layers[layer], bias, self._counts)
+        shift = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
+        return sparse_ffn(self.config, self.layers[layer], x, self.predictor.layers[layer], shift, self._counts)
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
@@ -191,18 +191,18 @@ def sparse_ffn(
     weights: Weights,
     x: Array,
     predictor: LayerPredictor,
-    bias: Array | np.float32,
+    sparsity_bias: Array | np.float32,
     counts: NDArray[np.int64] | None = None,
 ) -> Array:
     """The FFN computed only on the neurons that the predictor names: (n, d) -> (n, d).
 
-    `bias` (n, 1) shifts the thresholds of a row, in units of the predictor. P are the neurons whose score is positive;
-    Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold. An
-    executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
+    `sparsity_bias` (n, 1) raises the thresholds of a row, in units of the predictor. P are the neurons whose score is
+    positive; Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold.
+    An executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
     `counts` (3,) is added the sizes of P and Q, and n times f.
     """
     # P: predicted from the scores. (n, f)
-    predicted = scores(predictor, x) - bias * predictor.unit > 0
+    predicted = scores(predictor, x, sparsity_bias) > 0
 
     # Q: the exact gate prunes what was predicted wrongly.
     name = "gate" if config.gated else "up"

@@ -31,7 +31,7 @@ from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig, tensor_specs
 
 _LISTS = 5  # of gathered rows, none in two of them
-_BIAS = np.float32(1e4)  # far beyond every product: decides whether a gate is active
+_FAR = np.float32(1e4)  # beyond every product: decides whether a gate is active
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _ffn_works(device: Device, shape: Shape, weight_format: WeightFormat) -> lis
 class FfnStack:
     """Layers of FFNs in one format. Every layer has the same random weights, in memory of its own.
 
-    The biases of predictor and gates say which neurons are predicted and active, whatever is read.
+    The predictor's thresholds and the gates' biases say which neurons are predicted and active, whatever is read.
     """
 
     def __init__(self, device: Device, shape: Shape, weight_format: WeightFormat) -> None:
@@ -200,17 +200,17 @@ class FfnStack:
         return works
 
     def _layer_predictor(self) -> LayerPredictor:
-        """Factors of zeros, which are read like others, and biases that name the predicted neurons."""
+        """Factors of zeros, which are read like others, and thresholds that name the predicted neurons."""
         shape = self.shape
-        bias = np.full(shape.ffn, -_BIAS)
-        bias[self.predicted] = _BIAS
+        threshold = np.full(shape.ffn, _FAR)
+        threshold[self.predicted] = -_FAR
         a = quantize(np.zeros((shape.ffn, shape.rank), np.float32), "q8")
         b = quantize(np.zeros((shape.rank, shape.hidden), np.float32), "q8")
-        return LayerPredictor(shape.rank, "q8", 0, a, b, {}, bias, np.ones_like(bias))
+        return LayerPredictor(shape.rank, "q8", 0, a, b, {}, threshold, np.ones_like(threshold))
 
     def _plan(self) -> Plan:
-        bias = np.full(self.shape.ffn, -_BIAS)
-        bias[self.active] = _BIAS
+        bias = np.full(self.shape.ffn, -_FAR)
+        bias[self.active] = _FAR
         parts = dict.fromkeys(("gate", "up", "down_T"), self.part)
         arrays, formats = _arrays(self.config, parts, self.format)
         arrays["gate.bias"] = np.broadcast_to(bias, arrays["gate.bias"].shape)

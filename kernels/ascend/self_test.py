@@ -144,9 +144,9 @@ class _Case:
 
     def _output(self, predicted: NDArray[np.int32]) -> NDArray[np.float32]:
         """The FFN of the row on the neurons that were listed, which are known to be right by now."""
-        chosen = np.full(_CONFIG.ffn_size, -1, np.float32)
-        chosen[predicted] = 1
-        layer = LayerPredictor(0, "q8", 0, {}, {}, {}, chosen, np.ones_like(chosen))
+        threshold = np.ones(_CONFIG.ffn_size, np.float32)
+        threshold[predicted] = -1
+        layer = LayerPredictor(0, "q8", 0, {}, {}, {}, threshold, np.ones_like(threshold))
         weights = {name: w.astype(np.float32) for name, w in self.weights.items()} | self.biases
         return sparse_ffn(_CONFIG, weights, self.x.astype(np.float32), layer, np.float32(0))[0]
 

@@ -24,12 +24,12 @@ _PREDICTED, _ACTIVE = 0, 1  # lists that are counted
 
 @dataclass(frozen=True)
 class PredictorPlan:
-    """One layer's predictor: s = A act(B x) + b."""
+    """One layer's predictor (kernels/predictor.py), which has no residual."""
 
     rank: int
     a: Tensor  # (ffn, padded rank) float16
     b: HalfMatrix  # (rank, hidden)
-    bias: Tensor  # (ffn,) float32
+    minus_threshold: Tensor  # (ffn,) float32: where the kernels' sums start
     unit: Tensor  # (ffn,) float32
     relu: bool
 
@@ -44,7 +44,7 @@ class PlacedPredictor:
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All memory that it has."""
-        parts = [(p.a, p.b.rows, p.bias, p.unit) for p in self.layers]
+        parts = [(p.a, p.b.rows, p.minus_threshold, p.unit) for p in self.layers]
         return (self.z, *(tensor for part in parts for tensor in part))
 
 
@@ -102,8 +102,8 @@ def check_predictor(config: ModelConfig, predictor: Predictor) -> None:
         raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
     for index, layer in enumerate(predictor.layers):
         where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
-        if len(layer.bias) != f or len(layer.unit) != f:
-            raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
+        if len(layer.threshold) != f or len(layer.unit) != f:
+            raise ValueError(f"{where} has {len(layer.threshold)} neurons, the model {f} neurons")
         if not 0 <= layer.rank <= most:
             raise ValueError(f"{where} has rank {layer.rank}, which must lie in 0..{most}")
         if layer.rank:
@@ -184,8 +184,8 @@ def run_score(
     """state.predicted = the neurons whose score is positive."""
     listed = state.predicted
     device.launch(
-        state.ops.score, "svd_score", state.blocks, predictor.a, z, predictor.bias, predictor.unit, shift, counts,
-        listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
+        state.ops.score, "svd_score", state.blocks, predictor.a, z, predictor.minus_threshold, predictor.unit, shift,
+        counts, listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
     )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredicto
         rank,
         device.upload(np.pad(a, ((0, 0), (0, padded_columns(rank) - rank)))),
         HalfMatrix(device.upload(b)),
-        device.upload(np.asarray(layer.bias, np.float32)),
+        device.upload(-np.asarray(layer.threshold, np.float32)),
         device.upload(np.asarray(layer.unit, np.float32)),
         layer.relu,
     )

@@ -29,7 +29,7 @@ from svdengine.kernels.formats import WEIGHT_FORMATS, padded_columns, stored_par
 from svdengine.kernels.lowbit import BLOCK
 from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
 
-_NEVER = np.float32(-1e30)  # the threshold of neurons that only fill up a panel
+_NEVER = np.float32(1e30)  # the threshold of neurons that only fill up a panel
 _FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
 _DTYPES = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}
 
@@ -54,13 +54,14 @@ def _place_layer(
     model: Model, layer: int, matrices: NDArray[np.int64], predictor: LayerPredictor, keep: list[NDArray]
 ) -> None:
     f, d, rank, factors = model.ffn, model.hidden, predictor.rank, predictor.factor_format
-    if predictor.bias.shape != (f,) or predictor.unit.shape != (f,):
+    if predictor.threshold.shape != (f,) or predictor.unit.shape != (f,):
         raise ValueError(f"layer {layer} of the predictor is not made for {f} neurons")
     most = largest_rank(d, f, predictor.relu)
     if not 0 <= rank <= most:
         raise ValueError(f"layer {layer} of the predictor has rank {rank}, which must lie in 0..{most}")
-    model.predictor_bias[layer] = _NEVER
-    model.predictor_bias[layer, :f], model.predictor_unit[layer, :f] = predictor.bias, predictor.unit
+    model.predictor_minus_threshold[layer] = -_NEVER
+    model.predictor_minus_threshold[layer, :f] = -predictor.threshold
+    model.predictor_unit[layer, :f] = predictor.unit
     model.predictor_relu[layer] = predictor.relu
     if rank:
         code = WEIGHT_FORMATS.index(factors)

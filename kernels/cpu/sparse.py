@@ -89,10 +89,10 @@ def score_neurons(model, layer, quantized, z, shift, first, scratch):
     """
     base = layer * LAYER_MATRICES
     a, q = model.matrices[base + FACTOR_A], model.matrices[base + RESIDUAL]
-    bias, unit = model.predictor_bias[layer].ctypes.data, model.predictor_unit[layer].ctypes.data
+    start, unit = model.predictor_minus_threshold[layer].ctypes.data, model.predictor_unit[layer].ctypes.data
     groups, blocks = a[COLUMNS] // 32, q[COLUMNS] // 64
     panel = first // NEURONS
-    score = load_f32(bias + 4 * first) - load_f32(unit + 4 * first) * splat_f32(shift)
+    score = load_f32(start + 4 * first) - load_f32(unit + 4 * first) * splat_f32(shift)
     if groups > 0:
         if a[FORMAT] == Q8:
             score = add_factor_scores(score, a[DATA] + panel * groups * FACTOR_BYTES, groups, z)

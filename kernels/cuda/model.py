@@ -146,7 +146,7 @@ class PredictorPlan:
     b: Matrix | None  # (rank, hidden)
     q_words: Array  # uint32: (ffn, padded hidden * bits / 32), as kernels/lowbit.py packs them
     q_scale: Array  # (ffn, padded hidden / 64) float16
-    bias: Array  # (ffn,) float32
+    minus_threshold: Array  # (ffn,) float32: where the kernels' sums start
     unit: Array  # (ffn,) float32
     relu: bool
 
@@ -207,8 +207,8 @@ def _place_layer(
 ) -> PredictorPlan:
     d, f, rank, bits = config.hidden_size, config.ffn_size, layer.rank, layer.residual_bits
     where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
-    if len(layer.bias) != f or len(layer.unit) != f:
-        raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
+    if len(layer.threshold) != f or len(layer.unit) != f:
+        raise ValueError(f"{where} has {len(layer.threshold)} neurons, the model {f} neurons")
     if not 0 <= rank <= most:
         raise ValueError(f"{where} has rank {rank}, which must lie in 0..{most}")
     columns = padded_columns(d)
@@ -241,7 +241,7 @@ def _place_layer(
         factor(layer.b, d) if rank else None,
         device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
         device.upload(ordered(layer.q[".scale"])) if bits else nothing,
-        device.upload(ordered(np.asarray(layer.bias, np.float32))),
+        device.upload(ordered(-np.asarray(layer.threshold, np.float32))),
         device.upload(ordered(np.asarray(layer.unit, np.float32))),
         layer.relu,
     )

@@ -68,7 +68,7 @@ def score_rows(device: Device, plan: Plan, work: Workspace, predictor: Predictor
         config.hidden_size, columns, sizes.hidden,
     )  # fmt: skip
     name: Literal["", "q8", "q4"] = ""
-    a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.bias)  # not read without factors
+    a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.minus_threshold)  # not read without factors
     if predictor.a is not None and predictor.b is not None:
         a = (predictor.a.words, predictor.a.scale, predictor.a.low, predictor.a.row)
         name, b = predictor.factor_format, predictor.b
@@ -79,7 +79,7 @@ def score_rows(device: Device, plan: Plan, work: Workspace, predictor: Predictor
         )  # fmt: skip
     device.launch(
         SCORE[name, predictor.residual_bits], (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS,
-        *a, predictor.q_words, predictor.q_scale, predictor.bias, predictor.unit,
+        *a, predictor.q_words, predictor.q_scale, predictor.minus_threshold, predictor.unit,
         work.z_rounded, work.coarse, work.sparsity_bias, work.scores,
         config.ffn_size, ranks, columns, sizes.z, sizes.hidden, sizes.ffn,
     )  # fmt: skip

@@ -85,7 +85,7 @@ def test_every_family_agrees_with_the_reference(make_npu: MakeNpu, name: str) ->
 def test_every_family_chooses_the_same_tokens(make_npu: MakeNpu, launches: Launches, name: str) -> None:
     config = ZOO[name]
     prompt = random_tokens(config, 7, seed=3)
-    predictor = make_predictor(config, 32, 0, 0.3) if config.sparse_ffn else None
+    predictor = make_predictor(config, 32, 0, -0.3) if config.sparse_ffn else None
     with executors(make_npu(launches=launches), config, predictor=predictor) as (ascend, reference):
         for ascend.ffn in ("dense", "sparse") if predictor else ("dense",):
             reference.ffn = ascend.ffn
@@ -190,7 +190,7 @@ def test_predicted_neurons_are_those_of_the_reference(
     make_npu: MakeNpu, launches: Launches, name: str, network: bool
 ) -> None:
     config = SPARSE[name]
-    predictor = make_network(config, 40, 0.1) if network else make_predictor(config, 24, 0, 0.05)
+    predictor = make_network(config, 40, -0.1) if network else make_predictor(config, 24, 0, -0.05)
     tokens = random_tokens(config, 12)
     with executors(make_npu(launches=launches), config, predictor=predictor, ffn="sparse") as (ascend, reference):
         found, expected = (run_in_chunks(e, tokens, [6, 1, 1, 4]) for e in (ascend, reference))
@@ -205,7 +205,7 @@ def test_predicted_neurons_are_those_of_the_reference(
 
 
 def test_the_sparsity_bias_of_each_sequence_counts(make_npu: MakeNpu, launches: Launches) -> None:
-    predictor = make_predictor(RELU, 24, 0, 0.05)
+    predictor = make_predictor(RELU, 24, 0, -0.05)
     with executors(make_npu(launches=launches), RELU, predictor=predictor, ffn="sparse") as (ascend, reference):
         batch = make_batch([([1, 2], 0), ([3], 0)], [[0], [1]])
         batch = replace(batch, sparsity_bias=np.array([100.0, -100.0], np.float32))
@@ -216,7 +216,7 @@ def test_the_sparsity_bias_of_each_sequence_counts(make_npu: MakeNpu, launches: 
 
 def test_with_every_neuron_listed_sparse_is_dense(make_npu: MakeNpu, launches: Launches) -> None:
     tokens = random_tokens(RELU, 5)
-    with executors(make_npu(launches=launches), RELU, predictor=make_predictor(RELU, 8, 0, 1e4)) as (ascend, _):
+    with executors(make_npu(launches=launches), RELU, predictor=make_predictor(RELU, 8, 0, -1e4)) as (ascend, _):
         dense = run_in_chunks(ascend, tokens, [3, 1, 1])
         ascend.ffn = "sparse"
         assert relative_error(run_in_chunks(ascend, tokens, [3, 1, 1]), dense) < BOUND
@@ -246,10 +246,10 @@ def test_auto_measures_before_it_chooses(make_npu: MakeNpu, launches: Launches) 
 def test_another_predictor_takes_the_place_of_the_first(make_npu: MakeNpu, launches: Launches) -> None:
     tokens = random_tokens(RELU, 3)
     npu = make_npu(launches=launches)
-    with executors(npu, RELU, predictor=make_predictor(RELU, 8, 0, 1e4), ffn="sparse") as (ascend, _):
+    with executors(npu, RELU, predictor=make_predictor(RELU, 8, 0, -1e4), ffn="sparse") as (ascend, _):
         run_in_chunks(ascend, tokens, [1, 1, 1])
         used = npu.memory.used
-        ascend.predictor = make_predictor(RELU, 8, 0, -1e4)
+        ascend.predictor = make_predictor(RELU, 8, 0, 1e4)
         assert npu.memory.used == used
         ascend.reset_neuron_counts()
         run_in_chunks(ascend, tokens, [1, 1, 1])

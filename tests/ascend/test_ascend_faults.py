@@ -30,7 +30,7 @@ CONFIG = replace(
     vocab_size=64,
     ffn_size=70,
 )
-PREDICTOR = make_predictor(CONFIG, 8, 0, 0.05)
+PREDICTOR = make_predictor(CONFIG, 8, 0, -0.05)
 ARRAYS, FORMATS, _ = stored(CONFIG, "f16")
 SPARED = {"aclSetAclOpExecutorRepeatable"}  # a plan that cannot be kept is made anew each time
 

@@ -137,7 +137,7 @@ def test_every_family_agrees_with_the_reference(name: str, ffn: Any) -> None:
     if ffn == "sparse" and not config.sparse_ffn:
         pytest.skip("no neuron of the model is ever zero")
     assert not isinstance(NPU, str)
-    predictor = make_predictor(config, 24, 0, 0.3) if ffn == "sparse" else None
+    predictor = make_predictor(config, 24, 0, -0.3) if ffn == "sparse" else None
     arrays, formats, exact = stored(config, "f16")
     ops = proven_custom_ops(load_cann(), NPU.soc, ascend_ops_folder())
     reference = ReferenceExecutor(config, exact, 8, predictor=predictor, ffn=ffn)

@@ -177,17 +177,18 @@ def test_a_predictor_of_another_model_is_refused(model: ModelFile, predictor: Pr
 def test_damaged_predictor_files_are_refused(model: ModelFile, predictor: Predictor, tmp_path: Path) -> None:
     path = tmp_path / "predictor.safetensors"
     first = predictor.layers[0]
-    broken = Predictor((calibration.replace(first, bias=first.bias * np.nan), *predictor.layers[1:]), predictor.about)
+    damaged = calibration.replace(first, threshold=first.threshold * np.nan)
+    broken = Predictor((damaged, *predictor.layers[1:]), predictor.about)
     write_predictor(path, broken)
-    with pytest.raises(ModelFileError, match=r"predictor\.0\.bias holds NaN"):
+    with pytest.raises(ModelFileError, match=r"predictor\.0\.threshold holds NaN"):
         read_predictor(path, model)
     write_predictor(path, predictor)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="truncated"):
         read_predictor(path, model)
-    with TensorWriter(path, {}, {"format": "svdp-predictor", "format_version": "2"}):
+    with TensorWriter(path, {}, {"format": "svdp-predictor", "format_version": "3"}):
         pass
-    with pytest.raises(ModelFileError, match="format version '2'"):
+    with pytest.raises(ModelFileError, match="format version '3'"):
         read_predictor(path, model)
     with TensorWriter(path, {}, {"format": "svdp-predictor", "format_version": "1", "predictor": "{"}):
         pass

@@ -105,7 +105,7 @@ def test_trained_thresholds_are_left_as_they_are(
     assert found.about["kind"] == "powerinfer" and found.about["thresholds"] == "trained"
     assert found.about["budget"] == {} == found.about["outcome"]
     for layer, row in zip(found.layers, found.about["table"], strict=True):
-        assert layer.relu and layer.rank == H == row["rank"] and 0 < layer.bias.max() < 1e-30
+        assert layer.relu and layer.rank == H == row["rank"] and 0 < -layer.threshold.max() < 1e-30
         assert 0.3 < row["auroc"] < 0.7  # these know nothing
     x = np.random.default_rng(0).standard_normal((3, D)).astype(np.float32)
     write_predictor(tmp_path / "p.safetensors", found)
@@ -158,7 +158,7 @@ def test_the_cpu_executor_lists_the_same_neurons(model: ModelFile, executor: Ref
         assert abs(counts[0].predicted - counts[1].predicted) < 0.01 * counts[1].total
         assert 0.1 < counts[1].predicted / counts[1].total < 0.9
         assert np.abs(logits[0] - logits[1]).max() < 0.1 * logits[1].std()
-        everything = tuple(replace(layer, bias=np.full(F, 1e9, np.float32)) for layer in predictor.layers)
+        everything = tuple(replace(layer, threshold=np.full(F, -1e9, np.float32)) for layer in predictor.layers)
         cpu.predictor = Predictor(everything, {})
         dense = cpu.forward(batch_of([7])).copy()
         cpu.ffn = "dense"

@@ -173,7 +173,7 @@ def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
 
 
 def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
-    predictor = make_predictor(RELU, 8, 2, threshold=0.05)
+    predictor = make_predictor(RELU, 8, 2, threshold=-0.05)
     tokens = random_tokens(RELU, 5)
     with executors(device, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
         expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
@@ -185,7 +185,7 @@ def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
 
 
 def test_thresholds_at_minus_infinity_make_sparse_equal_dense(device: Any) -> None:
-    predictor = make_predictor(RELU, 8, 0, threshold=1e9)  # the bias: scores are far above zero
+    predictor = make_predictor(RELU, 8, 0, threshold=-1e9)
     tokens = random_tokens(RELU, 3)
     with executors(device, RELU, predictor=predictor) as (cuda, _):
         dense = run_in_chunks(cuda, tokens, [2, 1])
@@ -196,9 +196,9 @@ def test_thresholds_at_minus_infinity_make_sparse_equal_dense(device: Any) -> No
 
 def test_another_predictor_is_not_run_from_old_graphs(device: Any) -> None:
     tokens = random_tokens(RELU, 3)
-    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, 1e9), ffn="sparse") as (cuda, _):
+    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, -1e9), ffn="sparse") as (cuda, _):
         run_in_chunks(cuda, tokens, [1, 1, 1])
-        cuda.predictor = make_predictor(RELU, 8, 0, -1e9)
+        cuda.predictor = make_predictor(RELU, 8, 0, 1e9)
         cuda.reset_neuron_counts()
         run_in_chunks(cuda, tokens, [1, 1, 1])
         assert cuda.neuron_counts().predicted == 0
@@ -280,7 +280,7 @@ def test_the_engine_gets_the_same_tokens_from_the_device_as_from_the_host(device
 
 
 def test_neurons_are_fetched_only_when_they_were_counted(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, 1e9), ffn="sparse") as (cuda, _):
+    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, -1e9), ffn="sparse") as (cuda, _):
         cuda.forward(make_batch([([1], 0)], [[0]]))
         counted = cuda.neuron_counts()
         assert counted.total > 0

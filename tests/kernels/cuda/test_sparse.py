@@ -60,9 +60,9 @@ def layer_predictor(
     a = quantize(normal(f, rank), factors) if rank else {}
     b = quantize(normal(rank, d), factors) if rank else {}
     q = quantize_lowbit(normal(f, d), bits) if bits else {}
-    bias = random.standard_normal(f, np.float32) * np.float32(0.3) + np.float32(threshold)
+    thresholds = np.float32(threshold) - random.standard_normal(f, np.float32) * np.float32(0.3)
     unit = random.random(f, np.float32) + np.float32(0.5)
-    return LayerPredictor(rank, "q4" if factors == "q4" else "q8", bits, a, b, q, bias, unit, relu)
+    return LayerPredictor(rank, "q4" if factors == "q4" else "q8", bits, a, b, q, thresholds, unit, relu)
 
 
 class Bench:
@@ -215,7 +215,7 @@ def test_with_every_neuron_listed_sparse_equals_dense(device: Any, name: str) ->
     config = ZOO[name]
     bench = Bench(device, config, "f16")
     expected = ffn(config, bench.exact, bench.x)
-    thresholds_at_minus_infinity = bench.run(layer_predictor(config, 8, 0, threshold=np.inf))
+    thresholds_at_minus_infinity = bench.run(layer_predictor(config, 8, 0, threshold=-np.inf))
     assert relative_error(thresholds_at_minus_infinity, expected) < 2e-6
     np.testing.assert_array_equal(bench.run(None), thresholds_at_minus_infinity)
     predicted, active, total = bench.counts()
@@ -252,7 +252,7 @@ def test_rows_of_down_and_up_are_not_read_where_the_gate_is_zero(device: Any) ->
 
 def test_an_empty_list_gives_the_bias_alone(device: Any) -> None:
     bench = Bench(device, CONFIG, "q8")
-    found = bench.run(layer_predictor(CONFIG, 8, 1, threshold=-np.inf))
+    found = bench.run(layer_predictor(CONFIG, 8, 1, threshold=np.inf))
     np.testing.assert_array_equal(found, np.broadcast_to(bench.exact["down.bias"], found.shape))
     assert bench.counts() == [0, 0, ROWS * CONFIG.ffn_size]
 

@@ -142,7 +142,7 @@ def test_predicted_neurons_are_those_of_the_reference(simulated: SimulatedDevice
 def shifted(config: ModelConfig) -> Any:
     """A predictor with frequencies, which calls about half of the neurons active."""
     found = calibrated(config)
-    return replace(found, layers=tuple(replace(p, bias=np.full_like(p.bias, 0.05)) for p in found.layers))
+    return replace(found, layers=tuple(replace(p, threshold=np.full_like(p.threshold, -0.05)) for p in found.layers))
 
 
 def test_frequent_neurons_lie_on_the_device(simulated: SimulatedDevice) -> None:
