@@ -82,7 +82,7 @@ def load(
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
-        executor = create_executor(
+        opened = create_executor(
             model_file,
             device=device,
             threads=threads,
@@ -93,8 +93,9 @@ def load(
             ffn=mode,
             gpu_memory=gpu_memory,
         )
-        if not fits and executor.name != "cuda":  # a GPU has its own copy of the weights
-            executor = AdvisingExecutor(executor, model_file)
+        executor: Executor = opened
+        if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
+            executor = AdvisingExecutor(opened, model_file)
         return LLM(
             model_file,
             executor,

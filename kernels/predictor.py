@@ -142,16 +142,35 @@ def predictor_from_arrays(
         frequency = f"{PREFIX}{index}.frequency"
         if frequency in arrays:  # files of earlier versions have none
             expected[frequency] = ((ffn_size,), "F16")
-    for name, (shape, dtype) in expected.items():
-        found = arrays.get(name)
-        if found is None or found.shape != shape or found.dtype != np.dtype(_NUMPY[dtype]):
-            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
-            raise ValueError(f"{name}: found {what}, expected {dtype} {shape}")
+    _check_arrays(arrays, expected)
     extra = {name for name in arrays if name.startswith(PREFIX)} - expected.keys()
     if extra:
         raise ValueError(f"unexpected predictor tensor {min(extra)}")
     layers = tuple(_layer(arrays, f"{PREFIX}{i}.", *shape) for i, shape in enumerate(shapes))
     return Predictor(layers, about)
+
+
+def check_predictor(predictor: Predictor, layer_count: int, ffn_size: int, hidden_size: int) -> None:
+    """Raise ValueError when a predictor does not fit the sizes of a model."""
+    if len(predictor.layers) != layer_count:
+        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {layer_count}")
+    for index, layer in enumerate(predictor.layers):
+        where, most = f"layer {index} of the predictor", largest_rank(hidden_size, ffn_size, layer.relu)
+        if len(layer.threshold) != ffn_size or len(layer.unit) != ffn_size:
+            raise ValueError(f"{where} has {len(layer.threshold)} neurons, the model {ffn_size} neurons")
+        if not 0 <= layer.rank <= most:
+            raise ValueError(f"{where} has rank {layer.rank}, which must lie in 0..{most}")
+        arrays = layer_arrays(index, layer)
+        stored = _stored(layer.rank, layer.factor_format, layer.residual_bits, ffn_size, hidden_size)
+        _check_arrays(arrays, {f"{PREFIX}{index}.{name}": value for name, value in stored.items()})
+
+
+def _check_arrays(arrays: Mapping[str, NDArray], expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    for name, (shape, dtype) in expected.items():
+        found = arrays.get(name)
+        if found is None or found.shape != shape or found.dtype != np.dtype(_NUMPY[dtype]):
+            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise ValueError(f"{name}: found {what}, expected {dtype} {shape}")
 
 
 _NUMPY = {"I8": np.int8, "U8": np.uint8, "F16": np.float16, "F32": np.float32}

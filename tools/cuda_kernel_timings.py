@@ -25,7 +25,7 @@ from svdengine.kernels.cuda.model import Plan, PredictorPlan, build_plan, place_
 from svdengine.kernels.cuda.sparse import gate_listed
 from svdengine.kernels.cuda.step import State, ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace, pack_inputs
-from svdengine.kernels.ffn_costs import FfnPath
+from svdengine.kernels.executor import FfnPath
 from svdengine.kernels.formats import Parts, WeightFormat, padded_columns, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig, tensor_specs

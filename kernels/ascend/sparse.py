@@ -15,8 +15,8 @@ from svdengine.kernels.ascend.model import HalfMatrix, SparseRows, to_half
 from svdengine.kernels.ascend.operators import multiply
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.tiling import COUNT_INTS, MAX_BLOCKS, check_shape, list_capacity, padded
-from svdengine.kernels.formats import Parts, dequantize, padded_columns, stored_parts
-from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.formats import dequantize, padded_columns
+from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig
 
 _PREDICTED, _ACTIVE = 0, 1  # lists that are counted
@@ -93,22 +93,6 @@ def place_predictor(device: AscendDevice, config: ModelConfig, predictor: Predic
     layers = tuple(_place_layer(device, config, layer) for layer in predictor.layers)
     most = max(layer.rank for layer in layers)
     return PlacedPredictor(layers, device.empty((rows * most,), np.float16))
-
-
-def check_predictor(config: ModelConfig, predictor: Predictor) -> None:
-    """Raise ValueError when a predictor does not fit the model: kernels check nothing."""
-    d, f = config.hidden_size, config.ffn_size
-    if len(predictor.layers) != config.layer_count:
-        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
-    for index, layer in enumerate(predictor.layers):
-        where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
-        if len(layer.threshold) != f or len(layer.unit) != f:
-            raise ValueError(f"{where} has {len(layer.threshold)} neurons, the model {f} neurons")
-        if not 0 <= layer.rank <= most:
-            raise ValueError(f"{where} has rank {layer.rank}, which must lie in 0..{most}")
-        if layer.rank:
-            _check_factor(where, "A", layer, layer.a, f, layer.rank)
-            _check_factor(where, "B", layer, layer.b, layer.rank, d)
 
 
 def allocate_sparse(device: AscendDevice, config: ModelConfig, ops: CustomOps, rows: int) -> SparseState:
@@ -226,12 +210,6 @@ def run_sum(device: AscendDevice, config: ModelConfig, state: SparseState, weigh
     device.launch(
         state.ops.sum, "svd_sum", state.blocks, state.partials, weights.down_bias, y, state.blocks, config.hidden_size
     )
-
-
-def _check_factor(where: str, name: str, layer: LayerPredictor, parts: Parts, rows: int, columns: int) -> None:
-    for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
-        if suffix not in parts or parts[suffix].shape != shape:
-            raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
 
 
 def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PredictorPlan:

@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
-from svdengine.kernels.formats import WeightFormat, padded_columns, stored_parts
-from svdengine.kernels.lowbit import BLOCK
-from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.formats import WeightFormat, padded_columns
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
 from svdengine.kernels.rope import rope_tables
-from svdengine.kernels.stored_arrays import STORED_DTYPES, check_stored
+from svdengine.kernels.stored_arrays import check_stored
 from svdengine.models import ModelConfig, tensor_specs
 
 _SUFFIXES = ("", ".scale", ".min", ".row")
@@ -190,55 +189,30 @@ def build_plan(
 def place_predictor(
     device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
 ) -> tuple[PredictorPlan, ...]:
-    """Copy a predictor to the device, with its neurons in the `orders` of the layers' rows, by default the model's.
-
-    Raises ValueError when it does not fit the model.
-    """
+    """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
     if predictor is None:
         return ()
-    if len(predictor.layers) != config.layer_count:
-        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
-    layers = enumerate(zip(predictor.layers, orders or [None] * config.layer_count, strict=True))
-    return tuple(_place_layer(device, config, index, layer, order) for index, (layer, order) in layers)
+    layers = zip(predictor.layers, orders or [None] * config.layer_count, strict=True)
+    return tuple(_place_layer(device, config, layer, order) for layer, order in layers)
 
 
 def _place_layer(
-    device: Device, config: ModelConfig, index: int, layer: LayerPredictor, order: NDArray[np.intp] | None
+    device: Device, config: ModelConfig, layer: LayerPredictor, order: NDArray[np.intp] | None
 ) -> PredictorPlan:
-    d, f, rank, bits = config.hidden_size, config.ffn_size, layer.rank, layer.residual_bits
-    where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
-    if len(layer.threshold) != f or len(layer.unit) != f:
-        raise ValueError(f"{where} has {len(layer.threshold)} neurons, the model {f} neurons")
-    if not 0 <= rank <= most:
-        raise ValueError(f"{where} has rank {rank}, which must lie in 0..{most}")
-    columns = padded_columns(d)
-    if bits and layer.q[""].shape != (f, columns * bits // 8):
-        raise ValueError(f"{where} has a residual of {layer.q[''].shape}, expected {(f, columns * bits // 8)}")
-    if bits and layer.q[".scale"].shape != (f, columns // BLOCK):
-        raise ValueError(f"{where} has scales of {layer.q['.scale'].shape}, expected {(f, columns // BLOCK)}")
-    nothing = device.zeros(1, np.uint32)
+    rank, bits, nothing = layer.rank, layer.residual_bits, device.zeros(1, np.uint32)
 
     def ordered(array: NDArray) -> NDArray:
         return array if order is None else array[order]
 
-    def check_factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> None:
-        for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
-            if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != STORED_DTYPES[dtype]:
-                raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
-
     def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
         return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
-
-    if rank:
-        check_factor("A", layer.a, f, rank)
-        check_factor("B", layer.b, rank, d)
 
     return PredictorPlan(
         rank,
         layer.factor_format,
         bits,
         factor({suffix: ordered(part) for suffix, part in layer.a.items()}, rank) if rank else None,
-        factor(layer.b, d) if rank else None,
+        factor(layer.b, config.hidden_size) if rank else None,
         device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
         device.upload(ordered(layer.q[".scale"])) if bits else nothing,
         device.upload(ordered(-np.asarray(layer.threshold, np.float32))),

@@ -17,7 +17,7 @@ from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.sampling import sample_tokens
 from svdengine.kernels.cuda.sparse import sparse_ffn
 from svdengine.kernels.cuda.workspace import Workspace
-from svdengine.kernels.ffn_costs import FfnPath
+from svdengine.kernels.executor import FfnPath
 
 # Every neuron; those that are predicted active; or those whose gate is not exactly zero.
 Keep = Callable[[int, Array], None]  # takes a layer's number and what its FFN reads

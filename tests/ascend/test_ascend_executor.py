@@ -21,6 +21,7 @@ from svdengine.kernels.ascend.attention import FUSED
 from svdengine.kernels.ascend.custom_ops import find_kernels
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import BlockStore
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
@@ -45,12 +46,11 @@ def executors(
 ) -> Iterator[tuple[AscendExecutor, ReferenceExecutor]]:
     """The executor under test, and the reference with the weights that its stored ones stand for."""
     arrays, formats, exact = stored(config, weight_format)
-    if npu.launches:
-        options = {"custom_ops": find_kernels(npu), **options}
-    options = {"block_count": 8, "max_batch_rows": 40, **options}
+    ops = {"custom_ops": options.pop("custom_ops", find_kernels(npu))} if npu.launches else {}
+    setup = ExecutorSetup(config, arrays, formats, **{"block_count": 8, "max_batch_rows": 40, **options})
     device = AscendDevice(npu.cann)
     try:
-        ascend = AscendExecutor(config, arrays, formats, device=device, **options)
+        ascend = AscendExecutor(setup, device=device, **ops)
         mode = "sparse" if ascend.predictor and ascend.ffn == "sparse" else "dense"
         yield ascend, ReferenceExecutor(config, exact, 8, predictor=ascend.predictor, ffn=mode)
     finally:
@@ -303,10 +303,8 @@ def test_ffns_alone_sum_up(make_npu: MakeNpu, launches: Launches, mode: Any) -> 
     x = np.random.default_rng(0).standard_normal((2, 2, RELU.hidden_size), np.float32)
     with executors(make_npu(launches=launches), RELU) as (ascend, reference):
         ascend.ffn = mode
-        batch = make_batch([([0, 0], 0)], [[0]])
-        expected = sum(reference._ffn(layer, batch, x[layer]) for layer in range(2))
-        assert relative_error(ascend.run_ffns(x), expected) < BOUND
-        assert relative_error(ascend.run_ffns(x[0], layers=1), reference._ffn(0, batch, x[0])) < BOUND
+        assert relative_error(ascend.run_ffns(x), reference.run_ffns(x)) < BOUND
+        assert relative_error(ascend.run_ffns(x[0], layers=1), reference.run_ffns(x[0], layers=1)) < BOUND
         assert ascend.neuron_counts().total == (0 if mode == "dense" else 3 * 2 * RELU.ffn_size)
 
 
@@ -375,7 +373,7 @@ def test_a_weight_too_large_for_float16_is_refused(make_npu: MakeNpu) -> None:
     arrays["up"][1, 3, 5] = 1e6
     device = AscendDevice(make_npu().cann)
     with pytest.raises(DeviceError, match="up holds a weight of 1e\\+06, too large for float16"):
-        AscendExecutor(LLAMA, arrays, formats, device=device, block_count=8)
+        AscendExecutor(ExecutorSetup(LLAMA, arrays, formats, block_count=8), device=device)
     device.close()
 
 
@@ -384,7 +382,7 @@ def test_a_matrix_of_the_wrong_shape_never_reaches_an_operator(make_npu: MakeNpu
     arrays["gate"] = arrays["gate"][:, :-1]
     device = AscendDevice(make_npu().cann)
     with pytest.raises(ValueError, match="gate"):
-        AscendExecutor(LLAMA, arrays, formats, device=device, block_count=4)
+        AscendExecutor(ExecutorSetup(LLAMA, arrays, formats, block_count=4), device=device)
     device.close()
 
 

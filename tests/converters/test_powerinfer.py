@@ -16,6 +16,7 @@ from svdengine.converters.powerinfer import MAGIC, THRESHOLD_FIELD, Network, bui
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.predictor_file import read_predictor, write_model_with_predictor, write_predictor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.predictor import Predictor, scores
 from svdengine.kernels.reference import ReferenceExecutor, rms_norm
@@ -147,7 +148,8 @@ def test_the_cpu_executor_lists_the_same_neurons(model: ModelFile, executor: Ref
     path = write_file(tmp_path / "p.gguf", informed(model))
     options = CalibrationOptions(kind="powerinfer", source=path, max_error=0.01)
     predictor = calibrate(model, executor, WINDOWS, options)
-    cpu = CpuExecutor(model.config, model.arrays, model.formats, block_count=8, threads=2, kv_dtype="f32")
+    setup = ExecutorSetup(model.config, model.arrays, model.formats, block_count=8, kv_dtype="f32")
+    cpu = CpuExecutor(setup, threads=2)
     reference = executor_of(model)
     try:
         logits = []

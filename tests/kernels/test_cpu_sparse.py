@@ -12,6 +12,7 @@ from model_zoo import block_table, make_batch, random_tokens, relative_error, ru
 from numpy.typing import NDArray
 from random_predictors import make_network, make_predictor
 
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor, scores
@@ -26,9 +27,10 @@ def executor(
     config: ModelConfig, weight_format: WeightFormat, predictor: Predictor | None, threads: int = 2
 ) -> Iterator[CpuExecutor]:
     arrays, formats, _ = stored(config, weight_format)
-    cpu = CpuExecutor(
-        config, arrays, formats, block_count=16, max_batch_rows=64, threads=threads, kv_dtype="f32", predictor=predictor
+    setup = ExecutorSetup(
+        config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype="f32", predictor=predictor
     )
+    cpu = CpuExecutor(setup, threads=threads)
     try:
         yield cpu
     finally:
@@ -105,7 +107,8 @@ def test_with_no_neuron_listed_the_ffn_is_its_bias(name: str) -> None:
     with executor(config, "f32", make_predictor(config, 8, 0, threshold=1e9)) as cpu:
         listed = decode(cpu, tokens, "sparse")
         assert cpu.neuron_counts().predicted == 0
-    empty = CpuExecutor(config, arrays, formats, block_count=16, max_batch_rows=64, threads=2, kv_dtype="f32")
+    setup = ExecutorSetup(config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype="f32")
+    empty = CpuExecutor(setup, threads=2)
     np.testing.assert_array_equal(listed, decode(empty, tokens, "dense"))
     empty.close()
 
