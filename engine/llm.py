@@ -154,7 +154,7 @@ class LLM:
 
     @property
     def ffn(self) -> str:
-        """The path of the FFN: dense, sparse, or auto, which chooses by cost.
+        """The path of the FFN: dense, sparse, or auto, which takes what is faster.
 
         Setting it raises RequestError where the model cannot run sparse.
         """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
 from svdengine.kernels.executor import NO_NEURONS, FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
-from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
+from svdengine.kernels.ffn_times import FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor, check_predictor
 from svdengine.models import ModelConfig
@@ -51,8 +51,8 @@ class BaseExecutor(ABC):
         self._max_blocks = -(-self.context // BLOCK_SIZE)  # of a sequence
         self._can_skip = config.sparse_ffn
         self._predictor: Predictor | None = None
-        self._costs: FfnCosts | None = None
-        self._measured_layers: int | None = None  # that costs are measured on; None: enough
+        self._times: FfnTimes | None = None
+        self._measured_layers: int | None = None  # that times are measured on; None: enough
         self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.layer_count  # as they lie on the device
         self._counted = NO_NEURONS
         self._closed = False
@@ -71,16 +71,16 @@ class BaseExecutor(ABC):
         if predictor is not None:
             config = self.config
             check_predictor(predictor, config.layer_count, config.ffn_size, config.hidden_size)
-        self._predictor = self._costs = None  # also where there turns out to be no room for the new one
+        self._predictor = self._times = None  # also where there turns out to be no room for the new one
         self._place_predictor(predictor)
         self._predictor = predictor
 
     @property
-    def ffn_costs(self) -> FfnCosts:
+    def ffn_times(self) -> FfnTimes:
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
-        if self._costs is None:
+        if self._times is None:
             config, counted = self.config, self.neuron_counts()
-            self._costs = measure_ffn_costs(
+            self._times = measure_ffn_times(
                 self,
                 config.layer_count,
                 config.ffn_size,
@@ -89,13 +89,13 @@ class BaseExecutor(ABC):
                 self._measured_layers,
             )
             self._set_neuron_counts(counted)
-        return self._costs
+        return self._times
 
     def ffn_path(self, n: int) -> FfnPath:
         """How a step of n rows runs its FFNs."""
         if not self._can_skip:
             return "dense"
-        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
+        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_times)
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         """Run a step with dense FFNs; what each layer's FFN read, after its norm: (layers, n, hidden) float32."""

@@ -69,7 +69,7 @@ class Executor(Protocol):
     name: str  # cpu, cuda, ascend, reference
     block_count: int  # KV blocks in the pool
     max_batch_rows: int  # most rows that one forward takes
-    ffn: FfnMode  # how the next steps run their FFNs: every neuron, those predicted active, or what costs less
+    ffn: FfnMode  # how the next steps run their FFNs: every neuron, those predicted active, or what takes less time
     predictor: Predictor | None  # of the sparse path
 
     def forward(self, batch: Batch) -> Logits:

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What a completion cost."""
+    """What a completion took."""
 
     prompt_tokens: int
     cached_tokens: int  # of the prompt, tokens that were still in the KV cache

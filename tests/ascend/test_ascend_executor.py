@@ -238,7 +238,7 @@ def test_auto_measures_before_it_chooses(make_npu: MakeNpu, launches: Launches) 
     predictor = make_predictor(RELU, 8, 0, 0.0)
     with executors(make_npu(launches=launches), RELU, predictor=predictor, ffn="auto") as (ascend, _):
         run_in_chunks(ascend, random_tokens(RELU, 3), [2, 1])
-        assert ascend.ffn_costs.neurons == RELU.ffn_size and min(ascend.ffn_costs.dense) > 0
+        assert ascend.ffn_times.neurons == RELU.ffn_size and min(ascend.ffn_times.dense) > 0
         # Each step goes by what costs less; what was counted while measuring is forgotten.
         assert ascend.neuron_counts().total in [rows * RELU.layer_count * RELU.ffn_size for rows in range(4)]
 

@@ -40,13 +40,13 @@ def executor() -> Choosing:
     return Choosing(RELU, random_weights(RELU), 4, 64, predictor=make_predictor(RELU, 8, 0, 0.0), ffn="sparse")
 
 
-def test_costs_are_measured_once_for_a_predictor(executor: Choosing) -> None:
+def test_times_are_measured_once_for_a_predictor(executor: Choosing) -> None:
     executor.forward(BATCH)
-    counted, costs = executor.neuron_counts(), executor.ffn_costs
-    assert executor.ffn_costs is costs and executor.ffn == "sparse"
+    counted, times = executor.neuron_counts(), executor.ffn_times
+    assert executor.ffn_times is times and executor.ffn == "sparse"
     assert executor.neuron_counts() == counted  # what was counted while measuring is forgotten
     executor.predictor = make_predictor(RELU, 16, 0, 0.0)
-    assert executor.ffn_costs is not costs
+    assert executor.ffn_times is not times
     executor.reset_neuron_counts()
     assert executor.neuron_counts().total == 0
 

@@ -164,10 +164,10 @@ def frequency_of(layer: LayerPredictor) -> NDArray[np.float16]:
     return layer.frequency
 
 
-def test_costs_are_measured_on_all_layers(simulated: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_measured_on_all_layers(simulated: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     config, asked = replace(RELU, layer_count=3), []
     setup = setup_of(config, predictor=calibrated(config))
     cuda = CudaExecutor(setup, device=simulated, gpu_memory=split_memory(simulated, setup, 0.5))
-    monkeypatch.setattr(base_executor, "measure_ffn_costs", lambda *arguments: asked.append(arguments[-1]))
-    _ = cuda.ffn_costs
+    monkeypatch.setattr(base_executor, "measure_ffn_times", lambda *arguments: asked.append(arguments[-1]))
+    _ = cuda.ffn_times
     assert asked == [3]
