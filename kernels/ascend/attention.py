@@ -65,7 +65,7 @@ def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
     return fits and grouped and device.cann.find(FUSED + "GetWorkspaceSize") is not None
 
 
-def plan_attention(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
+def chunk_rows(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
     """How rows with these sequences and positions attend; those alone in their sequence come first."""
     bounds = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), len(sequences)]
     spans = [(first, last - first) for first, last in pairwise(bounds)]

@@ -15,14 +15,14 @@ from svdengine.kernels.ascend import kv_cache
 from svdengine.kernels.ascend.attention import (
     Attending,
     alone_first,
-    plan_attention,
+    chunk_rows,
     takes_fused,
     write_masks,
 )
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
-from svdengine.kernels.ascend.model import build_plan, device_bytes
+from svdengine.kernels.ascend.model import build_model, device_bytes
 from svdengine.kernels.ascend.operator_calls import Action
 from svdengine.kernels.ascend.operators import add, needed_operators
 from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, place_predictor, why_not
@@ -73,7 +73,7 @@ class AscendExecutor(BaseExecutor):
             sparse = allocate_sparse(device, config, custom_ops, rows)
         self._state = State(
             device=device,
-            plan=build_plan(device, config, setup.arrays, setup.formats, self.context),
+            model=build_model(device, config, setup.arrays, setup.formats, self.context),
             work=allocate_workspace(device, config, rows, self.context),
             cache=allocate_cache(device, config, self.block_count),
             current=Current(Attending((), 0, (), 0)),
@@ -125,7 +125,7 @@ class AscendExecutor(BaseExecutor):
         return inputs
 
     def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
-        device, work, plan = self._device, self._state.work, self._state.plan
+        device, work, model = self._device, self._state.work, self._state.model
         n, hidden = inputs.shape[-2:]
         path, rows = self.ffn_path(n), inputs.astype(np.float16)
         device.use()
@@ -138,7 +138,7 @@ class AscendExecutor(BaseExecutor):
             if inputs.ndim == 3 or index == 0:
                 device.synchronize()  # what is overwritten may still be read
                 device.write(x, rows[index] if inputs.ndim == 3 else rows)
-            added = run_ffn(self._state, self._placed, index, plan.layers[index], x, path)
+            added = run_ffn(self._state, self._placed, index, model.layers[index], x, path)
             add(device, total, added, self.config.residual_scale)
         found = device.read(total).astype(np.float32)
         self._count(n, layers, path)
@@ -190,7 +190,7 @@ class AscendExecutor(BaseExecutor):
             bias = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
             header[4, :n] = bias.view(np.int32)
         device.write(work.inputs.words, np.concatenate([header.reshape(-1), tables.reshape(-1)]))
-        attending = plan_attention(batch.sequences, batch.positions, work.masks.size)
+        attending = chunk_rows(batch.sequences, batch.positions, work.masks.size)
         window = config.sliding_window if config.sliding_window_layers else 0
         write_masks(device, work, attending, batch.positions, window, self._state.fused)
         self._state.current.attending = attending

@@ -23,8 +23,8 @@ _PREDICTED, _ACTIVE = 0, 1  # lists that are counted
 
 
 @dataclass(frozen=True)
-class PredictorPlan:
-    """One layer's predictor (kernels/predictor.py), which has no residual."""
+class PlacedLayer:
+    """One layer of a predictor (kernels/predictor.py), which has no residual, on the device."""
 
     rank: int
     a: Tensor  # (ffn, padded rank) float16
@@ -38,7 +38,7 @@ class PredictorPlan:
 class PlacedPredictor:
     """A predictor on the device."""
 
-    layers: tuple[PredictorPlan, ...]
+    layers: tuple[PlacedLayer, ...]
     z: Tensor  # (rows * largest rank,) float16: B x
 
     @property
@@ -135,15 +135,15 @@ def sparse_ffn(
     n = x.shape[0]
     predicted, predicted_counts = state.every, state.every_counts
     if predictor is not None:
-        plan = predictor.layers[layer]
-        z = predictor.z.leading(n * plan.rank).reshape(n, plan.rank)
-        multiply(device, plan.b, x, z)
+        placed = predictor.layers[layer]
+        z = predictor.z.leading(n * placed.rank).reshape(n, placed.rank)
+        multiply(device, placed.b, x, z)
     for row in range(n):
         active_counts = counts_of(state, row, layer, _ACTIVE)
         if predictor is not None:
             predicted, predicted_counts = state.predicted, counts_of(state, row, layer, _PREDICTED)
             shift = sparsity_bias.rows(row, 1)
-            run_score(device, state, plan, z.rows(row, 1), shift, predicted_counts, config.ffn_size)
+            run_score(device, state, placed, z.rows(row, 1), shift, predicted_counts, config.ffn_size)
         run_gate(device, config, state, weights, x.rows(row, 1), predicted, predicted_counts, active_counts)
         run_up_down(device, config, state, weights, x.rows(row, 1), active_counts)
         run_sum(device, config, state, weights, y.rows(row, 1))
@@ -159,7 +159,7 @@ def counts_of(state: SparseState, row: int, layer: int, which: int) -> Tensor:
 def run_score(
     device: AscendDevice,
     state: SparseState,
-    predictor: PredictorPlan,
+    predictor: PlacedLayer,
     z: Tensor,
     shift: Tensor,
     counts: Tensor,
@@ -212,11 +212,11 @@ def run_sum(device: AscendDevice, config: ModelConfig, state: SparseState, weigh
     )
 
 
-def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PredictorPlan:
+def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PlacedLayer:
     rank = layer.rank
     a = to_half(dequantize(layer.a, layer.factor_format, rank), "A of the predictor")
     b = to_half(dequantize(layer.b, layer.factor_format, config.hidden_size), "B of the predictor")
-    return PredictorPlan(
+    return PlacedLayer(
         rank,
         device.upload(np.pad(a, ((0, 0), (0, padded_columns(rank) - rank)))),
         HalfMatrix(device.upload(b)),

@@ -15,8 +15,8 @@ from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
 from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token
-from svdengine.kernels.cuda.memory_split import plan_memory
-from svdengine.kernels.cuda.model import build_plan, place_predictor
+from svdengine.kernels.cuda.memory_split import split_memory
+from svdengine.kernels.cuda.model import build_model, place_predictor
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
 from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
 from svdengine.kernels.cuda.workspace import (
@@ -62,7 +62,7 @@ class CudaExecutor(BaseExecutor):
         cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
         copies = _copy_items(config, self.max_batch_rows) if device.has_blas else (0, 0)
         free = device.free_bytes()
-        self.memory = plan_memory(
+        self.memory = split_memory(
             config,
             setup.arrays,
             setup.predictor,
@@ -75,7 +75,7 @@ class CudaExecutor(BaseExecutor):
         self._measured_layers = config.layer_count if self.memory.splits else None
         self._state = State(
             device=device,
-            plan=build_plan(device, config, setup.arrays, setup.formats, self.context, self.memory.splits),
+            model=build_model(device, config, setup.arrays, setup.formats, self.context, self.memory.splits),
             work=allocate_workspace(device, sizes),
             cache=allocate_cache(device, config, self.block_count, setup.kv_dtype),
             copies=HalfCopies(*(device.zeros(c, np.float16) for c in copies)) if device.has_blas else None,
@@ -120,7 +120,7 @@ class CudaExecutor(BaseExecutor):
         self._known_counts = counts
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
-        orders = [layer.order for layer in self._state.plan.layers]
+        orders = [layer.order for layer in self._state.model.layers]
         self._placed = place_predictor(self._state.device, self.config, predictor, orders)
         self._graphs.clear()  # they hold the addresses of what was placed before
 
@@ -136,7 +136,7 @@ class CudaExecutor(BaseExecutor):
         return np.stack(kept)
 
     def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
-        device, work, plan = self._state.device, self._state.work, self._state.plan
+        device, work, model = self._state.device, self._state.work, self._state.model
         n, hidden, stride = inputs.shape[-2], self.config.hidden_size, work.sizes.hidden
         rows = np.zeros((*inputs.shape[:-1], stride), np.float32)
         rows[..., :hidden] = inputs
@@ -147,7 +147,7 @@ class CudaExecutor(BaseExecutor):
         for index in range(layers):
             if inputs.ndim == 3 or index == 0:
                 device.write(work.normed, rows[index] if inputs.ndim == 3 else rows)
-            ffn(self._state, self._placed, index, plan.layers[index], work.normed, n, path)
+            ffn(self._state, self._placed, index, model.layers[index], work.normed, n, path)
         found: NDArray[np.float32] = device.download(work.x[: n * stride]).reshape(n, stride)[:, :hidden]
         return found
 

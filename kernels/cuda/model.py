@@ -98,7 +98,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerWeights:
     """One layer's weights."""
 
     attention_norm: Norm
@@ -110,17 +110,17 @@ class LayerPlan:
     gate_up: tuple[Projection, ...]  # into Workspace.gate_up
     gate: Matrix | None  # rows of gate_up
     up: Matrix
-    down: Matrix  # (hidden, ffn), or (ffn, hidden) where Plan.transposed_down; its bias is (hidden,) either way
+    down: Matrix  # (hidden, ffn), or (ffn, hidden) where Model.transposed_down; its bias is (hidden,) either way
     window: int  # a token sees itself and the window - 1 before it
     order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The model."""
+class Model:
+    """A model on the device."""
 
     config: ModelConfig
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerWeights, ...]
     embedding: Matrix
     positions: Array  # (max_position, hidden) float32, one zero where there are none
     output_norm: Norm
@@ -135,8 +135,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PredictorPlan:
-    """One layer's predictor (kernels/predictor.py)."""
+class PlacedLayer:
+    """One layer of a predictor (kernels/predictor.py) on the device."""
 
     rank: int  # 0: no factors
     factor_format: FactorFormat
@@ -150,17 +150,19 @@ class PredictorPlan:
     relu: bool
 
 
+PlacedPredictor = tuple[PlacedLayer, ...]  # a predictor on the device, or nothing
+
 _WINDOW = 1 << 30  # wider than any context
 
 
-def build_plan(
+def build_model(
     device: Device,
     config: ModelConfig,
     arrays: Mapping[str, NDArray],
     formats: Mapping[str, WeightFormat],
     context: int,
     splits: Sequence[LayerSplit] = (),
-) -> Plan:
+) -> Model:
     """Copy a model to the device, and what `splits`, of each layer, leave out to host memory that it can read.
 
     `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
@@ -174,7 +176,7 @@ def build_plan(
     embedding = build.matrix(["embedding"], None)
     lm_head = embedding if config.tied_embeddings else build.matrix(["lm_head"], None)
     cos, sin = (np.zeros(1, np.float32),) * 2 if config.rope is None else rope_tables(config, np.arange(context))
-    return Plan(
+    return Model(
         config,
         layers,
         embedding,
@@ -188,7 +190,7 @@ def build_plan(
 
 def place_predictor(
     device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
-) -> tuple[PredictorPlan, ...]:
+) -> PlacedPredictor:
     """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
     if predictor is None:
         return ()
@@ -198,7 +200,7 @@ def place_predictor(
 
 def _place_layer(
     device: Device, config: ModelConfig, layer: LayerPredictor, order: NDArray[np.intp] | None
-) -> PredictorPlan:
+) -> PlacedLayer:
     rank, bits, nothing = layer.rank, layer.residual_bits, device.zeros(1, np.uint32)
 
     def ordered(array: NDArray) -> NDArray:
@@ -207,7 +209,7 @@ def _place_layer(
     def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
         return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
 
-    return PredictorPlan(
+    return PlacedLayer(
         rank,
         layer.factor_format,
         bits,
@@ -235,14 +237,14 @@ class _Builder:
         self.device, self.config, self.arrays, self.formats, self.splits = device, config, arrays, formats, splits
         self.nothing = device.zeros(1, np.float32)
 
-    def layer(self, index: int) -> LayerPlan:
+    def layer(self, index: int) -> LayerWeights:
         """All weights of a layer."""
         config = self.config
         gate_up, down, order = self.ffn(index)
         f = config.ffn_size
         halves = [m for p in gate_up for m in _halves(p.matrix, f)]
         windowed = config.sliding_window and index in config.sliding_window_layers
-        return LayerPlan(
+        return LayerWeights(
             attention_norm=self.norm("attention_norm", index),
             ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
             qkv=self.projections(["q", "k", "v"], index),

@@ -10,7 +10,7 @@ import pytest
 from model_zoo import random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
 from test_executor import BOUND, MODELS, RELU, executors, small_blocks
-from test_memory_plan import calibrated
+from test_memory_split import calibrated
 from test_sparse import Bench, layer_predictor
 
 from svdengine.kernels import base_executor
@@ -70,7 +70,7 @@ def test_a_gate_alone_and_an_up_of_another_format_are_split_too(device: Any) -> 
 def test_rows_in_host_memory_are_read_only_where_they_are_needed(device: Any) -> None:
     bench = Bench(device, CONFIG, "f32", rows=1, splits=split_of(CONFIG, HOT))
     expected = ffn(CONFIG, bench.exact, bench.x)
-    gate, up, down = bench.plan.layers[0].gate, bench.plan.layers[0].up, bench.plan.layers[0].down
+    gate, up, down = bench.model.layers[0].gate, bench.model.layers[0].up, bench.model.layers[0].down
     assert gate is not None and gate.hot == up.hot == down.hot == HOT
     order = bench.orders[0]
     assert order is not None
@@ -153,7 +153,7 @@ def test_frequent_neurons_lie_on_the_device(simulated: SimulatedDevice) -> None:
     setup = setup_of(RELU, predictor=predictor)
     cuda = CudaExecutor(setup, device=simulated, gpu_memory=split_memory(simulated, setup, 0.5))
     frequency = frequency_of(predictor.layers[0])
-    (split,), up = cuda.memory.splits, cuda._state.plan.layers[0].up
+    (split,), up = cuda.memory.splits, cuda._state.model.layers[0].up
     assert frequency[split.order[: split.hot]].min() >= frequency[split.order[split.hot :]].max()
     held = np.concatenate([up.words, up.cold]).view(np.float32).reshape(RELU.ffn_size, -1)
     np.testing.assert_array_equal(held, setup.arrays["up"][0][split.order])
