@@ -1,4 +1,4 @@
-"""The definition of correct: a transformer's forward pass in float32 NumPy, over a paged KV cache.
+"""The definition of correct: a transformer's forward pass in float32 NumPy, over a KV cache of blocks.
 
 Every other executor is tested against this one. It favours reading order over speed.
 """

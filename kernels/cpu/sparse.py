@@ -213,7 +213,7 @@ def up_listed(model, layer, x, quantized, active, found, hidden, scratch):
 def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch):
     """out += the FFN of `count` listed neurons of one input. Returns how many were active.
 
-    gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (page_ahead.py).
+    gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (read_ahead.py).
     """
     base = layer * LAYER_MATRICES
     down = model.matrices[base + DOWN]

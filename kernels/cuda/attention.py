@@ -1,4 +1,4 @@
-"""Attention over paged blocks: tiles of queries that share a kv head, the context split over blocks of threads.
+"""Attention over KV blocks: tiles of queries that share a kv head, the context split over blocks of threads.
 
 A tile is some rows of one sequence times some query heads of one kv head. In decode it has one row, in prefill several,
 so that what is read of the cache serves all of them. Softmax is computed as keys come (arXiv:2205.14135), and with
