@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from svdengine.errors import ShutdownError as ShutdownError
     from svdengine.errors import SvdEngineError as SvdEngineError
     from svdengine.executors import Device as Device
-    from svdengine.executors import KvDtype as KvDtype
     from svdengine.kernels.executor import FfnMode as FfnMode
     from svdengine.kernels.executor import FfnPath as FfnPath
+    from svdengine.kernels.executor import KvDtype as KvDtype
     from svdengine.llm import LLM as LLM
     from svdengine.llm import load as load
     from svdengine.models.config import ModelConfig as ModelConfig
@@ -64,7 +64,7 @@ else:
         "FinishReason": "scheduling.completion",
         "Generation": "scheduling.request",
         "Grammar": "text.grammar",
-        "KvDtype": "executors",
+        "KvDtype": "kernels.executor",
         "LLM": "llm",
         "Message": "text.chat_template",
         "ModelConfig": "models.config",

@@ -101,7 +101,7 @@ def load(
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
-        executor = create_executor(
+        opened = create_executor(
             model_file,
             device=device,
             threads=threads,
@@ -112,8 +112,9 @@ def load(
             ffn=mode,
             gpu_memory=gpu_memory,
         )
-        if not fits and executor.name != "cuda":  # a GPU has its own copy of the weights
-            executor = AdvisingExecutor(executor, model_file)
+        executor: Executor = opened
+        if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
+            executor = AdvisingExecutor(opened, model_file)
         return LLM(
             model_file,
             executor,
@@ -179,7 +180,7 @@ class LLM:
 
     @property
     def ffn(self) -> FfnMode:
-        """How FFNs run: dense, sparse, or auto, which takes for each step what costs less.
+        """How FFNs run: dense, sparse, or auto, which takes for each step what is faster.
 
         It can be set, for steps from then on. That raises RequestError where the model cannot run sparse.
         """

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters import convert
 from svdengine.files.model_file import read_model_file
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.text.tokenizer import Tokenizer
@@ -66,13 +67,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Convert:
 @contextmanager
 def executor(path: Path) -> Iterator[CpuExecutor]:
     with read_model_file(path) as file:
+        blocks = CONTEXT // BLOCK_SIZE
         cpu = CpuExecutor(
-            file.config,
-            file.arrays,
-            file.formats,
-            block_count=CONTEXT // BLOCK_SIZE,
-            max_batch_rows=ROWS,
-            context=CONTEXT,
+            ExecutorSetup(file.config, file.arrays, file.formats, blocks, max_batch_rows=ROWS, context=CONTEXT)
         )
         try:
             yield cpu

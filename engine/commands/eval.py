@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from svdengine.measuring.evaluation import Measurements
     from svdengine.measuring.tasks import Task
 
-REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the page's curve of error against speed
+REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of error against speed
 
 
 @click.command("eval")
@@ -34,7 +34,7 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the page's curve of error 
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write an HTML page: predictors, densities, and error against speed, on the text of --perplexity.",
+    help="Write an HTML report: predictors, densities, and error against speed, on the text of --perplexity.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(

@@ -307,7 +307,7 @@ def _ffn_option(*choices: str) -> Decorator:
         type=click.Choice(choices),
         default="auto",
         show_default=True,
-        help="Compute all FFN neurons, or those that the predictor calls active; auto chooses by cost.",
+        help="Compute all FFN neurons, or those that the predictor calls active; auto takes what is faster.",
     )
 
 

@@ -12,7 +12,7 @@ FinishReason = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Stats:
-    """What a completion cost.
+    """What a completion took.
 
     prompt_tokens: tokens of the prompt.
     cached_tokens: of these, tokens that were still in the KV cache.

@@ -235,7 +235,7 @@ class Scoring:
         return False
 
     def note_neurons(self, counts: NeuronCounts) -> None:
-        """Scoring reports no cost."""
+        """Scoring does not report them."""
 
 
 def _check_tokens(tokens: list[int], vocab_size: int) -> None:
