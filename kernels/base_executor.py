@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
 from svdengine.kernels.ffn_times import FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.formats import WeightFormat, gather_parts
@@ -169,14 +169,23 @@ class BaseExecutor(ABC):
     def _check(self, batch: Batch) -> None:
         """Raise ValueError for a closed executor and for a batch that breaks the rules: kernels check nothing."""
         self._check_open()
-        check_batch(
-            batch,
-            max_rows=self.max_batch_rows,
-            max_blocks=self._max_blocks,
-            block_count=self.block_count,
-            context=self.context,
-            vocab_size=self.config.vocab_size,
-        )
+        n, wanted = len(batch.tokens), len(batch.logit_rows)
+        sequences, blocks = batch.block_tables.shape
+        if not 1 <= n <= self.max_batch_rows or wanted > n or sequences > self.max_batch_rows:
+            raise ValueError(f"a batch of {n} rows and {wanted} logits; the most is {self.max_batch_rows} rows")
+        if blocks > self._max_blocks:
+            raise ValueError(f"a block table of {blocks} blocks; the context has {self._max_blocks}")
+        if len(batch.positions) != n or len(batch.sequences) != n:
+            raise ValueError("tokens, positions and sequences of a batch differ in length")
+        for name, values, limit in (
+            ("token", batch.tokens, self.config.vocab_size),
+            ("position", batch.positions, min(self.context, blocks * BLOCK_SIZE)),
+            ("sequence", batch.sequences, sequences),
+            ("block", batch.block_tables, self.block_count),
+            ("logit row", batch.logit_rows, n),
+        ):
+            if values.size and not (values.min() >= 0 and values.max() < limit):
+                raise ValueError(f"a {name} lies outside 0..{limit - 1}")
 
     def _check_open(self) -> None:
         if self._closed:

@@ -107,16 +107,17 @@ class Engine:
         path = self.executor.ffn_path(len(step.batch.tokens))
         self._steps[path] += 1
         self._rows[path] += len(step.batch.tokens)
-        self.postprocess(step, outputs, self.executor.neuron_counts() - before)
+        self.postprocess(step, outputs, None if path == "dense" else self.executor.neuron_counts() - before)
         if self._drafter is not None and decoding:
             self._drafter.note_step(len(step.batch.tokens), time.perf_counter() - begin)
 
-    def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts) -> None:
-        """Hand each request its token or its rows of the logits, and the neurons of the whole step."""
+    def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts | None) -> None:
+        """Hand each request its token or its rows of the logits, and the neurons of the whole step if any were counted."""
         row = logit = 0
         for chunk in step.chunks:
             request, count = self._requests[chunk.sequence], chunk.logit_rows
-            request.note_neurons(neurons)
+            if neurons is not None:
+                request.note_neurons(neurons)
             if not count:
                 continue
             if outputs.choices[row] is None:

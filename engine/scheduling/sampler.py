@@ -51,6 +51,7 @@ class Sampler:
         self._counts: Counter[int] = Counter()  # of generated tokens; kept only while a penalty needs it
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+        self._greedy = params.greedy
         self._penalised = bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
 
     def sample(self, logits: NDArray[np.float32]) -> int:
@@ -75,7 +76,7 @@ class Sampler:
         token = int(logits.argmax())  # NumPy's argmax stops at the first NaN, so this one look finds any
         if not np.isfinite(logits[token]):
             raise _not_finite()
-        return token if self.params.greedy else self._draw(logits)
+        return token if self._greedy else self._draw(logits)
 
     def choice(self) -> Choice | None:
         """How an executor is to choose the next token itself, with a number drawn for it: to be called once a token.
@@ -85,7 +86,7 @@ class Sampler:
         if self._penalised or self._bias_ids.size or self.constraint is not None:
             return None
         params = self.params
-        draw = 0.0 if params.greedy else self._random.random()
+        draw = 0.0 if self._greedy else self._random.random()
         return Choice(params.temperature, params.top_k, params.top_p, params.min_p, draw)
 
     def _adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:

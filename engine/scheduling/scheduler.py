@@ -195,8 +195,8 @@ class Scheduler:
         while position < len(self._running):
             sequence = self._running[position]
             missing = blocks_for(len(sequence)) - len(sequence.block_table)
-            if self.pool.can_allocate(missing):
-                sequence.block_table += self.prefix_cache.allocate(max(missing, 0))
+            if missing <= 0 or self.pool.can_allocate(missing):
+                sequence.block_table += self.prefix_cache.allocate(missing) if missing > 0 else []
                 position += 1
             else:
                 self._preempt(self._running[-1])  # perhaps this one
