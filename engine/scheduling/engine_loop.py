@@ -112,7 +112,7 @@ class Engine:
             self._drafter.note_step(len(step.batch.tokens), time.perf_counter() - begin)
 
     def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts | None) -> None:
-        """Hand each request its token or its rows of the logits, and the neurons of the whole step if any were counted."""
+        """Hand each request its token or rows of the logits, and the neurons of the whole step if any were counted."""
         row = logit = 0
         for chunk in step.chunks:
             request, count = self._requests[chunk.sequence], chunk.logit_rows
