@@ -50,6 +50,7 @@ def row_product(weight_format: WeightFormat) -> Any:
     kernels = kernels_of(weight_format)
     load, chunk = kernels.load_chunk, kernels.dot_chunk
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
+    by_four, by_two = kernels.loads == 1, kernels.loads == 2  # chunks: four loads are on their way at once
 
     @jit(device=True)
     def dot(words, held, scale, low, row, r, stride, x, at, lane):
@@ -57,7 +58,7 @@ def row_product(weight_format: WeightFormat) -> Any:
         base = held * (chunk_words * count)
         total = _ZERO
         j = lane
-        while j + 96 < count:  # four loads are on their way at once
+        while by_four and j + 96 < count:
             w0 = load(words, base, j)
             w1 = load(words, base, j + 32)
             w2 = load(words, base, j + 64)
@@ -67,6 +68,12 @@ def row_product(weight_format: WeightFormat) -> Any:
             total += chunk(w2, scale, low, row, r, stride, x, at, j + 64)
             total += chunk(w3, scale, low, row, r, stride, x, at, j + 96)
             j += 128
+        while by_two and j + 32 < count:
+            w0 = load(words, base, j)
+            w1 = load(words, base, j + 32)
+            total += chunk(w0, scale, low, row, r, stride, x, at, j)
+            total += chunk(w1, scale, low, row, r, stride, x, at, j + 32)
+            j += 64
         while j < count:
             total += chunk(load(words, base, j), scale, low, row, r, stride, x, at, j)
             j += 32

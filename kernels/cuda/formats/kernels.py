@@ -37,6 +37,7 @@ class FormatKernels:
     column_of: Any  # (j, k) -> the first column of the k-th four of chunk j
     weight: Any  # (words, scale, low, row, r, column, stride) -> float32: a single weight
     most_sums: int  # rows of activations for which a thread can hold the sums of a chunk's columns in registers
+    loads: int = 1  # of 16 bytes, that a chunk takes: 1 or 2
     types: Mapping[str, str] = field(default_factory=dict)  # of parameters whose items are not those of `_TYPES`
     library_type: Any = None  # NumPy's, of words that the vendor's library multiplies as they are stored
 

@@ -8,10 +8,11 @@ from types import MappingProxyType
 from svdengine.kernels.cuda.formats.floats import BF16_KERNELS, F16_KERNELS, F32_KERNELS
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
 from svdengine.kernels.cuda.formats.q4 import Q4_KERNELS
+from svdengine.kernels.cuda.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cuda.formats.q8 import Q8_KERNELS
 from svdengine.kernels.formats import WeightFormat
 
-_ALL = (F32_KERNELS, F16_KERNELS, BF16_KERNELS, Q8_KERNELS, Q4_KERNELS)
+_ALL = (F32_KERNELS, F16_KERNELS, BF16_KERNELS, Q8_KERNELS, Q6_KERNELS, Q4_KERNELS)
 KERNELS: Mapping[WeightFormat, FormatKernels] = MappingProxyType({kernels.name: kernels for kernels in _ALL})
 
 
