@@ -85,14 +85,14 @@ class CalibrationOptions:
 
 @dataclass(frozen=True)
 class _LayerWork:
-    """A layer's predictor with zero thresholds, and the thresholds that it may get."""
+    """A layer's predictor before calibration, and how far its thresholds may be raised."""
 
     predictor: LayerPredictor
     table: ThresholdTable
     kind: str
 
     def at(self, level: float) -> LayerPredictor:
-        return replace(self.predictor, bias=(self.predictor.bias - self.table.at(level)).astype(np.float32))
+        return replace(self.predictor, threshold=(self.predictor.threshold + self.table.at(level)).astype(np.float32))
 
 
 def calibrate(

@@ -44,7 +44,7 @@ def convert(
     checkpoint = open_checkpoint(source, activation)
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
-    plan = list(plan_tensors(checkpoint))
+    sources = list(find_sources(checkpoint))
     provenance = {
         "source": source.resolve().name,
         "files": describe_files(checkpoint.files),
@@ -67,7 +67,7 @@ def convert(
         embedding_dtype=embedding_dtype,
         down_dtype=down_dtype,
     ) as writer:
-        for spec, layer, origin in plan:
+        for spec, layer, origin in sources:
             array = build_tensor(checkpoint, origin)
             try:
                 writer.write(spec.name, array, layer)
@@ -92,7 +92,7 @@ def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:
     return GgufCheckpoint(source, activation)
 
 
-def plan_tensors(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
+def find_sources(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
     """Every (tensor, layer) and where it comes from, checked to be there before any work is done."""
     names = frozenset(checkpoint.tensor_names)
     for spec in tensor_specs(checkpoint.config):

@@ -125,12 +125,12 @@ def build_network(network: Network, x: Array, factor_format: FactorFormat, name:
     except ValueError as error:
         raise ConversionError(f"{name}: {error}") from error
     # PowerInfer computes a neuron at the threshold, and we above 0: of no importance but where all scores are 0.
-    bias = np.full(f, np.finfo(np.float32).tiny)
-    predictor = LayerPredictor(rank, factor_format, 0, a, b, {}, bias, np.ones(f, np.float32), relu=True)
+    threshold = np.full(f, -np.finfo(np.float32).tiny)
+    predictor = LayerPredictor(rank, factor_format, 0, a, b, {}, threshold, np.ones(f, np.float32), relu=True)
     deviation = scores(predictor, x).std(0)
     floor = 1e-4 * float(deviation.mean()) or 1e-6
     unit = np.maximum(deviation, np.float32(floor)).astype(np.float32)
-    return LayerPredictor(rank, factor_format, 0, a, b, {}, bias, unit, relu=True)
+    return LayerPredictor(rank, factor_format, 0, a, b, {}, threshold, unit, relu=True)
 
 
 def _check_layers(gguf: GgufFile, config: ModelConfig) -> None:

@@ -58,7 +58,7 @@ def build_candidate(
     factor_format: FactorFormat,
     basis: Basis | None = None,
 ) -> LayerPredictor:
-    """The predictor of a shape, with zero thresholds."""
+    """The predictor of a shape, before calibration."""
     return build_predictor(shape.kind, layer, statistics, shape.rank, shape.bits, factor_format, basis)
 
 
@@ -76,11 +76,11 @@ def choose_shape(
         kind: find_basis(kind, layer.gate, statistics, max(s.rank for s in shapes if s.kind == kind))
         for kind in {s.kind for s in shapes if s.rank}
     }
-    costs = []
+    traffic = []
     for shape in shapes:
         predictor = build_candidate(shape, layer, statistics, factor_format, bases.get(shape.kind))
-        costs.append(modelled_bytes(predictor, layer, fit, held_out, TYPICAL_ERROR))
-    return shapes[int(np.argmin(costs))]
+        traffic.append(modelled_bytes(predictor, layer, fit, held_out, TYPICAL_ERROR))
+    return shapes[int(np.argmin(traffic))]
 
 
 def modelled_bytes(predictor: LayerPredictor, layer: FfnLayer, fit: Tokens, held_out: Tokens, error: float) -> float:

@@ -5,7 +5,7 @@
     lowbit      the gate in one or two bits a weight
     svd+lowbit  a low-rank part, and a low-bit copy of what it leaves
 
-Thresholds start at zero: a score estimates the gate itself. converters/thresholds.py moves them.
+Thresholds start where a score estimates the gate itself. converters/thresholds.py moves them.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def build_predictor(
     factor_format: FactorFormat = "q8",
     basis: Basis | None = None,
 ) -> LayerPredictor:
-    """A predictor with zero thresholds. `basis` saves its computation, when it is known to at least this rank.
+    """A predictor before calibration. `basis` saves its computation, when it is known to at least this rank.
 
     Each part is fitted to what the stored parts before it leave, and the error that is left at the mean input goes
-    into the bias. Raises ValueError when rank or bits make no sense for the kind.
+    into the thresholds. Raises ValueError when rank or bits make no sense for the kind.
     """
     gate = layer.gate
     check_shape(kind, rank, bits, gate.shape[1])
@@ -97,10 +97,10 @@ def build_predictor(
     if bits:
         q = fit_lowbit(left, statistics.covariance, bits)
         left = left - dequantize_lowbit(q, bits, gate.shape[1])
-    bias = layer.offset.astype(np.float32)
+    threshold = -layer.offset.astype(np.float32)
     if kind != "svd-naive":
-        bias = bias + left @ statistics.mean.astype(np.float32)
-    return LayerPredictor(rank, factor_format, bits, a, b, q, bias, gate_deviation(gate, statistics))
+        threshold = threshold - left @ statistics.mean.astype(np.float32)
+    return LayerPredictor(rank, factor_format, bits, a, b, q, threshold, gate_deviation(gate, statistics))
 
 
 def _factors(gate: Array, basis: Basis, rank: int, factor_format: FactorFormat) -> tuple[Parts, Parts]:

@@ -1,4 +1,4 @@
-"""Calibrate when a neuron's score counts as active: from lax to strict, with what each step costs and loses.
+"""Calibrate when a neuron's score counts as active: from lax to strict, with what each step reads and loses.
 
     error    for each neuron, the threshold that minimises (energy of what is missed) + lambda * (bytes that are read),
              over the calibration tokens: an exact one-dimensional problem, solved for every lambda at once
@@ -100,9 +100,9 @@ def calibrate_thresholds(
 
 
 def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tuple[int, int, int]) -> Array:
-    """Thresholds (lambdas, f) that minimise missed energy + lambda * cost for each neuron and each lambda, ascending.
+    """Thresholds (lambdas, f) that minimise missed energy + lambda * bytes for each neuron and each lambda, ascending.
 
-    Cost is in bytes read, as a share of a dense FFN's: the gate's row of every predicted (token, neuron) pair, and the
+    Bytes are those read, as a share of a dense FFN's: the gate's row of every predicted (token, neuron) pair, and the
     rows of up and down where the neuron is active as well.
     """
     gate, up, down = row_bytes
@@ -196,8 +196,8 @@ def _sort_rows(scores, energy, active):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(nogil=True, cache=True)
-def _error_thresholds(scores, energy, active, spread, lambdas, gate_cost, rest_cost):  # type: ignore[no-untyped-def]
-    """Walk the lower convex hull of (cost saved, energy missed) over all cuts of each neuron's sorted scores.
+def _error_thresholds(scores, energy, active, spread, lambdas, gate_bytes, rest_bytes):  # type: ignore[no-untyped-def]
+    """Walk the lower convex hull of (bytes saved, energy missed) over all cuts of each neuron's sorted scores.
 
     A cut k misses the k lowest scores. Its objective is missed(k) - lambda * saved(k) plus a constant, so the best cut
     of every lambda is a vertex of the hull, and vertices are passed in order as lambda grows.
@@ -210,7 +210,7 @@ def _error_thresholds(scores, energy, active, spread, lambdas, gate_cost, rest_c
         saved, missed, top = 0.0, 0.0, 0
         for k in range(n + 1):
             if k:
-                saved += gate_cost + (rest_cost if active[i, k - 1] else 0.0)
+                saved += gate_bytes + (rest_bytes if active[i, k - 1] else 0.0)
                 missed += energy[i, k - 1]
             if 0 < k < n and scores[i, k - 1] == scores[i, k]:
                 continue  # equal scores cannot be separated

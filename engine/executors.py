@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from svdengine.errors import DeviceError, RequestError
 from svdengine.files.residency import usable_memory
-from svdengine.kernels.executor import Executor, FfnMode
+from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
+from svdengine.kernels.executor import FfnMode, KvDtype
 from svdengine.kernels.user_cache import user_cache_directory
 
 if TYPE_CHECKING:
@@ -17,10 +18,9 @@ if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
 
 Device = Literal["auto", "cpu", "cuda", "ascend", "reference"]
-KvDtype = Literal["f16", "f32"]
 DEVICES: tuple[str, ...] = get_args(Device)
 KV_DTYPES: tuple[str, ...] = get_args(KvDtype)
-FFN_CHOICES: tuple[str, ...] = ("auto", "dense", "sparse")
+FFN_CHOICES: tuple[str, ...] = get_args(FfnMode)
 DEVICE_VARIABLE = "SVDENGINE_DEVICE"  # what "auto" means, when it is set
 
 MAX_BATCH_ROWS = 256
@@ -37,7 +37,7 @@ def check_ffn(ffn: Any) -> FfnMode:
 def create_executor(
     model_file: ModelFile,
     *,
-    device: str = "auto",
+    device: Device = "auto",
     threads: int | None = None,
     context: int,
     block_count: int,
@@ -46,7 +46,7 @@ def create_executor(
     predictor: Predictor | None = None,
     ffn: FfnMode = "dense",
     gpu_memory: int | None = None,
-) -> Executor:
+) -> BaseExecutor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
 
     `gpu_memory`: bytes that the model may take on a GPU, by default what is free; FFN rows that do not fit stay in host
@@ -62,19 +62,20 @@ def create_executor(
     if gpu_memory is not None and (isinstance(gpu_memory, bool) or not isinstance(gpu_memory, int) or gpu_memory < 1):
         raise RequestError(f"gpu_memory must be a whole number of bytes, found {gpu_memory!r}")
     chosen = resolve_device(device)
-    shared: dict[str, Any] = {
-        "block_count": block_count,
-        "max_batch_rows": max_batch_rows,
-        "context": context,
-        "kv_dtype": kv_dtype,
-        "predictor": predictor,
-        "ffn": ffn,
-    }
+    setup = ExecutorSetup(
+        model_file.config,
+        model_file.arrays,
+        model_file.formats,
+        block_count=block_count,
+        max_batch_rows=max_batch_rows,
+        context=context,
+        kv_dtype=kv_dtype,
+        predictor=predictor,
+        ffn=ffn,
+    )
     if chosen in ("cuda", "ascend"):
         try:
-            if chosen == "ascend":
-                return _ascend_executor(model_file, **shared)
-            return _cuda_executor(model_file, gpu_memory, **shared)
+            return _ascend_executor(setup) if chosen == "ascend" else _cuda_executor(setup, gpu_memory)
         except DeviceError as error:
             if device != "auto" or os.environ.get(DEVICE_VARIABLE):
                 raise
@@ -83,14 +84,14 @@ def create_executor(
     if chosen == "reference":
         from svdengine.kernels.reference import ReferenceExecutor, float32_weights
 
-        weights = float32_weights(model_file.config, model_file.arrays, model_file.formats)
-        return ReferenceExecutor(model_file.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
+        weights = float32_weights(setup.config, setup.arrays, setup.formats)
+        return ReferenceExecutor(setup.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
     from svdengine.kernels.cpu.executor import CpuExecutor
 
-    return CpuExecutor(model_file.config, model_file.arrays, model_file.formats, threads=threads, **shared)
+    return CpuExecutor(setup, threads=threads)
 
 
-def _cuda_executor(model_file: ModelFile, gpu_memory: int | None, **shared: Any) -> Executor:
+def _cuda_executor(setup: ExecutorSetup, gpu_memory: int | None) -> BaseExecutor:
     """An executor on the GPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
     from svdengine.kernels.cuda.availability import find_gpu
 
@@ -102,15 +103,7 @@ def _cuda_executor(model_file: ModelFile, gpu_memory: int | None, **shared: Any)
 
     device = CupyDevice()
     try:
-        executor = CudaExecutor(
-            model_file.config,
-            model_file.arrays,
-            model_file.formats,
-            device=device,
-            **shared,
-            gpu_memory=gpu_memory,
-            host_memory=usable_memory(),
-        )
+        executor = CudaExecutor(setup, device=device, gpu_memory=gpu_memory, host_memory=usable_memory())
     except BaseException:
         device.close()
         raise
@@ -119,7 +112,7 @@ def _cuda_executor(model_file: ModelFile, gpu_memory: int | None, **shared: Any)
     return executor
 
 
-def _ascend_executor(model_file: ModelFile, **shared: Any) -> Executor:
+def _ascend_executor(setup: ExecutorSetup) -> BaseExecutor:
     """An executor on the NPU. Raises DeviceError where none can be used, or the model does not fit its memory."""
     from svdengine.kernels.ascend.availability import find_npu
 
@@ -132,18 +125,11 @@ def _ascend_executor(model_file: ModelFile, **shared: Any) -> Executor:
     from svdengine.kernels.ascend.self_test import proven_custom_ops
 
     cann = load_cann()
-    sparse = model_file.config.sparse_ffn
+    sparse = setup.config.sparse_ffn
     ops = proven_custom_ops(cann, npu.soc, ascend_ops_folder()) if sparse else "no neuron of the model is ever zero"
     device = AscendDevice(cann)
     try:
-        return AscendExecutor(
-            model_file.config,
-            model_file.arrays,
-            model_file.formats,
-            device=device,
-            **shared,
-            custom_ops=ops,
-        )
+        return AscendExecutor(setup, device=device, custom_ops=ops)
     except BaseException:
         device.close()
         raise

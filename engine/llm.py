@@ -6,20 +6,20 @@ import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import RequestError, SvdEngineError
-from svdengine.executors import KvDtype, check_ffn, create_executor
+from svdengine.executors import Device, KvDtype, check_ffn, create_executor
 from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.files.kv_file import KvFile, KvOrigin, restore, write_kv_file
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.predictor_file import find_predictor, model_fingerprint, predictor_fingerprint, require_predictor
 from svdengine.files.residency import arrange_memory
 from svdengine.kernels.batch import BLOCK_SIZE
-from svdengine.kernels.executor import BlockStore, Executor
+from svdengine.kernels.executor import BlockStore, Executor, FfnMode
 from svdengine.kernels.predictor import Predictor
 from svdengine.models.config import ModelConfig
 from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token, pool_blocks
@@ -27,7 +27,13 @@ from svdengine.scheduling.completion import Completion, FinishReason
 from svdengine.scheduling.constraint import Constraint, ConstraintMaker
 from svdengine.scheduling.engine_loop import Engine, EngineStats
 from svdengine.scheduling.request import ContextLimit, Generation, Scoring
-from svdengine.scheduling.sampling import SamplingParams, check_sparsity_bias, merge_params, params_from_generation
+from svdengine.scheduling.sampling import (
+    SamplingFields,
+    SamplingParams,
+    check_sparsity_bias,
+    merge_params,
+    params_from_generation,
+)
 from svdengine.scheduling.scheduler import PREFILL_ROWS
 from svdengine.scheduling.sequence import blocks_for
 from svdengine.speculation.speculation import Speculation
@@ -39,8 +45,8 @@ from svdengine.text_stream import TextStream
 
 def load(
     path: str | Path,
-    device: str = "auto",
-    ffn: str = "auto",
+    device: Device = "auto",
+    ffn: FfnMode = "auto",
     threads: int | None = None,
     predictor: str | Path | None = None,
     *,
@@ -57,16 +63,29 @@ def load(
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
-    context: most tokens of one sequence; by default what the model was made for, at most 4096. kv_tokens: tokens that
-    the KV cache holds for all sequences together, by default `sequences` whole contexts; or kv_memory: bytes that it
-    may take. kv_dtype: f16 or f32. gpu_memory: bytes of a GPU's memory for all of this, by default what is free; FFN
-    weights that do not fit stay in the host's. threads: by default one a core. ffn, predictor: see `LLM.ffn`; a
-    predictor comes from its own file or from the model file. prefill_rows: most tokens of prompts that a step reads
-    while others decode: more read prompts faster, fewer let the others wait less for each token. speculative: let steps
-    try tokens that followed the same ones before, or that the model drafted by its sparse path, where that is measured
-    to be faster. prefetch: read the weights into
-    memory before anything runs; mlock: keep them there. Raises ModelFileError, DeviceError or RequestError, saying what
-    was found and what to do.
+    path: the model file, as `svdengine convert` writes it.
+    device: cpu, cuda (an NVIDIA GPU), ascend (a Huawei NPU), reference (NumPy: slow, and the definition of correct), or
+        auto: what the environment variable SVDENGINE_DEVICE names, else a GPU or NPU that can be used, else the CPU.
+    ffn: how FFNs run: dense, sparse, which needs a predictor, or auto, which takes for each step what costs less.
+    threads: CPU threads, at most 1024; by default one a core.
+    predictor: a predictor file of `svdengine calibrate`; by default the one in the model file, if there is one.
+    context: most tokens of one sequence, prompt and answer; by default what the model was made for, at most 4096.
+    kv_dtype: how keys and values are cached, f16 or f32.
+    kv_tokens: tokens that the KV cache holds for all sequences together; by default `sequences` whole contexts.
+    kv_memory: the size of the KV cache in bytes, instead of in tokens.
+    sequences: how many whole contexts the KV cache holds where neither kv_tokens nor kv_memory says.
+    prefill_rows: most tokens of prompts that a step reads while others decode: more read prompts faster, fewer let the
+        others wait less for each token.
+    speculative: let steps try tokens that followed the same ones before, or that the model drafted by its sparse path,
+        where that is measured to be faster. Those are kept that are sampled anyway.
+    gpu_memory: bytes of a GPU's memory for weights and KV cache; by default what is free. FFN weights that do not fit
+        stay in the host's memory.
+    mlock: keep the weights in memory.
+    prefetch: read the weights into memory before anything runs.
+
+    Raises ModelFileError on a model file or predictor that is missing, damaged or made for another model, DeviceError
+    where the device is not there, has too little memory, or refuses to lock it, and RequestError on an argument that
+    cannot be used.
     """
     mode = check_ffn(ffn)
     if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
@@ -82,7 +101,7 @@ def load(
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
-        executor = create_executor(
+        opened = create_executor(
             model_file,
             device=device,
             threads=threads,
@@ -93,8 +112,9 @@ def load(
             ffn=mode,
             gpu_memory=gpu_memory,
         )
-        if not fits and executor.name != "cuda":  # a GPU has its own copy of the weights
-            executor = AdvisingExecutor(executor, model_file)
+        executor: Executor = opened
+        if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
+            executor = AdvisingExecutor(opened, model_file)
         return LLM(
             model_file,
             executor,
@@ -112,7 +132,14 @@ def load(
 class LLM:
     """A loaded model. `load` makes one.
 
-    It may be used from several threads: each step of the engine is taken under a lock and advances all requests.
+    It may be used from several threads: each step of the engine is taken under a lock and advances all requests. As a
+    context manager it is closed at the end of the block.
+
+    context: most tokens of one sequence, prompt and answer.
+    kv_dtype: how keys and values are cached, f16 or f32.
+    tokenizer: the Tokenizer of the model file.
+    default_params: the SamplingParams that the model file states, where a call says nothing else.
+    model_file, predictor: what was loaded.
     """
 
     def __init__(
@@ -128,7 +155,7 @@ class LLM:
     ) -> None:
         self.model_file = model_file
         self.predictor = predictor
-        self.context = context  # most tokens of one sequence
+        self.context = context
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
@@ -152,15 +179,15 @@ class LLM:
         return self._engine.executor
 
     @property
-    def ffn(self) -> str:
-        """The path of the FFN: dense, sparse, or auto, which chooses by cost.
+    def ffn(self) -> FfnMode:
+        """How FFNs run: dense, sparse, or auto, which takes for each step what is faster.
 
-        Setting it raises RequestError where the model cannot run sparse.
+        It can be set, for steps from then on. That raises RequestError where the model cannot run sparse.
         """
         return self.executor.ffn
 
     @ffn.setter
-    def ffn(self, ffn: str) -> None:
+    def ffn(self, ffn: FfnMode) -> None:
         mode = check_ffn(ffn)
         if ffn == "sparse":
             require_predictor(self.model_file, self.predictor)
@@ -178,13 +205,22 @@ class LLM:
         return self._template
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, context_shift: bool = False, **fields: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        **fields: Unpack[SamplingFields],
     ) -> TextStream:
-        """Complete one prompt, a text or token ids, and iterate over the pieces of text as they come.
+        """Complete one prompt, and iterate over the pieces of text as they come.
 
-        `params` are by default the model's own; `fields` of SamplingParams change single ones. With `context_shift`
-        the oldest half of a full context is forgotten, instead of ending with finish_reason "length".
-        Raises RequestError at once when prompt or parameters are unusable, ContextOverflowError when it is too long.
+        prompt: a text, or token ids.
+        params: how tokens are chosen and when generation ends; by default `default_params`, the model's own.
+        context_shift: forget the oldest half of a full context, instead of ending with finish_reason "length".
+        fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
+
+        Raises RequestError at once when prompt or parameters are unusable, ContextOverflowError when the prompt is too
+        long, SvdEngineError when the model was closed. While iterating, what a step raises.
         """
         return self._start(self.prepare(prompt, params, context_shift=context_shift, **fields))
 
@@ -195,12 +231,21 @@ class LLM:
         *,
         context_shift: bool = False,
         template: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> TextStream:
         """Answer a conversation, and iterate over the pieces of the answer.
 
-        `template`: further variables for the chat template, such as tools. Nothing is kept between calls but the KV
-        cache: a conversation that goes on costs only its new tokens.
+        Nothing is kept between calls but the KV cache: a conversation that goes on costs only its new tokens.
+
+        messages: objects with role and content, the oldest first: {"role": "user", "content": "Hello"}.
+        params: how tokens are chosen and when generation ends; by default `default_params`, the model's own.
+        context_shift: forget the oldest half of a full context after the system message, instead of ending with
+            finish_reason "length".
+        template: further variables for the chat template, such as tools.
+        fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
+
+        Raises what `stream` raises, and RequestError when the model has no chat template or it refuses the messages,
+        ModelFileError when it is damaged.
         """
         request = self.prepare_chat(messages, params, context_shift=context_shift, template=template, **fields)
         return self._start(request)
@@ -211,9 +256,17 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         context_shift: bool = False,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> list[Completion]:
-        """Complete prompts together; the completions come in their order. `params`: for all, or one for each."""
+        """Complete prompts together, and return their completions in the same order.
+
+        prompts: a text or token ids, or several of these.
+        params: for all, or one for each; by default `default_params`, the model's own.
+        context_shift: forget the oldest half of a full context, instead of ending with finish_reason "length".
+        fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
+
+        Raises what `stream` raises, and RequestError when there is no prompt, or not one of `params` for each.
+        """
         batch = as_prompts(prompts)
         each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
         if len(each) != len(batch):
@@ -237,18 +290,24 @@ class LLM:
         *,
         context_shift: bool = False,
         template: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> Completion:
-        """Answer a conversation; see `stream_chat`."""
+        """Answer a conversation, and return the whole answer. Arguments and errors are those of `stream_chat`."""
         with self.stream_chat(messages, params, context_shift=context_shift, template=template, **fields) as stream:
             for _ in stream:
                 pass
         return stream.completion
 
-    def logits(self, token_ids: Sequence[int], *, sparsity_bias: float = 0.0) -> NDArray[np.float32]:
-        """Logits after each of the tokens (n,), teacher-forced: (n, vocabulary) float32.
+    def logits(
+        self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, sparsity_bias: float = 0.0
+    ) -> NDArray[np.float32]:
+        """Logits after each of the tokens, teacher-forced: (n, vocabulary) float32.
 
-        Raises RequestError on ids outside the vocabulary, ContextOverflowError on more tokens than the context holds.
+        token_ids: (n,), at least one; `tokenizer.encode` makes them of a text.
+        sparsity_bias: shifts the sparsity predictor's thresholds, as in SamplingParams.
+
+        Raises RequestError on ids outside the vocabulary, ContextOverflowError on more tokens than the context holds,
+        SvdEngineError when the model was closed.
         """
         check_sparsity_bias(sparsity_bias)
         request = Scoring(token_list(token_ids), self.config.vocab_size, self.context, sparsity_bias)
@@ -264,9 +323,17 @@ class LLM:
         return request.logits
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, context_shift: bool = False, **fields: Any
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        **fields: Unpack[SamplingFields],
     ) -> Generation:
-        """The request that `stream` would run, for a program that drives the model itself; see `step`."""
+        """The request that `stream` would run, for a program that drives the model itself with `add` and `step`.
+
+        Arguments and errors are those of `stream`.
+        """
         tokens = self._prompt_tokens(prompt)
         keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
         return self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
@@ -278,16 +345,22 @@ class LLM:
         *,
         context_shift: bool = False,
         template: Mapping[str, Any] | None = None,
-        **fields: Any,
+        **fields: Unpack[SamplingFields],
     ) -> Generation:
-        """The request that `stream_chat` would run; see `step`."""
+        """The request that `stream_chat` would run, for a program that drives the model itself with `add` and `step`.
+
+        Arguments and errors are those of `stream_chat`.
+        """
         extra = dict(template or {})
         tokens = self.chat_template.encode(messages, **extra)
         keep = self._system_length(messages, tokens, extra) if context_shift else 0
         return self._generation(tokens, self._params(params, fields), context_shift, keep, ())
 
     def add(self, request: Generation | Scoring) -> None:
-        """Queue a request. Raises SvdEngineError when the model was closed."""
+        """Queue a request of `prepare` or `prepare_chat`; `step` advances it until it is `done`.
+
+        Raises ContextOverflowError when the KV cache cannot hold it, SvdEngineError when the model was closed.
+        """
         with self._lock:
             if self._closed:
                 raise SvdEngineError("the model was closed")
@@ -300,7 +373,10 @@ class LLM:
             self._engine.step()
 
     def abort(self, request: Generation | Scoring, reason: FinishReason = "abort") -> None:
-        """Take out a request and free its KV blocks; one that is done already is left as it is."""
+        """Take out a request and free its KV blocks; one that is done already is left as it is.
+
+        reason: the finish_reason that its completion gets.
+        """
         with self._lock:
             self._engine.abort(request)
             if isinstance(request, Generation):
@@ -313,8 +389,10 @@ class LLM:
     def save_kv(self, path: str | Path) -> int:
         """Write the KV cache's finished blocks and their tokens to a file, for `load_kv`; returns how many tokens.
 
-        The file appears complete or not at all. Requests wait meanwhile. Raises RequestError where the device cannot,
-        ModelFileError where the file cannot be written.
+        path: the file; it appears complete or not at all. Requests wait meanwhile.
+
+        Raises RequestError where the device cannot, ModelFileError where the file cannot be written, SvdEngineError
+        when the model was closed.
         """
         store = self._block_store()
         with self._lock:
@@ -326,8 +404,10 @@ class LLM:
     def load_kv(self, path: str | Path) -> int:
         """Take what `save_kv` wrote into the KV cache, as far as blocks are free; returns how many tokens.
 
+        path: the file that `save_kv` wrote.
+
         Raises RequestError where the device cannot, ModelFileError, with nothing changed, when the file is damaged or
-        was written with another model, predictor, FFN path or kv_dtype.
+        was written with another model, predictor, FFN path or kv_dtype, SvdEngineError when the model was closed.
         """
         store = self._block_store()
         with self._lock:

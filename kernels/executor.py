@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]  # (rows asked for, vocabulary)
 
+KvDtype = Literal["f16", "f32"]
 FfnMode = Literal["dense", "sparse", "auto"]
 FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 
@@ -68,7 +69,7 @@ class Executor(Protocol):
     name: str  # cpu, cuda, ascend, reference
     block_count: int  # KV blocks in the pool
     max_batch_rows: int  # most rows that one forward takes
-    ffn: FfnMode  # how the next steps run their FFNs: every neuron, those predicted active, or what costs less
+    ffn: FfnMode  # how the next steps run their FFNs: every neuron, those predicted active, or what takes less time
     predictor: Predictor | None  # of the sparse path
 
     def forward(self, batch: Batch) -> Logits:
@@ -122,11 +123,3 @@ class BlockStore(Protocol):
     def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
         """Put back what `read_blocks` gave, into these blocks. Raises ValueError on another shape or type."""
         ...
-
-
-def check_ffn_inputs(inputs: NDArray[np.float32], layers: int, *, layer_count: int, max_rows: int, hidden: int) -> None:
-    """Raise ValueError unless `inputs`, (n, hidden) or (layers, n, hidden), are what `layers` FFNs can run on."""
-    if not 1 <= layers <= layer_count or not 1 <= inputs.shape[-2] <= max_rows or inputs.shape[-1] != hidden:
-        raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
-    if inputs.ndim == 3 and len(inputs) < layers:
-        raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")

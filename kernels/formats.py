@@ -6,12 +6,12 @@ zeros to a multiple of 64, so that no kernel has a tail. With C padded columns, 
     f32, f16, bf16   `name` (rows, C); bfloat16 is held as uint16
     q8               `name` (rows, C) int8; `name.scale` (rows, C / 32) float16
                      w = scale * q, scale = max |w| / 127 of its group of 32
-    q6               `name` (rows, C * 3 / 4) uint8; `name.scale` (rows, C / 32) float16
-                     w = scale * (q - 32), q in 0..63. Of every 64 columns, 32 bytes hold the low four bits, as q4 does,
-                     then 16 bytes the upper two: byte j has columns j, j + 16, j + 32 and j + 48, lowest pair first.
     q4               `name` (rows, C / 2) uint8; `name.scale`, `name.min` (rows, C / 32) uint8; `name.row` (rows, 2) f32
                      w = row[0] * scale * q - row[1] * min, q in 0..15. Of every 64 columns, byte j holds column j in
                      its low half and column j + 32 in its high half.
+    q6               as q4 with q in 0..63 and `name` (rows, C * 3 / 4): of every 64 columns, 32 bytes hold the low four
+                     bits as q4 does, then 16 bytes the upper two: byte j has columns j, j + 16, j + 32 and j + 48,
+                     lowest pair first.
 """
 
 from __future__ import annotations
@@ -186,25 +186,9 @@ def _dequantize_q8(parts: Parts) -> NDArray[np.float32]:
     return _scaled(parts[""], parts[".scale"])
 
 
-def _quantize_q6(w: NDArray[np.float32]) -> Parts:
-    """The weight of largest magnitude becomes -32, whatever its sign: so all 64 levels are used."""
-    groups = _by_group(w)
-    largest = np.take_along_axis(groups, np.abs(groups).argmax(-1)[..., None], -1)[..., 0]
-    scale = largest / np.float32(-32)
-    _check_scales(scale, "q6")
-    stored = scale.astype(np.float16)
-    inverse = _inverse(stored.astype(np.float32))
-    q = np.clip(np.rint(groups * inverse[..., None]) + 32, 0, 63).astype(np.uint8)
-    return {"": _pack_six_bits(q.reshape(w.shape)), ".scale": stored}
-
-
-def _dequantize_q6(parts: Parts) -> NDArray[np.float32]:
-    return _scaled(_unpack_six_bits(parts[""]).astype(np.float32) - 32, parts[".scale"])
-
-
 def _pack_six_bits(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    low = _pack_nibbles(q & 15).reshape(len(q), -1, 32)
-    pairs = (q >> 4).reshape(len(q), -1, 4, 16)
+    low = _pack_nibbles(q & np.uint8(15)).reshape(len(q), -1, 32)
+    pairs = (q >> np.uint8(4)).reshape(len(q), -1, 4, 16)
     high = np.bitwise_or.reduce(pairs << np.array([0, 2, 4, 6], np.uint8)[:, None], axis=2)
     return np.concatenate([low, high], 2).reshape(len(q), -1)
 
@@ -212,41 +196,108 @@ def _pack_six_bits(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _unpack_six_bits(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     blocks = data.reshape(len(data), -1, 48)
     low = _unpack_nibbles(blocks[:, :, :32].reshape(len(data), -1)).reshape(len(data), -1, 64)
-    high = np.stack([blocks[:, :, 32:] >> shift & 3 for shift in (0, 2, 4, 6)], 2).reshape(low.shape)
-    return (low | high << 4).reshape(len(data), -1)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    high = blocks[:, :, None, 32:] >> shifts & np.uint8(3)
+    q: NDArray[np.uint8] = low | high.reshape(low.shape) << np.uint8(4)
+    return q.reshape(len(data), -1)
+
+
+def _affine(w: NDArray[np.float32], most: int) -> tuple[NDArray[np.uint8], Parts]:
+    """Groups of levels 0..most, whose scales and minima are 8-bit multiples of two float32 values a row.
+
+    Returns the levels (rows, C) and the parts beside them. A group's range is re-measured from the rounded minimum, so
+    that its largest weight still fits.
+    """
+    groups = _by_group(w)
+    low, high = np.maximum(-groups.min(-1), 0), np.maximum(groups.max(-1), 0)  # 0 stays representable
+    row = (np.stack([(low + high).max(1) / np.float32(most), low.max(1)], 1) / np.float32(255)).astype(np.float32)
+    minimum = _multiple(low, row[:, 1])
+    offset = minimum * row[:, 1:]
+    scale = np.clip(_multiple((high + offset) / np.float32(most), row[:, 0]), 0, 255)
+    q = _levels(groups, scale * row[:, :1], offset, most)
+    return q.reshape(w.shape), {".scale": scale.astype(np.uint8), ".min": minimum.astype(np.uint8), ".row": row}
+
+
+def _multiple(values: NDArray[np.float32], unit: NDArray[np.float32]) -> NDArray[np.float32]:
+    """values (rows, groups) as whole multiples of a unit (rows,); 0 where that is 0."""
+    return np.rint(np.divide(values, unit[:, None], out=np.zeros_like(values), where=unit[:, None] > 0))
+
+
+def _levels(
+    groups: NDArray[np.float32], scale: NDArray[np.float32], offset: NDArray[np.float32], most: int
+) -> NDArray[np.uint8]:
+    """The nearest level of each weight (rows, groups, 32)."""
+    return np.clip(np.rint((groups + offset[..., None]) * _inverse(scale)[..., None]), 0, most).astype(np.uint8)
+
+
+def _dequantize_affine(q: NDArray[np.uint8], parts: Parts) -> NDArray[np.float32]:
+    row = parts[".row"].astype(np.float32)
+    scale = row[:, :1] * parts[".scale"].astype(np.float32)
+    low = row[:, 1:] * parts[".min"].astype(np.float32)
+    w: NDArray[np.float32] = _by_group(q.astype(np.float32)) * scale[..., None] - low[..., None]
+    return w.reshape(q.shape)
 
 
 def _quantize_q4(w: NDArray[np.float32]) -> Parts:
-    """Affine 4-bit groups whose scales and minima are 8-bit multiples of two float32 values a row."""
+    q, beside = _affine(w, 15)
+    return {"": _pack_nibbles(q), **beside}
+
+
+def _dequantize_q4(parts: Parts) -> NDArray[np.float32]:
+    return _dequantize_affine(_unpack_nibbles(parts[""]), parts)
+
+
+def _quantize_q6(w: NDArray[np.float32]) -> Parts:
+    """As `_affine`, but a group's range is cut into 63 steps or into 60, whichever leaves the least squared error.
+
+    Where the source has 4 bits, its 15 steps are 4 of the 60 each, and its weights are met nearly exactly.
+    """
     groups = _by_group(w)
-    low = np.maximum(-groups.min(-1), 0)  # what is subtracted; 0 stays representable
-    step = (np.maximum(groups.max(-1), 0) + low) / np.float32(15)
-    row = (np.stack([step.max(1), low.max(1)], 1) / np.float32(255)).astype(np.float32)
-
-    def relative(values: NDArray[np.float32], unit: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.rint(np.divide(values, unit[:, None], out=np.zeros_like(values), where=unit[:, None] > 0))
-
-    minimum = relative(low, row[:, 1])
-    offset = minimum * row[:, 1:]
-    # A group's range is re-measured from the rounded minimum, so that its largest weight still fits.
-    scale = np.clip(relative((np.maximum(groups.max(-1), 0) + offset) / np.float32(15), row[:, 0]), 0, 255)
-    inverse = _inverse(scale * row[:, :1])
-    q = np.clip(np.rint((groups + offset[..., None]) * inverse[..., None]), 0, 15).astype(np.uint8)
+    low, high = np.maximum(-groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    row = (np.stack([(low + high).max(1) / np.float32(60), low.max(1)], 1) / np.float32(255)).astype(np.float32)
+    scale, minimum, error = _fit(groups, low, (low + high) / np.float32(63), row)
+    coarse_scale, coarse_minimum, coarse_error = _fit(groups, low, (low + high) / np.float32(60), row)
+    better = coarse_error < error
+    scale, minimum = np.where(better, coarse_scale, scale), np.where(better, coarse_minimum, minimum)
+    q = _levels(groups, scale * row[:, :1], minimum * row[:, 1:], 63)
     return {
-        "": _pack_nibbles(q.reshape(w.shape)),
+        "": _pack_six_bits(q.reshape(w.shape)),
         ".scale": scale.astype(np.uint8),
         ".min": minimum.astype(np.uint8),
         ".row": row,
     }
 
 
-def _dequantize_q4(parts: Parts) -> NDArray[np.float32]:
-    row = parts[".row"].astype(np.float32)
-    scale = row[:, :1] * parts[".scale"].astype(np.float32)
-    low = row[:, 1:] * parts[".min"].astype(np.float32)
-    q = _unpack_nibbles(parts[""])
-    w: NDArray[np.float32] = _by_group(q.astype(np.float32)) * scale[..., None] - low[..., None]
-    return w.reshape(q.shape)
+def _fit(
+    groups: NDArray[np.float32], low: NDArray[np.float32], step: NDArray[np.float32], row: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
+    """Multiples of the row's units for scale and minimum that suit levels of `step` above -low, and the squared error.
+
+    For each minimum near the wanted one the best scale follows from sums over the group. All are (rows, groups).
+    """
+    q = np.rint((groups + low[..., None]) * _inverse(step)[..., None])
+    x, xx, qs = groups.sum(-1), np.square(groups).sum(-1), q.sum(-1)
+    qq, qx = np.square(q).sum(-1), (q * groups).sum(-1)
+    nearest = _multiple(low, row[:, 1])
+    best = None
+    for by in (-1, 0, 1):
+        minimum = np.clip(nearest + np.float32(by), 0, 255)
+        offset = minimum * row[:, 1:]
+        product = qx + offset * qs
+        scale = np.clip(_multiple(np.divide(product, qq, out=np.zeros_like(qq), where=qq > 0), row[:, 0]), 0, 255)
+        unit = scale * row[:, :1]
+        error = xx + 2 * offset * x + GROUP * np.square(offset) - 2 * unit * product + np.square(unit) * qq
+        if best is None:
+            best = scale, minimum, error
+        else:
+            better = error < best[2]
+            best = tuple(np.where(better, new, old) for new, old in zip((scale, minimum, error), best, strict=True))
+    assert best is not None
+    return best
+
+
+def _dequantize_q6(parts: Parts) -> NDArray[np.float32]:
+    return _dequantize_affine(_unpack_six_bits(parts[""]), parts)
 
 
 def _pack_nibbles(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -260,31 +311,28 @@ def _unpack_nibbles(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.stack([packed & 15, packed >> 4], 2).reshape(len(data), -1)
 
 
-_SCALE = Part(".scale", "F16", lambda c: c // GROUP)
+def _float(name: WeightFormat, dtype: str, quantize: Callable, dequantize: Callable) -> Format:
+    return Format(name, (Part("", dtype, lambda c: c),), 32, quantize, dequantize)
+
+
+_AFFINE = (
+    Part(".scale", "U8", lambda c: c // GROUP),
+    Part(".min", "U8", lambda c: c // GROUP),
+    Part(".row", "F32", lambda c: 2),
+)
 _ALL = (
-    Format("f32", (Part("", "F32", lambda c: c),), 32, lambda w: {"": w}, lambda parts: parts[""].astype(np.float32)),
-    Format("f16", (Part("", "F16", lambda c: c),), 32, _quantize_f16, lambda parts: parts[""].astype(np.float32)),
+    _float("f32", "F32", lambda w: {"": w}, lambda parts: parts[""].astype(np.float32)),
+    _float("f16", "F16", _quantize_f16, lambda parts: parts[""].astype(np.float32)),
+    _float("bf16", "BF16", lambda w: {"": to_bfloat16(w)}, lambda parts: from_bfloat16(parts[""])),
     Format(
-        "bf16",
-        (Part("", "BF16", lambda c: c),),
-        32,
-        lambda w: {"": to_bfloat16(w)},
-        lambda parts: from_bfloat16(parts[""]),
+        "q8",
+        (Part("", "I8", lambda c: c), Part(".scale", "F16", lambda c: c // GROUP)),
+        16,
+        _quantize_q8,
+        _dequantize_q8,
     ),
-    Format("q8", (Part("", "I8", lambda c: c), _SCALE), 16, _quantize_q8, _dequantize_q8),
-    Format("q6", (Part("", "U8", lambda c: c * 3 // 4), _SCALE), 16, _quantize_q6, _dequantize_q6),
-    Format(
-        "q4",
-        (
-            Part("", "U8", lambda c: c // 2),
-            Part(".scale", "U8", lambda c: c // GROUP),
-            Part(".min", "U8", lambda c: c // GROUP),
-            Part(".row", "F32", lambda c: 2),
-        ),
-        8,
-        _quantize_q4,
-        _dequantize_q4,
-    ),
+    Format("q6", (Part("", "U8", lambda c: c * 3 // 4), *_AFFINE), 16, _quantize_q6, _dequantize_q6),
+    Format("q4", (Part("", "U8", lambda c: c // 2), *_AFFINE), 8, _quantize_q4, _dequantize_q4),
 )
 FORMATS: Mapping[WeightFormat, Format] = MappingProxyType({format.name: format for format in _ALL})
 PART_SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys(part.suffix for format in _ALL for part in format.parts))

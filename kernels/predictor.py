@@ -1,13 +1,13 @@
 """The sparsity predictor: which FFN neurons of a token are worth computing, from a cheap score.
 
-    s = A act(B x) + Q x + b - bias * unit        neuron i is predicted active when s_i > 0
+    s = A act(B x) + Q x - (threshold + sparsity_bias * unit)        neuron i is predicted active when s_i > 0
 
 B (r, d) and A (f, r) are factors, Q (f, d) a low-bit residual; either may be missing. act is the identity, which makes
 A B a matrix of low rank, or ReLU, which makes a trained network of one hidden layer (converters/powerinfer.py); only
-the latter may have a rank above d. b holds the calibrated thresholds. `unit` is one standard deviation of each neuron's
-gate, or of its score where that is in other units, so that one number, the sparsity bias, shifts all thresholds at run
-time: positive is sparser. x is the FFN's input after its norm, rounded with a scale per group of 32: to 16 bits for q8
-factors, to 8 for q4 factors and for Q, and act(B x) likewise before A. Thresholds are calibrated in this arithmetic.
+the latter may have a rank above d. `unit` is one standard deviation of each neuron's gate, or of its score where that
+is in other units, so that one number, the sparsity bias, raises all calibrated thresholds at run time: positive is
+sparser. x is the FFN's input after its norm, rounded with a scale per group of 32: to 16 bits for q8 factors, to 8 for
+q4 factors and for Q, and act(B x) likewise before A. Thresholds are calibrated in this arithmetic.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class LayerPredictor:
     a: Parts  # (f, r)
     b: Parts  # (r, d)
     q: Parts  # (f, d)
-    bias: NDArray[np.float32]  # (f,)
+    threshold: NDArray[np.float32]  # (f,)
     unit: NDArray[np.float32]  # (f,)
     relu: bool = False  # between B and A
     frequency: NDArray[np.float16] | None = None  # (f,) share of held-out calibration tokens that predict each neuron
@@ -90,10 +90,16 @@ def quantize_activations(x: NDArray[np.float32], bits: int = 16) -> NDArray[np.f
     return (np.rint(groups * inverse) * scale).reshape(n, -1)[:, :d]
 
 
-def scores(layer: LayerPredictor, x: NDArray[np.float32], bias: float = 0.0) -> NDArray[np.float32]:
-    """Scores (n, f) float32 of FFN inputs x (n, d) float32; where positive, a neuron is predicted active."""
+def scores(
+    layer: LayerPredictor, x: NDArray[np.float32], sparsity_bias: float | np.float32 | NDArray[np.float32] = 0.0
+) -> NDArray[np.float32]:
+    """Scores (n, f) float32 of FFN inputs x (n, d) float32; where positive, a neuron is predicted active.
+
+    `sparsity_bias` is one for all rows, or (n, 1).
+    """
     x = np.asarray(x, np.float32)
-    s = np.broadcast_to(layer.bias - np.float32(bias) * layer.unit, (len(x), len(layer.bias)))
+    threshold = layer.threshold + np.asarray(sparsity_bias, np.float32) * layer.unit
+    s = np.broadcast_to(-threshold, (len(x), len(layer.threshold)))
     if layer.rank:
         bits = FORMATS[layer.factor_format].activation_bits
         z = quantize_activations(x, bits) @ dequantize(layer.b, layer.factor_format, x.shape[1]).T
@@ -110,7 +116,7 @@ def layer_arrays(index: int, layer: LayerPredictor) -> dict[str, NDArray]:
     for name, parts in (("A", layer.a), ("B", layer.b), ("Q", layer.q)):
         for suffix, array in parts.items():
             arrays[f"{PREFIX}{index}.{name}{suffix}"] = array
-    arrays[f"{PREFIX}{index}.bias"], arrays[f"{PREFIX}{index}.unit"] = layer.bias, layer.unit
+    arrays[f"{PREFIX}{index}.threshold"], arrays[f"{PREFIX}{index}.unit"] = layer.threshold, layer.unit
     if layer.frequency is not None:
         arrays[f"{PREFIX}{index}.frequency"] = layer.frequency
     return arrays
@@ -139,23 +145,41 @@ def predictor_from_arrays(
     for index, layout in enumerate(layouts):
         rank, factors, bits, relu = _layout(layout, hidden_size, ffn_size)
         shapes.append((rank, factors, bits, relu))
-        expected |= {
-            f"{PREFIX}{index}.{name}": value
-            for name, value in _stored(rank, factors, bits, ffn_size, hidden_size).items()
-        }
+        stored = _stored(rank, factors, bits, ffn_size, hidden_size)
+        stored[_threshold_name(arrays, f"{PREFIX}{index}.")] = ((ffn_size,), "F32")
+        expected |= {f"{PREFIX}{index}.{name}": value for name, value in stored.items()}
         frequency = f"{PREFIX}{index}.frequency"
         if frequency in arrays:  # files of earlier versions have none
             expected[frequency] = ((ffn_size,), "F16")
-    for name, (shape, dtype) in expected.items():
-        found = arrays.get(name)
-        if found is None or found.shape != shape or found.dtype != np.dtype(STORED_DTYPES[dtype]):
-            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
-            raise ValueError(f"{name}: found {what}, expected {dtype} {shape}")
+    _check_arrays(arrays, expected)
     extra = {name for name in arrays if name.startswith(PREFIX)} - expected.keys()
     if extra:
         raise ValueError(f"unexpected predictor tensor {min(extra)}")
     layers = tuple(_layer(arrays, f"{PREFIX}{i}.", *shape) for i, shape in enumerate(shapes))
     return Predictor(layers, about)
+
+
+def check_predictor(predictor: Predictor, layer_count: int, ffn_size: int, hidden_size: int) -> None:
+    """Raise ValueError when a predictor does not fit the sizes of a model."""
+    if len(predictor.layers) != layer_count:
+        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {layer_count}")
+    for index, layer in enumerate(predictor.layers):
+        where, most = f"layer {index} of the predictor", largest_rank(hidden_size, ffn_size, layer.relu)
+        if len(layer.threshold) != ffn_size or len(layer.unit) != ffn_size:
+            raise ValueError(f"{where} has {len(layer.threshold)} neurons, the model {ffn_size} neurons")
+        if not 0 <= layer.rank <= most:
+            raise ValueError(f"{where} has rank {layer.rank}, which must lie in 0..{most}")
+        arrays = layer_arrays(index, layer)
+        stored = _stored(layer.rank, layer.factor_format, layer.residual_bits, ffn_size, hidden_size)
+        _check_arrays(arrays, {f"{PREFIX}{index}.{name}": value for name, value in stored.items()})
+
+
+def _check_arrays(arrays: Mapping[str, NDArray], expected: Mapping[str, tuple[tuple[int, ...], str]]) -> None:
+    for name, (shape, dtype) in expected.items():
+        found = arrays.get(name)
+        if found is None or found.shape != shape or found.dtype != np.dtype(STORED_DTYPES[dtype]):
+            what = "nothing" if found is None else f"{found.dtype} {found.shape}"
+            raise ValueError(f"{name}: found {what}, expected {dtype} {shape}")
 
 
 def _layout(layout: Any, hidden_size: int, ffn_size: int) -> tuple[int, FactorFormat, int, bool]:
@@ -175,8 +199,8 @@ def _layout(layout: Any, hidden_size: int, ffn_size: int) -> tuple[int, FactorFo
 
 
 def _stored(rank: int, factors: WeightFormat, bits: int, f: int, d: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Name -> (shape, dtype) of a layer's arrays."""
-    stored: dict[str, tuple[tuple[int, ...], str]] = {"bias": ((f,), "F32"), "unit": ((f,), "F32")}
+    """Name -> (shape, dtype) of a layer's arrays, but for its thresholds."""
+    stored: dict[str, tuple[tuple[int, ...], str]] = {"unit": ((f,), "F32")}
     if rank:
         for name, rows, columns in (("A", f, rank), ("B", rank, d)):
             stored |= {name + suffix: value for suffix, value in stored_parts(factors, rows, columns).items()}
@@ -186,15 +210,27 @@ def _stored(rank: int, factors: WeightFormat, bits: int, f: int, d: int) -> dict
     return stored
 
 
+def _threshold_name(arrays: Mapping[str, NDArray], prefix: str) -> str:
+    """What a layer's thresholds are called: earlier versions stored "bias", their negative. ValueError for both."""
+    found = [name for name in ("threshold", "bias") if prefix + name in arrays]
+    if len(found) == 1:
+        return found[0]
+    raise ValueError(
+        f"found {'both' if found else 'neither'} {prefix}threshold {'and' if found else 'nor'} {prefix}bias, as earlier"
+        " versions stored it; expected one of them"
+    )
+
+
 def _layer(
     arrays: Mapping[str, NDArray], prefix: str, rank: int, factors: FactorFormat, bits: int, relu: bool
 ) -> LayerPredictor:
     def parts(name: str) -> Parts:
         return gather_parts(arrays, prefix + name)
 
-    bias, unit = arrays[prefix + "bias"], arrays[prefix + "unit"]
-    frequency = arrays.get(prefix + "frequency")
-    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), bias, unit, relu, frequency)
+    name = _threshold_name(arrays, prefix)
+    threshold = -arrays[prefix + name] if name == "bias" else arrays[prefix + name]
+    unit, frequency = arrays[prefix + "unit"], arrays.get(prefix + "frequency")
+    return LayerPredictor(rank, factors, bits, parts("A"), parts("B"), parts("Q"), threshold, unit, relu, frequency)
 
 
 def predictor_bytes(predictor: Predictor) -> int:
@@ -204,5 +240,5 @@ def predictor_bytes(predictor: Predictor) -> int:
 
 def layer_predictor_bytes(layer: LayerPredictor) -> int:
     """Bytes that the scores of one token read in one layer."""
-    parts = [*layer.a.values(), *layer.b.values(), *layer.q.values(), layer.bias]
+    parts = [*layer.a.values(), *layer.b.values(), *layer.q.values(), layer.threshold]
     return sum(part.nbytes for part in parts)

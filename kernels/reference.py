@@ -1,4 +1,4 @@
-"""The definition of correct: a transformer's forward pass in float32 NumPy, over a paged KV cache.
+"""The definition of correct: a transformer's forward pass in float32 NumPy, over a KV cache of blocks.
 
 Every other executor is tested against this one. It favours reading order over speed.
 """
@@ -12,6 +12,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
@@ -24,8 +25,8 @@ Array = NDArray[np.float32]
 Weights = Mapping[str, Array]  # canonical name -> array; of one layer, without the layer axis
 
 
-class ReferenceExecutor:
-    """An Executor (kernels/batch.py) for any ModelConfig, on float32 weights in their logical shapes.
+class ReferenceExecutor(BaseExecutor):
+    """An Executor (kernels/executor.py) for any ModelConfig, on float32 weights in their logical shapes.
 
     `ffn` and `predictor` may be set between steps: with ffn="sparse" every row of every step goes through
     `sparse_ffn`, prefill included; "auto" means "dense" here, since nothing is gained in NumPy.
@@ -47,23 +48,19 @@ class ReferenceExecutor:
 
         Raises ValueError when a tensor is missing or has another shape.
         """
-        self.predictor, self.ffn = predictor, ffn
-        self._ffn_inputs: list[Array] | None = None
-        self._counts = np.zeros(3, np.int64)  # predicted, active, total
         config.validate()
-        self.config = config
-        self.block_count = block_count
-        self.max_batch_rows = max_batch_rows
+        super().__init__(ExecutorSetup(config, weights, {}, block_count, max_batch_rows, ffn=ffn))
+        self.predictor = predictor
+        self._kept: list[Array] | None = None  # what the FFNs of a step read, where it is wanted
         self.weights, self.layers = _by_layer(config, weights)
         slots = (config.layer_count, block_count * BLOCK_SIZE, config.kv_head_count, config.head_dim)
         self.keys = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim), after rope
         self.values = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim)
 
     def forward(self, batch: Batch) -> Logits:
-        """Run one step; see `Executor.forward`. Raises ValueError when the batch has more than max_batch_rows rows."""
+        """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
+        self._check(batch)
         config, w = self.config, self.weights
-        if len(batch.tokens) > self.max_batch_rows:
-            raise ValueError(f"{len(batch.tokens)} rows in a batch, the executor takes {self.max_batch_rows}")
 
         # Embed the tokens: (n, d).
         x = w["embedding"][batch.tokens] * np.float32(config.embedding_scale)
@@ -72,29 +69,21 @@ class ReferenceExecutor:
 
         # Attention and FFN of each layer read the residual stream and add to it.
         scale = np.float32(config.residual_scale)
+        shift = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
         for layer, lw in enumerate(self.layers):
             h = normalize(config, lw, "attention_norm", x)
             attended = self._attention(layer, batch, h)
             if config.parallel:
                 h = h if config.shared_norm else normalize(config, lw, "ffn_norm", x)
-                x = x + scale * (attended + self._ffn(layer, batch, h))
+                x = x + scale * (attended + self._ffn(layer, h, shift))
             else:
                 x = x + scale * attended
-                x = x + scale * self._ffn(layer, batch, normalize(config, lw, "ffn_norm", x))
+                x = x + scale * self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
 
         # Only the rows that are asked for are projected on the vocabulary.
         x = normalize(config, w, "output_norm", x[batch.logit_rows])
         head = w["embedding"] if config.tied_embeddings else w["lm_head"]
         return x @ head.T * np.float32(config.logit_scale)
-
-    def ffn_inputs(self, batch: Batch) -> Array:
-        """Run one step with dense FFNs and return what each layer's FFN read, after its norm: (layers, n, d)."""
-        path, self.ffn, self._ffn_inputs = self.ffn, "dense", []
-        try:
-            self.forward(batch)
-            return np.stack(self._ffn_inputs)
-        finally:
-            self.ffn, self._ffn_inputs = path, None
 
     def ffn_path(self, n: int) -> FfnPath:
         """How a step runs its FFNs; see `Executor`."""
@@ -112,32 +101,44 @@ class ReferenceExecutor:
                 raise ValueError(f"found {data.dtype} {data.shape}, expected float32 {expected}")
             pool[:, list(blocks)] = data[:, i].swapaxes(0, 1)
 
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        return NeuronCounts(*map(int, self._counts))
+    def _place_predictor(self, predictor: Predictor | None) -> None:
+        """It is read where it lies."""
 
-    def reset_neuron_counts(self) -> None:
-        """Start counting anew."""
-        self._counts[:] = 0
+    def _keep_ffn_inputs(self, batch: Batch) -> Array:
+        self._kept = []
+        try:
+            self.forward(batch)
+            return np.stack(self._kept)
+        finally:
+            self._kept = None
 
-    def close(self) -> None:
-        """Nothing to give back."""
+    def _run_ffns(self, inputs: Array, layers: int, sparsity_bias: float) -> Array:
+        outputs = [
+            self._ffn(layer, x, np.float32(sparsity_bias))
+            for layer, x in enumerate(inputs[:layers] if inputs.ndim == 3 else [inputs] * layers)
+        ]
+        return np.sum(outputs, 0) * np.float32(self.config.residual_scale)
+
+    def _release(self) -> None:
+        """There is nothing to give back."""
 
     def _pools(self) -> tuple[Array, Array]:
         """Keys and values by block: (layers, blocks, BLOCK_SIZE, kv heads, head_dim)."""
         shape = (len(self.keys), self.block_count, BLOCK_SIZE, *self.keys.shape[2:])
         return self.keys.reshape(shape), self.values.reshape(shape)
 
-    def _ffn(self, layer: int, batch: Batch, x: Array) -> Array:
+    def _ffn(self, layer: int, x: Array, sparsity_bias: Array | np.float32) -> Array:
         """The FFN of the rows (n, d) by the path that was chosen."""
-        if self._ffn_inputs is not None:
-            self._ffn_inputs.append(x)
+        if self._kept is not None:
+            self._kept.append(x)
         if self.ffn != "sparse":
             return ffn(self.config, self.layers[layer], x)
         if self.predictor is None:
             raise ValueError("ffn='sparse' needs a predictor")
-        bias = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
-        return sparse_ffn(self.config, self.layers[layer], x, self.predictor.layers[layer], bias, self._counts)
+        counts, predictor = np.zeros(3, np.int64), self.predictor.layers[layer]
+        y = sparse_ffn(self.config, self.layers[layer], x, predictor, sparsity_bias, counts)
+        self._counted += NeuronCounts(*map(int, counts))
+        return y
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
@@ -191,18 +192,18 @@ def sparse_ffn(
     weights: Weights,
     x: Array,
     predictor: LayerPredictor,
-    bias: Array | np.float32,
+    sparsity_bias: Array | np.float32,
     counts: NDArray[np.int64] | None = None,
 ) -> Array:
     """The FFN computed only on the neurons that the predictor names: (n, d) -> (n, d).
 
-    `bias` (n, 1) shifts the thresholds of a row, in units of the predictor. P are the neurons whose score is positive;
-    Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold. An
-    executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
+    `sparsity_bias` (n, 1) raises the thresholds of a row, in units of the predictor. P are the neurons whose score is
+    positive; Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold.
+    An executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
     `counts` (3,) is added the sizes of P and Q, and n times f.
     """
     # P: predicted from the scores. (n, f)
-    predicted = scores(predictor, x) - bias * predictor.unit > 0
+    predicted = scores(predictor, x, sparsity_bias) > 0
 
     # Q: the exact gate prunes what was predicted wrongly.
     name = "gate" if config.gated else "up"

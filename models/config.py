@@ -14,50 +14,90 @@ RELU_FAMILY: frozenset[str] = frozenset({"relu", "fatrelu", "drelu", "relu2"})
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding, in the half-split layout of Hugging Face (dimension i pairs with i + head_dim / 2)."""
+    """Rotary position embedding, in the half-split layout of Hugging Face (dimension i pairs with i + head_dim / 2).
 
-    theta: float  # base of the frequencies
+    theta: base of the frequencies.
+    scaling: how it was stretched beyond the context of pre-training: none, linear, llama3 or yarn.
+    factor: how many times longer than the original context.
+    original_max_position: context of pre-training, in tokens (llama3, yarn).
+    low_freq_factor, high_freq_factor: turns within that context between which frequencies are blended (llama3).
+    beta_fast, beta_slow: the same, the greater first (yarn).
+    attention_factor: what cos and sin are multiplied by (yarn).
+    truncate: whether the correction range is rounded outwards to whole dimensions (yarn).
+    """
+
+    theta: float
     scaling: RopeScaling = "none"
-    factor: float = 1.0  # how many times longer than the original context
-    original_max_position: int = 0  # context of pre-training (llama3, yarn)
-    low_freq_factor: float = 1.0  # llama3
-    high_freq_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
-    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
-    truncate: bool = True  # yarn: round the correction range outwards to whole dimensions
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded)."""
+    """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
-    family: str  # llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon
+    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt or falcon.
+    vocab_size: tokens that have logits.
+    hidden_size: d, the width of the residual stream.
+    layer_count: decoder layers.
+    head_count: query heads of a layer.
+    kv_head_count: key and value heads of a layer, of which head_count is a multiple.
+    head_dim: size of a head.
+    ffn_size: f, the neurons of a layer's FFN.
+    max_position: tokens of context that the model was made for.
+    norm: RMSNorm (rms) or LayerNorm (layer).
+    norm_eps: what is added to the mean square (rms) or the variance (layer).
+    activation: act, of the FFN.
+    gated: the FFN computes act(gate x) * (up x), else act(up x).
+    rope: rotary position embedding; None: there is none.
+    activation_threshold: of fatrelu: x if x > threshold else 0.
+    learned_positions: a table of max_position rows is added to the embedding.
+    qkv_bias: q, k and v have biases.
+    output_bias: the attention's output projection has a bias.
+    ffn_bias: up (and gate) and down have biases.
+    qk_norm: RMSNorm over head_dim on q and k, before rope.
+    sliding_window: a token sees itself and the window - 1 before it; 0: everything before it.
+    sliding_window_layers: numbers of the layers that have the window.
+    parallel: attention and FFN read the same residual stream and are added together.
+    shared_norm: parallel, and both read the output of attention_norm.
+    embedding_scale: multiplies the embedding.
+    residual_scale: multiplies what attention and FFN add to the residual stream.
+    logit_scale: multiplies the logits.
+    tied_embeddings: the embedding is the output projection too.
+    """
+
+    family: str
     vocab_size: int
-    hidden_size: int  # d
+    hidden_size: int
     layer_count: int
     head_count: int
     kv_head_count: int
     head_dim: int
-    ffn_size: int  # f
-    max_position: int  # tokens of context the model was made for
+    ffn_size: int
+    max_position: int
     norm: Norm
     norm_eps: float
     activation: Activation
-    gated: bool  # act(gate x) * (up x), else act(up x)
-    rope: Rope | None  # None: no rotary embedding
-    activation_threshold: float = 0.0  # fatrelu: x if x > threshold else 0
-    learned_positions: bool = False  # a table of max_position rows is added to the embedding
+    gated: bool
+    rope: Rope | None
+    activation_threshold: float = 0.0
+    learned_positions: bool = False
     qkv_bias: bool = False
-    output_bias: bool = False  # of the attention's output projection
-    ffn_bias: bool = False  # of up (and gate) and down
-    qk_norm: bool = False  # RMSNorm over head_dim on q and k, before rope
-    sliding_window: int = 0  # a token sees itself and the window - 1 before it; 0: everything before it
-    sliding_window_layers: tuple[int, ...] = ()  # layers that have the window
-    parallel: bool = False  # attention and FFN read the same residual stream and are added together
-    shared_norm: bool = False  # parallel, and both read the output of attention_norm
+    output_bias: bool = False
+    ffn_bias: bool = False
+    qk_norm: bool = False
+    sliding_window: int = 0
+    sliding_window_layers: tuple[int, ...] = ()
+    parallel: bool = False
+    shared_norm: bool = False
     embedding_scale: float = 1.0
-    residual_scale: float = 1.0  # multiplies what attention and FFN add to the residual stream
+    residual_scale: float = 1.0
     logit_scale: float = 1.0
     tied_embeddings: bool = False
 

@@ -17,7 +17,7 @@ from svdengine.models import ModelConfig
 def make_predictor(
     config: ModelConfig, rank: int, bits: int, threshold: float, factors: WeightFormat = "q8"
 ) -> Predictor:
-    """Factors by plain SVD and a low-bit residual; every neuron's bias is `threshold`."""
+    """Factors by plain SVD and a low-bit residual; every neuron has this threshold."""
     gates = random_weights(config)["gate" if config.gated else "up"]
     layers = []
     for gate in gates:
@@ -32,7 +32,7 @@ def make_predictor(
                 a=quantize(a, factors) if rank else {},
                 b=quantize(b, factors) if rank else {},
                 q=quantize_lowbit(rest, bits) if bits else {},
-                bias=np.full(config.ffn_size, threshold, np.float32),
+                threshold=np.full(config.ffn_size, threshold, np.float32),
                 unit=np.ones(config.ffn_size, np.float32),
             )
         )
@@ -42,7 +42,7 @@ def make_predictor(
 def make_network(
     config: ModelConfig, rank: int, threshold: float, bits: int = 0, factors: WeightFormat = "q8"
 ) -> Predictor:
-    """Random networks of one hidden layer; every neuron's bias is `threshold`."""
+    """Random networks of one hidden layer; every neuron has this threshold."""
     random = np.random.default_rng(0)
     f, d = config.ffn_size, config.hidden_size
 
@@ -55,7 +55,7 @@ def make_network(
             a=quantize(a * rank**-0.5, factors),
             b=quantize(b * d**-0.5, factors),
             q=quantize_lowbit(q * d**-0.5, bits) if bits else {},
-            bias=np.full(f, threshold, np.float32),
+            threshold=np.full(f, threshold, np.float32),
             unit=np.ones(f, np.float32),
             relu=True,
         )

@@ -1,8 +1,10 @@
 """What may be imported where: no training framework at inference time, a light package, and no circle of rooms."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -173,10 +175,35 @@ def test_importing_the_package_is_light() -> None:
 def test_every_promised_name_is_there() -> None:
     import svdengine
 
-    assert all(getattr(svdengine, name) is not None for name in svdengine.__all__)
+    for name in svdengine.__all__:
+        value = getattr(svdengine, name)
+        assert getattr(value, "__module__", "").startswith("svdengine.") or typing.get_origin(value) is not None, name
     assert set(svdengine.__all__) == set(svdengine._HOMES) <= set(dir(svdengine))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = svdengine.nothing
+
+
+def test_type_checkers_are_told_the_same_names() -> None:
+    import svdengine
+
+    (told,) = (node for node in ast.parse(Path(svdengine.__file__).read_text("utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in told.body if isinstance(node, ast.ImportFrom)]
+    assert len(imports) == len(told.body) and ast.unparse(told.test) == "TYPE_CHECKING"
+    names = {name.name: node.module for node in imports for name in node.names}
+    assert names == {name: f"svdengine.{home}" for name, home in svdengine._HOMES.items()}
+    assert all(name.asname == name.name for node in imports for name in node.names)  # what makes a name public
+
+
+def test_help_explains_every_field() -> None:
+    import svdengine
+
+    values = [getattr(svdengine, name) for name in svdengine.__all__]
+    classes = [value for value in values if dataclasses.is_dataclass(value)]
+    assert svdengine.SamplingParams in classes and svdengine.EngineStats in classes
+    for value in classes:
+        begins = [line.strip().partition(": ")[0] for line in value.__doc__.splitlines() if ": " in line]
+        explained = {name for begin in begins for name in begin.split(", ")}
+        assert {field.name for field in dataclasses.fields(value)} <= explained, value
 
 
 def test_the_links_of_editable_installs_are_the_tree() -> None:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters import convert
 from svdengine.files.model_file import read_model_file
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.text.tokenizer import Tokenizer
@@ -66,13 +67,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Convert:
 @contextmanager
 def executor(path: Path) -> Iterator[CpuExecutor]:
     with read_model_file(path) as file:
+        blocks = CONTEXT // BLOCK_SIZE
         cpu = CpuExecutor(
-            file.config,
-            file.arrays,
-            file.formats,
-            block_count=CONTEXT // BLOCK_SIZE,
-            max_batch_rows=ROWS,
-            context=CONTEXT,
+            ExecutorSetup(file.config, file.arrays, file.formats, blocks, max_batch_rows=ROWS, context=CONTEXT)
         )
         try:
             yield cpu
@@ -167,13 +164,15 @@ def test_8_bits_cost_little_perplexity(perplexities: Callable[[str], float]) -> 
     assert perplexities("q8") == pytest.approx(perplexities("f32"), rel=0.003)
 
 
-def test_8_bits_cost_little_perplexity_on_more_text(converted: Convert, recorded: dict[str, Any]) -> None:
+def test_8_and_6_bits_cost_little_perplexity_on_more_text(converted: Convert, recorded: dict[str, Any]) -> None:
     """On the recorded text and a licence together."""
     licence = (Path(__file__).parents[1] / "LICENSE").read_text(encoding="utf-8")
     with read_model_file(converted("q8")) as file:
         tokens = Tokenizer(file.tokenizer_info, file.tokenizer_bytes).encode(licence)
     text = {"text_tokens": [*recorded["text_tokens"], *tokens]}
-    assert perplexity(converted("q8"), text) == pytest.approx(perplexity(converted("f32"), text), rel=0.003)
+    expected = perplexity(converted("f32"), text)
+    assert perplexity(converted("q8"), text) == pytest.approx(expected, rel=0.003)
+    assert perplexity(converted("q6"), text) == pytest.approx(expected, rel=0.003)
 
 
 def test_4_bits_cost_little_perplexity(perplexities: Callable[[str], float]) -> None:

@@ -19,8 +19,8 @@ def tiny_predictor(config: ModelConfig, offset: float = 0.1, fingerprint: str = 
     for gate in random_weights(config)["gate" if config.gated else "up"]:
         f, d = gate.shape
         a, b = quantize(gate, "q8"), quantize(np.eye(d, dtype=np.float32), "q8")
-        bias = np.full(f, offset - config.activation_threshold, np.float32)
-        layers.append(LayerPredictor(d, "q8", 0, a, b, {}, bias, np.ones(f, np.float32)))
+        threshold = np.full(f, config.activation_threshold - offset, np.float32)
+        layers.append(LayerPredictor(d, "q8", 0, a, b, {}, threshold, np.ones(f, np.float32)))
     return Predictor(tuple(layers), {"kind": "svd", "calibrator": "uniform", "fingerprint": fingerprint})
 
 

@@ -21,17 +21,17 @@ from svdengine.kernels.cuda.device import Device, Gemm
 from svdengine.kernels.cuda.gemm import narrow
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.kv_cache import allocate_cache
-from svdengine.kernels.cuda.model import Plan, PredictorPlan, build_plan, place_predictor
+from svdengine.kernels.cuda.model import Model, PlacedPredictor, build_model, place_predictor
 from svdengine.kernels.cuda.sparse import gate_listed
 from svdengine.kernels.cuda.step import State, ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace, pack_inputs
-from svdengine.kernels.ffn_costs import FfnPath
+from svdengine.kernels.executor import FfnPath
 from svdengine.kernels.formats import Parts, WeightFormat, padded_columns, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig, tensor_specs
 
 _LISTS = 5  # of gathered rows, none in two of them
-_BIAS = np.float32(1e4)  # far beyond every product: decides whether a gate is active
+_FAR = np.float32(1e4)  # beyond every product: decides whether a gate is active
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _ffn_works(device: Device, shape: Shape, weight_format: WeightFormat) -> lis
 class FfnStack:
     """Layers of FFNs in one format. Every layer has the same random weights, in memory of its own.
 
-    The biases of predictor and gates say which neurons are predicted and active, whatever is read.
+    The predictor's thresholds and the gates' biases say which neurons are predicted and active, whatever is read.
     """
 
     def __init__(self, device: Device, shape: Shape, weight_format: WeightFormat) -> None:
@@ -157,14 +157,14 @@ class FfnStack:
         self.predicted, self.active = (order[: round(share * shape.ffn)] for share in (shape.predicted, shape.active))
         layer_predictor = self._layer_predictor()
         self.predictor_bytes = sum(p.nbytes for p in (*layer_predictor.a.values(), *layer_predictor.b.values()))
-        self.plan = self._plan()
-        self.predictor: tuple[PredictorPlan, ...] = place_predictor(
+        self.model = self._model()
+        self.predictor: PlacedPredictor = place_predictor(
             device, self.config, Predictor((layer_predictor,) * shape.layers, {}), [None] * shape.layers
         )
         self.work: Workspace = allocate_workspace(device, Sizes.of(self.config, 1, BLOCK_SIZE))
         for to, columns in ((self.work.normed, shape.hidden), (self.work.hidden, shape.ffn)):
             device.write(to, random.standard_normal(columns, np.float32))
-        self.state = State(device, self.plan, self.work, allocate_cache(device, self.config, 1, "f16"), None)
+        self.state = State(device, self.model, self.work, allocate_cache(device, self.config, 1, "f16"), None)
 
     @property
     def row_bytes(self) -> float:
@@ -200,29 +200,29 @@ class FfnStack:
         return works
 
     def _layer_predictor(self) -> LayerPredictor:
-        """Factors of zeros, which are read like others, and biases that name the predicted neurons."""
+        """Factors of zeros, which are read like others, and thresholds that name the predicted neurons."""
         shape = self.shape
-        bias = np.full(shape.ffn, -_BIAS)
-        bias[self.predicted] = _BIAS
+        threshold = np.full(shape.ffn, _FAR)
+        threshold[self.predicted] = -_FAR
         a = quantize(np.zeros((shape.ffn, shape.rank), np.float32), "q8")
         b = quantize(np.zeros((shape.rank, shape.hidden), np.float32), "q8")
-        return LayerPredictor(shape.rank, "q8", 0, a, b, {}, bias, np.ones_like(bias))
+        return LayerPredictor(shape.rank, "q8", 0, a, b, {}, threshold, np.ones_like(threshold))
 
-    def _plan(self) -> Plan:
-        bias = np.full(self.shape.ffn, -_BIAS)
-        bias[self.active] = _BIAS
+    def _model(self) -> Model:
+        bias = np.full(self.shape.ffn, -_FAR)
+        bias[self.active] = _FAR
         parts = dict.fromkeys(("gate", "up", "down_T"), self.part)
         arrays, formats = _arrays(self.config, parts, self.format)
         arrays["gate.bias"] = np.broadcast_to(bias, arrays["gate.bias"].shape)
-        return build_plan(self.device, self.config, arrays, formats, BLOCK_SIZE)
+        return build_model(self.device, self.config, arrays, formats, BLOCK_SIZE)
 
     def _multiply(self) -> None:
         sizes = self.work.sizes
-        for layer in self.plan.layers:
+        for layer in self.model.layers:
             multiply(self.device, layer.up, self.work.normed, sizes.hidden, self.work.gate_up, sizes.gate_up, 1)
 
     def _multiply_transposed(self) -> None:
-        for layer in self.plan.layers:
+        for layer in self.model.layers:
             multiply_transposed(self.device, layer.down, self.work.hidden, self.work.sizes.ffn, self.work.partial, 1)
 
     def _library(self) -> Callable[[], None]:
@@ -234,7 +234,7 @@ class FfnStack:
         gemm = Gemm(shape.ffn, stride, 1, stride, stride, work.sizes.gate_up, False, 1.0, False)
 
         def run() -> None:
-            for layer in self.plan.layers:
+            for layer in self.model.layers:
                 device.gemm(layer.up.words.view(np.float16), x, work.gate_up, gemm)
 
         return run
@@ -250,14 +250,14 @@ class FfnStack:
 
         def run() -> None:
             for one in listed:
-                for layer in self.plan.layers:
+                for layer in self.model.layers:
                     alone = replace(layer, gate=None)
-                    gate_listed(device, self.plan, replace(one, lengths=length), alone, work.normed, 1)
+                    gate_listed(device, self.model, replace(one, lengths=length), alone, work.normed, 1)
 
         return run
 
     def _ffn(self, path: FfnPath) -> None:
-        for index, layer in enumerate(self.plan.layers):
+        for index, layer in enumerate(self.model.layers):
             ffn(self.state, self.predictor, index, layer, self.work.normed, 1, path)
 
 
@@ -266,7 +266,7 @@ def attention_work(device: Device, shape: Shape) -> Work:
     config = _config(shape, hidden=64, ffn=64, heads=shape.heads, head_dim=shape.head_dim)
     part = quantize(np.zeros((64, 64), np.float32), "f16")
     arrays, formats = _arrays(config, dict.fromkeys(("gate", "up", "down_T"), part), "f16")
-    plan = build_plan(device, config, arrays, formats, shape.context)
+    model = build_model(device, config, arrays, formats, shape.context)
     work = allocate_workspace(device, Sizes.of(config, 1, shape.context))
     blocks = -(-shape.context // BLOCK_SIZE)
     cache = allocate_cache(device, config, blocks, "f16")
@@ -279,7 +279,7 @@ def attention_work(device: Device, shape: Shape) -> Work:
 
     def run() -> None:
         for index in range(shape.layers):
-            attend(device, plan, index, work, cache, 1, 1, 1)
+            attend(device, model, index, work, cache, 1, 1, 1)
 
     size = 2 * shape.context * shape.heads * cache.head_stride * 2
     name = f"decode attention, {shape.context} tokens, {shape.heads} heads of {shape.head_dim}"

@@ -85,6 +85,7 @@ def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
     """Sparse where the file has a predictor."""
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import find_predictor
+    from svdengine.kernels.base_executor import ExecutorSetup
     from svdengine.kernels.batch import BLOCK_SIZE, Batch
     from svdengine.kernels.cpu.executor import CpuExecutor
     from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
@@ -92,17 +93,17 @@ def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str,
     with read_model_file(path) as file:
         predictor = find_predictor(file)
         blocks = _context(decode, prefill) // BLOCK_SIZE
-        executor = CpuExecutor(
+        setup = ExecutorSetup(
             file.config,
             file.arrays,
             file.formats,
             block_count=blocks,
             context=blocks * BLOCK_SIZE,
             max_batch_rows=max(prefill, 1),
-            threads=threads,
             predictor=predictor,
             ffn="dense" if predictor is None else "sparse",
         )
+        executor = CpuExecutor(setup, threads=threads)
         table = np.arange(blocks, dtype=np.int32)[None]
 
         def step(tokens: Sequence[int], position: int) -> NDArray[np.float32]:

@@ -108,7 +108,7 @@ class PlantedWeights(RandomWeights):
     def layer_predictor(self, layer: int) -> LayerPredictor:
         """The predictor of one layer: the planted factors in int8."""
         a, b = self._factors(layer)
-        threshold = np.full(len(a), -self._sparsity.score_threshold, np.float32)
+        threshold = np.full(len(a), self._sparsity.score_threshold, np.float32)
         parts = quantize(a, "q8"), quantize(b, "q8")
         return LayerPredictor(self._sparsity.rank, "q8", 0, *parts, {}, threshold, np.ones(len(a), np.float32))
 

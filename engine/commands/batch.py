@@ -32,8 +32,9 @@ def command(requests: Path, output: Path, parallel: int, **options: Any) -> None
     """Answer the requests in IN.jsonl with MODEL, a .svdp file.
 
     A line is an object with "messages" or "prompt" and other fields as `svdengine serve` takes them, or a line of
-    OpenAI's batch files. The answers come in the order of the lines; what is wrong with a line is told on its answer.
-    After an interruption the same command goes on where it stopped. Sampling options count for lines that do not say.
+    OpenAI's batch files. The answers come in the order of the lines, with an error on the answer of a line that cannot
+    be run. After an interruption the same command goes on where it stopped. Sampling options are for lines that do not
+    give their own.
     """
     from svdengine.server.batch_run import BatchRun, finished_lines, read_lines
     from svdengine.server.body import encode_json

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
     metavar="N",
     help="Sequences to decode together. Repeat it to compare numbers of them.",
 )
-@click.option("-r", "--repetitions", type=click.IntRange(1, 1000), default=5, show_default=True, help="Of each test.")
+@click.option(
+    "-r",
+    "--repetitions",
+    type=click.IntRange(1, 1000),
+    default=5,
+    show_default=True,
+    help="Of each test, to tell how much it varies.",
+)
 @click.option(
     "--faults", is_flag=True, help="Count page faults and what storage reads, for a model larger than memory."
 )
@@ -40,8 +47,8 @@ def command(
     """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg).
 
     --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
-    what a token reads of weights, predictor and KV cache; of the sparse path, with the shares of neurons that the
-    measured tokens took, and at most, where several sequences list the same rows.
+    what a token reads of weights, predictor and KV cache. On the sparse path it counts the neurons that the measured
+    tokens listed. Where several sequences list the same neurons, it is an upper bound.
     """
     from svdengine.measuring.benchmark import run_benchmark
     from svdengine.measuring.machine import usable_cores

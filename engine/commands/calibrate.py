@@ -14,6 +14,7 @@ from svdengine.commands.options import check_writable
 
 if TYPE_CHECKING:
     from svdengine.converters.calibration import CalibrationOptions
+    from svdengine.executors import Device
     from svdengine.files.model_file import ModelFile
     from svdengine.kernels.predictor import Predictor
 
@@ -56,38 +57,55 @@ class RankOrAuto(click.ParamType):
     metavar="FILE",
     help="UTF-8 text, or chats in a .jsonl file. Give several files by repeating it: each gets the same share.",
 )
-@click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of it to use.  [default: 16384]")
+@click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of text to use.  [default: 16384]")
 @click.option(
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "powerinfer"]),
     default="lowbit",
     show_default=True,
-    help="Its kind; powerinfer: trained ones, out of a GGUF file.",
+    help="Kind of the predictor. powerinfer: trained ones, out of a GGUF file.",
 )
 @click.option(
     "--from", "source", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file with trained predictors."
 )
-@click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the SVD.")
+@click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Rank of the SVD.")
 @click.option(
-    "--bits", type=click.IntRange(1, 2), default=2, show_default=True, metavar="1|2", help="Of the low-bit residual."
+    "--bits",
+    type=click.IntRange(1, 2),
+    default=2,
+    show_default=True,
+    metavar="1|2",
+    help="Bits a weight of the low-bit part.",
 )
 @click.option(
-    "--factors", type=click.Choice(["q8", "q4"]), default="q8", show_default=True, help="How factors are stored."
+    "--factors",
+    type=click.Choice(["q8", "q4"]),
+    default="q8",
+    show_default=True,
+    help="How the factors of the SVD are stored.",
 )
 @click.option(
     "--thresholds",
     type=click.Choice([*THRESHOLDS, "trained"]),
     default="error",
     show_default=True,
-    help="Calibrator; trained: as a powerinfer predictor was trained, with no budget.",
+    help="How thresholds are chosen. trained: those that a powerinfer predictor was trained with; they meet no budget.",
 )
 @click.option("--max-loss", type=float, metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
 @click.option("--max-error", type=float, metavar="X", help="Budget: share of each FFN's output energy that is missed.")
 @click.option("--density", type=float, metavar="X", help="Budget: share of neurons that are predicted active.")
-@click.option("--state", type=click.Path(path_type=Path), metavar="FILE", help="Go on from here after an interruption.")
 @click.option(
-    "--device", type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]), default="auto", help="Where."
+    "--state",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Keep statistics in FILE, to go on after an interruption.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]),
+    default="auto",
+    help="Where the model runs.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -124,7 +142,7 @@ def calibrate_file(
     text: Sequence[Path] = (),
     tokens: int | None = None,
     state: Path | None = None,
-    device: str = "auto",
+    device: Device = "auto",
     threads: int | None = None,
     **budget: float | None,
 ) -> Predictor:

@@ -54,8 +54,8 @@ def greeting(llm: LLM) -> str:
     from svdengine.measuring.benchmark import decoding_against_dense
 
     lines = [f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave"]
-    paged = isinstance(llm.executor, AdvisingExecutor)  # a dense token would read all weights from storage
-    row = None if llm.predictor is None or llm.ffn == "dense" or paged else decoding_against_dense(llm)
+    from_storage = isinstance(llm.executor, AdvisingExecutor)  # a dense token would read all weights from storage
+    row = None if llm.predictor is None or llm.ffn == "dense" or from_storage else decoding_against_dense(llm)
     if row is not None:
         if row.speedup is None or row.active_density is None:
             lines.append("its FFNs run dense, which is as fast on this machine")

@@ -14,7 +14,7 @@ HELP = """\
 /system TEXT   begin anew with this system prompt; without TEXT, with the model's own
 /clear         begin anew
 /save FILE     write the conversation to FILE as JSON
-/stats         show what the conversation cost
+/stats         show what the conversation took
 /help          show this
 /quit          leave (so does Ctrl-D; Ctrl-C stops an answer)"""
 
@@ -97,7 +97,7 @@ class ChatSession:
 
 
 def answer_line(completion: Completion) -> str:
-    """One line about the cost of an answer."""
+    """One line about what an answer took."""
     stats = completion.stats
     reused = f", {stats.cached_tokens} reused" if stats.cached_tokens else ""
     end = {"length": "; the length limit was reached", "abort": "; stopped"}.get(completion.finish_reason, "")

@@ -21,12 +21,12 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
 @click.option(
     "--embedding-dtype",
     type=click.Choice(DTYPES),
-    help="How embedding and output projection are stored; by default as the rest, but q8 with q4.",
+    help="How embedding and output projection are stored; by default like the rest, and in q8 with q6 and q4.",
 )
 @click.option(
     "--down-dtype",
     type=click.Choice(DTYPES),
-    help="How the FFNs' down projections are stored, which lose most by 4 bits; by default as the rest.",
+    help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
 )
 @click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
 @click.option(
@@ -36,7 +36,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     help="The predictor's kind; by default lowbit (svd with --rank), and none for a model outside the ReLU family.",
 )
 @click.option(
-    "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Of the predictor's SVD."
+    "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Rank of the predictor's SVD."
 )
 @click.option(
     "--calibration",
@@ -47,7 +47,11 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     help="How its thresholds are chosen.",
 )
 @click.option(
-    "--text", type=click.Path(path_type=Path), multiple=True, metavar="FILE", help="To calibrate on; see `calibrate`."
+    "--text",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Text to calibrate on; see `calibrate`.",
 )
 def command(
     source: Path,

@@ -16,11 +16,12 @@ import click
 from svdengine.commands.options import check_writable, measuring_options, open_model, read_text
 
 if TYPE_CHECKING:
+    from svdengine.kernels.executor import FfnMode
     from svdengine.llm import LLM
     from svdengine.measuring.evaluation import Measurements
     from svdengine.measuring.tasks import Task
 
-REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the page's curve of error against speed
+REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of error against speed
 
 
 @click.command("eval")
@@ -33,7 +34,7 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the page's curve of error 
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Write an HTML page: predictors, densities, and error against speed, on the text of --perplexity.",
+    help="Write an HTML report: predictors, densities, and error against speed, on the text of --perplexity.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
@@ -96,7 +97,7 @@ def _measure(
     if study:
         found.study = study_predictors(llm, text, _progress if shown else None)
     if tasks:
-        paths = ("dense", "sparse") if both else (llm.ffn,)
+        paths: tuple[FfnMode, ...] = ("dense", "sparse") if both else (llm.ffn,)
         report = partial(_progress, "tasks") if shown else None
         found.tasks, found.pairs = score_tasks(llm, tasks, paths, bias, report)
     return found

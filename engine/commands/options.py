@@ -87,8 +87,8 @@ _SHARED_CONTEXTS = 2  # that the KV cache holds for many requests
 _SPECULATIVE = click.option(
     "--speculative",
     is_flag=True,
-    help="Try several tokens at once where a text repeats itself, or a predictor lets the model draft, as far as that"
-    " is measured to be faster.",
+    help="Guess several tokens at once, where a text repeats itself or the model has a predictor. Used only where it is"
+    " measured to be faster.",
 )
 
 _SPARSITY_BIAS = click.option(
@@ -104,8 +104,8 @@ _SAMPLING_OPTIONS: tuple[Decorator, ...] = (
     click.option("--top-p", type=float, metavar="P", help="Sample among the likeliest tokens that make up P."),
     click.option("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the likeliest."),
     click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: tokens seen become less likely."),
-    click.option("--presence-penalty", type=float, metavar="X", help="Taken from logits of generated tokens."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="The same, for every time a token came."),
+    click.option("--presence-penalty", type=float, metavar="X", help="Taken once from logits of generated tokens."),
+    click.option("--frequency-penalty", type=float, metavar="X", help="Taken for every time that a token came."),
     click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token. Repeatable."),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
     click.option("-n", "--max-tokens", type=int, metavar="N", help="Most tokens to generate."),
@@ -208,8 +208,8 @@ def prefill_rows_option(function: Callable[..., Any]) -> Callable[..., Any]:
         "--prefill-rows",
         type=click.IntRange(1, 4096),
         metavar="N",
-        help="Most tokens of prompts that a step reads while others decode (default: 64): more read prompts faster,"
-        " fewer let the others wait less for each token.",
+        help="Prompt tokens that a step reads while other requests decode. More read prompts faster; fewer keep the"
+        " others from waiting.  [default: 64]",
     )(function)
 
 
@@ -307,7 +307,7 @@ def _ffn_option(*choices: str) -> Decorator:
         type=click.Choice(choices),
         default="auto",
         show_default=True,
-        help="Compute all FFN neurons, or those that the predictor calls active; auto chooses by cost.",
+        help="Compute all FFN neurons, or those that the predictor calls active; auto takes what is faster.",
     )
 
 

@@ -21,12 +21,12 @@ from svdengine.commands.options import (
 @model_options
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--name", metavar="NAME", help="What the model is called in requests; by default as its file.")
+@click.option("--name", metavar="NAME", help="Name of the model in requests; by default that of its file.")
 @click.option(
     "--api-key",
     multiple=True,
     metavar="KEY",
-    help="Who shows it may use the server. Repeatable; a file is safer, since others see command lines.",
+    help="A key that clients must show. Repeatable. A file is safer: others on this machine see command lines.",
 )
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
 @click.option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
@@ -36,9 +36,11 @@ from svdengine.commands.options import (
     default=64,
     show_default=True,
     metavar="N",
-    help="Completions that may run or wait; others are told to come later.",
+    help="Completions that may run or wait; further ones get status 429.",
 )
-@click.option("--max-body", type=click.IntRange(1), default=4, show_default=True, metavar="MIB", help="Of a request.")
+@click.option(
+    "--max-body", type=click.IntRange(1), default=4, show_default=True, metavar="MIB", help="Largest request."
+)
 @click.option(
     "--request-seconds",
     type=click.FloatRange(min=0, min_open=True),

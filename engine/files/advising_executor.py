@@ -7,15 +7,16 @@ rows are read in order, and reading ahead is what makes that fast.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.files.memory_advice import Advice
 from svdengine.files.residency import ffn_row_names
+from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import Batch
-from svdengine.kernels.executor import Executor, FfnMode, FfnPath, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, Logits
 
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
@@ -25,17 +26,17 @@ _GAP = 1  # neurons: only neighbours are asked for together; wider gaps read mor
 _FEW = 4  # rows of a step whose lists of neurons together still leave most of the FFN out
 
 
-@runtime_checkable
-class _ReadsAhead(Protocol):
-    def read_ahead(self, gap: int) -> None: ...
-
-
 class AdvisingExecutor:
-    """An executor of a model that is larger than memory: it tells the system how each step will read the FFN's rows."""
+    """An `Executor` of a model that is larger than memory: it tells the system how a step will read the FFN's rows.
 
-    def __init__(self, inner: Executor, model_file: ModelFile) -> None:
+    `inner` runs the step, and does all else that an executor does.
+    """
+
+    def __init__(self, inner: BaseExecutor, model_file: ModelFile) -> None:
         self.inner = inner
         self.name, self.block_count, self.max_batch_rows = inner.name, inner.block_count, inner.max_batch_rows
+        self.ffn_path, self.close = inner.ffn_path, inner.close
+        self.neuron_counts, self.reset_neuron_counts = inner.neuron_counts, inner.reset_neuron_counts
         self._file, self._rows = model_file, ffn_row_names(model_file)
         self._told: dict[str, Advice] = {}
 
@@ -61,35 +62,17 @@ class AdvisingExecutor:
         """See Executor."""
         scattered = self._scattered(len(batch.tokens))
         self._advise(scattered)
-        if isinstance(self.inner, _ReadsAhead):
-            self.inner.read_ahead(_GAP if scattered else 0)
+        self.inner.read_ahead(_GAP if scattered else 0)
         return self.inner.forward(batch)
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
-        """What enters the FFN of every layer in a dense step; only of executors that have it."""
+        """See BaseExecutor."""
         self._advise([])
-        inputs: NDArray[np.float32] = self.inner.ffn_inputs(batch)  # type: ignore[attr-defined]
-        return inputs
-
-    def ffn_path(self, n: int) -> FfnPath:
-        """See Executor."""
-        return self.inner.ffn_path(n)
-
-    def neuron_counts(self) -> NeuronCounts:
-        """See Executor."""
-        return self.inner.neuron_counts()
-
-    def reset_neuron_counts(self) -> None:
-        """See Executor."""
-        self.inner.reset_neuron_counts()
-
-    def close(self) -> None:
-        """See Executor."""
-        self.inner.close()
+        return self.inner.ffn_inputs(batch)
 
     def _scattered(self, n: int) -> list[str]:
         """The arrays of which a step of n rows picks rows."""
-        path = self.ffn_path(n)
+        path = self.inner.ffn_path(n)
         if n > _FEW or path == "dense":
             return []
         if path == "predict":

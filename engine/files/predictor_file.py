@@ -1,7 +1,8 @@
 """Predictors in files: a safetensors file of their own, or inside a copy of the model file.
 
 A predictor file's `__metadata__` holds format, format_version and, as JSON, predictor: how it was made, and the
-fingerprint of the model that it was made for. Its tensors are those of kernels/predictor.py.
+fingerprint of the model that it was made for. Its tensors are those of kernels/predictor.py; version 1 had thresholds
+with the other sign, as predictor.N.bias.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from svdengine.kernels.predictor import PREFIX, Predictor, describe, layer_array
 from svdengine.models.config import RELU_FAMILY, ModelConfig
 
 PREDICTOR_FORMAT = "svdp-predictor"
-PREDICTOR_VERSION = "1"
+PREDICTOR_VERSION = "2"
+_READ_VERSIONS = ("1", PREDICTOR_VERSION)
 _DTYPE_NAMES = {"int8": "I8", "uint8": "U8", "float16": "F16", "float32": "F32"}
 _EDGE = 4096  # bytes at each end of an array that the fingerprint covers
 _CHUNK = 1 << 24  # elements copied at once
@@ -75,10 +77,10 @@ def read_predictor(path: Path | str, model_file: ModelFile) -> Predictor:
     metadata = file.header.metadata
     if metadata.get("format") != PREDICTOR_FORMAT:
         raise ModelFileError(f"{path}: is not a predictor file; svdengine calibrate makes one")
-    if metadata.get("format_version") != PREDICTOR_VERSION:
+    if metadata.get("format_version") not in _READ_VERSIONS:
         raise ModelFileError(
             f"{path}: has format version {metadata.get('format_version')!r}, this svdengine reads"
-            f" {PREDICTOR_VERSION!r}; run svdengine calibrate again, or update svdengine"
+            f" {' and '.join(_READ_VERSIONS)}; run svdengine calibrate again, or update svdengine"
         )
     arrays = {name: array for name, array in file.arrays.items() if not name.startswith(PAD_PREFIX)}
     stray = next((name for name in arrays if not name.startswith(PREFIX)), None)

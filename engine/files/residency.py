@@ -27,7 +27,7 @@ def arrange_memory(
     """Lock and prefetch. `memory`: bytes there are; by default what is left on this machine.
 
     Returns whether the file fits into memory. Where it does not, only what every token reads is locked and prefetched,
-    and the executor is to be a AdvisingExecutor. Raises DeviceError when the system refuses to lock that much.
+    and the executor is to be an AdvisingExecutor. Raises DeviceError when the system refuses to lock that much.
     """
     memory = usable_memory() if memory is None else memory
     fits = memory is None or model_file.size_bytes < memory

@@ -1,1 +1,1 @@
-"""Throughput, quality and cost, and the tables and charts that show them."""
+"""Throughput, quality and memory traffic, and the tables and charts that show them."""

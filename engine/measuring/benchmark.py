@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from svdengine.kernels.batch import Batch
-from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, Logits, NeuronCounts, SamplingExecutor
+from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, Logits, NeuronCounts, SamplingExecutor
 from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
 from svdengine.measuring.page_faults import PageFaults, page_faults
 from svdengine.scheduling.block_pool import kv_read_bytes
@@ -76,7 +76,7 @@ def run_benchmark(
     repetitions: int,
     report: Callable[[str], None] | None = None,
     *,
-    paths: Sequence[str] = (),
+    paths: Sequence[FfnMode] = (),
     parallel: Sequence[int] = (1,),
     sparsity_bias: float = 0.0,
     faults: bool = False,
@@ -210,7 +210,7 @@ def _median_seconds(done: list[Repetition]) -> float:
 def _repeat(
     llm: LLM,
     test: Workload,
-    paths: Sequence[str],
+    paths: Sequence[FfnMode],
     repetitions: int,
     report: Callable[[str], None] | None,
     faults: bool,

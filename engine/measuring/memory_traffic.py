@@ -1,4 +1,4 @@
-"""What a token costs in memory traffic: the bytes of weights and of KV cache that decoding one token reads."""
+"""A token's memory traffic: the bytes of weights and of KV cache that decoding one token reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a model's sparsity: charts, tables and nothing that is fetched from elsewhere."""
+"""A report on a model's sparsity as one HTML file: charts, tables and nothing that is fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """What a page shows; parts that were not measured are left out."""
+    """What a report shows; parts that were not measured are left out."""
 
     title: str
     facts: tuple[tuple[str, str], ...]  # of the model and its predictor
@@ -48,7 +48,7 @@ def make_report(llm: LLM, found: Measurements) -> Report:
 
 
 def render_report(report: Report) -> str:
-    """The page, as HTML."""
+    """The report, as HTML."""
     found = report.found
     parts = [f"<h1>{escape(report.title)}</h1>", _tiles(found), _facts(report.facts)]
     if found.comparison is not None:

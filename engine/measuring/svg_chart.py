@@ -1,4 +1,4 @@
-"""Charts as inline SVG, whose colours are the page's: classes c0, c1, ... of a series, and axis, grid, mark, point."""
+"""Charts as inline SVG with the colours of the report: classes c0, c1, ... of a series, and axis, grid, mark, point."""
 
 from __future__ import annotations
 

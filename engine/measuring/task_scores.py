@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from svdengine.errors import RequestError
+from svdengine.kernels.executor import FfnMode
 from svdengine.measuring.tasks import ChoiceTask, GenerateTask, Task
 from svdengine.scheduling.sampler import negative_log_likelihood
 from svdengine.scheduling.sampling import SamplingParams
@@ -51,7 +52,7 @@ class Outcome:
 def score_tasks(
     llm: LLM,
     tasks: Sequence[Task],
-    paths: Sequence[str],
+    paths: Sequence[FfnMode],
     sparsity_bias: float = 0.0,
     progress: Progress | None = None,
 ) -> tuple[list[TaskScore], list[PairedScore]]:

@@ -22,20 +22,36 @@ from svdengine.scheduling.sequence import Sequence
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Counts since the model was loaded, and the state of the queue and of the KV block pool."""
+    """Counts since the model was loaded, and the state of the queue and of the KV block pool.
 
-    steps: Mapping[FfnPath, int]  # forward passes but those that only drafted, by how their FFNs ran
-    rows: Mapping[FfnPath, int]  # of these, rows: a token each
-    prompt_tokens: int  # tokens read in prompts, with those that were read again after a preemption
-    prefix_hit_tokens: int  # tokens that were not read, because the KV cache had them
+    steps: forward passes but those that only drafted, by how their FFNs ran: dense, predict (the predictor chose
+        neurons) or skip_zeros (every gate was computed, and what is exactly 0 skipped).
+    rows: of these, rows: a token each.
+    prompt_tokens: tokens read in prompts, with those that were read again after a preemption.
+    prefix_hit_tokens: tokens that were not read, because the KV cache had them.
+    generated_tokens: tokens that were sampled.
+    drafted_tokens: rows of tokens that might come next, with speculative decoding.
+    accepted_tokens: of these, those that came.
+    preemptions: sequences sent back to the queue because KV blocks ran out, or the FFN's path changed.
+    waiting: sequences in the queue.
+    running: sequences that have KV blocks.
+    blocks_used: KV blocks of running sequences, 16 tokens each.
+    blocks_cached: of sequences that ended; given out again when no free ones are left.
+    blocks_free: KV blocks that hold nothing.
+    """
+
+    steps: Mapping[FfnPath, int]
+    rows: Mapping[FfnPath, int]
+    prompt_tokens: int
+    prefix_hit_tokens: int
     generated_tokens: int
-    drafted_tokens: int  # rows of tokens that might come next, with speculative decoding
-    accepted_tokens: int  # of them, those that came
-    preemptions: int  # sequences sent back to the queue because KV blocks ran out, or the FFN's path changed
-    waiting: int  # sequences in the queue
-    running: int  # sequences that have KV blocks
-    blocks_used: int  # KV blocks of running sequences
-    blocks_cached: int  # of sequences that ended; given out again when no free ones are left
+    drafted_tokens: int
+    accepted_tokens: int
+    preemptions: int
+    waiting: int
+    running: int
+    blocks_used: int
+    blocks_cached: int
     blocks_free: int
 
 

@@ -62,7 +62,15 @@ class Request(Protocol):
 
 
 class Generation:
-    """A completion in the making: samples a token from the last row, and turns tokens into text."""
+    """A completion in the making: samples a token from the last row, and turns tokens into text.
+
+    params: how tokens are chosen and when generation ends.
+    pieces: text that nobody has fetched yet, to be taken from the left.
+    token_ids: every token that was sampled so far.
+    logprobs: one for each of token_ids, where they were asked for.
+    finish_reason: why it ended; None: it has not, or with an error.
+    error: what a step raised, in place of further tokens.
+    """
 
     def __init__(
         self,
@@ -84,7 +92,7 @@ class Generation:
             most_tokens=_most_tokens(len(fitted), params.max_tokens, limit),
         )
         self.params = params
-        self.pieces: deque[str] = deque()  # text that nobody has fetched yet
+        self.pieces: deque[str] = deque()
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
         self.finish_reason: FinishReason | None = None
@@ -227,7 +235,7 @@ class Scoring:
         return False
 
     def note_neurons(self, counts: NeuronCounts) -> None:
-        """Scoring reports no cost."""
+        """Scoring does not report them."""
 
 
 def _check_tokens(tokens: list[int], vocab_size: int) -> None:

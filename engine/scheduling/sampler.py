@@ -19,11 +19,16 @@ _FIRST_CANDIDATES = 256  # of a top-p search; it grows eightfold until their pro
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities of one step, under the model's own distribution: before penalties, bias and temperature."""
+    """Log-probabilities of one step, under the model's own distribution: before penalties, bias and temperature.
+
+    token: the id of the token that was chosen.
+    logprob: its log-probability, in nats.
+    top: the likeliest tokens, as many as were asked for: (id, log-probability in nats), likeliest first.
+    """
 
     token: int
     logprob: float
-    top: tuple[tuple[int, float], ...]  # (token, log-probability), likeliest first
+    top: tuple[tuple[int, float], ...]
 
 
 class Sampler:

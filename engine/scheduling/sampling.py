@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from svdengine.errors import RequestError
 from svdengine.text.grammar import Grammar, read_response_format
@@ -16,31 +16,77 @@ MAX_PRIORITY = 1 << 31
 MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
 
 
+class SamplingFields(TypedDict, total=False):
+    """The fields of `SamplingParams` as they may be given, to it or to a method of `LLM`; all may be left out."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+    max_tokens: int | None
+    stop: str | Iterable[str]
+    stop_token_ids: Iterable[int]
+    logprobs: int | None
+    ignore_eos: bool
+    response_format: Grammar | Mapping[str, Any] | None
+    sparsity_bias: float
+    priority: int
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen, when generation ends, and who waits. Raises RequestError on a field that is out of range.
 
     The logits of a step are changed in this order, which is that of Hugging Face: repetition penalty, presence and
-    frequency penalties, logit bias, temperature, top-k, top-p, min-p. Temperature 0 is greedy: the filters are not run.
+    frequency penalties, logit bias, temperature, top-k, top-p, min-p.
+
+    temperature: divides the logits. 0: the likeliest token is taken (greedy), and top_k, top_p and min_p do nothing.
+    top_k: keep the k likeliest tokens; 0: all.
+    top_p: keep the likeliest tokens up to and with the one that brings their sum to top_p, above 0; 1: all.
+    min_p: drop tokens less likely than min_p times the likeliest; 0: none.
+    repetition_penalty: divides positive and multiplies negative logits of tokens seen, prompt included; 1: none.
+    presence_penalty: subtracted once from the logits of tokens that were generated.
+    frequency_penalty: subtracted from a token's logit for every time that it was generated.
+    logit_bias: token id to what is added to its logit.
+    seed: the same one gives the same tokens. None: another one for each request.
+    max_tokens: most tokens to generate. None: as many as the context has room for.
+    stop: generation ends before the first of these texts. A single string is taken too.
+    stop_token_ids: tokens that end generation, like the model's own end tokens.
+    logprobs: give log-probabilities of the chosen and of this many likeliest tokens, 0 to 100. None: give none.
+    ignore_eos: the model's end tokens do not end generation.
+    response_format: what the text must keep to: JSON, or a JSON schema, as OpenAI's API has it ({"type":
+        "json_object"}), or a Grammar. None, or {"type": "text"}: any text.
+    sparsity_bias: shifts the sparsity predictor's thresholds, in standard deviations of a neuron's gate; above 0:
+        fewer neurons are computed.
+    priority: requests that wait for each other go lower numbers first, equal ones in order of arrival.
     """
 
     temperature: float = 1.0
-    top_k: int = 0  # keep the k likeliest tokens; 0: all
-    top_p: float = 1.0  # keep the likeliest tokens up to and with the one that brings their sum to top_p
-    min_p: float = 0.0  # drop tokens less likely than min_p times the likeliest
-    repetition_penalty: float = 1.0  # divides positive and multiplies negative logits of tokens seen, prompt included
-    presence_penalty: float = 0.0  # subtracted once from tokens that were generated
-    frequency_penalty: float = 0.0  # subtracted for every time that a token was generated
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> what is added to its logit
-    seed: int | None = None  # None: another one for each request
-    max_tokens: int | None = 256  # None: as many as the context has room for
-    stop: tuple[str, ...] = ()  # generation ends before the first of these; a single string is taken too
-    stop_token_ids: tuple[int, ...] = ()  # end generation, like the model's own end tokens
-    logprobs: int | None = None  # log-probabilities of the chosen and of this many likeliest tokens; None: none
-    ignore_eos: bool = False  # the model's end tokens do not end generation
-    response_format: Grammar | Mapping[str, Any] | None = None  # as OpenAI's: the text must be JSON, or fit a schema
-    sparsity_bias: float = 0.0  # shifts the sparsity predictor's thresholds; above 0: fewer neurons are computed
-    priority: int = 0  # where requests wait for each other, lower numbers go first; equal ones in order of arrival
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)  # a dict, which has no hash
+    seed: int | None = None
+    max_tokens: int | None = 256
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    ignore_eos: bool = False
+    response_format: Grammar | None = None
+    sparsity_bias: float = 0.0
+    priority: int = 0
+
+    if TYPE_CHECKING:  # more can be given than the fields hold: __post_init__ converts it
+
+        def __init__(self, **fields: Unpack[SamplingFields]) -> None: ...
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -70,7 +116,7 @@ class SamplingParams:
     @property
     def grammar(self) -> Grammar | None:
         """What the text must keep to."""
-        return self.response_format if isinstance(self.response_format, Grammar) else None
+        return self.response_format
 
     @property
     def greedy(self) -> bool:

@@ -20,7 +20,7 @@ PREFILL_ROWS = 64  # of a step in which others decode: what bounds the time betw
 
 
 class Drafter(Protocol):
-    """What the scheduler asks about drafted tokens; `svdengine.speculation` has one that decides by measured costs."""
+    """What the scheduler asks about drafted tokens; `svdengine.speculation` has one that decides by measured times."""
 
     drafted_tokens: int  # so far, those that steps computed
     accepted_tokens: int  # of them, those that were right

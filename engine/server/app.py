@@ -29,7 +29,7 @@ from svdengine.server.guard import Guard
 from svdengine.server.job import Job
 from svdengine.server.messages import read_messages
 from svdengine.server.service import Service
-from svdengine.server.web_files import PAGE_FILES, page_routes
+from svdengine.server.web_files import WEB_FILES, web_routes
 
 _DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
 
@@ -66,7 +66,7 @@ class Watch:
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._paths = {*PAGE_FILES, *(path for path, _, _ in Routes(service).paths())}
+        self._paths = {*WEB_FILES, *(path for path, _, _ in Routes(service).paths())}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -117,7 +117,7 @@ class Routes:
     def table(self) -> list[Route]:
         """For Starlette."""
         table = [Route(path, self._explained(call), methods=[method]) for path, method, call in self.paths()]
-        return [*table, *page_routes(), Route("/{path:path}", self._explained(self.missing), methods=_METHODS)]
+        return [*table, *web_routes(), Route("/{path:path}", self._explained(self.missing), methods=_METHODS)]
 
     async def chat_completions(self, request: Request) -> Any:
         """Answer a conversation."""

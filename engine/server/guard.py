@@ -11,10 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from svdengine.server.api_error import ApiError
 from svdengine.server.settings import Settings, is_loopback
-from svdengine.server.web_files import PAGE_FILES
+from svdengine.server.web_files import WEB_FILES
 
-# The page asks for a key itself, and monitors need none to see that the server is alive.
-_OPEN_PATHS = frozenset([*PAGE_FILES, "/health"])
+# The chat page asks for a key itself, and monitors need none to see that the server is alive.
+_OPEN_PATHS = frozenset([*WEB_FILES, "/health"])
 
 
 class Guard:

@@ -19,7 +19,7 @@ Object = dict[str, Any]  # of JSON
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Whether the answer comes in pieces, and whether its cost comes after the last."""
+    """Whether the answer comes in pieces, and whether its usage comes after the last."""
 
     stream: bool = False
     include_usage: bool = False
@@ -99,7 +99,7 @@ def check_model(body: Body, name: str) -> None:
 
 
 def usage(completions: Sequence[Completion], choices: int) -> Object:
-    """What the completions cost; `choices` of them share a prompt. The last field is our own."""
+    """What the completions took; `choices` of them share a prompt. The last field is our own."""
     first = [c.stats for c in completions[::choices]]
     prompt = sum(stats.prompt_tokens for stats in first)
     generated = sum(c.stats.generated_tokens for c in completions)
@@ -108,11 +108,11 @@ def usage(completions: Sequence[Completion], choices: int) -> Object:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(stats.cached_tokens for stats in first)},
-        "svdengine": _cost(completions),
+        "svdengine": _figures(completions),
     }
 
 
-def _cost(completions: Sequence[Completion]) -> Object:
+def _figures(completions: Sequence[Completion]) -> Object:
     stats = [c.stats for c in completions]
     return {
         "seconds": round(max(s.seconds for s in stats), 4),

@@ -10,10 +10,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 # Path -> file of the folder web, and its type.
-PAGE_FILES = {
+WEB_FILES = {
     "/": ("index.html", "text/html"),
-    "/page.css": ("page.css", "text/css"),
-    "/page.js": ("page.js", "text/javascript"),
+    "/chat.css": ("chat.css", "text/css"),
+    "/chat.js": ("chat.js", "text/javascript"),
     "/markdown.js": ("markdown.js", "text/javascript"),
 }
 
@@ -27,9 +27,9 @@ _HEADERS = {
 }
 
 
-def page_routes() -> list[Route]:
+def web_routes() -> list[Route]:
     """Routes of the files, which are read once."""
-    return [Route(path, _endpoint(name, kind), methods=["GET"]) for path, (name, kind) in PAGE_FILES.items()]
+    return [Route(path, _endpoint(name, kind), methods=["GET"]) for path, (name, kind) in WEB_FILES.items()]
 
 
 def _endpoint(name: str, kind: str) -> Callable[[Request], Awaitable[Response]]:

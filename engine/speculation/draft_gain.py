@@ -1,4 +1,4 @@
-"""What decode steps cost by their number of rows, and how many drafted tokens are worth their steps."""
+"""How long decode steps take by their number of rows, and how many drafted tokens are worth their steps."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections import defaultdict, deque
 from statistics import median
 
 _MEMORY = 0.98  # weight of a step against that of the next
-_SPREAD = 0.01  # variance of the rows below which nothing is known about their cost
+_SPREAD = 0.01  # variance of the rows below which nothing is known about their time
 _LATEST = 4  # steps of each size whose median counts
 
 
-class StepCosts:
+class StepTimes:
     """The latest steps of each size, and a line through the seconds and rows of all of late."""
 
     def __init__(self) -> None:
@@ -26,15 +26,15 @@ class StepCosts:
         self._products = _MEMORY * self._products + rows * seconds
         self._latest[rows].append(seconds)
 
-    def relative_cost(self, rows: int) -> float:
-        """Cost of one more row, as a share of what a step of `rows` costs for each of them.
+    def relative_row_time(self, rows: int) -> float:
+        """Time of one more row, as a share of what a step of `rows` takes for each of them.
 
         0 where it is not known, so that it is tried: when all of the latest steps had about as many rows.
         """
         return self._slope * rows / self._line(rows) if self._weight else 0.0
 
     def seconds(self, rows: int) -> float | None:
-        """Cost of a step of `rows`, by the line where none was measured; None before there is any measurement."""
+        """Time of a step of `rows`, by the line where none was measured; None before there is any measurement."""
         if rows in self._latest:
             return median(self._latest[rows])
         return self._line(rows) if self._weight else None
@@ -54,17 +54,17 @@ class StepCosts:
         return max((self._products - mean * self._seconds) / self._weight, 0.0) / spread
 
 
-_FIRST = 4  # tokens that are drafted to find out what it costs
+_FIRST = 4  # tokens that are drafted to find out how long it takes
 _MARGIN = 1.05  # tokens a second must grow by this factor
 _LATEST = 16  # draft steps whose median counts: the first ones may compile, and others disturb some
 _PERIOD = 100  # steps after which the other choice is made once, to see whether it would be right by now
 
 
 class DraftGain:
-    """Chooses by measured costs, of draft steps here and of exact steps in `costs`."""
+    """Chooses by measured times, of draft steps here and of exact steps in `times`."""
 
-    def __init__(self, costs: StepCosts) -> None:
-        self._costs = costs
+    def __init__(self, times: StepTimes) -> None:
+        self._times = times
         self._seconds: deque[float] = deque(maxlen=_LATEST)
         self._drafted = False  # what the latest choices were, and how many in a row
         self._in_a_row = 0
@@ -83,7 +83,7 @@ class DraftGain:
         return count
 
     def _best(self, right: float, most: int) -> int:
-        plain = self._costs.seconds(1)
+        plain = self._times.seconds(1)
         if plain is None:  # what there is to gain is measured first
             return 0
         if not self._seconds:
@@ -93,7 +93,7 @@ class DraftGain:
         for count in range(1, most + 1):
             likely *= right
             tokens += likely
-            each = tokens / (count * draft + (self._costs.seconds(1 + count) or plain))
+            each = tokens / (count * draft + (self._times.seconds(1 + count) or plain))
             if each > speed:
                 best, speed = count, each
         return best

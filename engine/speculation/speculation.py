@@ -18,11 +18,11 @@ from weakref import WeakKeyDictionary
 
 from svdengine.kernels.executor import Executor
 from svdengine.scheduling.sequence import Sequence
-from svdengine.speculation.draft_gain import DraftGain, StepCosts
+from svdengine.speculation.draft_gain import DraftGain, StepTimes
 from svdengine.speculation.drafts import PromptLookup, can_draft, draft_tokens
 
 MOST = 8  # drafted tokens of a step
-_MARGIN = 1.2  # what a row gains must be worth this many times its cost
+_MARGIN = 1.2  # what a row gains must be worth this much of what it takes
 _RATE = 0.1  # of learning how often drafts are right
 _START = 0.5
 _MODEL_START = 0.9
@@ -41,13 +41,13 @@ class _History:
 
 
 class Speculation:
-    """Decides on drafts by how often they were right and by what rows cost, both measured all the time."""
+    """Decides on drafts by how often they were right and by how long rows take, both measured all the time."""
 
     def __init__(self, executor: Executor | None = None) -> None:
         """`executor`: what runs the model, for it to draft too; None: only sequences do."""
-        self.costs = StepCosts()
+        self.step_times = StepTimes()
         self._executor = executor
-        self._gain = DraftGain(self.costs)
+        self._gain = DraftGain(self.step_times)
         self.drafted_tokens = 0  # so far, those that steps computed
         self.accepted_tokens = 0  # of them, those that were right
         self._histories: WeakKeyDictionary[Sequence, _History] = WeakKeyDictionary()
@@ -57,7 +57,7 @@ class Speculation:
         history = self._history(sequence)
         history.guess, history.length = history.lookup.draft(sequence.tokens, MOST), len(sequence)
         history.by_model = False
-        return history.guess[: _worthwhile(history.right, _MARGIN * self.costs.relative_cost(rows))]
+        return history.guess[: _worthwhile(history.right, _MARGIN * self.step_times.relative_row_time(rows))]
 
     def own_draft_length(self, sequence: Sequence) -> int:
         """How many tokens are worth drafting by the model itself, for a sequence alone in a step without drafts.
@@ -83,7 +83,7 @@ class Speculation:
 
     def note_step(self, rows: int, seconds: float) -> None:
         """Take what an exact step of `rows` decoding rows took."""
-        self.costs.note(rows, seconds)
+        self.step_times.note(rows, seconds)
 
     def note(self, sequence: Sequence) -> None:
         """Compare the tokens that a step gave a sequence with what was drafted for it."""
@@ -104,8 +104,8 @@ class Speculation:
         return self._histories.setdefault(sequence, _History())
 
 
-def _worthwhile(right: float, cost: float) -> int:
-    """How many drafted tokens all come with a probability above `cost`, if each after a right one does with `right`."""
-    if cost >= right:
+def _worthwhile(right: float, least: float) -> int:
+    """How many drafted tokens all come with a probability above `least`, where each comes with `right` after others."""
+    if least >= right:
         return 0
-    return MOST if cost <= 0 or right >= 1 else min(int(math.log(cost) / math.log(right)), MOST)
+    return MOST if least <= 0 or right >= 1 else min(int(math.log(least) / math.log(right)), MOST)

@@ -25,7 +25,11 @@ _MARKS = range(0xE000, 0xF900)  # the private use area: no meaning of their own,
 
 @dataclass(frozen=True)
 class RenderedPrompt:
-    """A prompt to be encoded with control tokens, and the marks in it that stand for text that looks like one."""
+    """A prompt to be encoded with control tokens.
+
+    text: the prompt, with marks, single characters, in place of text that looks like a control token and is none.
+    literals: what each of the marks stands for.
+    """
 
     text: str
     literals: Mapping[str, str]

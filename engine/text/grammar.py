@@ -16,7 +16,11 @@ WHITE_SPACE = r"(\n {0,32}| )?"
 
 @dataclass(frozen=True)
 class Grammar:
-    """A JSON schema, or a grammar in llguidance's dialect of Lark."""
+    """What a text must keep to.
+
+    kind: json_schema, or lark: a grammar in llguidance's dialect of Lark.
+    text: the schema as JSON, or the grammar.
+    """
 
     kind: Literal["json_schema", "lark"]
     text: str

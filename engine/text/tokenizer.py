@@ -7,11 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svdengine.errors import ModelFileError, RequestError
 from svdengine.text.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, SpecialToken
 
-Prompt = str | Sequence[int]
+Prompt = str | Sequence[int] | NDArray[np.integer[Any]]  # an array: (n,)
 
 
 def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
@@ -24,8 +25,8 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if not batch:
         raise RequestError("there is no prompt")
     if all(isinstance(p, int | np.integer) and not isinstance(p, bool) for p in batch):
-        return [[int(p) for p in batch]]  # type: ignore[arg-type]
-    return batch  # type: ignore[return-value]
+        return [[int(p) for p in batch]]
+    return batch
 
 
 def token_list(tokens: Any) -> list[int]:

@@ -65,7 +65,7 @@ def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
     return fits and grouped and device.cann.find(FUSED + "GetWorkspaceSize") is not None
 
 
-def plan_attention(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
+def chunk_rows(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
     """How rows with these sequences and positions attend; those alone in their sequence come first."""
     bounds = [0, *(np.flatnonzero(np.diff(sequences)) + 1).tolist(), len(sequences)]
     spans = [(first, last - first) for first, last in pairwise(bounds)]
@@ -140,9 +140,9 @@ class LayerAttention:
     def _fused_arguments(self, n: int, lengths: object) -> tuple[object, ...]:
         """The arguments of the fused operator for the first n rows."""
         config, work, width = self._config, self._work, self._q.shape[1]
-        paged = (self._keys.shape[0], BLOCK_SIZE, config.kv_head_count * config.head_dim)
+        blocks = (self._keys.shape[0], BLOCK_SIZE, config.kv_head_count * config.head_dim)
         return (
-            self._q.rows(0, n).reshape(n, 1, width), (self._keys.reshape(*paged),), (self._values.reshape(*paged),),
+            self._q.rows(0, n).reshape(n, 1, width), (self._keys.reshape(*blocks),), (self._values.reshape(*blocks),),
             None, None, lengths, None, None, None, None, None, None, None, work.inputs.tables.rows(0, n), None,
             config.head_count, config.head_dim**-0.5, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
             work.attended.rows(0, n).reshape(n, 1, width),

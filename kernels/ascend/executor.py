@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,146 +15,104 @@ from svdengine.kernels.ascend import kv_cache
 from svdengine.kernels.ascend.attention import (
     Attending,
     alone_first,
-    plan_attention,
+    chunk_rows,
     takes_fused,
     write_masks,
 )
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
-from svdengine.kernels.ascend.model import build_plan, device_bytes
+from svdengine.kernels.ascend.model import build_model, device_bytes
 from svdengine.kernels.ascend.operator_calls import Action
 from svdengine.kernels.ascend.operators import add, needed_operators
-from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, check_predictor, place_predictor, why_not
+from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, place_predictor, why_not
 from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
-from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts, check_ffn_inputs
-from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
-from svdengine.kernels.formats import WeightFormat
+from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.executor import FfnPath, Logits, NeuronCounts
 from svdengine.kernels.predictor import Predictor
-from svdengine.models import ModelConfig
 
 _KEPT_ROWS = 8  # steps of up to that many rows come back often: they are recorded, and their operators' plans kept
 _RESERVE = 512 << 20  # bytes that are left to the runtime and to operators' workspace
 
 
-class AscendExecutor:
-    """Runs a model on an open device, in float16. Not for use from several threads at once.
+class AscendExecutor(BaseExecutor):
+    """Runs a model on an open device, in float16.
 
-    `arrays` are the stored parts of the model file by name, layers stacked, and `formats` the format of each matrix;
-    both must match `config` (ValueError otherwise). `context` is the longest sequence. `custom_ops` are the kernels of
-    the sparse FFN, or one line on why there are none: then FFNs run dense. The device is closed with the executor, and
-    not where it cannot be made. Raises DeviceError when CANN lacks an operator, or the memory does not hold the model.
+    `custom_ops` are the kernels of the sparse FFN, or one line on why there are none: then FFNs run dense. The device
+    is closed with the executor, and not where it cannot be made. Raises DeviceError when CANN lacks an operator, or
+    the memory does not hold the model.
     """
 
     name = "ascend"
 
     def __init__(
-        self,
-        config: ModelConfig,
-        arrays: Mapping[str, NDArray],
-        formats: Mapping[str, WeightFormat],
-        *,
-        device: AscendDevice,
-        block_count: int,
-        max_batch_rows: int = 256,
-        context: int | None = None,
-        kv_dtype: str = "f16",
-        predictor: Predictor | None = None,
-        ffn: FfnMode = "dense",
-        custom_ops: CustomOps | str = "no kernels were given",
+        self, setup: ExecutorSetup, *, device: AscendDevice, custom_ops: CustomOps | str = "no kernels were given"
     ) -> None:
-        if kv_dtype != "f16":
-            raise DeviceError(f"the KV cache on Ascend is f16, found --kv-dtype {kv_dtype}; use f16, or --device cpu")
+        super().__init__(setup)
+        config, rows = setup.config, self.max_batch_rows
+        if setup.kv_dtype != "f16":
+            raise DeviceError(
+                f"the KV cache on Ascend is f16, found --kv-dtype {setup.kv_dtype}; use f16, or --device cpu"
+            )
         for name in needed_operators(config):
             device.cann.function(f"{name}GetWorkspaceSize")
-        self.block_count, self.max_batch_rows = block_count, max_batch_rows
-        self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
-        self._config, self._device, self._closed = config, device, False
+        self._device = device
+        self._ffn_layer_bytes = 2.0 * (3 if config.gated else 2) * config.ffn_size * config.hidden_size  # float16
         self._said: set[str] = set()
-        self._counted = np.zeros(3, np.int64)  # predicted, active, total
-        self._costs: FfnCosts | None = None
         device.use()
         self.kv_bytes_per_token = kv_bytes_per_token(config)
-        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * block_count
-        buffers = workspace_bytes(config, max_batch_rows, self.context)
-        check_memory(device, device_bytes(config, formats), buffers, cache_bytes)
+        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
+        buffers = workspace_bytes(config, rows, self.context)
+        check_memory(device, device_bytes(config, setup.formats), buffers, cache_bytes)
         self._no_kernels = custom_ops if isinstance(custom_ops, str) else why_not(config, None, device.vector_cores)
         sparse = None
         if config.sparse_ffn and self._no_kernels is None and not isinstance(custom_ops, str):
-            sparse = allocate_sparse(device, config, custom_ops, max_batch_rows)
+            sparse = allocate_sparse(device, config, custom_ops, rows)
         self._state = State(
             device=device,
-            plan=build_plan(device, config, arrays, formats, self.context),
-            work=allocate_workspace(device, config, max_batch_rows, self.context),
-            cache=allocate_cache(device, config, block_count),
+            model=build_model(device, config, setup.arrays, setup.formats, self.context),
+            work=allocate_workspace(device, config, rows, self.context),
+            cache=allocate_cache(device, config, self.block_count),
             current=Current(Attending((), 0, (), 0)),
             fused=takes_fused(device, config),
             sparse=sparse,
         )
         self._recordings: dict[Shape, list[Action]] = {}
         self._placed: PlacedPredictor | None = None
-        self._predictor: Predictor | None = None
-        self.ffn: FfnMode = ffn
-        self.predictor = predictor
+        self.predictor = setup.predictor
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
         shape = self._load(batch)
         self._run(shape)
-        self._count(shape.n, self._config.layer_count, shape.ffn)
+        self._count(shape.n, self.config.layer_count, shape.ffn)
         logits = self._device.read(self._state.work.logits.rows(0, shape.wanted)).astype(np.float32)
-        return logits * np.float32(self._config.logit_scale)
-
-    @property
-    def predictor(self) -> Predictor | None:
-        """What `ffn` "sparse" and "auto" list neurons with. Setting one raises ValueError when it does not fit."""
-        return self._predictor
-
-    @predictor.setter
-    def predictor(self, predictor: Predictor | None) -> None:
-        if predictor is not None:
-            check_predictor(self._config, predictor)
-        self._device.use()
-        self._recordings.clear()  # they hold the addresses of what was placed before
-        if self._placed is not None:
-            placed, self._placed = self._placed, None
-            self._device.free(placed.tensors)
-        self._predictor, self._costs = predictor, None
-        if predictor is not None and self._why_dense() is None:
-            self._placed = place_predictor(self._device, self._config, predictor, self.max_batch_rows)
-
-    @property
-    def ffn_costs(self) -> FfnCosts:
-        """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
-        if self._costs is None:
-            config, counted = self._config, self._counted.copy()
-            layer_bytes = 2.0 * (3 if config.gated else 2) * config.ffn_size * config.hidden_size
-            self._costs = measure_ffn_costs(self, config.layer_count, config.ffn_size, layer_bytes, config.hidden_size)
-            self._counted = counted
-        return self._costs
+        return logits * np.float32(self.config.logit_scale)
 
     def ffn_path(self, n: int) -> FfnPath:
         """How a step of n rows runs its FFNs. Where sparse was wanted and cannot be, one line says why, once."""
-        if not self._config.sparse_ffn:
-            return "dense"
-        reason = self._why_dense()
+        reason = self._why_dense(self._predictor) if self._can_skip else None
         if reason is None:
-            return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
+            return super().ffn_path(n)
         if self.ffn != "dense" and self._predictor is not None and reason not in self._said:
             self._said.add(reason)
             print(f"all FFNs run dense: {reason}", file=sys.stderr)
         return "dense"
 
-    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
-        """Run a dense step; what entered the FFN of every layer, (layers, n, hidden) float32."""
-        mode, self.ffn = self.ffn, "dense"
-        try:
-            shape = self._load(batch)
-        finally:
-            self.ffn = mode
+    def _place_predictor(self, predictor: Predictor | None) -> None:
+        self._device.use()
+        self._recordings.clear()  # they hold the addresses of what was placed before
+        if self._placed is not None:
+            placed, self._placed = self._placed, None
+            self._device.free(placed.tensors)
+        if predictor is not None and self._why_dense(predictor) is None:
+            self._placed = place_predictor(self._device, self.config, predictor, self.max_batch_rows)
+
+    def _keep_ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        shape = self._load(batch)
         kept: list[NDArray[np.float32]] = []
 
         def keep(index: int, x: Tensor) -> None:
@@ -162,21 +120,13 @@ class AscendExecutor:
 
         run_step(self._state, self._placed, shape, keep)
         self._device.synchronize()
-        inputs = np.empty((len(kept), shape.n, self._config.hidden_size), np.float32)
+        inputs = np.empty((len(kept), shape.n, self.config.hidden_size), np.float32)
         inputs[:, alone_first(batch.sequences)] = kept
         return inputs
 
-    def run_ffns(
-        self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
-    ) -> NDArray[np.float32]:
-        """Run FFNs without the rest of a step: the sum of what those of the first `layers` give, (n, hidden) float32.
-
-        `inputs` are what enters them after the norm, (n, hidden) for all or (layers, n, hidden) for each.
-        """
-        self._check_open()
-        device, work, plan, hidden = self._device, self._state.work, self._state.plan, self._config.hidden_size
-        layers, n = len(plan.layers) if layers is None else layers, inputs.shape[-2]
-        check_ffn_inputs(inputs, layers, layer_count=len(plan.layers), max_rows=self.max_batch_rows, hidden=hidden)
+    def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
+        device, work, model = self._device, self._state.work, self._state.model
+        n, hidden = inputs.shape[-2:]
         path, rows = self.ffn_path(n), inputs.astype(np.float16)
         device.use()
         device.repeat = n <= _KEPT_ROWS
@@ -188,8 +138,8 @@ class AscendExecutor:
             if inputs.ndim == 3 or index == 0:
                 device.synchronize()  # what is overwritten may still be read
                 device.write(x, rows[index] if inputs.ndim == 3 else rows)
-            added = run_ffn(self._state, self._placed, index, plan.layers[index], x, path)
-            add(device, total, added, self._config.residual_scale)
+            added = run_ffn(self._state, self._placed, index, model.layers[index], x, path)
+            add(device, total, added, self.config.residual_scale)
         found = device.read(total).astype(np.float32)
         self._count(n, layers, path)
         return found
@@ -198,27 +148,16 @@ class AscendExecutor:
         """See `BlockStore`."""
         self._check_open()
         self._device.use()
-        return kv_cache.read_blocks(self._device, self._state.cache, self._config, blocks)
+        return kv_cache.read_blocks(self._device, self._state.cache, self.config, blocks)
 
     def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
         """See `BlockStore`. Raises ValueError for data of another shape or type."""
         self._check_open()
         self._device.use()
-        kv_cache.write_blocks(self._device, self._state.cache, self._config, blocks, data)
+        kv_cache.write_blocks(self._device, self._state.cache, self.config, blocks, data)
 
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        return NeuronCounts(*map(int, self._counted))
-
-    def reset_neuron_counts(self) -> None:
-        """Start counting anew."""
-        self._counted[:] = 0
-
-    def close(self) -> None:
-        """Close the device, and so give back its memory. Calling it twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._device.close()
+    def _release(self) -> None:
+        self._device.close()
 
     def _run(self, shape: Shape) -> None:
         """Start a step. Of few rows, it is recorded the first time and repeated from then on."""
@@ -233,12 +172,11 @@ class AscendExecutor:
 
     def _load(self, batch: Batch) -> Shape:
         """Check the batch, copy it to the device, and say which operators it takes."""
-        self._check_open()
-        self._check_batch(batch)
+        self._check(batch)
         batch = _reordered(batch, alone_first(batch.sequences))
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         path = self.ffn_path(n)  # may run something, to measure
-        device, work, config = self._device, self._state.work, self._config
+        device, work, config = self._device, self._state.work, self.config
         device.use()
         device.repeat = n <= _KEPT_ROWS
         tables = np.zeros((n, work.blocks), np.int32)
@@ -252,7 +190,7 @@ class AscendExecutor:
             bias = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
             header[4, :n] = bias.view(np.int32)
         device.write(work.inputs.words, np.concatenate([header.reshape(-1), tables.reshape(-1)]))
-        attending = plan_attention(batch.sequences, batch.positions, work.masks.size)
+        attending = chunk_rows(batch.sequences, batch.positions, work.masks.size)
         window = config.sliding_window if config.sliding_window_layers else 0
         write_masks(device, work, attending, batch.positions, window, self._state.fused)
         self._state.current.attending = attending
@@ -263,29 +201,14 @@ class AscendExecutor:
         if path == "dense" or self._state.sparse is None:
             return
         counts = self._device.read(self._state.sparse.counts.rows(0, n))[:, :layers, :, :, 0].sum((0, 1, 3))
-        total = n * layers * self._config.ffn_size
-        self._counted += (int(counts[0]) if path == "predict" else total, int(counts[1]), total)
+        total = n * layers * self.config.ffn_size
+        self._counted += NeuronCounts(int(counts[0]) if path == "predict" else total, int(counts[1]), total)
 
-    def _why_dense(self) -> str | None:
-        """One line on why FFNs cannot run sparse here, or None."""
+    def _why_dense(self, predictor: Predictor | None) -> str | None:
+        """One line on why FFNs cannot run sparse here with this predictor, or None."""
         if self._no_kernels is not None:
             return self._no_kernels
-        return why_not(self._config, self._predictor, self._device.vector_cores)
-
-    def _check_batch(self, batch: Batch) -> None:
-        """Raise ValueError for a batch that breaks the rules of `Batch`: kernels check nothing."""
-        check_batch(
-            batch,
-            max_rows=self.max_batch_rows,
-            max_blocks=self._state.work.blocks,
-            block_count=self.block_count,
-            context=self.context,
-            vocab_size=self._config.vocab_size,
-        )
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the executor is closed")
+        return why_not(self.config, predictor, self._device.vector_cores)
 
 
 def _reordered(batch: Batch, order: NDArray[np.intp]) -> Batch:

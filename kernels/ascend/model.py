@@ -77,7 +77,7 @@ class SparseRows:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerWeights:
     """One layer's weights."""
 
     attention_norm: Norm
@@ -93,11 +93,11 @@ class LayerPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The model."""
+class Model:
+    """A model on the device."""
 
     config: ModelConfig
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerWeights, ...]
     embedding: Tensor  # (vocabulary, hidden) float16
     positions: Tensor | None  # (max_position, hidden) float16
     output_norm: Norm
@@ -132,13 +132,13 @@ def device_bytes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> in
     return total
 
 
-def build_plan(
+def build_model(
     device: AscendDevice,
     config: ModelConfig,
     arrays: Mapping[str, NDArray],
     formats: Mapping[str, WeightFormat],
     context: int,
-) -> Plan:
+) -> Model:
     """Copy a model to the device.
 
     `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
@@ -150,7 +150,7 @@ def build_plan(
     embedding = build.half("embedding", None)
     tied = config.tied_embeddings
     cos, sin = build.rope(context) if config.rope is not None else (None, None)
-    return Plan(
+    return Model(
         config=config,
         layers=tuple(build.layer(i) for i in range(config.layer_count)),
         embedding=embedding.rows,
@@ -187,7 +187,7 @@ class _Builder:
         self.device, self.config, self.arrays, self.formats = device, config, arrays, formats
         self.columns = {spec.name: spec.shape[-1] for spec in tensor_specs(config)}
 
-    def layer(self, index: int) -> LayerPlan:
+    def layer(self, index: int) -> LayerWeights:
         """All weights of a layer."""
         config = self.config
         windowed = config.sliding_window and index in config.sliding_window_layers
@@ -195,7 +195,7 @@ class _Builder:
         down = Projection(
             self.matrix("down_T" if config.sparse_ffn else "down", index), self.vector("down.bias", index)
         )
-        return LayerPlan(
+        return LayerWeights(
             attention_norm=self.norm("attention_norm", index),
             ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
             qkv=self.projections(("q", "k", "v"), index),

@@ -1,6 +1,6 @@
 """What a step asks of CANN's operators, by what it does: products, norms, activations, copies of rows.
 
-Sources of what each accepts: its page in CANN's operator documentation, named in signatures.py. Tensors are float16
+Sources of what each accepts: its entry in CANN's operator documentation, named in signatures.py. Tensors are float16
 and contiguous unless said otherwise.
 """
 

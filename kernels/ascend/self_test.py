@@ -89,12 +89,12 @@ class _Case:
         """Run the kernels one after the other and look at what each made."""
         device, state = self.device, self.state
         placed = place_predictor(device, _CONFIG, Predictor((self.predictor,), {}), 1)
-        plan, z, x = placed.layers[0], placed.z.reshape(1, _RANK), device.upload(self.x)
+        predictor, z, x = placed.layers[0], placed.z.reshape(1, _RANK), device.upload(self.x)
         rows, y = self._upload_rows(), device.empty(self.x.shape, np.float16)
         counts = [counts_of(state, 0, 0, which) for which in (0, 1)]
-        multiply(device, plan.b, x, z)
+        multiply(device, predictor.b, x, z)
 
-        run_score(device, state, plan, z, device.zeros((1,), np.float32), counts[0], _CONFIG.ffn_size)
+        run_score(device, state, predictor, z, device.zeros((1,), np.float32), counts[0], _CONFIG.ffn_size)
         predicted = self._listed(state.predicted.indices, counts[0])
         if not self._is_predicted(predicted):
             return "svd_score"
@@ -144,9 +144,9 @@ class _Case:
 
     def _output(self, predicted: NDArray[np.int32]) -> NDArray[np.float32]:
         """The FFN of the row on the neurons that were listed, which are known to be right by now."""
-        chosen = np.full(_CONFIG.ffn_size, -1, np.float32)
-        chosen[predicted] = 1
-        layer = LayerPredictor(0, "q8", 0, {}, {}, {}, chosen, np.ones_like(chosen))
+        threshold = np.ones(_CONFIG.ffn_size, np.float32)
+        threshold[predicted] = -1
+        layer = LayerPredictor(0, "q8", 0, {}, {}, {}, threshold, np.ones_like(threshold))
         weights = {name: w.astype(np.float32) for name, w in self.weights.items()} | self.biases
         return sparse_ffn(_CONFIG, weights, self.x.astype(np.float32), layer, np.float32(0))[0]
 

@@ -15,21 +15,21 @@ from svdengine.kernels.ascend.model import HalfMatrix, SparseRows, to_half
 from svdengine.kernels.ascend.operators import multiply
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.tiling import COUNT_INTS, MAX_BLOCKS, check_shape, list_capacity, padded
-from svdengine.kernels.formats import Parts, dequantize, padded_columns, stored_parts
-from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.formats import dequantize, padded_columns
+from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig
 
 _PREDICTED, _ACTIVE = 0, 1  # lists that are counted
 
 
 @dataclass(frozen=True)
-class PredictorPlan:
-    """One layer's predictor: s = A act(B x) + b."""
+class PlacedLayer:
+    """One layer of a predictor (kernels/predictor.py), which has no residual, on the device."""
 
     rank: int
     a: Tensor  # (ffn, padded rank) float16
     b: HalfMatrix  # (rank, hidden)
-    bias: Tensor  # (ffn,) float32
+    minus_threshold: Tensor  # (ffn,) float32: where the kernels' sums start
     unit: Tensor  # (ffn,) float32
     relu: bool
 
@@ -38,13 +38,13 @@ class PredictorPlan:
 class PlacedPredictor:
     """A predictor on the device."""
 
-    layers: tuple[PredictorPlan, ...]
+    layers: tuple[PlacedLayer, ...]
     z: Tensor  # (rows * largest rank,) float16: B x
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All memory that it has."""
-        parts = [(p.a, p.b.rows, p.bias, p.unit) for p in self.layers]
+        parts = [(p.a, p.b.rows, p.minus_threshold, p.unit) for p in self.layers]
         return (self.z, *(tensor for part in parts for tensor in part))
 
 
@@ -95,22 +95,6 @@ def place_predictor(device: AscendDevice, config: ModelConfig, predictor: Predic
     return PlacedPredictor(layers, device.empty((rows * most,), np.float16))
 
 
-def check_predictor(config: ModelConfig, predictor: Predictor) -> None:
-    """Raise ValueError when a predictor does not fit the model: kernels check nothing."""
-    d, f = config.hidden_size, config.ffn_size
-    if len(predictor.layers) != config.layer_count:
-        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
-    for index, layer in enumerate(predictor.layers):
-        where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
-        if len(layer.bias) != f or len(layer.unit) != f:
-            raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
-        if not 0 <= layer.rank <= most:
-            raise ValueError(f"{where} has rank {layer.rank}, which must lie in 0..{most}")
-        if layer.rank:
-            _check_factor(where, "A", layer, layer.a, f, layer.rank)
-            _check_factor(where, "B", layer, layer.b, layer.rank, d)
-
-
 def allocate_sparse(device: AscendDevice, config: ModelConfig, ops: CustomOps, rows: int) -> SparseState:
     """Memory for sparse steps of up to `rows` rows."""
     blocks, f = min(device.vector_cores, MAX_BLOCKS), config.ffn_size
@@ -151,15 +135,15 @@ def sparse_ffn(
     n = x.shape[0]
     predicted, predicted_counts = state.every, state.every_counts
     if predictor is not None:
-        plan = predictor.layers[layer]
-        z = predictor.z.leading(n * plan.rank).reshape(n, plan.rank)
-        multiply(device, plan.b, x, z)
+        placed = predictor.layers[layer]
+        z = predictor.z.leading(n * placed.rank).reshape(n, placed.rank)
+        multiply(device, placed.b, x, z)
     for row in range(n):
         active_counts = counts_of(state, row, layer, _ACTIVE)
         if predictor is not None:
             predicted, predicted_counts = state.predicted, counts_of(state, row, layer, _PREDICTED)
             shift = sparsity_bias.rows(row, 1)
-            run_score(device, state, plan, z.rows(row, 1), shift, predicted_counts, config.ffn_size)
+            run_score(device, state, placed, z.rows(row, 1), shift, predicted_counts, config.ffn_size)
         run_gate(device, config, state, weights, x.rows(row, 1), predicted, predicted_counts, active_counts)
         run_up_down(device, config, state, weights, x.rows(row, 1), active_counts)
         run_sum(device, config, state, weights, y.rows(row, 1))
@@ -175,7 +159,7 @@ def counts_of(state: SparseState, row: int, layer: int, which: int) -> Tensor:
 def run_score(
     device: AscendDevice,
     state: SparseState,
-    predictor: PredictorPlan,
+    predictor: PlacedLayer,
     z: Tensor,
     shift: Tensor,
     counts: Tensor,
@@ -184,8 +168,8 @@ def run_score(
     """state.predicted = the neurons whose score is positive."""
     listed = state.predicted
     device.launch(
-        state.ops.score, "svd_score", state.blocks, predictor.a, z, predictor.bias, predictor.unit, shift, counts,
-        listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
+        state.ops.score, "svd_score", state.blocks, predictor.a, z, predictor.minus_threshold, predictor.unit, shift,
+        counts, listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
     )  # fmt: skip
 
 
@@ -228,21 +212,15 @@ def run_sum(device: AscendDevice, config: ModelConfig, state: SparseState, weigh
     )
 
 
-def _check_factor(where: str, name: str, layer: LayerPredictor, parts: Parts, rows: int, columns: int) -> None:
-    for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
-        if suffix not in parts or parts[suffix].shape != shape:
-            raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
-
-
-def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PredictorPlan:
+def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PlacedLayer:
     rank = layer.rank
     a = to_half(dequantize(layer.a, layer.factor_format, rank), "A of the predictor")
     b = to_half(dequantize(layer.b, layer.factor_format, config.hidden_size), "B of the predictor")
-    return PredictorPlan(
+    return PlacedLayer(
         rank,
         device.upload(np.pad(a, ((0, 0), (0, padded_columns(rank) - rank)))),
         HalfMatrix(device.upload(b)),
-        device.upload(np.asarray(layer.bias, np.float32)),
+        device.upload(-np.asarray(layer.threshold, np.float32)),
         device.upload(np.asarray(layer.unit, np.float32)),
         layer.relu,
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from svdengine.kernels.ascend.attention import Attending, LayerAttention
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import KvCache
-from svdengine.kernels.ascend.model import LayerPlan, Norm, Plan
+from svdengine.kernels.ascend.model import LayerWeights, Model, Norm
 from svdengine.kernels.ascend.operators import (
     activate,
     add,
@@ -54,7 +54,7 @@ class State:
     """What a step works with."""
 
     device: AscendDevice
-    plan: Plan
+    model: Model
     work: Workspace
     cache: KvCache
     current: Current
@@ -64,24 +64,24 @@ class State:
 
 def run_step(state: State, predictor: PlacedPredictor | None, shape: Shape, keep: Keep | None = None) -> None:
     """Start a step on the batch in the workspace. It leaves the logits of the wanted rows in work.logits."""
-    device, plan, work = state.device, state.plan, state.work
+    device, model, work = state.device, state.model, state.work
     x = _embed(state, shape.n)
     added = None  # what the residual stream lacks still: the sum is made with the norm that comes next
-    for index, layer in enumerate(plan.layers):
+    for index, layer in enumerate(model.layers):
         x, added = _run_layer(state, predictor, index, layer, shape, x, added, keep)
     if shape.wanted and added is not None:
-        add(device, x, added, plan.config.residual_scale)
+        add(device, x, added, model.config.residual_scale)
         wanted, normed = work.wanted.rows(0, shape.wanted), work.normed.rows(0, shape.wanted)
         gather(device, x, work.inputs.logit_rows.leading(shape.wanted), wanted)
-        normalize(device, plan.config, plan.output_norm, wanted, work.inverse, normed)
-        multiply(device, plan.lm_head, normed, work.logits.rows(0, shape.wanted))
+        normalize(device, model.config, model.output_norm, wanted, work.inverse, normed)
+        multiply(device, model.lm_head, normed, work.logits.rows(0, shape.wanted))
 
 
 def run_ffn(
-    state: State, predictor: PlacedPredictor | None, index: int, layer: LayerPlan, x: Tensor, path: FfnPath
+    state: State, predictor: PlacedPredictor | None, index: int, layer: LayerWeights, x: Tensor, path: FfnPath
 ) -> Tensor:
     """The FFN of rows x (n, hidden), in work.added."""
-    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    device, config, work, n = state.device, state.model.config, state.work, x.shape[0]
     added = work.added.rows(0, n)
     if path != "dense" and state.sparse is not None and layer.sparse is not None:
         predicting = predictor if path == "predict" else None
@@ -94,16 +94,16 @@ def run_ffn(
 
 def _embed(state: State, n: int) -> Tensor:
     """The residual stream (n, hidden) of the tokens; rope's angles of their positions are looked up too."""
-    device, plan, work = state.device, state.plan, state.work
+    device, model, work = state.device, state.model, state.work
     x, positions = work.x[0].rows(0, n), work.inputs.positions.leading(n)
-    look_up(device, plan.embedding, work.inputs.tokens.leading(n), x)
-    scale(device, x, plan.config.embedding_scale)
-    if plan.positions is not None:
-        look_up(device, plan.positions, positions, work.added.rows(0, n))
+    look_up(device, model.embedding, work.inputs.tokens.leading(n), x)
+    scale(device, x, model.config.embedding_scale)
+    if model.positions is not None:
+        look_up(device, model.positions, positions, work.added.rows(0, n))
         add(device, x, work.added.rows(0, n))
-    if plan.cos is not None and plan.sin is not None:
-        look_up(device, plan.cos, positions, work.cos.rows(0, n))
-        look_up(device, plan.sin, positions, work.sin.rows(0, n))
+    if model.cos is not None and model.sin is not None:
+        look_up(device, model.cos, positions, work.cos.rows(0, n))
+        look_up(device, model.sin, positions, work.sin.rows(0, n))
     return x
 
 
@@ -111,7 +111,7 @@ def _run_layer(
     state: State,
     predictor: PlacedPredictor | None,
     index: int,
-    layer: LayerPlan,
+    layer: LayerWeights,
     shape: Shape,
     x: Tensor,
     added: Tensor | None,
@@ -121,7 +121,7 @@ def _run_layer(
 
     x += attention(norm(x)); x += ffn(norm(x)); or both from the same x.
     """
-    device, config, work, n = state.device, state.plan.config, state.work, shape.n
+    device, config, work, n = state.device, state.model.config, state.work, shape.n
     normed = work.normed.rows(0, n)
     x = _normalize_sum(state, layer.attention_norm, x, added, normed)
     read = normed
@@ -140,7 +140,7 @@ def _run_layer(
 
 def _normalize_sum(state: State, norm: Norm, x: Tensor, added: Tensor | None, y: Tensor) -> Tensor:
     """y = the norm of the residual stream, after what is still to be added to it; returns the stream."""
-    device, config, work = state.device, state.plan.config, state.work
+    device, config, work = state.device, state.model.config, state.work
     if added is None:
         normalize(device, config, norm, x, work.inverse, y)
         return x
@@ -148,9 +148,9 @@ def _normalize_sum(state: State, norm: Norm, x: Tensor, added: Tensor | None, y:
     return add_and_normalize(device, config, norm, x, added, work.inverse, y, other)
 
 
-def _attention(state: State, index: int, layer: LayerPlan, x: Tensor) -> Tensor:
+def _attention(state: State, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
     """Attention of the normed rows x, whose keys and values are cached first, (n, hidden) in work.added."""
-    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    device, config, work, n = state.device, state.model.config, state.work, x.shape[0]
     q, k, v = project_all(device, layer.qkv, x, work.qkv)
     q = _turn(state, layer.q_norm, config.head_count, q, work.turned_q.rows(0, n))
     k = _turn(state, layer.k_norm, config.kv_head_count, k, work.turned_k.rows(0, n))
@@ -170,7 +170,7 @@ def _attention(state: State, index: int, layer: LayerPlan, x: Tensor) -> Tensor:
 
 def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor) -> Tensor:
     """The rows x (n, heads * head_dim) after their norm and rope, in x or in `other`."""
-    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    device, config, work, n = state.device, state.model.config, state.work, x.shape[0]
     if norm is not None:
         by_head = n * heads, config.head_dim
         rms_norm(device, norm, config.norm_eps, x.reshape(*by_head), work.inverse, other.reshape(*by_head))
@@ -181,9 +181,9 @@ def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor)
     return x
 
 
-def _dense_ffn(state: State, layer: LayerPlan, x: Tensor, out: Tensor) -> None:
+def _dense_ffn(state: State, layer: LayerWeights, x: Tensor, out: Tensor) -> None:
     """out (n, hidden) = the FFN of rows x, every neuron."""
-    device, config, work, n = state.device, state.plan.config, state.work, x.shape[0]
+    device, config, work, n = state.device, state.model.config, state.work, x.shape[0]
     hidden = work.hidden.rows(0, n)
     first, *up = project_all(device, layer.gate_up, x, work.gate_up)
     activate(device, config.activation, config.activation_threshold, first, hidden)

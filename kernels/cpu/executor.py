@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
+from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
+from svdengine.kernels.batch import Batch
 from svdengine.kernels.cpu.aligned import aligned
 from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.kv_blocks import KvBlocks
@@ -37,14 +38,12 @@ from svdengine.kernels.cpu.workspace import (
     Inputs,
     Workspace,
 )
-from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts, check_ffn_inputs
-from svdengine.kernels.ffn_costs import FfnCosts, choose_path, measure_ffn_costs
-from svdengine.kernels.formats import WeightFormat, gather_parts, padded_columns
+from svdengine.kernels.executor import KvDtype, Logits, NeuronCounts
+from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
 
-KvDtype = Literal["f32", "f16"]
 _KV_DTYPES: Mapping[KvDtype, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
@@ -56,114 +55,77 @@ def default_threads() -> int:
         return os.cpu_count() or 1
 
 
-class CpuExecutor:
-    """Runs a model on the CPU. Not for use from several threads at once: one `forward` at a time.
-
-    `arrays` are the stored parts of the model file by name, layers stacked, and `formats` the format of each matrix;
-    both must match `config` (ValueError otherwise). `context` is the longest sequence. Raises DeviceError for a number
-    of threads that makes no sense.
-    """
+class CpuExecutor(BaseExecutor):
+    """Runs a model on the CPU. Raises DeviceError for a number of threads that makes no sense."""
 
     name = "cpu"
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        arrays: Mapping[str, NDArray],
-        formats: Mapping[str, WeightFormat],
-        *,
-        block_count: int,
-        max_batch_rows: int = 256,
-        context: int | None = None,
-        threads: int | None = None,
-        kv_dtype: KvDtype = "f16",
-        predictor: Predictor | None = None,
-        ffn: FfnMode = "dense",
-    ) -> None:
+    def __init__(self, setup: ExecutorSetup, *, threads: int | None = None) -> None:
+        super().__init__(setup)
+        config = setup.config
         self.threads = default_threads() if threads is None else threads
         if not 1 <= self.threads <= 1024:
             raise DeviceError(f"threads must lie in 1..1024, found {threads}")
-        self.block_count, self.max_batch_rows = block_count, max_batch_rows
-        self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
-        self._config = config
         tables = _rope(config, self.context)
-        self._model, self._keep = build_model(config, arrays, formats, tables)
-        ffn_parts = (gather_parts(arrays, name).values() for name in ("gate", "up", "down_T"))
-        self._ffn_bytes = sum(part.nbytes for parts in ffn_parts for part in parts)
-        self._kv = KvBlocks(self._model, block_count, _KV_DTYPES[kv_dtype])
+        self._model, self._keep = build_model(config, setup.arrays, setup.formats, tables)
+        self._kv = KvBlocks(self._model, self.block_count, _KV_DTYPES[setup.kv_dtype])
         self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
-        self._inputs = _inputs(
-            max_batch_rows, min(block_count, -(-self.context // BLOCK_SIZE)), self.threads, config.layer_count
-        )
+        self._inputs = _inputs(self.max_batch_rows, self._max_blocks, self.threads, config.layer_count)
         self._work = self._allocate_workspace()
         self._kept_predictor: list[NDArray] = []
-        self.predictor = predictor
-        self.ffn: FfnMode = ffn
-        self._team: Team | None = Team(self.threads, self._member_loop)
-        self._compile(self._team)
+        self.predictor = setup.predictor
+        self._team = Team(self.threads, self._member_loop)
+        self._compile()
         self._team.start()
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
-        if self._team is None:
-            raise ValueError("the executor is closed")
+        self._check(batch)
         self._load(batch)
         self._run()
-        return self._logits[: len(batch.logit_rows), : self._config.vocab_size]
+        return self._logits[: len(batch.logit_rows), : self._model.vocabulary]
 
-    @property
-    def predictor(self) -> Predictor | None:
-        """What `ffn` "sparse" and "auto" list neurons with. Setting one raises ValueError when it does not fit."""
-        return self._predictor
+    def read_ahead(self, gap: int) -> None:
+        """See `BaseExecutor`."""
+        self._inputs.sizes[GAP] = gap
 
-    @predictor.setter
-    def predictor(self, predictor: Predictor | None) -> None:
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
+        """See `BlockStore`."""
+        self._check_open()
+        return self._kv.read(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
+        """See `BlockStore`."""
+        self._check_open()
+        self._kv.write(blocks, data)
+
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
+        return NeuronCounts(int(predicted), int(active), int(total))
+
+    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
+        self._inputs.counts[:] = 0
+        self._inputs.counts[0, [PREDICTED, ACTIVE, TOTAL]] = counts.predicted, counts.active, counts.total
+
+    def _place_predictor(self, predictor: Predictor | None) -> None:
         self._kept_predictor = place_predictor(self._model, predictor)
-        self._predictor = predictor
-        self._costs: FfnCosts | None = None
 
-    @property
-    def ffn_costs(self) -> FfnCosts:
-        """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
-        if self._costs is None:
-            model, counts = self._model, self._inputs.counts.copy()
-            layer_bytes = self._ffn_bytes / model.layers
-            self._costs = measure_ffn_costs(self, model.layers, model.ffn, layer_bytes, model.hidden)
-            self._inputs.counts[:] = counts
-        return self._costs
-
-    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
-        """Run a dense step of at least two rows; what entered the FFN of every layer, (layers, n, hidden) float32."""
+    def _keep_ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        """Of a step of at least two rows."""
         n, model = len(batch.tokens), self._model
         if n < 2:
             raise ValueError("a step that keeps the FFN's inputs needs at least 2 rows")
         kept = aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
-        mode, self.ffn = self.ffn, "dense"
         self._inputs.sizes[KEPT] = kept.ctypes.data
         try:
             self.forward(batch)
         finally:
             self._inputs.sizes[KEPT] = 0
-            self.ffn = mode
         return kept.reshape(model.layers, n, -1)[:, :, : model.hidden]
 
-    def read_ahead(self, gap: int) -> None:
-        """Have steps ask the system for listed FFN rows before they read them, up to `gap` apart at once; 0: do not."""
-        self._inputs.sizes[GAP] = gap
-
-    def run_ffns(
-        self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
-    ) -> NDArray[np.float32]:
-        """Run FFNs without the rest of a step: the sum of what those of the first `layers` give, (n, hidden) float32.
-
-        `inputs` are what enters them after the norm, (n, hidden) for all or (layers, n, hidden) for each. The result is
-        the executor's own buffer: it holds until the next call.
-        """
-        if self._team is None:
-            raise ValueError("the executor is closed")
-        model = self._model
-        layers, n = model.layers if layers is None else layers, inputs.shape[-2]
-        check_ffn_inputs(inputs, layers, layer_count=model.layers, max_rows=self.max_batch_rows, hidden=model.hidden)
+    def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
+        model, n = self._model, inputs.shape[-2]
         source = aligned(4 * (inputs.size // model.hidden) * model.hidden_stride).view(np.float32)
         source.reshape(*inputs.shape[:-1], -1)[..., : model.hidden] = inputs
         sizes = self._inputs.sizes
@@ -179,53 +141,24 @@ class CpuExecutor:
             sizes[ONLY_FFNS] = 0
         return self._residual[:n, : model.hidden]
 
-    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
-        """See `BlockStore`."""
-        return self._kv.read(blocks)
-
-    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
-        """See `BlockStore`."""
-        self._kv.write(blocks, data)
-
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
-        return NeuronCounts(int(predicted), int(active), int(total))
-
-    def reset_neuron_counts(self) -> None:
-        """Start counting anew."""
-        self._inputs.counts[:] = 0
-
-    def close(self) -> None:
-        """End the threads. Calling it twice is fine."""
-        if self._team is not None:
-            self._team.close()
-            self._team = None
+    def _release(self) -> None:
+        self._team.close()
 
     def _run(self) -> None:
-        assert self._team is not None
         with self._team.awake():
             run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
 
-    def _compile(self, team: Team) -> None:
+    def _compile(self) -> None:
         state = (self._model, self._work, self._cache, self._inputs)
-        compile_entry(run, *state, 0, self.threads, team.sync, 0)
+        compile_entry(run, *state, 0, self.threads, self._team.sync, 0)
 
     def _member_loop(self, member: int, sync: NDArray[np.int64], seen: int) -> int:
         return run(self._model, self._work, self._cache, self._inputs, member, self.threads, sync, seen)
 
     def _load(self, batch: Batch) -> None:
-        """Check the batch and copy it to where compiled code reads it."""
+        """Copy the batch to where compiled code reads it."""
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         sequences, blocks = batch.block_tables.shape
-        check_batch(
-            batch,
-            max_rows=self.max_batch_rows,
-            max_blocks=self._inputs.block_tables.shape[1],
-            block_count=self.block_count,
-            context=self.context,
-            vocab_size=self._config.vocab_size,
-        )
         inputs = self._inputs
         inputs.sizes[[N_ROWS, WANTED, MODE]] = n, wanted, self._mode(n)
         inputs.claims[:] = 0
@@ -235,12 +168,6 @@ class CpuExecutor:
         inputs.block_tables[:sequences, :blocks] = batch.block_tables
         inputs.logit_rows[:wanted] = batch.logit_rows
         inputs.sparsity_bias[:sequences] = 0 if batch.sparsity_bias is None else batch.sparsity_bias
-
-    def ffn_path(self, n: int) -> FfnPath:
-        """How a step of n rows runs its FFNs."""
-        if not self._model.transposed_down:
-            return "dense"
-        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
 
     def _mode(self, n: int) -> int:
         return {"dense": DENSE, "predict": PREDICT, "skip_zeros": SKIP_ZEROS}[self.ffn_path(n)]

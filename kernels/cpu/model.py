@@ -64,7 +64,7 @@ class Model(NamedTuple):
     ffn_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
     output_norm: NDArray[np.float32]  # (2, hidden_stride)
     head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
-    predictor_bias: NDArray[np.float32]  # (layers, ffn_stride)
+    predictor_minus_threshold: NDArray[np.float32]  # (layers, ffn_stride) where the sums of scores start
     predictor_unit: NDArray[np.float32]  # (layers, ffn_stride)
     predictor_relu: NDArray[np.int64]  # (layers,) whether there is a ReLU between the factors
     positions: NDArray[np.float32]  # (max_position or 1, hidden_stride)
@@ -211,7 +211,7 @@ def _model(
         ffn_norm=norm("ffn_norm", config.layer_count, stride),
         output_norm=norm("output_norm", 1, stride)[0],
         head_norm=head_norm,
-        predictor_bias=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
+        predictor_minus_threshold=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
         predictor_unit=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
         predictor_relu=np.zeros(config.layer_count, np.int64),
         positions=positions,

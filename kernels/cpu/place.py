@@ -16,21 +16,15 @@ from svdengine.kernels.cpu.matrix import (
 )
 from svdengine.kernels.cpu.model import FACTOR_A, FACTOR_B, LAYER_MATRICES, RESIDUAL, Model
 from svdengine.kernels.cpu.score import factor_panels, residual_panels
-from svdengine.kernels.formats import STORED_DTYPES, padded_columns, stored_parts
-from svdengine.kernels.lowbit import BLOCK
-from svdengine.kernels.predictor import LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.formats import Parts
+from svdengine.kernels.predictor import LayerPredictor, Predictor
 
-_NEVER = np.float32(-1e30)  # the threshold of neurons that only fill up a panel
+_NEVER = np.float32(1e30)  # the threshold of neurons that only fill up a panel
 
 
 def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
-    """Put a predictor in place, or take it out. Returns the arrays that must outlive it.
-
-    Raises ValueError when it does not fit the model.
-    """
+    """Put a predictor that fits the model in place, or take it out. Returns the arrays that must outlive it."""
     keep: list[NDArray] = []
-    if predictor is not None and len(predictor.layers) != model.layers:
-        raise ValueError(f"the predictor has {len(predictor.layers)} layers, the model {model.layers}")
     for layer in range(model.layers):
         matrices = model.matrices[layer * LAYER_MATRICES : (layer + 1) * LAYER_MATRICES]
         matrices[[FACTOR_A, FACTOR_B, RESIDUAL]] = 0
@@ -44,38 +38,22 @@ def _place_layer(
     model: Model, layer: int, matrices: NDArray[np.int64], predictor: LayerPredictor, keep: list[NDArray]
 ) -> None:
     f, d, rank, factors = model.ffn, model.hidden, predictor.rank, predictor.factor_format
-    if predictor.bias.shape != (f,) or predictor.unit.shape != (f,):
-        raise ValueError(f"layer {layer} of the predictor is not made for {f} neurons")
-    most = largest_rank(d, f, predictor.relu)
-    if not 0 <= rank <= most:
-        raise ValueError(f"layer {layer} of the predictor has rank {rank}, which must lie in 0..{most}")
-    model.predictor_bias[layer] = _NEVER
-    model.predictor_bias[layer, :f], model.predictor_unit[layer, :f] = predictor.bias, predictor.unit
+    model.predictor_minus_threshold[layer] = -_NEVER
+    model.predictor_minus_threshold[layer, :f] = -predictor.threshold
+    model.predictor_unit[layer, :f] = predictor.unit
     model.predictor_relu[layer] = predictor.relu
     if rank:
-        parts = _checked(predictor.a, stored_parts(factors, f, rank))
-        if factors == "q8":
-            parts = {"": factor_panels(parts[""], parts[".scale"])}
-        matrices[FACTOR_A, :BIAS_VECTOR] = matrix_fields(parts, factors, f, rank)[0]
-        keep += parts.values()
-        parts = _checked(predictor.b, stored_parts(factors, rank, d))
-        matrices[FACTOR_B, :BIAS_VECTOR] = matrix_fields(parts, factors, rank, d)[0]
-        keep += parts.values()
+        a = {"": factor_panels(predictor.a[""], predictor.a[".scale"])} if factors == "q8" else predictor.a
+        matrices[FACTOR_A, :BIAS_VECTOR] = matrix_fields(_kept(a, keep), factors, f, rank)[0]
+        matrices[FACTOR_B, :BIAS_VECTOR] = matrix_fields(_kept(predictor.b, keep), factors, rank, d)[0]
     if predictor.residual_bits:
-        bits, c = predictor.residual_bits, padded_columns(d)
-        parts = _checked(predictor.q, {"": ((f, c * bits // 8), "U8"), ".scale": ((f, c // BLOCK), "F16")})
-        panels = residual_panels(parts[""], parts[".scale"], bits)
-        matrices[RESIDUAL, :BIAS_VECTOR] = fields_of({"": panels}, RESIDUALS[bits], f, d)[0]
-        keep.append(panels)
+        bits = predictor.residual_bits
+        panels = {"": residual_panels(predictor.q[""], predictor.q[".scale"], bits)}
+        matrices[RESIDUAL, :BIAS_VECTOR] = fields_of(_kept(panels, keep), RESIDUALS[bits], f, d)[0]
 
 
-def _checked(parts: Mapping[str, NDArray], expected: Mapping[str, tuple[tuple[int, int], str]]) -> dict[str, NDArray]:
-    """The parts, contiguous. Raises ValueError when one is missing or of another shape or type."""
-    found = {}
-    for suffix, (shape, dtype) in expected.items():
-        array = parts.get(suffix)
-        if array is None or array.shape != shape or array.dtype != STORED_DTYPES[dtype]:
-            what = "nothing" if array is None else f"{array.dtype} {array.shape}"
-            raise ValueError(f"found {what} for a part of the predictor, expected {dtype} {shape}")
-        found[suffix] = np.ascontiguousarray(array)
-    return found
+def _kept(parts: Mapping[str, NDArray], keep: list[NDArray]) -> Parts:
+    """The parts, contiguous, which `keep` holds from now on."""
+    contiguous = {suffix: np.ascontiguousarray(part) for suffix, part in parts.items()}
+    keep.extend(contiguous.values())
+    return contiguous

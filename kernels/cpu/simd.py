@@ -201,6 +201,12 @@ def load_f16(builder, at):
 
 
 @operation(f32x16, address)
+def load_bf16(builder, at):
+    """16 bfloat16, widened."""
+    return emit_bf16(builder, at)
+
+
+@operation(f32x16, address)
 def load_u8_as_f32(builder, at):
     """16 unsigned bytes, converted."""
     return builder.uitofp(load(builder, at, ir.VectorType(I8, 16)), F32V)

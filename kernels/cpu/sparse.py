@@ -86,10 +86,10 @@ def score_neurons(model, layer, quantized, z, shift, first, scratch):
     """
     base = layer * LAYER_MATRICES
     a, q = model.matrices[base + FACTOR_A], model.matrices[base + RESIDUAL]
-    bias, unit = model.predictor_bias[layer].ctypes.data, model.predictor_unit[layer].ctypes.data
+    start, unit = model.predictor_minus_threshold[layer].ctypes.data, model.predictor_unit[layer].ctypes.data
     groups, blocks = a[COLUMNS] // 32, q[COLUMNS] // 64
     panel = first // NEURONS
-    score = load_f32(bias + 4 * first) - load_f32(unit + 4 * first) * splat_f32(shift)
+    score = load_f32(start + 4 * first) - load_f32(unit + 4 * first) * splat_f32(shift)
     if groups > 0:
         if a[FORMAT] == _Q8:
             score = add_factor_scores(score, a[DATA] + panel * groups * FACTOR_BYTES, groups, z)
@@ -210,7 +210,7 @@ def up_listed(model, layer, x, quantized, active, found, hidden, scratch):
 def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch):
     """out += the FFN of `count` listed neurons of one input. Returns how many were active.
 
-    gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (page_ahead.py).
+    gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (read_ahead.py).
     """
     base = layer * LAYER_MATRICES
     down = model.matrices[base + DOWN]

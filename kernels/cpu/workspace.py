@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
-# Numbers of a step, in Inputs.sizes. KEPT: address for what enters the FFNs, or 0. GAP: see page_ahead.py. With
+# Numbers of a step, in Inputs.sizes. KEPT: address for what enters the FFNs, or 0. GAP: see read_ahead.py. With
 # ONLY_FFNS, a count of layers, a step is their FFNs alone, on inputs at SOURCE; SOURCE_LAYER: bytes from one layer's to
 # the next one's, or 0 when all have the same.
 N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, SIZES = range(9)

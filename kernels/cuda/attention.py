@@ -1,4 +1,4 @@
-"""Attention over paged blocks: tiles of queries that share a kv head, the context split over blocks of threads.
+"""Attention over KV blocks: tiles of queries that share a kv head, the context split over blocks of threads.
 
 A tile is some rows of one sequence times some query heads of one kv head. In decode it has one row, in prefill several,
 so that what is read of the cache serves all of them. Softmax is computed as keys come (arXiv:2205.14135), and with
@@ -31,7 +31,7 @@ from svdengine.kernels.cuda.intrinsics import (
     warp_sum,
 )
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype, head_stride
-from svdengine.kernels.cuda.model import Plan
+from svdengine.kernels.cuda.model import Model
 from svdengine.kernels.cuda.workspace import Workspace, parts_of
 
 THREADS = 128
@@ -233,17 +233,17 @@ def join(partial, out, head_dim, splits, out_stride):
 
 
 def attend(
-    device: Device, plan: Plan, index: int, work: Workspace, cache: KvCache, n: int, tiles: int, rows: int
+    device: Device, model: Model, index: int, work: Workspace, cache: KvCache, n: int, tiles: int, rows: int
 ) -> None:
     """work.attention of n rows, in `tiles` tiles (work.tiles) of up to `rows` rows each, over layer `index`'s cache."""
-    config, splits = plan.config, min(parts_of(n), -(-work.sizes.blocks // _LEAST_BLOCKS))
+    config, splits = model.config, min(parts_of(n), -(-work.sizes.blocks // _LEAST_BLOCKS))
     group, head_dim = config.head_count // config.kv_head_count, config.head_dim
     heads = tile_heads(group, head_dim)
     grid = (tiles, config.kv_head_count * -(-group // heads), splits)
     arguments: tuple[Any, ...] = (
         work.qkv, cache.keys[index], cache.values[index], work.positions, work.sequences, work.block_tables, work.tiles,
         work.partial, work.attention, group, config.kv_head_count, work.sizes.qkv, work.sizes.blocks,
-        plan.layers[index].window, splits, work.sizes.attention,
+        model.layers[index].window, splits, work.sizes.attention,
     )  # fmt: skip
     device.launch(attention_kernel(head_dim, rows, heads, cache.dtype), grid, THREADS, *arguments)
     if splits > 1:

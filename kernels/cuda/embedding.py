@@ -10,7 +10,7 @@ from numba import cuda
 from svdengine.kernels.cuda.device import Device
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.intrinsics import Kernel, kernel
-from svdengine.kernels.cuda.model import Plan
+from svdengine.kernels.cuda.model import Model
 from svdengine.kernels.cuda.rows import matrix_parameters
 from svdengine.kernels.cuda.workspace import Workspace
 from svdengine.kernels.formats import WeightFormat
@@ -40,12 +40,12 @@ def embed_kernel(weight_format: WeightFormat) -> Kernel:
     return embed
 
 
-def embed_tokens(device: Device, plan: Plan, work: Workspace, n: int) -> None:
+def embed_tokens(device: Device, model: Model, work: Workspace, n: int) -> None:
     """work.x of n rows, from their tokens and positions."""
-    config, matrix = plan.config, plan.embedding
+    config, matrix = model.config, model.embedding
     device.launch(
         embed_kernel(matrix.format), (n,), THREADS, matrix.words, matrix.scale, matrix.low, matrix.row,
-        work.tokens, work.positions, plan.positions, work.x, config.hidden_size, work.sizes.hidden,
+        work.tokens, work.positions, model.positions, work.x, config.hidden_size, work.sizes.hidden,
         config.embedding_scale, int(config.learned_positions),
     )  # fmt: skip
 

@@ -2,95 +2,87 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
+from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
-from svdengine.kernels.cuda.kv_cache import KvDtype, allocate_cache, kv_bytes_per_token
-from svdengine.kernels.cuda.memory_split import plan_memory
-from svdengine.kernels.cuda.model import build_plan, place_predictor
+from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token
+from svdengine.kernels.cuda.memory_split import split_memory
+from svdengine.kernels.cuda.model import build_model, place_predictor
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
 from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
-from svdengine.kernels.cuda.workspace import COUNTS, Sizes, allocate_workspace, pack_inputs, workspace_bytes
-from svdengine.kernels.executor import Choice, FfnMode, Logits, NeuronCounts, check_ffn_inputs
-from svdengine.kernels.ffn_costs import FfnCosts, FfnPath, choose_path, measure_ffn_costs
-from svdengine.kernels.formats import WeightFormat, padded_columns
+from svdengine.kernels.cuda.workspace import (
+    ACTIVE,
+    COUNTS,
+    PREDICTED,
+    TOTAL,
+    Sizes,
+    allocate_workspace,
+    pack_inputs,
+    workspace_bytes,
+)
+from svdengine.kernels.executor import Choice, FfnPath, Logits, NeuronCounts
+from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig, tensor_specs
 
-_SUFFIXES = ("", ".scale", ".min", ".row")
 _FEW_ROWS = 8  # up to which every row attends alone, so that a step's launches depend on its size only
 
 
-class CudaExecutor:
-    """Runs a model on a device of kernels/cuda/device.py. Not for use from several threads at once.
+class CudaExecutor(BaseExecutor):
+    """Runs a model on a device of kernels/cuda/device.py.
 
-    `arrays` are the stored parts of the model file by name, layers stacked, and `formats` the format of each matrix;
-    both must match `config` (ValueError otherwise). `context` is the longest sequence. `gpu_memory`: bytes that the
-    model may take of the device's memory, by default all that is free; `host_memory`: bytes of the host's for FFN rows
-    that do not fit, by default any. Raises DeviceError, with how much is missing, when they do not suffice.
+    `gpu_memory`: bytes that the model may take of the device's memory, by default all that is free; `host_memory`:
+    bytes of the host's for FFN rows that do not fit, by default any. Raises DeviceError, with how much is missing, when
+    they do not suffice.
     """
 
     name = "cuda"
 
     def __init__(
-        self,
-        config: ModelConfig,
-        arrays: Mapping[str, NDArray],
-        formats: Mapping[str, WeightFormat],
-        *,
-        device: Device,
-        block_count: int,
-        max_batch_rows: int = 256,
-        context: int | None = None,
-        kv_dtype: KvDtype = "f16",
-        predictor: Predictor | None = None,
-        ffn: FfnMode = "dense",
-        gpu_memory: int | None = None,
-        host_memory: int | None = None,
+        self, setup: ExecutorSetup, *, device: Device, gpu_memory: int | None = None, host_memory: int | None = None
     ) -> None:
-        self.block_count, self.max_batch_rows = block_count, max_batch_rows
-        self.context = min(context or config.max_position, block_count * BLOCK_SIZE)
-        self._config, self._closed = config, False
+        super().__init__(setup)
+        config = setup.config
         if config.vocab_size > MOST_TOKENS:
             raise DeviceError(
                 f"the model has a vocabulary of {config.vocab_size} tokens, and at most {MOST_TOKENS} can be sampled"
                 " from on the GPU; use --device cpu"
             )
-        sizes = Sizes.of(config, max_batch_rows, self.context)
-        self.kv_bytes_per_token = kv_bytes_per_token(config, kv_dtype)
-        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * block_count
-        copies = _copy_items(config, max_batch_rows) if device.has_blas else (0, 0)
+        sizes = Sizes.of(config, self.max_batch_rows, self.context)
+        self.kv_bytes_per_token = kv_bytes_per_token(config, setup.kv_dtype)
+        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
+        copies = _copy_items(config, self.max_batch_rows) if device.has_blas else (0, 0)
         free = device.free_bytes()
-        self.memory = plan_memory(
+        self.memory = split_memory(
             config,
-            arrays,
-            predictor,
+            setup.arrays,
+            setup.predictor,
             cache=cache_bytes,
             buffers=workspace_bytes(sizes) + 2 * sum(copies),
             available=free if gpu_memory is None else min(free, gpu_memory),
             host_available=host_memory,
         )
-        ffn_names = (name + suffix for name in ("gate", "up", "down_T") for suffix in _SUFFIXES)
-        self._ffn_bytes = sum(arrays[name].nbytes for name in ffn_names if name in arrays)
+        # Layers that are split differ in what they read over the bus, so all of them are measured.
+        self._measured_layers = config.layer_count if self.memory.splits else None
         self._state = State(
             device=device,
-            plan=build_plan(device, config, arrays, formats, self.context, self.memory.splits),
+            model=build_model(device, config, setup.arrays, setup.formats, self.context, self.memory.splits),
             work=allocate_workspace(device, sizes),
-            cache=allocate_cache(device, config, block_count, kv_dtype),
+            cache=allocate_cache(device, config, self.block_count, setup.kv_dtype),
             copies=HalfCopies(*(device.zeros(c, np.float16) for c in copies)) if device.has_blas else None,
         )
         self._graphs: dict[Shape, Graph | None] = {}
-        self._counted: NeuronCounts | None = None  # what the device has counted, where that is known
-        self.predictor = predictor
-        self.ffn: FfnMode = ffn
+        self._known_counts: NeuronCounts | None = None  # what the device has counted, where that is known
+        self.predictor = setup.predictor
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
@@ -106,70 +98,46 @@ class CudaExecutor:
         self._run(shape)
         tokens: NDArray[np.int32] = self._state.device.download(self._state.work.chosen[: shape.wanted])
         rows = [self._logits(row, row + 1) for row, choice in enumerate(choices) if choice is None]
-        return tokens, np.concatenate([np.empty((0, self._config.vocab_size), np.float32), *rows])
+        return tokens, np.concatenate([np.empty((0, self.config.vocab_size), np.float32), *rows])
 
     def _logits(self, first: int, end: int) -> Logits:
         """Some of the rows with logits."""
         stride = self._state.work.sizes.logits
         found: Logits = self._state.device.download(self._state.work.logits[first * stride : end * stride])
-        return found.reshape(-1, stride)[:, : self._config.vocab_size]
+        return found.reshape(-1, stride)[:, : self.config.vocab_size]
 
-    @property
-    def predictor(self) -> Predictor | None:
-        """What `ffn` "sparse" and "auto" list neurons with. Setting one raises ValueError when it does not fit."""
-        return self._predictor
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        if self._known_counts is None:
+            counts = self._state.device.download(self._state.work.counts).reshape(-1, COUNTS).sum(0)
+            self._known_counts = NeuronCounts(*map(int, counts))
+        return self._known_counts
 
-    @predictor.setter
-    def predictor(self, predictor: Predictor | None) -> None:
-        orders = [layer.order for layer in self._state.plan.layers]
-        self._placed = place_predictor(self._state.device, self._config, predictor, orders)
-        self._predictor = predictor
-        self._costs: FfnCosts | None = None
+    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
+        of_rows = np.zeros(self.max_batch_rows * COUNTS, np.int64)
+        of_rows[[PREDICTED, ACTIVE, TOTAL]] = counts.predicted, counts.active, counts.total
+        self._state.device.write(self._state.work.counts, of_rows)
+        self._known_counts = counts
+
+    def _place_predictor(self, predictor: Predictor | None) -> None:
+        orders = [layer.order for layer in self._state.model.layers]
+        self._placed = place_predictor(self._state.device, self.config, predictor, orders)
         self._graphs.clear()  # they hold the addresses of what was placed before
 
-    @property
-    def ffn_costs(self) -> FfnCosts:
-        """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
-        if self._costs is None:
-            config, work = self._config, self._state.work
-            counts = self._state.device.download(work.counts)
-            layer_bytes = self._ffn_bytes / config.layer_count
-            # Layers that are split differ in what they read over the bus, so all of them are measured.
-            layers = config.layer_count if self.memory.splits else None
-            self._costs = measure_ffn_costs(
-                self, config.layer_count, config.ffn_size, layer_bytes, config.hidden_size, layers
-            )
-            self._state.device.write(work.counts, counts)
-            self._counted = None
-        return self._costs
-
-    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
-        """Run a dense step; what entered the FFN of every layer, (layers, n, hidden) float32."""
-        mode, self.ffn = self.ffn, "dense"
-        try:
-            shape = self._load(batch)
-        finally:
-            self.ffn = mode
+    def _keep_ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        shape = self._load(batch)
         stride, kept = self._state.work.sizes.hidden, []
 
         def keep(index: int, x: NDArray) -> None:
             rows = self._state.device.download(x[: shape.n * stride]).reshape(shape.n, stride)
-            kept.append(rows[:, : self._config.hidden_size])
+            kept.append(rows[:, : self.config.hidden_size])
 
         self._run(shape, keep)
         return np.stack(kept)
 
-    def run_ffns(
-        self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
-    ) -> NDArray[np.float32]:
-        """Run FFNs without the rest of a step: the sum of what those of the first `layers` give, (n, hidden) float32.
-
-        `inputs` are what enters them after the norm, (n, hidden) for all or (layers, n, hidden) for each.
-        """
-        self._check_open()
-        device, work, plan, hidden = self._state.device, self._state.work, self._state.plan, self._config.hidden_size
-        layers, n, stride = len(plan.layers) if layers is None else layers, inputs.shape[-2], work.sizes.hidden
-        check_ffn_inputs(inputs, layers, layer_count=len(plan.layers), max_rows=self.max_batch_rows, hidden=hidden)
+    def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
+        device, work, model = self._state.device, self._state.work, self._state.model
+        n, hidden, stride = inputs.shape[-2], self.config.hidden_size, work.sizes.hidden
         rows = np.zeros((*inputs.shape[:-1], stride), np.float32)
         rows[..., :hidden] = inputs
         device.write(work.x, np.zeros((n, stride), np.float32))
@@ -179,29 +147,14 @@ class CudaExecutor:
         for index in range(layers):
             if inputs.ndim == 3 or index == 0:
                 device.write(work.normed, rows[index] if inputs.ndim == 3 else rows)
-            ffn(self._state, self._placed, index, plan.layers[index], work.normed, n, path)
+            ffn(self._state, self._placed, index, model.layers[index], work.normed, n, path)
         found: NDArray[np.float32] = device.download(work.x[: n * stride]).reshape(n, stride)[:, :hidden]
         return found
 
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        if self._counted is None:
-            counts = self._state.device.download(self._state.work.counts).reshape(-1, COUNTS).sum(0)
-            self._counted = NeuronCounts(*map(int, counts))
-        return self._counted
-
-    def reset_neuron_counts(self) -> None:
-        """Start counting anew."""
-        self._counted = None
-        self._state.device.write(self._state.work.counts, np.zeros(self.max_batch_rows * COUNTS, np.int64))
-
-    def close(self) -> None:
-        """Give back the device's memory. Calling it twice is fine."""
-        if not self._closed:
-            self._closed = True
-            self._graphs.clear()
-            self._state.device.close()
-            del self._state, self._placed
+    def _release(self) -> None:
+        self._graphs.clear()
+        self._state.device.close()
+        del self._state, self._placed
 
     def _run(self, shape: Shape, keep: Keep | None = None) -> None:
         """Run a step: its first time as launches, which compiles what it needs, from then on as a graph."""
@@ -219,13 +172,12 @@ class CudaExecutor:
 
     def _load(self, batch: Batch, choices: Sequence[Choice | None] = ()) -> Shape:
         """Check the batch, copy it to the device, and say which launches it takes."""
-        self._check_open()
-        self._check_batch(batch)
+        self._check(batch)
         device, work = self._state.device, self._state.work
         n, wanted = len(batch.tokens), len(batch.logit_rows)
-        group = self._config.head_count // self._config.kv_head_count
+        group = self.config.head_count // self.config.kv_head_count
         alone = n <= _FEW_ROWS or len(np.unique(batch.sequences)) == n
-        most = 1 if alone else tile_rows(group, self._config.head_dim)
+        most = 1 if alone else tile_rows(group, self.config.head_dim)
         tiles = cut_tiles(batch.sequences, most)
         tables = np.zeros((len(batch.block_tables), work.sizes.blocks), np.int32)
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables
@@ -244,31 +196,10 @@ class CudaExecutor:
         device.write(work.inputs, pack_inputs(work.sizes, values))
         return Shape(n, wanted, len(tiles), most, self.ffn_path(n), sample=any(c is not None for c in choices))
 
-    def _check_batch(self, batch: Batch) -> None:
-        """Raise ValueError for a batch that breaks the rules of `Batch`: kernels check nothing."""
-        check_batch(
-            batch,
-            max_rows=self.max_batch_rows,
-            max_blocks=self._state.work.sizes.blocks,
-            block_count=self.block_count,
-            context=self.context,
-            vocab_size=self._config.vocab_size,
-        )
-
-    def ffn_path(self, n: int) -> FfnPath:
-        """How a step of n rows runs its FFNs."""
-        if not self._state.plan.transposed_down:
-            return "dense"
-        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_costs)
-
     def _note_counting(self, path: FfnPath) -> None:
         """Neurons are about to be counted, unless the path is dense."""
         if path != "dense":
-            self._counted = None
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("the executor is closed")
+            self._known_counts = None
 
 
 def _is_recorded(shape: Shape) -> bool:

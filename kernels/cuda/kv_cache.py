@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.executor import KvDtype
 from svdengine.models import ModelConfig
-
-KvDtype = Literal["f16", "f32"]
 
 
 @dataclass(frozen=True)

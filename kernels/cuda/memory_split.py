@@ -20,7 +20,7 @@ from svdengine.kernels.predictor import Predictor, layer_arrays
 from svdengine.models import ModelConfig, tensor_specs
 
 RESERVE = 256 << 20  # bytes that are left to the driver, the library and recorded graphs
-_PAGE = 2 << 20  # bytes that the driver gives at least; small arrays share one
+_GRANULE = 2 << 20  # bytes that the driver gives at least; small arrays share them
 _FFN = ("gate", "up", "down_T", "down")
 _GIB = 2.0**30
 
@@ -34,7 +34,7 @@ class LayerSplit:
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class MemorySplit:
     """Bytes that a model takes, by where they lie and what for."""
 
     weights: int  # on the GPU, with the predictor
@@ -60,7 +60,7 @@ class MemoryPlan:
         )
 
 
-def plan_memory(
+def split_memory(
     config: ModelConfig,
     arrays: Mapping[str, NDArray],
     predictor: Predictor | None,
@@ -69,8 +69,8 @@ def plan_memory(
     buffers: int,
     available: int,
     host_available: int | None = None,
-) -> MemoryPlan:
-    """Plan for a model of stored `arrays` that may take `available` bytes on the GPU, KV cache and buffers included.
+) -> MemorySplit:
+    """Where a model of stored `arrays` lies that may take `available` bytes on the GPU, KV cache and buffers included.
 
     host_available: bytes of host memory that may be used; None: any. Raises DeviceError, with how much is missing.
     """
@@ -87,7 +87,7 @@ def plan_memory(
             " or --device cpu"
         )
     if rows <= room:
-        return MemoryPlan(weights, cache, buffers, 0, ())
+        return MemorySplit(weights, cache, buffers, 0, ())
     layer = rows // config.layer_count
     splits = split_layers(_frequencies(config, predictor), room * config.ffn_size // layer)
     held = sum(_hot_bytes(config, arrays, split.hot) for split in splits)
@@ -96,7 +96,7 @@ def plan_memory(
             f"{(rows - held) / _GIB:.2f} GiB of weights do not fit into the GPU's memory, and the host's has"
             f" {host_available / _GIB:.2f} GiB; use a smaller weight format or --device cpu"
         )
-    return MemoryPlan(weights - (rows - held), cache, buffers, rows - held, splits)
+    return MemorySplit(weights - (rows - held), cache, buffers, rows - held, splits)
 
 
 def split_layers(frequencies: NDArray[np.float32], count: int) -> tuple[LayerSplit, ...]:
@@ -137,7 +137,7 @@ def _frequencies(config: ModelConfig, predictor: Predictor | None) -> NDArray[np
 
 
 def _unused(config: ModelConfig, arrays: Mapping[str, NDArray], predictor: Predictor | None, cache: int) -> int:
-    """Bytes of pages that arrays fill only in part, at most: over hundreds of arrays they add up."""
+    """Bytes that the driver gives and no array fills, at most: over hundreds of arrays they add up."""
     sizes, any_size = [cache // (2 * config.layer_count)] * (2 * config.layer_count), 0
     for spec in tensor_specs(config):
         count = config.layer_count if spec.stacked else 1
@@ -145,12 +145,12 @@ def _unused(config: ModelConfig, arrays: Mapping[str, NDArray], predictor: Predi
             array = arrays.get(spec.name + suffix)
             size = array.nbytes // count if array is not None else 0
             if spec.name + suffix in _FFN:  # any number of its rows
-                any_size += count if size > _PAGE // 2 else 0
+                any_size += count if size > _GRANULE // 2 else 0
             else:
                 sizes += [size] * count
     for index, layer in enumerate(predictor.layers if predictor is not None else ()):
         sizes += [array.nbytes for array in layer_arrays(index, layer).values()]
-    return any_size * _PAGE + sum(-size % _PAGE for size in sizes if size > _PAGE // 2)
+    return any_size * _GRANULE + sum(-size % _GRANULE for size in sizes if size > _GRANULE // 2)
 
 
 def _predictor_bytes(predictor: Predictor | None) -> int:

@@ -14,7 +14,6 @@ from svdengine.kernels.cuda.formats.kernels import MATRIX_PARTS
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
 from svdengine.kernels.formats import (
-    STORED_DTYPES,
     Parts,
     WeightFormat,
     check_stored,
@@ -22,10 +21,8 @@ from svdengine.kernels.formats import (
     format_named,
     gather_parts,
     padded_columns,
-    stored_parts,
 )
-from svdengine.kernels.lowbit import BLOCK
-from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, largest_rank
+from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig, tensor_specs
 
@@ -94,7 +91,7 @@ class Norm:
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerWeights:
     """One layer's weights."""
 
     attention_norm: Norm
@@ -106,17 +103,17 @@ class LayerPlan:
     gate_up: tuple[Projection, ...]  # into Workspace.gate_up
     gate: Matrix | None  # rows of gate_up
     up: Matrix
-    down: Matrix  # (hidden, ffn), or (ffn, hidden) where Plan.transposed_down; its bias is (hidden,) either way
+    down: Matrix  # (hidden, ffn), or (ffn, hidden) where Model.transposed_down; its bias is (hidden,) either way
     window: int  # a token sees itself and the window - 1 before it
     order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The model."""
+class Model:
+    """A model on the device."""
 
     config: ModelConfig
-    layers: tuple[LayerPlan, ...]
+    layers: tuple[LayerWeights, ...]
     embedding: Matrix
     positions: Array  # (max_position, hidden) float32, one zero where there are none
     output_norm: Norm
@@ -131,8 +128,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PredictorPlan:
-    """One layer's predictor (kernels/predictor.py)."""
+class PlacedLayer:
+    """One layer of a predictor (kernels/predictor.py) on the device."""
 
     rank: int  # 0: no factors
     factor_format: FactorFormat
@@ -141,22 +138,24 @@ class PredictorPlan:
     b: Matrix | None  # (rank, hidden)
     q_words: Array  # uint32: (ffn, padded hidden * bits / 32), as kernels/lowbit.py packs them
     q_scale: Array  # (ffn, padded hidden / 64) float16
-    bias: Array  # (ffn,) float32
+    minus_threshold: Array  # (ffn,) float32: where the kernels' sums start
     unit: Array  # (ffn,) float32
     relu: bool
 
 
+PlacedPredictor = tuple[PlacedLayer, ...]  # a predictor on the device, or nothing
+
 _WINDOW = 1 << 30  # wider than any context
 
 
-def build_plan(
+def build_model(
     device: Device,
     config: ModelConfig,
     arrays: Mapping[str, NDArray],
     formats: Mapping[str, WeightFormat],
     context: int,
     splits: Sequence[LayerSplit] = (),
-) -> Plan:
+) -> Model:
     """Copy a model to the device, and what `splits`, of each layer, leave out to host memory that it can read.
 
     `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
@@ -170,7 +169,7 @@ def build_plan(
     embedding = build.matrix(["embedding"], None)
     lm_head = embedding if config.tied_embeddings else build.matrix(["lm_head"], None)
     cos, sin = (np.zeros(1, np.float32),) * 2 if config.rope is None else rope_tables(config, np.arange(context))
-    return Plan(
+    return Model(
         config,
         layers,
         embedding,
@@ -184,59 +183,34 @@ def build_plan(
 
 def place_predictor(
     device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
-) -> tuple[PredictorPlan, ...]:
-    """Copy a predictor to the device, with its neurons in the `orders` of the layers' rows, by default the model's.
-
-    Raises ValueError when it does not fit the model.
-    """
+) -> PlacedPredictor:
+    """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
     if predictor is None:
         return ()
-    if len(predictor.layers) != config.layer_count:
-        raise ValueError(f"a predictor of {len(predictor.layers)} layers for a model of {config.layer_count}")
-    layers = enumerate(zip(predictor.layers, orders or [None] * config.layer_count, strict=True))
-    return tuple(_place_layer(device, config, index, layer, order) for index, (layer, order) in layers)
+    layers = zip(predictor.layers, orders or [None] * config.layer_count, strict=True)
+    return tuple(_place_layer(device, config, layer, order) for layer, order in layers)
 
 
 def _place_layer(
-    device: Device, config: ModelConfig, index: int, layer: LayerPredictor, order: NDArray[np.intp] | None
-) -> PredictorPlan:
-    d, f, rank, bits = config.hidden_size, config.ffn_size, layer.rank, layer.residual_bits
-    where, most = f"layer {index} of the predictor", largest_rank(d, f, layer.relu)
-    if len(layer.bias) != f or len(layer.unit) != f:
-        raise ValueError(f"{where} has {len(layer.bias)} neurons, the model {f} neurons")
-    if not 0 <= rank <= most:
-        raise ValueError(f"{where} has rank {rank}, which must lie in 0..{most}")
-    columns = padded_columns(d)
-    if bits and layer.q[""].shape != (f, columns * bits // 8):
-        raise ValueError(f"{where} has a residual of {layer.q[''].shape}, expected {(f, columns * bits // 8)}")
-    if bits and layer.q[".scale"].shape != (f, columns // BLOCK):
-        raise ValueError(f"{where} has scales of {layer.q['.scale'].shape}, expected {(f, columns // BLOCK)}")
-    nothing = device.zeros(1, np.uint32)
+    device: Device, config: ModelConfig, layer: LayerPredictor, order: NDArray[np.intp] | None
+) -> PlacedLayer:
+    rank, bits, nothing = layer.rank, layer.residual_bits, device.zeros(1, np.uint32)
 
     def ordered(array: NDArray) -> NDArray:
         return array if order is None else array[order]
 
-    def check_factor(name: str, parts: Mapping[str, NDArray], rows: int, columns: int) -> None:
-        for suffix, (shape, dtype) in stored_parts(layer.factor_format, rows, columns).items():
-            if suffix not in parts or parts[suffix].shape != shape or parts[suffix].dtype != STORED_DTYPES[dtype]:
-                raise ValueError(f"{where}: {name}{suffix} is not {dtype} {shape}")
-
     def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
         return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
 
-    if rank:
-        check_factor("A", layer.a, f, rank)
-        check_factor("B", layer.b, rank, d)
-
-    return PredictorPlan(
+    return PlacedLayer(
         rank,
         layer.factor_format,
         bits,
         factor({suffix: ordered(part) for suffix, part in layer.a.items()}, rank) if rank else None,
-        factor(layer.b, d) if rank else None,
+        factor(layer.b, config.hidden_size) if rank else None,
         device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
         device.upload(ordered(layer.q[".scale"])) if bits else nothing,
-        device.upload(ordered(np.asarray(layer.bias, np.float32))),
+        device.upload(ordered(-np.asarray(layer.threshold, np.float32))),
         device.upload(ordered(np.asarray(layer.unit, np.float32))),
         layer.relu,
     )
@@ -256,14 +230,14 @@ class _Builder:
         self.device, self.config, self.arrays, self.formats, self.splits = device, config, arrays, formats, splits
         self.nothing = device.zeros(1, np.float32)
 
-    def layer(self, index: int) -> LayerPlan:
+    def layer(self, index: int) -> LayerWeights:
         """All weights of a layer."""
         config = self.config
         gate_up, down, order = self.ffn(index)
         f = config.ffn_size
         halves = [m for p in gate_up for m in _halves(p.matrix, f)]
         windowed = config.sliding_window and index in config.sliding_window_layers
-        return LayerPlan(
+        return LayerWeights(
             attention_norm=self.norm("attention_norm", index),
             ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
             qkv=self.projections(["q", "k", "v"], index),

@@ -13,7 +13,7 @@ from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cuda.device import Device
 from svdengine.kernels.cuda.intrinsics import Kernel, kernel, lane_index, warp_index, warp_sum
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype
-from svdengine.kernels.cuda.model import LayerPlan, Plan
+from svdengine.kernels.cuda.model import LayerWeights, Model
 from svdengine.kernels.cuda.workspace import Workspace
 
 THREADS = 128
@@ -78,15 +78,15 @@ def place_kernel(dtype: KvDtype) -> Kernel:
 
 
 def place_keys(
-    device: Device, plan: Plan, layer: LayerPlan, index: int, work: Workspace, cache: KvCache, n: int
+    device: Device, model: Model, layer: LayerWeights, index: int, work: Workspace, cache: KvCache, n: int
 ) -> None:
     """Prepare work.qkv of n rows for attention, and write keys and values of layer `index` into the cache."""
-    config = plan.config
+    config = model.config
     heads = config.head_count + 2 * config.kv_head_count
     device.launch(
         place_kernel(cache.dtype), (n, -(-heads // _WARPS)), THREADS,
         work.qkv, cache.keys[index], cache.values[index], work.positions, work.sequences, work.block_tables,
-        plan.cos, plan.sin, layer.q_norm, layer.k_norm, config.head_count, config.kv_head_count, config.head_dim,
+        model.cos, model.sin, layer.q_norm, layer.k_norm, config.head_count, config.kv_head_count, config.head_dim,
         work.sizes.qkv, cache.head_stride, work.sizes.blocks, config.norm_eps, config.head_dim**-0.5,
         int(config.qk_norm), int(config.rope is not None),
     )  # fmt: skip

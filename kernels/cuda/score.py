@@ -248,16 +248,16 @@ def _project(name, dot, store):
 
 def _score(name, bits, dot, residual):
     @kernel(
-        f"{matrix_parameters(name or 'q8', 'a_')}, uint32* q_words, float16* q_scale, float32* bias, float32* unit,"
-        "uint32* z, uint32* x, float32* shift, float32* scores,"
+        f"{matrix_parameters(name or 'q8', 'a_')}, uint32* q_words, float16* q_scale, float32* minus_threshold,"
+        "float32* unit, uint32* z, uint32* x, float32* shift, float32* scores,"
         "int32 neurons, int32 ranks, int32 columns, int32 z_stride, int32 x_stride, int32 score_stride",
         f"score_{name or 'none'}_{bits}",
     )
     def score(
-        a_words, a_scale, a_low, a_row, q_words, q_scale, bias, unit, z, x, shift, scores,
+        a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift, scores,
         neurons, ranks, columns, z_stride, x_stride, score_stride,
     ):  # fmt: skip
-        """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y): A z + Q x + bias - shift * unit.
+        """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y): A z + Q x - threshold - shift * unit.
 
         z, x: rounded rows of `ranks` and `columns` columns, padded; shift: the sparsity bias of each row.
         """
@@ -270,7 +270,7 @@ def _score(name, bits, dot, residual):
         total += cuda.shfl_xor_sync(FULL, total, 2)
         total += cuda.shfl_xor_sync(FULL, total, 1)
         if lane == 0 and r < neurons:
-            scores[batch_row * score_stride + r] = total + (bias[r] - shift[batch_row] * unit[r])
+            scores[batch_row * score_stride + r] = total + (minus_threshold[r] - shift[batch_row] * unit[r])
 
     return score
 

@@ -21,7 +21,7 @@ from svdengine.kernels.cuda.gather import (
     gate_up_kernel,
     up_kernel,
 )
-from svdengine.kernels.cuda.model import LayerPlan, Matrix, Plan, PredictorPlan
+from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model, PlacedLayer
 from svdengine.kernels.cuda.score import (
     PROJECT,
     PROJECT_THREADS,
@@ -39,10 +39,10 @@ MOST_GATHER_BLOCKS = 512  # of a row: some for each multiprocessor; warps take l
 
 def sparse_ffn(
     device: Device,
-    plan: Plan,
+    model: Model,
     work: Workspace,
     layer: int,
-    predictor: PredictorPlan | None,
+    predictor: PlacedLayer | None,
     x: Array,
     n: int,
 ) -> int:
@@ -52,31 +52,31 @@ def sparse_ffn(
     predictor all are listed, and only those whose gate is zero are skipped. Neurons are counted in work.counts.
     """
     if predictor is None:
-        grid = (-(-plan.config.ffn_size // COMPACT_THREADS), n)
+        grid = (-(-model.config.ffn_size // COMPACT_THREADS), n)
         device.launch(
-            list_every, grid, COMPACT_THREADS, work.neurons, work.lengths, work.counts, plan.config.ffn_size,
+            list_every, grid, COMPACT_THREADS, work.neurons, work.lengths, work.counts, model.config.ffn_size,
             work.sizes.ffn,
         )  # fmt: skip
     else:
-        score_rows(device, plan, work, predictor, x, n)
+        score_rows(device, model, work, predictor, x, n)
         device.launch(
             list_positive, (n,), COMPACT_THREADS, work.scores, work.neurons, work.lengths, work.counts,
-            plan.config.ffn_size, work.sizes.ffn,
+            model.config.ffn_size, work.sizes.ffn,
         )  # fmt: skip
-    gate_listed(device, plan, work, plan.layers[layer], x, n)
-    return add_down(device, work, plan.layers[layer].down, n)
+    gate_listed(device, model, work, model.layers[layer], x, n)
+    return add_down(device, work, model.layers[layer].down, n)
 
 
-def score_rows(device: Device, plan: Plan, work: Workspace, predictor: PredictorPlan, x: Array, n: int) -> None:
+def score_rows(device: Device, model: Model, work: Workspace, predictor: PlacedLayer, x: Array, n: int) -> None:
     """work.scores (n, ffn) of rows x."""
-    config, sizes = plan.config, work.sizes
+    config, sizes = model.config, work.sizes
     columns, ranks = padded_columns(config.hidden_size), padded_columns(predictor.rank)
     device.launch(
         round_rows, (-(-columns // ROUND_THREADS), n), ROUND_THREADS, x, work.fine, work.fine, work.coarse, work.coarse,
         config.hidden_size, columns, sizes.hidden,
     )  # fmt: skip
     name: Literal["", "q8", "q4"] = ""
-    a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.bias)  # not read without factors
+    a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.minus_threshold)  # not read without factors
     if predictor.a is not None and predictor.b is not None:
         a = (predictor.a.words, predictor.a.scale, predictor.a.low, predictor.a.row)
         name, b = predictor.factor_format, predictor.b
@@ -87,15 +87,15 @@ def score_rows(device: Device, plan: Plan, work: Workspace, predictor: Predictor
         )  # fmt: skip
     device.launch(
         SCORE[name, predictor.residual_bits], (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS,
-        *a, predictor.q_words, predictor.q_scale, predictor.bias, predictor.unit,
+        *a, predictor.q_words, predictor.q_scale, predictor.minus_threshold, predictor.unit,
         work.z_rounded, work.coarse, work.sparsity_bias, work.scores,
         config.ffn_size, ranks, columns, sizes.z, sizes.hidden, sizes.ffn,
     )  # fmt: skip
 
 
-def gate_listed(device: Device, plan: Plan, work: Workspace, layer: LayerPlan, x: Array, n: int) -> None:
+def gate_listed(device: Device, model: Model, work: Workspace, layer: LayerWeights, x: Array, n: int) -> None:
     """work.scores = the gates of the listed neurons, work.hidden = their activations, in the lists' order."""
-    config, sizes = plan.config, work.sizes
+    config, sizes = model.config, work.sizes
     kind, split, hot = ACTIVATIONS.index(config.activation), layer.up.is_split, layer.up.hot
     grid = (min(-(-config.ffn_size // WARPS), MOST_GATHER_BLOCKS), n)
     lists = (x, work.neurons, work.lengths, work.scores, work.hidden)

@@ -11,13 +11,13 @@ from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts
 from svdengine.kernels.cuda.embedding import embed_tokens
 from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product
 from svdengine.kernels.cuda.kv_cache import KvCache
-from svdengine.kernels.cuda.model import LayerPlan, Plan, PredictorPlan
+from svdengine.kernels.cuda.model import LayerWeights, Model, PlacedPredictor
 from svdengine.kernels.cuda.norm import normalize
 from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.sampling import sample_tokens
 from svdengine.kernels.cuda.sparse import sparse_ffn
 from svdengine.kernels.cuda.workspace import Workspace
-from svdengine.kernels.ffn_costs import FfnPath
+from svdengine.kernels.executor import FfnPath
 
 # Every neuron; those that are predicted active; or those whose gate is not exactly zero.
 Keep = Callable[[int, Array], None]  # takes a layer's number and what its FFN reads
@@ -40,39 +40,39 @@ class State:
     """What a step works with."""
 
     device: Device
-    plan: Plan
+    model: Model
     work: Workspace
     cache: KvCache
     copies: HalfCopies | None  # room for the library's operands, where there is a library
 
 
-def run_step(state: State, predictor: tuple[PredictorPlan, ...], shape: Shape, keep: Keep | None = None) -> None:
+def run_step(state: State, predictor: PlacedPredictor, shape: Shape, keep: Keep | None = None) -> None:
     """Launch a step on the batch in the workspace. It leaves the logits of the wanted rows in work.logits.
 
     Where `shape.sample`, it leaves tokens that are chosen from them in work.chosen.
     """
-    device, plan, work = state.device, state.plan, state.work
-    embed_tokens(device, plan, work, shape.n)
-    for index, layer in enumerate(plan.layers):
+    device, model, work = state.device, state.model, state.work
+    embed_tokens(device, model, work, shape.n)
+    for index, layer in enumerate(model.layers):
         run_layer(state, predictor, index, layer, shape, keep)
     if shape.wanted:
-        config, sizes = plan.config, work.sizes
+        config, sizes = model.config, work.sizes
         normalize(
-            device, config, plan.output_norm, work.x, work.normed, sizes.hidden, shape.wanted,
+            device, config, model.output_norm, work.x, work.normed, sizes.hidden, shape.wanted,
             chosen=work.logit_rows, factor=config.logit_scale,
         )  # fmt: skip
         product(
-            device, state.copies, plan.lm_head, work.normed, sizes.hidden, work.logits, sizes.logits, shape.wanted
+            device, state.copies, model.lm_head, work.normed, sizes.hidden, work.logits, sizes.logits, shape.wanted
         )  # fmt: skip
     if shape.sample:
-        sample_tokens(device, work, shape.wanted, plan.config.vocab_size)
+        sample_tokens(device, work, shape.wanted, model.config.vocab_size)
 
 
 def run_layer(
-    state: State, predictor: tuple[PredictorPlan, ...], index: int, layer: LayerPlan, shape: Shape, keep: Keep | None
+    state: State, predictor: PlacedPredictor, index: int, layer: LayerWeights, shape: Shape, keep: Keep | None
 ) -> None:
     """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
-    device, config, work, n = state.device, state.plan.config, state.work, shape.n
+    device, config, work, n = state.device, state.model.config, state.work, shape.n
     stride, normed = work.sizes.hidden, work.normed
     normalize(device, config, layer.attention_norm, work.x, normed, stride, n)
     if config.parallel and layer.ffn_norm is not None:
@@ -86,34 +86,34 @@ def run_layer(
     ffn(state, predictor, index, layer, normed, n, shape.ffn)
 
 
-def attention(state: State, index: int, layer: LayerPlan, shape: Shape) -> None:
+def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> None:
     """x += attention of the normed rows."""
-    device, plan, work, n = state.device, state.plan, state.work, shape.n
+    device, model, work, n = state.device, state.model, state.work, shape.n
     sizes = work.sizes
     for part in layer.qkv:
         product(device, state.copies, part.matrix, work.normed, sizes.hidden, work.qkv[part.offset :], sizes.qkv, n)
-    place_keys(device, plan, layer, index, work, state.cache, n)
-    attend(device, plan, index, work, state.cache, n, shape.tiles, shape.tile_rows)
+    place_keys(device, model, layer, index, work, state.cache, n)
+    attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
     product(
         device, state.copies, layer.o, work.attention, sizes.attention, work.x, sizes.hidden, n,
-        factor=plan.config.residual_scale, add=True,
+        factor=model.config.residual_scale, add=True,
     )  # fmt: skip
 
 
 def ffn(
-    state: State, predictor: tuple[PredictorPlan, ...], index: int, layer: LayerPlan, x: Array, n: int, path: FfnPath
+    state: State, predictor: PlacedPredictor, index: int, layer: LayerWeights, x: Array, n: int, path: FfnPath
 ) -> None:
     """work.x += FFN(x) of n rows."""
-    device, plan, work = state.device, state.plan, state.work
-    config, sizes, factor = plan.config, work.sizes, plan.config.residual_scale
+    device, model, work = state.device, state.model, state.work
+    config, sizes, factor = model.config, work.sizes, model.config.residual_scale
     if path != "dense":
-        parts = sparse_ffn(device, plan, work, index, predictor[index] if path == "predict" else None, x, n)
+        parts = sparse_ffn(device, model, work, index, predictor[index] if path == "predict" else None, x, n)
         add_parts(device, work.partial, parts, layer.down.bias, work.x, config.hidden_size, sizes.hidden, n, factor)
         return
     for part in layer.gate_up:
         product(device, state.copies, part.matrix, x, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
     activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
-    if plan.transposed_down:
+    if model.transposed_down:
         add_transposed_product(
             device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, work.x, n, factor
         )

@@ -26,14 +26,14 @@ def make_predictor(neurons: int, hidden: int, rank: int, *, relu: bool = False, 
     random = np.random.default_rng(seed)
     a = quantize(random.standard_normal((neurons, rank), np.float32) * np.float32(rank**-0.5), "q8")
     b = quantize(random.standard_normal((rank, hidden), np.float32) * np.float32(hidden**-0.5), "q8")
-    bias = 0.2 * random.standard_normal(neurons).astype(np.float32)
+    threshold = -0.2 * random.standard_normal(neurons).astype(np.float32)
     unit = 0.5 + random.random(neurons, np.float32)
-    return LayerPredictor(rank, "q8", 0, a, b, {}, bias, unit, relu)
+    return LayerPredictor(rank, "q8", 0, a, b, {}, threshold, unit, relu)
 
 
-def with_bias(predictor: LayerPredictor, bias: float) -> LayerPredictor:
+def with_threshold(predictor: LayerPredictor, threshold: float) -> LayerPredictor:
     """The same predictor with one threshold for all neurons: a large one lists all of them or none."""
-    return replace(predictor, bias=np.full_like(predictor.bias, bias))
+    return replace(predictor, threshold=np.full_like(predictor.threshold, threshold))
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ScoreInputs:
 
     a: NDArray[np.float16]  # (neurons, rank padded)
     z: NDArray[np.float16]  # (rank,)
-    bias: NDArray[np.float32]  # (neurons,)
+    bias: NDArray[np.float32]  # (neurons,) minus the thresholds
     unit: NDArray[np.float32]  # (neurons,)
     shift: float
     relu: bool
@@ -60,7 +60,7 @@ def score_inputs(predictor: LayerPredictor, x: NDArray[np.float32], shift: float
     a = halves(dequantize(predictor.a, predictor.factor_format, predictor.rank))
     b = dequantize(predictor.b, predictor.factor_format, len(x)).astype(np.float16)
     z = (b.astype(np.float32) @ x.astype(np.float16).astype(np.float32)).astype(np.float16)
-    return ScoreInputs(a, z, predictor.bias, predictor.unit, shift, predictor.relu)
+    return ScoreInputs(a, z, -predictor.threshold, predictor.unit, shift, predictor.relu)
 
 
 def add_list(script: Script, name: str, neurons: int, blocks: int, *, values: bool = False) -> None:

@@ -53,7 +53,7 @@ def sparse_model(tmp_path: Path) -> Path:
     """A file of random weights with a predictor in it."""
     path = tmp_path / "relu.svdp"
     write_svdp(path, RELU, "f16")
-    predictor = make_predictor(RELU, 8, 0, 1e4)
+    predictor = make_predictor(RELU, 8, 0, -1e4)
     with read_model_file(path) as file:
         about = {"kind": "svd", "calibrator": "uniform", "fingerprint": model_fingerprint(file)}
         write_model_with_predictor(path, file, svdengine.kernels.predictor.Predictor(predictor.layers, about))

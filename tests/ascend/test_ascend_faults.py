@@ -16,6 +16,7 @@ from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.custom_ops import find_kernels
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
+from svdengine.kernels.base_executor import ExecutorSetup
 
 MakeNpu = Callable[..., Npu]
 Launches = dict[str, Callable[..., None]]
@@ -30,7 +31,7 @@ CONFIG = replace(
     vocab_size=64,
     ffn_size=70,
 )
-PREDICTOR = make_predictor(CONFIG, 8, 0, 0.05)
+PREDICTOR = make_predictor(CONFIG, 8, 0, -0.05)
 ARRAYS, FORMATS, _ = stored(CONFIG, "f16")
 SPARED = {"aclSetAclOpExecutorRepeatable"}  # a plan that cannot be kept is made anew each time
 
@@ -40,17 +41,10 @@ def opened(npu: Npu) -> Iterator[AscendExecutor]:
     """An executor as engine/executors.py opens one."""
     device = AscendDevice(npu.cann)
     try:
-        executor = AscendExecutor(
-            CONFIG,
-            ARRAYS,
-            FORMATS,
-            device=device,
-            block_count=4,
-            max_batch_rows=8,
-            predictor=PREDICTOR,
-            ffn="sparse",
-            custom_ops=find_kernels(npu),
+        setup = ExecutorSetup(
+            CONFIG, ARRAYS, FORMATS, block_count=4, max_batch_rows=8, predictor=PREDICTOR, ffn="sparse"
         )
+        executor = AscendExecutor(setup, device=device, custom_ops=find_kernels(npu))
     except BaseException:
         device.close()
         raise

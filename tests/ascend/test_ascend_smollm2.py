@@ -15,6 +15,7 @@ from svdengine.converters import convert
 from svdengine.files.model_file import read_model_file
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.text.tokenizer import Tokenizer
 
 TEXT = "The capital of France is Paris. The three primary colours are red, yellow and"
@@ -29,9 +30,8 @@ def test_a_real_model_agrees_with_the_cpu(make_npu: Callable[..., Npu], tmp_path
     table = block_table(CONTEXT, first=2, step=1)
     with read_model_file(path) as file, executor(path) as cpu:
         device = AscendDevice(make_npu().cann)
-        ascend = AscendExecutor(
-            file.config, file.arrays, file.formats, device=device, block_count=8, max_batch_rows=32, context=CONTEXT
-        )
+        setup = ExecutorSetup(file.config, file.arrays, file.formats, block_count=8, max_batch_rows=32, context=CONTEXT)
+        ascend = AscendExecutor(setup, device=device)
         try:
             tokens = Tokenizer(file.tokenizer_info, file.tokenizer_bytes).encode(TEXT)
             prompt = make_batch([(tokens, 0)], [table])

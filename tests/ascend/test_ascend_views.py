@@ -1,4 +1,4 @@
-"""Views of device memory are those of NumPy, and a step's attention is planned so that every row is attended once."""
+"""Views of device memory are those of NumPy, and chunks of a step's rows are such that every row is attended once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from svdengine.kernels.ascend.attention import alone_first, plan_attention
+from svdengine.kernels.ascend.attention import alone_first, chunk_rows
 from svdengine.kernels.ascend.tensor import Tensor, whole
 from svdengine.kernels.ascend.workspace import mask_piece
 
@@ -63,22 +63,22 @@ def test_every_row_is_attended_once(chunks: list[tuple[int, int]], window: int) 
     assert sorted(order) == list(range(len(sequences)))
     sequences, positions = sequences[order], positions[order]
     items = 2 * len(sequences) * (48 + 16)
-    plan = plan_attention(sequences, positions, items)
+    attending = chunk_rows(sequences, positions, items)
 
     # Chunks are the rows in order, each of one sequence; rows alone in theirs come first.
-    assert [c.first for c in plan.chunks] == np.cumsum([0, *(c.rows for c in plan.chunks[:-1])]).tolist()
-    assert sum(c.rows for c in plan.chunks) == len(sequences)
-    for chunk in plan.chunks:
+    assert [c.first for c in attending.chunks] == np.cumsum([0, *(c.rows for c in attending.chunks[:-1])]).tolist()
+    assert sum(c.rows for c in attending.chunks) == len(sequences)
+    for chunk in attending.chunks:
         mine = slice(chunk.first, chunk.first + chunk.rows)
         assert len(set(sequences[mine])) == 1 and chunk.length == positions[mine].max() + 1
-    assert plan.alone == sum(rows == 1 for rows, _ in chunks)
-    assert list(plan.lengths) == (positions[: plan.alone] + 1).tolist()
+    assert attending.alone == sum(rows == 1 for rows, _ in chunks)
+    assert list(attending.lengths) == (positions[: attending.alone] + 1).tolist()
 
     # Masks do not overlap, begin aligned, and fit in their half.
-    pieces = sorted((c.mask, c.mask + mask_piece(c.rows, c.length)) for c in plan.chunks)
-    assert pieces[0][0] == 0 and pieces[-1][1] <= items - plan.windowed_masks == items // 2
+    pieces = sorted((c.mask, c.mask + mask_piece(c.rows, c.length)) for c in attending.chunks)
+    assert pieces[0][0] == 0 and pieces[-1][1] <= items - attending.windowed_masks == items // 2
     assert all(end == start and start % 16 == 0 for (_, end), (start, _) in pairwise(pieces))
 
     # The fused operator takes the rows alone, unless a window hides something of one of them.
-    hidden = window and any(length > window for length in plan.lengths)
-    assert plan.fused(window, True) == (0 if hidden else plan.alone) and plan.fused(window, False) == 0
+    hidden = window and any(length > window for length in attending.lengths)
+    assert attending.fused(window, True) == (0 if hidden else attending.alone) and attending.fused(window, False) == 0

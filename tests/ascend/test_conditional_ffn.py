@@ -17,7 +17,7 @@ from ffn_case import (
     listed,
     make_predictor,
     score_inputs,
-    with_bias,
+    with_threshold,
 )
 from host_kernels import Script
 from model_zoo import relative_error, zoo
@@ -58,7 +58,8 @@ def sized(name: str, neurons: int, hidden: int) -> ModelConfig:
 
 def decided(predictor: LayerPredictor, x: NDArray[np.float32], shift: float = 0.0) -> LayerPredictor:
     """The predictor with every score moved away from zero, so that float16 factors give the same list."""
-    return replace(predictor, bias=predictor.bias + np.float32(0.02) * np.sign(scores(predictor, x[None], shift)[0]))
+    away = np.float32(0.02) * np.sign(scores(predictor, x[None], shift)[0])
+    return replace(predictor, threshold=predictor.threshold - away)
 
 
 def run_ffn(program: Path, inputs: FfnInputs, predictor: LayerPredictor, blocks: int, order: int = 0) -> Outputs:
@@ -146,8 +147,8 @@ def test_every_number_of_blocks_in_any_order(host_kernels: Path, blocks: int) ->
 @pytest.mark.parametrize("blocks", [1, 5, 40])
 def test_empty_and_full_lists(host_kernels: Path, name: str, blocks: int) -> None:
     inputs = ffn_inputs(sized(name, 1150, 70))
-    for bias, predicted in ((-1e9, np.arange(0)), (1e9, np.arange(1150))):
-        found = run_ffn(host_kernels, inputs, with_bias(make_predictor(1150, 70, 30), bias), blocks)
+    for threshold, predicted in ((1e9, np.arange(0)), (-1e9, np.arange(1150))):
+        found = run_ffn(host_kernels, inputs, with_threshold(make_predictor(1150, 70, 30), threshold), blocks)
         check(found, inputs, predicted)
 
 

@@ -26,6 +26,7 @@ from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
 from svdengine.kernels.ascend.self_test import proven_custom_ops
 from svdengine.kernels.ascend.tensor import Tensor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.reference import ReferenceExecutor
 
 NPU = find_npu()
@@ -137,16 +138,14 @@ def test_every_family_agrees_with_the_reference(name: str, ffn: Any) -> None:
     if ffn == "sparse" and not config.sparse_ffn:
         pytest.skip("no neuron of the model is ever zero")
     assert not isinstance(NPU, str)
-    predictor = make_predictor(config, 24, 0, 0.3) if ffn == "sparse" else None
+    predictor = make_predictor(config, 24, 0, -0.3) if ffn == "sparse" else None
     arrays, formats, exact = stored(config, "f16")
     ops = proven_custom_ops(load_cann(), NPU.soc, ascend_ops_folder())
     reference = ReferenceExecutor(config, exact, 8, predictor=predictor, ffn=ffn)
     device = AscendDevice(load_cann())
     try:
-        ascend = AscendExecutor(
-            config, arrays, formats, device=device, block_count=8, max_batch_rows=40, predictor=predictor, ffn=ffn,
-            custom_ops=ops,
-        )  # fmt: skip
+        setup = ExecutorSetup(config, arrays, formats, block_count=8, max_batch_rows=40, predictor=predictor, ffn=ffn)
+        ascend = AscendExecutor(setup, device=device, custom_ops=ops)
         tokens = random_tokens(config, 12)
         found, expected = (run_in_chunks(e, tokens, [9, 1, 1, 1]) for e in (ascend, reference))
         assert np.median(np.abs(found - expected)) < BOUND * expected.std()

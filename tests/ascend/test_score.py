@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ffn_case import ScoreInputs, launch_score, make_predictor, score, score_inputs, with_bias
+from ffn_case import ScoreInputs, launch_score, make_predictor, score, score_inputs, with_threshold
 from host_kernels import OPS, Script
 from numpy.typing import NDArray
 
@@ -56,16 +56,16 @@ def test_every_number_of_blocks_in_any_order(host_kernels: Path, blocks: int) ->
     np.testing.assert_array_equal(score(host_kernels, inputs, blocks, order), found)
 
 
-@pytest.mark.parametrize("bias", [-1e9, 1e9])
+@pytest.mark.parametrize("threshold", [-1e9, 1e9])
 @pytest.mark.parametrize("blocks", [1, 5, 40])
-def test_empty_and_full_lists(host_kernels: Path, bias: float, blocks: int) -> None:
-    inputs = score_inputs(with_bias(make_predictor(1150, 90, 70), bias), make_x(90))
-    expected = np.arange(1150 if bias > 0 else 0)
+def test_empty_and_full_lists(host_kernels: Path, threshold: float, blocks: int) -> None:
+    inputs = score_inputs(with_threshold(make_predictor(1150, 90, 70), threshold), make_x(90))
+    expected = np.arange(1150 if threshold < 0 else 0)
     np.testing.assert_array_equal(score(host_kernels, inputs, blocks), expected)
 
 
 def test_a_score_of_zero_is_not_listed(host_kernels: Path) -> None:
-    inputs = score_inputs(with_bias(make_predictor(100, 90, 70), 0.0), np.zeros(90, np.float32))
+    inputs = score_inputs(with_threshold(make_predictor(100, 90, 70), 0.0), np.zeros(90, np.float32))
     assert len(score(host_kernels, inputs, 3)) == 0
 
 

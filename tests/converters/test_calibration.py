@@ -105,14 +105,14 @@ def test_every_relu_family_can_be_calibrated(name: str, tmp_path: Path) -> None:
 
 
 def test_automatic_choice_reads_no_more_than_any_fixed_one(model: ModelFile, executor: ReferenceExecutor) -> None:
-    def cost(options: CalibrationOptions) -> float:
+    def traffic(options: CalibrationOptions) -> float:
         rows = calibrate(model, executor, WINDOWS, options).about["table"]
         third = rows[0]["dense_bytes"] / 3
         return sum(r["bytes"] + third * (r["predicted_density"] + 2 * r["computed_density"]) for r in rows)
 
-    chosen = cost(CalibrationOptions(kind="auto", max_error=5e-4))
+    chosen = traffic(CalibrationOptions(kind="auto", max_error=5e-4))
     for kind, rank, bits in (("svd", 64, None), ("lowbit", None, 1), ("lowbit", None, 2)):
-        assert chosen <= 1.05 * cost(CalibrationOptions(kind=kind, rank=rank, bits=bits, max_error=5e-4))
+        assert chosen <= 1.05 * traffic(CalibrationOptions(kind=kind, rank=rank, bits=bits, max_error=5e-4))
 
 
 def test_what_cannot_be_calibrated_is_refused(model: ModelFile, executor: ReferenceExecutor, tmp_path: Path) -> None:
@@ -177,17 +177,18 @@ def test_a_predictor_of_another_model_is_refused(model: ModelFile, predictor: Pr
 def test_damaged_predictor_files_are_refused(model: ModelFile, predictor: Predictor, tmp_path: Path) -> None:
     path = tmp_path / "predictor.safetensors"
     first = predictor.layers[0]
-    broken = Predictor((calibration.replace(first, bias=first.bias * np.nan), *predictor.layers[1:]), predictor.about)
+    damaged = calibration.replace(first, threshold=first.threshold * np.nan)
+    broken = Predictor((damaged, *predictor.layers[1:]), predictor.about)
     write_predictor(path, broken)
-    with pytest.raises(ModelFileError, match=r"predictor\.0\.bias holds NaN"):
+    with pytest.raises(ModelFileError, match=r"predictor\.0\.threshold holds NaN"):
         read_predictor(path, model)
     write_predictor(path, predictor)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelFileError, match="truncated"):
         read_predictor(path, model)
-    with TensorWriter(path, {}, {"format": "svdp-predictor", "format_version": "2"}):
+    with TensorWriter(path, {}, {"format": "svdp-predictor", "format_version": "3"}):
         pass
-    with pytest.raises(ModelFileError, match="format version '2'"):
+    with pytest.raises(ModelFileError, match="format version '3'"):
         read_predictor(path, model)
     with TensorWriter(path, {}, {"format": "svdp-predictor", "format_version": "1", "predictor": "{"}):
         pass

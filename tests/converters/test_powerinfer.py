@@ -16,6 +16,7 @@ from svdengine.converters.powerinfer import MAGIC, THRESHOLD_FIELD, Network, bui
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.predictor_file import read_predictor, write_model_with_predictor, write_predictor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.predictor import Predictor, scores
 from svdengine.kernels.reference import ReferenceExecutor, rms_norm
@@ -105,7 +106,7 @@ def test_trained_thresholds_are_left_as_they_are(
     assert found.about["kind"] == "powerinfer" and found.about["thresholds"] == "trained"
     assert found.about["budget"] == {} == found.about["outcome"]
     for layer, row in zip(found.layers, found.about["table"], strict=True):
-        assert layer.relu and layer.rank == H == row["rank"] and 0 < layer.bias.max() < 1e-30
+        assert layer.relu and layer.rank == H == row["rank"] and 0 < -layer.threshold.max() < 1e-30
         assert 0.3 < row["auroc"] < 0.7  # these know nothing
     x = np.random.default_rng(0).standard_normal((3, D)).astype(np.float32)
     write_predictor(tmp_path / "p.safetensors", found)
@@ -147,7 +148,8 @@ def test_the_cpu_executor_lists_the_same_neurons(model: ModelFile, executor: Ref
     path = write_file(tmp_path / "p.gguf", informed(model))
     options = CalibrationOptions(kind="powerinfer", source=path, max_error=0.01)
     predictor = calibrate(model, executor, WINDOWS, options)
-    cpu = CpuExecutor(model.config, model.arrays, model.formats, block_count=8, threads=2, kv_dtype="f32")
+    setup = ExecutorSetup(model.config, model.arrays, model.formats, block_count=8, kv_dtype="f32")
+    cpu = CpuExecutor(setup, threads=2)
     reference = executor_of(model)
     try:
         logits = []
@@ -158,7 +160,7 @@ def test_the_cpu_executor_lists_the_same_neurons(model: ModelFile, executor: Ref
         assert abs(counts[0].predicted - counts[1].predicted) < 0.01 * counts[1].total
         assert 0.1 < counts[1].predicted / counts[1].total < 0.9
         assert np.abs(logits[0] - logits[1]).max() < 0.1 * logits[1].std()
-        everything = tuple(replace(layer, bias=np.full(F, 1e9, np.float32)) for layer in predictor.layers)
+        everything = tuple(replace(layer, threshold=np.full(F, -1e9, np.float32)) for layer in predictor.layers)
         cpu.predictor = Predictor(everything, {})
         dense = cpu.forward(batch_of([7])).copy()
         cpu.ffn = "dense"

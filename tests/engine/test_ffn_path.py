@@ -11,9 +11,9 @@ from tiny_predictor import tiny_predictor, write_sparse_model
 import svdengine
 from svdengine import LLM, ModelFileError, RequestError, SamplingParams
 from svdengine.files.model_file import read_model_file
-from svdengine.files.predictor_file import model_fingerprint, write_predictor
+from svdengine.files.predictor_file import PREDICTOR_FORMAT, model_fingerprint, write_predictor
 from svdengine.files.tensor_file import TensorFile
-from svdengine.files.tensor_writer import TensorWriter
+from svdengine.files.tensor_writer import PAD_PREFIX, TensorWriter
 from svdengine.kernels.executor import NeuronCounts
 from svdengine.kernels.predictor import predictor_bytes
 from svdengine.measuring.benchmark import bytes_per_token, run_benchmark
@@ -55,6 +55,39 @@ def test_a_predictor_of_its_own_file(path: Path, tmp_path: Path) -> None:
         svdengine.load(wide, device="reference", predictor=tmp_path / "p.safetensors")
     with pytest.raises(ModelFileError, match="No such file"):
         svdengine.load(dense, device="reference", predictor="missing.safetensors")
+
+
+def written_earlier(source: Path, to: Path) -> Path:
+    """A file as it was before thresholds were stored with their own sign."""
+    file = TensorFile(source)
+    metadata, arrays = dict(file.header.metadata), {}
+    if metadata["format"] == PREDICTOR_FORMAT:
+        metadata["format_version"] = "1"
+    for name, array in file.arrays.items():
+        if name.endswith(".threshold"):
+            arrays[name.removesuffix("threshold") + "bias"] = -array
+        elif not name.startswith(PAD_PREFIX):
+            arrays[name] = array
+    tensors = {n.replace(".threshold", ".bias"): (e.shape, e.dtype) for n, e in file.header.entries.items()}
+    with TensorWriter(to, {name: tensors[name] for name in arrays}, metadata) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+    return to
+
+
+def test_predictors_of_earlier_versions_are_read(path: Path, tmp_path: Path) -> None:
+    dense = write_tiny_model(tmp_path / "dense.svdp")
+    with read_model_file(dense) as file:
+        write_predictor(tmp_path / "p.safetensors", tiny_predictor(file.config, 0.1, model_fingerprint(file)))
+    inside = written_earlier(path, tmp_path / "earlier.svdp")
+    alone = written_earlier(tmp_path / "p.safetensors", tmp_path / "earlier.safetensors")
+    with svdengine.load(path, device="reference", ffn="sparse") as llm:
+        expected = llm.logits([1, 2, 3])
+        counts = llm.executor.neuron_counts()
+    for model, predictor in ((inside, None), (dense, alone)):
+        with svdengine.load(model, device="reference", ffn="sparse", predictor=predictor) as llm:
+            np.testing.assert_array_equal(llm.logits([1, 2, 3]), expected)
+            assert llm.executor.neuron_counts() == counts
 
 
 def test_sparse_and_dense_agree_where_the_predictor_is_right(llm: LLM) -> None:
@@ -126,7 +159,7 @@ def test_a_damaged_predictor_is_refused(path: Path, tmp_path: Path, damage: str)
     elif damage == "no json":
         metadata["predictor"] = "{"
     elif damage == "not finite":
-        arrays["predictor.1.bias"] = np.full_like(arrays["predictor.1.bias"], np.nan)
+        arrays["predictor.1.threshold"] = np.full_like(arrays["predictor.1.threshold"], np.nan)
     elif damage == "wrong rank":
         metadata["predictor"] = metadata["predictor"].replace('"rank": 90', '"rank": 9')
     else:

@@ -283,7 +283,7 @@ def test_weights_come_back_as_they_were_stored(llm: LLM) -> None:
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-def test_costs(llm: LLM) -> None:
+def test_memory_traffic(llm: LLM) -> None:
     config = llm.config
     arrays = llm.model_file.arrays
     assert weight_bytes(llm.model_file) == sum(a.nbytes for a in arrays.values())  # the embedding is tied

@@ -10,7 +10,9 @@ import pytest
 from model_zoo import block_table, make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
 
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.kernels.executor import KvDtype
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig
@@ -21,10 +23,11 @@ LENGTH = 37
 
 @contextmanager
 def executors(
-    config: ModelConfig, weight_format: WeightFormat, threads: int = 2, kv_dtype: str = "f32"
+    config: ModelConfig, weight_format: WeightFormat, threads: int = 2, kv_dtype: KvDtype = "f32"
 ) -> Iterator[tuple[CpuExecutor, ReferenceExecutor]]:
     arrays, formats, exact = stored(config, weight_format)
-    cpu = CpuExecutor(config, arrays, formats, block_count=16, max_batch_rows=64, threads=threads, kv_dtype=kv_dtype)
+    setup = ExecutorSetup(config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype=kv_dtype)
+    cpu = CpuExecutor(setup, threads=threads)
     try:
         yield cpu, ReferenceExecutor(config, exact, block_count=16)
     finally:
@@ -142,9 +145,18 @@ def test_what_fills_up_the_residual_stream_stays_zero(n: int) -> None:
         assert not cpu._residual[:n, config.hidden_size :].any()
 
 
+def test_a_closed_executor_says_so() -> None:
+    with executors(ZOO["llama"], "f32") as (cpu, _):
+        cpu.close()
+        cpu.close()
+        for use in (lambda: cpu.forward(make_batch([([1], 0)], [[0]])), lambda: cpu.read_blocks([0])):
+            with pytest.raises(ValueError, match="closed"):
+                use()
+
+
 def test_a_matrix_of_the_wrong_shape_never_reaches_compiled_code() -> None:
     config = ZOO["llama"]
     arrays, formats, _ = stored(config, "q8")
     arrays["gate"] = arrays["gate"][:, :-1]
     with pytest.raises(ValueError, match="gate"):
-        CpuExecutor(config, arrays, formats, block_count=4, threads=1)
+        CpuExecutor(ExecutorSetup(config, arrays, formats, block_count=4), threads=1)

@@ -12,6 +12,7 @@ from model_zoo import block_table, make_batch, random_tokens, relative_error, ru
 from numpy.typing import NDArray
 from random_predictors import make_network, make_predictor
 
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor, scores
@@ -26,9 +27,10 @@ def executor(
     config: ModelConfig, weight_format: WeightFormat, predictor: Predictor | None, threads: int = 2
 ) -> Iterator[CpuExecutor]:
     arrays, formats, _ = stored(config, weight_format)
-    cpu = CpuExecutor(
-        config, arrays, formats, block_count=16, max_batch_rows=64, threads=threads, kv_dtype="f32", predictor=predictor
+    setup = ExecutorSetup(
+        config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype="f32", predictor=predictor
     )
+    cpu = CpuExecutor(setup, threads=threads)
     try:
         yield cpu
     finally:
@@ -44,10 +46,10 @@ def decode(cpu: CpuExecutor, tokens: list[int], ffn: str) -> NDArray[np.float32]
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_with_every_neuron_listed_sparse_equals_dense_bit_for_bit(name: str, threads: int) -> None:
     tokens = random_tokens(ZOO[name], LENGTH)
-    with executor(ZOO[name], "q8", make_predictor(ZOO[name], 8, 2, threshold=1e9), threads) as cpu:
+    with executor(ZOO[name], "q8", make_predictor(ZOO[name], 8, 2, threshold=-1e9), threads) as cpu:
         np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
         assert cpu.neuron_counts().predicted == cpu.neuron_counts().total > cpu.neuron_counts().active > 0
-        cpu.predictor = make_network(ZOO[name], 150, threshold=1e9)
+        cpu.predictor = make_network(ZOO[name], 150, threshold=-1e9)
         np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
 
 
@@ -56,7 +58,7 @@ def test_with_every_neuron_listed_sparse_equals_dense_bit_for_bit(name: str, thr
 def test_a_batch_with_every_neuron_listed_agrees_with_dense(weight_format: WeightFormat, threads: int) -> None:
     config = ZOO["llama_relu_biases"]
     x = np.random.default_rng(0).standard_normal((40, config.hidden_size), np.float32)
-    with executor(config, weight_format, make_predictor(config, 8, 2, threshold=1e9), threads) as cpu:
+    with executor(config, weight_format, make_predictor(config, 8, 2, threshold=-1e9), threads) as cpu:
         cpu.ffn = "sparse"
         together = cpu.run_ffns(x).copy()
         cpu.ffn = "dense"
@@ -67,7 +69,7 @@ def test_a_batch_with_every_neuron_listed_agrees_with_dense(weight_format: Weigh
 @pytest.mark.parametrize("predict", [True, False])
 def test_what_a_row_gets_depends_neither_on_its_batch_nor_on_the_threads(name: str, predict: bool) -> None:
     config = ZOO[name]
-    predictor = make_predictor(config, 16, 2, threshold=0.1) if predict else None
+    predictor = make_predictor(config, 16, 2, threshold=-0.1) if predict else None
     x = np.random.default_rng(0).standard_normal((40, config.hidden_size), np.float32)
     found = []
     for threads in (1, 3):
@@ -83,7 +85,7 @@ def test_what_a_row_gets_depends_neither_on_its_batch_nor_on_the_threads(name: s
 def test_every_format_equals_dense_bit_for_bit(weight_format: WeightFormat) -> None:
     config = ZOO["llama_relu_biases"]
     tokens = random_tokens(config, LENGTH)
-    with executor(config, weight_format, make_predictor(config, 8, 1, threshold=1e9)) as cpu:
+    with executor(config, weight_format, make_predictor(config, 8, 1, threshold=-1e9)) as cpu:
         np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
 
 
@@ -102,10 +104,11 @@ def test_with_no_neuron_listed_the_ffn_is_its_bias(name: str) -> None:
     arrays, formats, _ = stored(config, "f32")
     arrays["down_T"] = np.zeros_like(arrays["down_T"])
     tokens = random_tokens(config, LENGTH)
-    with executor(config, "f32", make_predictor(config, 8, 0, threshold=-1e9)) as cpu:
+    with executor(config, "f32", make_predictor(config, 8, 0, threshold=1e9)) as cpu:
         listed = decode(cpu, tokens, "sparse")
         assert cpu.neuron_counts().predicted == 0
-    empty = CpuExecutor(config, arrays, formats, block_count=16, max_batch_rows=64, threads=2, kv_dtype="f32")
+    setup = ExecutorSetup(config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype="f32")
+    empty = CpuExecutor(setup, threads=2)
     np.testing.assert_array_equal(listed, decode(empty, tokens, "dense"))
     empty.close()
 
@@ -159,7 +162,7 @@ def test_a_rank_for_which_there_is_no_room_is_refused() -> None:
 
 def test_rows_of_a_batch_equal_rows_alone() -> None:
     config = ZOO["llama_relu_tied"]
-    predictor = make_predictor(config, 16, 2, threshold=0.1)
+    predictor = make_predictor(config, 16, 2, threshold=-0.1)
     tokens = random_tokens(config, LENGTH)
     with executor(config, "f32", predictor) as cpu:
         alone = decode(cpu, tokens, "sparse")
@@ -169,7 +172,7 @@ def test_rows_of_a_batch_equal_rows_alone() -> None:
 
 def test_the_sparsity_bias_of_one_request_leaves_the_others_alone() -> None:
     config = ZOO["llama_relu_tied"]
-    predictor = make_predictor(config, 16, 2, threshold=0.1)
+    predictor = make_predictor(config, 16, 2, threshold=-0.1)
     a, b = random_tokens(config, 9, seed=1), random_tokens(config, 9, seed=2)
     with executor(config, "f32", predictor) as cpu:
         cpu.ffn = "sparse"

@@ -18,7 +18,7 @@ def test_the_sum_of_all_ffns_agrees_with_the_reference(name: str, path: str) -> 
     if path == "sparse" and not config.sparse_ffn:
         pytest.skip("not of the ReLU family")
     weights = stored(config, "f32")[2]
-    predictor = make_predictor(config, 24, 0, 0.02) if path == "sparse" else None
+    predictor = make_predictor(config, 24, 0, -0.02) if path == "sparse" else None
     with executors(config, "f32") as (cpu, _):
         if predictor is not None:
             cpu.predictor, cpu.ffn = predictor, "sparse"
@@ -48,7 +48,7 @@ def test_the_sum_of_all_ffns_agrees_with_the_reference(name: str, path: str) -> 
 def test_a_sparsity_bias_leaves_neurons_out() -> None:
     config = zoo()["llama_relu_biases"]
     with executors(config, "q8") as (cpu, _):
-        cpu.predictor, cpu.ffn = make_predictor(config, 24, 0, 0.02), "sparse"
+        cpu.predictor, cpu.ffn = make_predictor(config, 24, 0, -0.02), "sparse"
         cpu.run_ffns(np.ones((1, config.hidden_size), np.float32), sparsity_bias=50.0)
         assert cpu.neuron_counts().total > cpu.neuron_counts().predicted == 0
 

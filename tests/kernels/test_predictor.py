@@ -42,7 +42,7 @@ def layer_predictor(
 
 def predictor_for(config: ModelConfig, shift: float = 0.0) -> Predictor:
     layers = [layer_predictor(config.ffn_size, config.hidden_size, seed=i) for i in range(config.layer_count)]
-    return Predictor(tuple(replace(p, bias=p.bias + np.float32(shift)) for p in layers), {"kind": "test"})
+    return Predictor(tuple(replace(p, threshold=p.threshold + np.float32(shift)) for p in layers), {"kind": "test"})
 
 
 @settings(max_examples=40, deadline=None)
@@ -76,7 +76,7 @@ def test_padding_changes_nothing(bits: int) -> None:
 def test_scores_are_the_plain_sum(rank: int, bits: int, factors: str) -> None:
     layer = layer_predictor(33, 90, rank, bits, factors=factors)
     x = np.random.default_rng(5).standard_normal((7, 90)).astype(np.float32)
-    plain = layer.bias - np.float32(0.5) * layer.unit
+    plain = -(layer.threshold + np.float32(0.5) * layer.unit)
     if rank:
         plain = plain + x @ (dequantize(layer.a, factors, rank) @ dequantize(layer.b, factors, 90)).T  # type: ignore[arg-type]
     if bits:
@@ -89,7 +89,7 @@ def test_scores_of_a_hidden_layer_are_those_of_a_network(factors: str) -> None:
     layer = layer_predictor(33, 90, 120, 0, factors=factors, relu=True)  # wider than its input
     x = np.random.default_rng(5).standard_normal((7, 90)).astype(np.float32)
     hidden = np.maximum(x @ dequantize(layer.b, factors, 90).T, 0)  # type: ignore[arg-type]
-    plain = hidden @ dequantize(layer.a, factors, 120).T + layer.bias - np.float32(0.5) * layer.unit  # type: ignore[arg-type]
+    plain = hidden @ dequantize(layer.a, factors, 120).T - layer.threshold - np.float32(0.5) * layer.unit  # type: ignore[arg-type]
     assert relative_error(scores(layer, x, 0.5), plain) < 0.02
     assert relative_error(scores(replace(layer, relu=False), x, 0.5), plain) > 0.3
 
@@ -131,6 +131,24 @@ def test_arrays_and_description_rebuild_the_predictor() -> None:
         predictor_from_arrays(arrays, describe(predictor), 3, *sizes[1:])
 
 
+def test_thresholds_of_earlier_files_have_the_other_sign() -> None:
+    layers = layer_predictor(33, 20), layer_predictor(33, 20, seed=1)
+    predictor = Predictor(layers, {})
+    arrays = {name: a for i, layer in enumerate(layers) for name, a in layer_arrays(i, layer).items()}
+    both = {**arrays, "predictor.1.bias": -layers[1].threshold}
+    earlier = {name: a for name, a in both.items() if name != "predictor.1.threshold"}
+    found = predictor_from_arrays(earlier, describe(predictor), 2, 33, 20)
+    for one, other in zip(found.layers, layers, strict=True):
+        np.testing.assert_array_equal(one.threshold, other.threshold)
+    with pytest.raises(ValueError, match=r"found both predictor\.1\.threshold and predictor\.1\.bias"):
+        predictor_from_arrays(both, describe(predictor), 2, 33, 20)
+    neither = {name: a for name, a in earlier.items() if name != "predictor.1.bias"}
+    with pytest.raises(ValueError, match=r"found neither predictor\.1\.threshold nor predictor\.1\.bias"):
+        predictor_from_arrays(neither, describe(predictor), 2, 33, 20)
+    with pytest.raises(ValueError, match=r"predictor\.1\.bias: found float32 \(32,\), expected F32 \(33,\)"):
+        predictor_from_arrays({**earlier, "predictor.1.bias": np.zeros(32, np.float32)}, describe(predictor), 2, 33, 20)
+
+
 def test_frequencies_are_optional_in_a_file() -> None:
     layers = (
         replace(layer_predictor(33, 20), frequency=np.linspace(0, 1, 33, dtype=np.float16)),
@@ -152,7 +170,7 @@ def test_sparse_is_dense_when_everything_is_predicted(name: str) -> None:
     batch = make_batch([(random_tokens(config, 21), 0)], [block_table(21)])
     weights = random_weights(config)
     dense = ReferenceExecutor(config, weights).forward(batch)
-    everything = ReferenceExecutor(config, weights, predictor=predictor_for(config, np.inf), ffn="sparse")
+    everything = ReferenceExecutor(config, weights, predictor=predictor_for(config, -np.inf), ffn="sparse")
     assert relative_error(everything.forward(batch), dense) < 1e-5
     some = ReferenceExecutor(config, weights, predictor=predictor_for(config), ffn="sparse")
     assert relative_error(some.forward(batch), dense) > 1e-3

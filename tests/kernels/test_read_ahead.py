@@ -58,7 +58,7 @@ def test_only_the_pages_of_listed_rows_are_read(tmp_path: Path, gap: int, extra:
 def test_reading_ahead_changes_no_bit() -> None:
     config = zoo()["llama_relu_biases"]
     with executors(config, "q8") as (cpu, _):
-        cpu.predictor, cpu.ffn = make_predictor(config, 24, 0, 0.02), "sparse"
+        cpu.predictor, cpu.ffn = make_predictor(config, 24, 0, -0.02), "sparse"
         batches = [
             make_batch([(random_tokens(config, count), 0)], [block_table(count)]) for count in (1, 3)
         ]  # by all threads together, and each thread its own rows

@@ -97,5 +97,5 @@ def test_refuses_wrong_weights_and_too_many_rows() -> None:
     with pytest.raises(ValueError, match=r"q must have shape \(2, 90, 90\)"):
         ReferenceExecutor(config, {**weights, "q": weights["q"][:1]})
     executor = ReferenceExecutor(config, weights, max_batch_rows=8)
-    with pytest.raises(ValueError, match="9 rows in a batch"):
+    with pytest.raises(ValueError, match="a batch of 9 rows"):
         executor.forward(make_batch([(random_tokens(config, 9), 0)], [[0]]))

@@ -12,6 +12,7 @@ from test_random_model import TINY
 
 from svdengine.files.model_file import read_model_file
 from svdengine.files.predictor_file import find_predictor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.executor import NeuronCounts
 from svdengine.kernels.predictor import Predictor
@@ -25,9 +26,8 @@ def decoded(path: Path, *, predict: bool) -> NeuronCounts:
     """Decode ten random tokens; without the predictor, every gate is computed and exact zeros are skipped."""
     with read_model_file(path) as file:
         predictor: Predictor | None = find_predictor(file) if predict else None
-        executor = CpuExecutor(
-            file.config, file.arrays, file.formats, block_count=4, threads=1, predictor=predictor, ffn="sparse"
-        )
+        setup = ExecutorSetup(file.config, file.arrays, file.formats, block_count=4, predictor=predictor, ffn="sparse")
+        executor = CpuExecutor(setup, threads=1)
         try:
             for position, token in enumerate(random_tokens(CONFIG, 20)):
                 executor.forward(make_batch([([token], position)], [[0, 1]]))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters import convert
 from svdengine.files.model_file import read_model_file
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.reference import float32_weights
 from svdengine.models import ModelConfig, tensor_specs
@@ -34,7 +35,7 @@ TINY = replace(
 
 def run(path: Path, tokens: list[int]) -> NDArray[np.float32]:
     with read_model_file(path) as file:
-        executor = CpuExecutor(file.config, file.arrays, file.formats, block_count=4, threads=1)
+        executor = CpuExecutor(ExecutorSetup(file.config, file.arrays, file.formats, block_count=4), threads=1)
         try:
             return executor.forward(make_batch([(tokens, 0)], [[0, 1]])).copy()
         finally:

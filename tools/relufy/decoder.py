@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from svdengine.converters.checkpoint import Checkpoint
-from svdengine.converters.conversion import build_tensor, plan_tensors
+from svdengine.converters.conversion import build_tensor, find_sources
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import ModelConfig
@@ -281,7 +281,7 @@ def _read(checkpoint: Checkpoint, activations: tuple[str, ...]) -> Decoder:
     if config.tied_embeddings:
         model.head.weight = model.embedding.weight
     with torch.no_grad():
-        for spec, layer, origin in plan_tensors(checkpoint):
+        for spec, layer, origin in find_sources(checkpoint):
             target = parameter(model, spec.name.removesuffix("_T"), layer if spec.stacked else None)
             found = torch.from_numpy(np.ascontiguousarray(build_tensor(checkpoint, origin)))
             target.copy_(found.T if spec.name.endswith("_T") else found)

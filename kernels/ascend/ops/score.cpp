@@ -113,8 +113,9 @@ private:
         index_buffer_;
 };
 
-// a: (neurons, rank padded to 64) float16, the padding zero; z: (rank,) float16; bias, unit: (neurons,) float32;
-// shift: (1,) float32, the sparsity bias; counts, indices: the list (list_writer.h). relu: 1 where z's ReLU is wanted.
+// a: (neurons, rank padded to 64) float16, the padding zero; z: (rank,) float16; bias, unit: (neurons,) float32, of
+// which bias is minus the thresholds; shift: (1,) float32, the sparsity bias; counts, indices: the list
+// (list_writer.h). relu: 1 where z's ReLU is wanted.
 extern "C" __global__ __aicore__ void svd_score(GM_ADDR a, GM_ADDR z, GM_ADDR bias, GM_ADDR unit, GM_ADDR shift,
     GM_ADDR counts, GM_ADDR indices, uint32_t neurons, uint32_t rank, uint32_t capacity, uint32_t relu)
 {

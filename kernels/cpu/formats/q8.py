@@ -1,20 +1,257 @@
-"""q8: int8 weights, as they are."""
+"""q8: int8 weights with a float16 scale a group, multiplied with both planes of the activations.
+
+Where the integer product wants its weights unsigned, they are offset by BIAS in the register (dot.py), and sum(w * a) =
+sum((w + BIAS) * a) - BIAS * sum(a), whose last sum is made once for all rows.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 from llvmlite import ir
+from numba.core import types
 
-from svdengine.kernels.cpu.dot import BIAS, emit_bias
-from svdengine.kernels.cpu.formats.scaled import Unpacking, scaled_kernels
-from svdengine.kernels.cpu.simd import I8, I8V, I64, load
+from svdengine.kernels.cpu.dot import (
+    BIAS,
+    BLOCK,
+    CHUNK,
+    emit_bias,
+    emit_dot_16,
+    emit_scaled,
+    load_f16_pair,
+    load_f32_pair,
+)
+from svdengine.kernels.cpu.formats.kernels import PANEL, FormatKernels, columns_by
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.matrix import COLUMNS, DATA, ROWS, SCALE
+from svdengine.kernels.cpu.simd import (
+    F32V,
+    I8,
+    I8V,
+    I64,
+    address,
+    emit_prefetch,
+    f32x16,
+    fma,
+    fused,
+    half_to_float,
+    index,
+    load,
+    load_f16,
+    load_f32,
+    load_half,
+    loop,
+    operation,
+    prefetch,
+    real,
+    splat,
+    splat_f32,
+    store,
+    store_f32,
+    store_real,
+    sum_lanes,
+    zero_f32,
+)
+from svdengine.kernels.cpu.tile import transpose_words
+
+_BIAS = np.float32(BIAS)
+_ZERO = np.float32(0)
 
 
-def _block(builder, at):
-    return emit_bias(builder, load(builder, at, I8V))
+@operation(f32x16, f32x16, address, address, address, f32x16, address)
+def dot_chunk(builder, total, weights, high, low, scales, ahead):
+    """total + scaled products of 512 columns of weights, less the bias' term. scales: of both sides, by group.
+
+    ahead: address of as many bytes that will be wanted next; the hardware alone does not fetch far enough ahead.
+    """
+    for block in range(CHUNK // BLOCK):
+        offset = ir.Constant(I64, block * BLOCK)
+        emit_prefetch(builder, builder.add(ahead, offset))
+        w = emit_bias(builder, load(builder, weights, I8V, block * BLOCK))
+        dots = emit_dot_16(builder, w, builder.add(high, offset), builder.add(low, offset))
+        total = emit_scaled(builder, total, dots, scales, block)
+    return total
 
 
-def _sixteen(builder, at, v):
-    return load(builder, builder.add(at, builder.mul(v, ir.Constant(I64, 16))), ir.VectorType(I8, 16))
+@operation(f32x16, f32x16, address, address, address, f32x16)
+def dot_block(builder, total, weights, high, low, scales):
+    """As `dot_chunk`, for 64 columns; the scales are those of the first two lanes."""
+    w = emit_bias(builder, load(builder, weights, I8V))
+    return emit_scaled(builder, total, emit_dot_16(builder, w, high, low), scales, 0)
 
 
-Q8_KERNELS = scaled_kernels("q8", Unpacking(64, BIAS, _block, _sixteen))
+@operation(
+    types.void, address, address, address, address, address, address, address, address, address, real, real, real, real,
+    index,
+)  # fmt: skip
+def add_rows(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, h0, h1, h2, h3, blocks):
+    """The sum of four weighted rows; w, s: addresses of the rows and of their scales; blocks: of 64 columns."""
+
+    def body(i, _):
+        to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
+        columns, groups = builder.mul(i, ir.Constant(I64, 64)), builder.mul(i, ir.Constant(I64, 4))
+        totals = [load(builder, to, F32V, 64 * v) for v in range(4)]
+        for w, s, h in zip((w0, w1, w2, w3), (s0, s1, s2, s3), (h0, h1, h2, h3), strict=True):
+            at, scales = builder.add(w, columns), builder.add(s, groups)
+            for group in range(2):
+                scale = half_to_float(builder, load(builder, scales, ir.HalfType(), 2 * group))
+                weight = splat(builder, builder.fmul(scale, h))
+                for v in (2 * group, 2 * group + 1):
+                    values = builder.sitofp(load(builder, at, ir.VectorType(I8, 16), 16 * v), F32V)
+                    totals[v] = fused(builder, values, weight, totals[v])
+        for v in range(4):
+            store(builder, builder.add(to, ir.Constant(I64, 64 * v)), totals[v])
+        return []
+
+    loop(builder, blocks, [], body)
+
+
+@operation(f32x16, address)
+def load_sixteen(builder, at):
+    """16 signed bytes, converted."""
+    return builder.sitofp(load(builder, at, ir.VectorType(I8, 16)), F32V)
+
+
+@operation(types.void, address, address)
+def copy_biased(builder, to, at):
+    """64 int8 weights to 64 bytes as `emit_dot` wants them."""
+    store(builder, to, emit_bias(builder, load(builder, at, I8V)))
+
+
+@jit
+def whole(total, below):
+    """A row's product from its running sums."""
+    if BIAS:
+        return sum_lanes(total) - _BIAS * sum_lanes(below)
+    return sum_lanes(total)
+
+
+@jit
+def dot_row(matrix, row, x, quantized, ahead):
+    """See FormatKernels."""
+    columns = matrix[COLUMNS]
+    weights, scales = matrix[DATA] + row * columns, matrix[SCALE] + row * (columns // 16)
+    high, low = quantized, quantized + columns
+    a_scales = low + columns
+    a_sums = a_scales + columns // 8
+    total = zero_f32()
+    below = zero_f32()
+    for _ in range(columns // 512):
+        s = load_f16(scales)
+        below = fma(s, load_f32(a_sums), below)
+        total = dot_chunk(total, weights, high, low, s * load_f32(a_scales), weights + ahead)
+        weights += 512
+        high += 512
+        low += 512
+        scales += 32
+        a_scales += 64
+        a_sums += 64
+    for _ in range((columns % 512) // 64):
+        s = load_f16_pair(scales)
+        below = fma(s, load_f32_pair(a_sums), below)
+        prefetch(weights + ahead)
+        total = dot_block(total, weights, high, low, s * load_f32_pair(a_scales))
+        weights += 64
+        high += 64
+        low += 64
+        scales += 4
+        a_scales += 8
+        a_sums += 8
+    return whole(total, below)
+
+
+@jit
+def part(total, below, w, s, x, low, a_scales, a_sums, w_ahead, s_ahead):
+    """The next 512 columns of a row: both of its running sums. ahead: bytes to what will be wanted next."""
+    scale = load_f16(s)
+    prefetch(s + s_ahead)
+    below = fma(scale, load_f32(a_sums), below)
+    return dot_chunk(total, w, x, low, scale * load_f32(a_scales), w + w_ahead), below
+
+
+@jit
+def last_part(total, below, w, s, x, low, a_scales, a_sums, w_ahead, s_ahead):
+    """As `part`, for 64 columns."""
+    scale = load_f16_pair(s)
+    prefetch(w + w_ahead)
+    prefetch(s + s_ahead)
+    below = fma(scale, load_f32_pair(a_sums), below)
+    return dot_block(total, w, x, low, scale * load_f32_pair(a_scales)), below
+
+
+@jit
+def dot_four(matrix, r0, r1, r2, r3, n0, n1, n2, n3, x, quantized, out):
+    """See FormatKernels."""
+    columns, groups = matrix[COLUMNS], matrix[COLUMNS] // 16  # bytes of a row and of its scales
+    w0, w1 = matrix[DATA] + r0 * columns, matrix[DATA] + r1 * columns
+    w2, w3 = matrix[DATA] + r2 * columns, matrix[DATA] + r3 * columns
+    s0, s1 = matrix[SCALE] + r0 * groups, matrix[SCALE] + r1 * groups
+    s2, s3 = matrix[SCALE] + r2 * groups, matrix[SCALE] + r3 * groups
+    d0, d1, d2, d3 = (n0 - r0) * columns, (n1 - r1) * columns, (n2 - r2) * columns, (n3 - r3) * columns
+    e0, e1, e2, e3 = (n0 - r0) * groups, (n1 - r1) * groups, (n2 - r2) * groups, (n3 - r3) * groups
+    low, scales = quantized + columns, quantized + 2 * columns
+    sums = scales + columns // 8
+    t0, t1, t2, t3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+    b0, b1, b2, b3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
+    chunks = columns // 512 * 512
+    for c in range(0, chunks, 512):
+        p, q, a, b, g = quantized + c, low + c, scales + c // 8, sums + c // 8, c // 16
+        t0, b0 = part(t0, b0, w0 + c, s0 + g, p, q, a, b, d0, e0)
+        t1, b1 = part(t1, b1, w1 + c, s1 + g, p, q, a, b, d1, e1)
+        t2, b2 = part(t2, b2, w2 + c, s2 + g, p, q, a, b, d2, e2)
+        t3, b3 = part(t3, b3, w3 + c, s3 + g, p, q, a, b, d3, e3)
+    for c in range(chunks, columns, 64):
+        p, q, a, b, g = quantized + c, low + c, scales + c // 8, sums + c // 8, c // 16
+        t0, b0 = last_part(t0, b0, w0 + c, s0 + g, p, q, a, b, d0, e0)
+        t1, b1 = last_part(t1, b1, w1 + c, s1 + g, p, q, a, b, d1, e1)
+        t2, b2 = last_part(t2, b2, w2 + c, s2 + g, p, q, a, b, d2, e2)
+        t3, b3 = last_part(t3, b3, w3 + c, s3 + g, p, q, a, b, d3, e3)
+    store_real(out, whole(t0, b0))
+    store_real(out + 4, whole(t1, b1))
+    store_real(out + 8, whole(t2, b2))
+    store_real(out + 12, whole(t3, b3))
+
+
+@jit
+def add_four(matrix, r0, r1, r2, r3, h0, h1, h2, h3, out, first, last):
+    """See FormatKernels."""
+    columns, groups = matrix[COLUMNS], matrix[COLUMNS] // 16
+    data, scale = matrix[DATA] + first, matrix[SCALE] + first // 16
+    add_rows(
+        out + 4 * first, data + r0 * columns, data + r1 * columns, data + r2 * columns, data + r3 * columns,
+        scale + r0 * groups, scale + r1 * groups, scale + r2 * groups, scale + r3 * groups,
+        h0, h1, h2, h3, (last - first) // 64,
+    )  # fmt: skip
+
+
+@jit
+def load_weights(matrix, row, column):
+    """See FormatKernels."""
+    at = row * matrix[COLUMNS] + column
+    return load_sixteen(matrix[DATA] + at) * splat_f32(load_half(matrix[SCALE] + at // 32 * 2))
+
+
+@jit
+def pack_panel(matrix, first, start, stop, panel, staging):
+    """See FormatKernels."""
+    columns, rows = matrix[COLUMNS], matrix[ROWS]
+    for lane in range(PANEL):
+        row = first + lane
+        present = row < rows
+        groups = min(row, rows - 1) * (columns // 32)
+        for group in range(start // 32, stop // 32):
+            scale = _ZERO
+            if present:
+                scale = load_half(matrix[SCALE] + 2 * (groups + group))
+            store_real(panel + 640 * (group - start // 32) + 4 * lane, scale)
+            store_real(panel + 640 * (group - start // 32) + 64 + 4 * lane, -_BIAS * scale)
+    for column in range(start, stop, 64):
+        for lane in range(PANEL):
+            row = min(first + lane, rows - 1)
+            copy_biased(staging + 64 * lane, matrix[DATA] + row * columns + column)
+        transpose_words(staging, 64, staging + 1024)
+        for step in range(16):
+            to = panel + 640 * ((column - start) // 32 + step // 8) + 128 + 64 * (step % 8)
+            store_f32(to, load_f32(staging + 1024 + 64 * step))
+
+
+Q8_KERNELS = FormatKernels("q8", dot_row, dot_four, add_four, load_weights, pack_panel, columns_by(load_weights))

@@ -109,8 +109,8 @@ def test_calibrate_with_trained_predictors(folder: Path, tmp_path: Path) -> None
     made = tmp_path / "p.safetensors"
     report = json.loads(done(*common, "-o", made, "--density", 0.7, "--json").stdout)
     assert report["thresholds"] == "error" and report["totals"]["predicted_density"] == pytest.approx(0.7, abs=0.1)
-    page = tmp_path / "page.html"
-    own = ("eval", model, "--perplexity", folder / "text.txt", "--window", 64, "--predictor", made, "--report", page)
+    html = tmp_path / "report.html"
+    own = ("eval", model, "--perplexity", folder / "text.txt", "--window", 64, "--predictor", made, "--report", html)
     assert json.loads(done(*own, "--json").stdout)["predictors"]["mean"]["svd, rank 90"] > 0.9
 
 
@@ -193,8 +193,8 @@ def test_eval_of_tasks(folder: Path, tmp_path: Path) -> None:
     assert "tasks.jsonl, line 1: expected either" in error_of(*common)
 
 
-class Page(HTMLParser):
-    """Checks that tags are closed, and collects what the page would fetch."""
+class Report(HTMLParser):
+    """Checks that tags are closed, and collects what the report would fetch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -215,23 +215,23 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
 
-def read_page(path: Path) -> Page:
-    page = Page()
+def read_report(path: Path) -> Report:
+    report = Report()
     text = path.read_text(encoding="utf-8")
-    page.feed(text)
-    assert page.open == [] and page.fetched == [] and "url(" not in text and "<script" not in text
+    report.feed(text)
+    assert report.open == [] and report.fetched == [] and "url(" not in text and "<script" not in text
     assert "nan" not in text.split("</style>")[1].lower().replace("nanomet", "")
-    return page
+    return report
 
 
-def test_the_page(folder: Path, tmp_path: Path) -> None:
+def test_the_report(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT[: len(TEXT) // 3], encoding="utf-8")
     common = ("eval", folder / "sparse.svdp", "--perplexity", tmp_path / "text.txt", "--window", 64, "--json")
-    record = json.loads(done(*common, "--report", tmp_path / "page.html").stdout)
+    record = json.loads(done(*common, "--report", tmp_path / "report.html").stdout)
     assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
     assert next(iter(record["predictors"]["mean"])) == "this model's"
-    page = read_page(tmp_path / "page.html")
-    assert page.count["svg"] == 4 and page.count["table"] == 3
+    report = read_report(tmp_path / "report.html")
+    assert report.count["svg"] == 4 and report.count["table"] == 3
     arguments = (
         "eval",
         folder / "dense.svdp",
@@ -242,8 +242,8 @@ def test_the_page(folder: Path, tmp_path: Path) -> None:
     )
     lines = done(*arguments).stdout.splitlines()
     assert lines[0].startswith("perplexity") and lines[-1].startswith("mean")
-    assert read_page(tmp_path / "two.html").count["svg"] == 1
-    assert "no folder" in error_of(*common, "--report", tmp_path / "no" / "page.html")
+    assert read_report(tmp_path / "two.html").count["svg"] == 1
+    assert "no folder" in error_of(*common, "--report", tmp_path / "no" / "report.html")
     assert "ReLU-family" in error_of(
         "eval", folder / "silu.svdp", "--perplexity", folder / "text.txt", "--window", 64, "--predictors"
     )

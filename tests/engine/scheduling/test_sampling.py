@@ -1,7 +1,8 @@
 """Sampling: each filter against its definition, and the same seed gives the same tokens."""
 
+import dataclasses
 import math
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.scheduling.sampler import Sampler, candidates, token_logprobs
-from svdengine.scheduling.sampling import SamplingParams, merge_params, params_from_generation
+from svdengine.scheduling.sampling import SamplingFields, SamplingParams, merge_params, params_from_generation
 
 _logits = st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=40).map(lambda x: np.array(x, np.float32))
 
@@ -193,11 +194,33 @@ def test_unusable_parameters(fields: dict[str, Any], message: str) -> None:
 
 
 def test_parameters_are_made_uniform() -> None:
-    params = SamplingParams(stop="end", stop_token_ids=[1, 2])  # type: ignore[arg-type]
+    params = SamplingParams(stop="end", stop_token_ids=[1, 2])
     assert params.stop == ("end",) and params.stop_token_ids == (1, 2)
     assert merge_params(params, {"top_k": 3}).top_k == 3
     with pytest.raises(RequestError, match="'topk' is not a sampling parameter"):
         merge_params(params, {"topk": 3})
+
+
+def test_equal_parameters_have_equal_hashes() -> None:
+    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "object"}}}
+    given: list[SamplingFields] = [
+        {},
+        {"temperature": 0, "seed": 3, "stop": ["a", "b"], "stop_token_ids": [1], "logprobs": 2, "ignore_eos": True},
+        {"logit_bias": {2: 1.0, 1: -1.0}},
+        {"response_format": schema},
+    ]
+    once, again = [SamplingParams(**f) for f in given], [SamplingParams(**f) for f in given]
+    again[2] = SamplingParams(logit_bias={1: -1, 2: 1})
+    assert once == again and [hash(p) for p in once] == [hash(p) for p in again]
+    assert len({*once, *again}) == len(given)
+
+
+def test_what_may_be_given_is_the_fields() -> None:
+    """For type checkers SamplingFields has the types of SamplingParams, but for those that are converted."""
+    given, held = get_type_hints(SamplingFields), get_type_hints(SamplingParams)
+    assert list(given) == [f.name for f in dataclasses.fields(SamplingParams)]
+    converted = {name for name in given if given[name] != held[name]}
+    assert converted == {"stop", "stop_token_ids", "response_format"}
 
 
 def test_generation_defaults() -> None:

@@ -111,8 +111,8 @@ def test_chat_stream(client: OpenAI, llm: LLM) -> None:
     assert [p.choices[0].finish_reason for p in pieces[:-1]][-1] == "length"
     assert pieces[-1].choices == [] and pieces[-1].usage is not None and pieces[-1].usage.completion_tokens == 12
     assert len({p.id for p in pieces}) == 1
-    cost = (pieces[-1].usage.model_extra or {})["svdengine"]
-    assert cost["tokens_per_second"] > 0 and cost["predicted_density"] is None
+    measured = (pieces[-1].usage.model_extra or {})["svdengine"]
+    assert measured["tokens_per_second"] > 0 and measured["predicted_density"] is None
     no_usage = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, **GREEDY)
     assert all(p.choices and p.usage is None for p in no_usage)
 

@@ -19,7 +19,7 @@ from svdengine.scheduling.request import ContextLimit, Generation
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.scheduling.sequence import Sequence
 from svdengine.speculation import drafts as self_draft
-from svdengine.speculation.draft_gain import DraftGain, StepCosts
+from svdengine.speculation.draft_gain import DraftGain, StepTimes
 from svdengine.speculation.drafts import PromptLookup, can_draft, draft_tokens
 from svdengine.speculation.speculation import Speculation
 
@@ -161,10 +161,10 @@ def test_only_a_predictor_can_draft() -> None:
 
 
 def measured(rows_seconds: float, draft_seconds: float) -> DraftGain:
-    costs = StepCosts()
+    times = StepTimes()
     for rows in (1, 5, 1, 5):
-        costs.note(rows, 10e-3 + (rows - 1) * rows_seconds)
-    gain = DraftGain(costs)
+        times.note(rows, 10e-3 + (rows - 1) * rows_seconds)
+    gain = DraftGain(times)
     for _ in range(4):
         gain.note(draft_seconds)
     return gain
@@ -173,16 +173,16 @@ def measured(rows_seconds: float, draft_seconds: float) -> DraftGain:
 def test_tokens_are_drafted_where_that_pays() -> None:
     assert measured(0.5e-3, 6e-3).choose(right=0.98, most=8) > 2
     assert measured(0.5e-3, 6e-3).choose(right=0.5, most=8) == 0
-    assert measured(0.5e-3, 9.9e-3).choose(right=0.98, most=8) == 0  # a draft step costs what an exact one does
+    assert measured(0.5e-3, 9.9e-3).choose(right=0.98, most=8) == 0  # a draft step times what an exact one does
     assert measured(5e-3, 6e-3).choose(right=0.98, most=8) == 0  # rows are dear
     assert measured(0.0, 1e-3).choose(right=1.0, most=3) == 3
 
 
 def test_first_is_measured_what_there_is_to_gain() -> None:
-    costs = StepCosts()
-    gain = DraftGain(costs)
+    times = StepTimes()
+    gain = DraftGain(times)
     assert gain.choose(right=0.9, most=8) == 0
-    costs.note(1, 10e-3)
+    times.note(1, 10e-3)
     assert gain.choose(right=0.9, most=8) == 4
     gain.note(6e-3)
 

@@ -11,7 +11,7 @@ from svdengine.scheduling.engine_loop import Engine
 from svdengine.scheduling.request import ContextLimit, Generation
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.scheduling.sequence import Sequence
-from svdengine.speculation.draft_gain import StepCosts
+from svdengine.speculation.draft_gain import StepTimes
 from svdengine.speculation.drafts import PromptLookup
 from svdengine.speculation.speculation import MOST, Speculation
 
@@ -80,25 +80,25 @@ def test_sampled_text_is_what_it_is_without_drafts() -> None:
         assert 0 < engine.stats().accepted_tokens < engine.stats().drafted_tokens
 
 
-def test_costs_are_a_line_through_what_was_measured() -> None:
-    costs = StepCosts()
-    assert costs.relative_cost(1) == 0.0
+def test_times_are_a_line_through_what_was_measured() -> None:
+    times = StepTimes()
+    assert times.relative_row_time(1) == 0.0
     for _ in range(300):
-        costs.note(1, 5e-3)
-    assert costs.relative_cost(1) == 0.0  # nothing is known of more rows
+        times.note(1, 5e-3)
+    assert times.relative_row_time(1) == 0.0  # nothing is known of more rows
     for rows in (1, 5, 3, 1, 9):
-        costs.note(rows, 4e-3 + rows * 1e-3)
-    assert costs.relative_cost(1) == pytest.approx(1 / 5)
-    assert costs.relative_cost(4) == pytest.approx(4 * 1 / 8)
-    assert costs.seconds(4) == pytest.approx(8e-3)
+        times.note(rows, 4e-3 + rows * 1e-3)
+    assert times.relative_row_time(1) == pytest.approx(1 / 5)
+    assert times.relative_row_time(4) == pytest.approx(4 * 1 / 8)
+    assert times.seconds(4) == pytest.approx(8e-3)
 
 
 def test_what_was_measured_goes_before_the_line() -> None:
-    costs = StepCosts()
-    assert costs.seconds(1) is None
+    times = StepTimes()
+    assert times.seconds(1) is None
     for rows, seconds in ((1, 5e-3), (1, 5e-3), (1, 1.0), (4, 9e-3), (8, 9e-3)):  # one step was disturbed
-        costs.note(rows, seconds)
-    assert costs.seconds(1) == 5e-3 and costs.seconds(8) == 9e-3
+        times.note(rows, seconds)
+    assert times.seconds(1) == 5e-3 and times.seconds(8) == 9e-3
 
 
 def test_drafts_are_tried_only_where_they_pay() -> None:
@@ -107,7 +107,7 @@ def test_drafts_are_tried_only_where_they_pay() -> None:
     def tried(row_seconds: float, right: bool) -> int:
         speculation, sequence = Speculation(), Sequence([0, 1, 2, 3] * 20)
         for rows in (1, 4, 1, 8):
-            speculation.costs.note(rows, 1e-3 + rows * row_seconds)
+            speculation.step_times.note(rows, 1e-3 + rows * row_seconds)
         for step in range(len(noise)):
             count = len(speculation.draft(sequence, 1))
             sequence.append(len(sequence) % 4 if right else noise[step])
@@ -116,5 +116,5 @@ def test_drafts_are_tried_only_where_they_pay() -> None:
 
     assert tried(row_seconds=0.0, right=True) == MOST
     assert tried(row_seconds=0.1e-3, right=True) == MOST
-    assert tried(row_seconds=10e-3, right=True) == 0  # a row costs what a step does
+    assert tried(row_seconds=10e-3, right=True) == 0  # a row times what a step does
     assert tried(row_seconds=0.5e-3, right=False) == 0

@@ -10,6 +10,7 @@ import pytest
 from test_executor import LLAMA, stored
 from test_products import COLUMNS, ROWS, make_matrix
 
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cuda import embedding, gather, gemm, gemv
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.formats.kernels import MATRIX_PARTS
@@ -93,7 +94,7 @@ def test_a_model_of_an_unknown_format_is_refused(device: Any) -> None:
     arrays, formats, _ = stored(LLAMA, "q4")
     expected = "found the weight format 'q5', expected one of f32, f16, bf16, q8, q6, q4"
     with pytest.raises(ValueError, match=expected):
-        CudaExecutor(LLAMA, arrays, {**formats, "up": UNKNOWN}, device=device, block_count=4)
+        CudaExecutor(ExecutorSetup(LLAMA, arrays, {**formats, "up": UNKNOWN}, block_count=4), device=device)
     for call in (lambda: format_named(UNKNOWN), lambda: dequantize({}, UNKNOWN, 64)):
         with pytest.raises(ValueError, match=expected):
             call()

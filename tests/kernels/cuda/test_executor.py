@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from random_predictors import make_predictor
 
 from svdengine.errors import DeviceError
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling, sparse
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
@@ -69,8 +70,9 @@ def executors(
 ) -> Iterator[tuple[CudaExecutor, ReferenceExecutor]]:
     """The executor under test, and the reference with the weights that its stored ones stand for."""
     arrays, formats, exact = stored(config, weight_format)
+    memory = {name: options.pop(name) for name in ("gpu_memory", "host_memory") if name in options}
     options = {"kv_dtype": "f32", "block_count": 8, "max_batch_rows": 40, **options}
-    cuda = CudaExecutor(config, arrays, formats, device=device, **options)
+    cuda = CudaExecutor(ExecutorSetup(config, arrays, formats, **options), device=device, **memory)
     try:
         yield cuda, ReferenceExecutor(config, exact, 8, predictor=cuda.predictor, ffn=cuda.ffn)
     finally:
@@ -166,14 +168,12 @@ def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
     x = np.random.default_rng(0).standard_normal((2, 2, config.hidden_size), np.float32)
     with executors(device, config) as (cuda, reference):
         cuda.ffn = mode
-        batch = make_batch([([0, 0], 0)], [[0]])
-        expected = sum(reference._ffn(layer, batch, x[layer]) for layer in range(2))
-        assert relative_error(cuda.run_ffns(x), expected) < BOUND
-        assert relative_error(cuda.run_ffns(x[0], layers=1), reference._ffn(0, batch, x[0])) < BOUND
+        assert relative_error(cuda.run_ffns(x), reference.run_ffns(x)) < BOUND
+        assert relative_error(cuda.run_ffns(x[0], layers=1), reference.run_ffns(x[0], layers=1)) < BOUND
 
 
 def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
-    predictor = make_predictor(RELU, 8, 2, threshold=0.05)
+    predictor = make_predictor(RELU, 8, 2, threshold=-0.05)
     tokens = random_tokens(RELU, 5)
     with executors(device, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
         expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
@@ -185,7 +185,7 @@ def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
 
 
 def test_thresholds_at_minus_infinity_make_sparse_equal_dense(device: Any) -> None:
-    predictor = make_predictor(RELU, 8, 0, threshold=1e9)  # the bias: scores are far above zero
+    predictor = make_predictor(RELU, 8, 0, threshold=-1e9)
     tokens = random_tokens(RELU, 3)
     with executors(device, RELU, predictor=predictor) as (cuda, _):
         dense = run_in_chunks(cuda, tokens, [2, 1])
@@ -196,9 +196,9 @@ def test_thresholds_at_minus_infinity_make_sparse_equal_dense(device: Any) -> No
 
 def test_another_predictor_is_not_run_from_old_graphs(device: Any) -> None:
     tokens = random_tokens(RELU, 3)
-    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, 1e9), ffn="sparse") as (cuda, _):
+    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, -1e9), ffn="sparse") as (cuda, _):
         run_in_chunks(cuda, tokens, [1, 1, 1])
-        cuda.predictor = make_predictor(RELU, 8, 0, -1e9)
+        cuda.predictor = make_predictor(RELU, 8, 0, 1e9)
         cuda.reset_neuron_counts()
         run_in_chunks(cuda, tokens, [1, 1, 1])
         assert cuda.neuron_counts().predicted == 0
@@ -280,7 +280,7 @@ def test_the_engine_gets_the_same_tokens_from_the_device_as_from_the_host(device
 
 
 def test_neurons_are_fetched_only_when_they_were_counted(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, 1e9), ffn="sparse") as (cuda, _):
+    with executors(device, RELU, predictor=make_predictor(RELU, 8, 0, -1e9), ffn="sparse") as (cuda, _):
         cuda.forward(make_batch([([1], 0)], [[0]]))
         counted = cuda.neuron_counts()
         assert counted.total > 0
@@ -293,12 +293,12 @@ def test_a_model_that_does_not_fit_says_by_how_much() -> None:
         pytest.skip("the simulator's memory is set here")
     arrays, formats, _ = stored(LLAMA, "f32")
     with pytest.raises(DeviceError, match=r"needs 0\.\d\d GiB on the GPU .* 0\.\d\d GiB more than it may take"):
-        CudaExecutor(LLAMA, arrays, formats, device=SimulatedDevice(memory=1 << 20), block_count=8)
+        CudaExecutor(ExecutorSetup(LLAMA, arrays, formats, block_count=8), device=SimulatedDevice(memory=1 << 20))
 
 
 def test_a_vocabulary_that_sums_cannot_hold_is_refused(device: Any) -> None:
     with pytest.raises(DeviceError, match="at most 524288"):
-        CudaExecutor(replace(LLAMA, vocab_size=524289), {}, {}, device=device, block_count=8)
+        CudaExecutor(ExecutorSetup(replace(LLAMA, vocab_size=524289), {}, {}, block_count=8), device=device)
 
 
 def test_a_batch_that_breaks_the_rules_is_refused(device: Any) -> None:
@@ -321,7 +321,7 @@ def test_a_matrix_of_the_wrong_shape_never_reaches_a_kernel(device: Any) -> None
     arrays, formats, _ = stored(LLAMA, "q8")
     arrays["gate"] = arrays["gate"][:, :-1]
     with pytest.raises(ValueError, match="gate"):
-        CudaExecutor(LLAMA, arrays, formats, device=device, block_count=4)
+        CudaExecutor(ExecutorSetup(LLAMA, arrays, formats, block_count=4), device=device)
 
 
 def test_a_predictor_for_another_shape_is_refused(device: Any) -> None:

@@ -17,7 +17,7 @@ from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.memory_split import LayerSplit
-from svdengine.kernels.cuda.model import Plan, build_plan, place_predictor
+from svdengine.kernels.cuda.model import Model, build_model, place_predictor
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
@@ -61,9 +61,9 @@ def layer_predictor(
     a = quantize(normal(f, rank), factors) if rank else {}
     b = quantize(normal(rank, d), factors) if rank else {}
     q = quantize_lowbit(normal(f, d), bits) if bits else {}
-    bias = random.standard_normal(f, np.float32) * np.float32(0.3) + np.float32(threshold)
+    thresholds = np.float32(threshold) - random.standard_normal(f, np.float32) * np.float32(0.3)
     unit = random.random(f, np.float32) + np.float32(0.5)
-    return LayerPredictor(rank, "q4" if factors == "q4" else "q8", bits, a, b, q, bias, unit, relu)
+    return LayerPredictor(rank, "q4" if factors == "q4" else "q8", bits, a, b, q, thresholds, unit, relu)
 
 
 class Bench:
@@ -82,8 +82,8 @@ class Bench:
         formats = {**formats, "embedding": "f32", "lm_head": "f32", "position_embedding": "f32"}
         arrays, self.exact = stored(config, formats)
         self.device, self.config, self.rows = device, config, rows
-        self.plan: Plan = build_plan(device, config, arrays, formats, 16, splits)
-        self.orders = [layer.order for layer in self.plan.layers]
+        self.model: Model = build_model(device, config, arrays, formats, 16, splits)
+        self.orders = [layer.order for layer in self.model.layers]
         self.work: Workspace = allocate_workspace(device, Sizes.of(config, rows, 16))
         self.x = np.random.default_rng(1).standard_normal((rows, config.hidden_size)).astype(np.float32)
         padded = np.zeros((rows, self.work.sizes.hidden), np.float32)
@@ -98,7 +98,7 @@ class Bench:
         placed = None
         if predictor is not None:
             placed = place_predictor(self.device, self.config, Predictor((predictor,), {}), self.orders)[0]
-        parts = sparse_ffn(self.device, self.plan, self.work, 0, placed, self.source, self.rows)
+        parts = sparse_ffn(self.device, self.model, self.work, 0, placed, self.source, self.rows)
         partial = self.device.download(self.work.partial)[: self.rows * parts * self.work.sizes.hidden]
         total = partial.reshape(self.rows, parts, -1).sum(1)[:, : self.config.hidden_size]
         return total + self.exact.get("down.bias", np.float32(0))
@@ -138,7 +138,7 @@ def test_scores_and_lists_are_the_definitions(
     bias = [0.0, 0.4]
     bench.set_bias(bias)
     placed = place_predictor(device, CONFIG, Predictor((layer,), {}), bench.orders)[0]
-    score_rows(device, bench.plan, bench.work, placed, bench.source, ROWS)
+    score_rows(device, bench.model, bench.work, placed, bench.source, ROWS)
     found = device.download(bench.work.scores).reshape(ROWS, -1)[:, : CONFIG.ffn_size]
     expected = np.stack([scores(layer, bench.x[r : r + 1], bias[r])[0] for r in range(ROWS)])
     # Sums in another order may move a hidden value by one step of its rounding.
@@ -216,7 +216,7 @@ def test_with_every_neuron_listed_sparse_equals_dense(device: Any, name: str) ->
     config = ZOO[name]
     bench = Bench(device, config, "f16")
     expected = ffn(config, bench.exact, bench.x)
-    thresholds_at_minus_infinity = bench.run(layer_predictor(config, 8, 0, threshold=np.inf))
+    thresholds_at_minus_infinity = bench.run(layer_predictor(config, 8, 0, threshold=-np.inf))
     assert relative_error(thresholds_at_minus_infinity, expected) < 2e-6
     np.testing.assert_array_equal(bench.run(None), thresholds_at_minus_infinity)
     predicted, active, total = bench.counts()
@@ -230,7 +230,7 @@ def test_neurons_outside_the_lists_contribute_nothing(device: Any) -> None:
     listed = np.unique(np.concatenate(bench.lists()))
     outside = np.setdiff1d(np.arange(CONFIG.ffn_size), listed)
     assert len(outside)
-    for matrix in (bench.plan.layers[0].gate, bench.plan.layers[0].up, bench.plan.layers[0].down):
+    for matrix in (bench.model.layers[0].gate, bench.model.layers[0].up, bench.model.layers[0].down):
         assert matrix is not None
         words = device.download(matrix.words).reshape(CONFIG.ffn_size, -1)
         words[outside] = np.float32(np.nan).view(np.uint32)
@@ -244,7 +244,7 @@ def test_rows_of_down_and_up_are_not_read_where_the_gate_is_zero(device: Any) ->
     gate = activate("relu", bench.x @ bench.exact["gate"].T + bench.exact["gate.bias"])
     inactive = np.flatnonzero(gate[0] == 0)
     assert len(inactive)
-    for matrix in (bench.plan.layers[0].up, bench.plan.layers[0].down):
+    for matrix in (bench.model.layers[0].up, bench.model.layers[0].down):
         words = device.download(matrix.words).reshape(CONFIG.ffn_size, -1)
         words[inactive] = np.float32(np.nan).view(np.uint32)
         device.write(matrix.words, words.reshape(-1))
@@ -253,7 +253,7 @@ def test_rows_of_down_and_up_are_not_read_where_the_gate_is_zero(device: Any) ->
 
 def test_an_empty_list_gives_the_bias_alone(device: Any) -> None:
     bench = Bench(device, CONFIG, "q8")
-    found = bench.run(layer_predictor(CONFIG, 8, 1, threshold=-np.inf))
+    found = bench.run(layer_predictor(CONFIG, 8, 1, threshold=np.inf))
     np.testing.assert_array_equal(found, np.broadcast_to(bench.exact["down.bias"], found.shape))
     assert bench.counts() == [0, 0, ROWS * CONFIG.ffn_size]
 

@@ -10,9 +10,11 @@ import pytest
 from model_zoo import random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
 from test_executor import BOUND, MODELS, RELU, executors, small_blocks
-from test_memory_plan import calibrated
+from test_memory_split import calibrated
 from test_sparse import Bench, layer_predictor
 
+from svdengine.kernels import base_executor
+from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cuda import executor, gemm
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
@@ -68,7 +70,7 @@ def test_a_gate_alone_and_an_up_of_another_format_are_split_too(device: Any) -> 
 def test_rows_in_host_memory_are_read_only_where_they_are_needed(device: Any) -> None:
     bench = Bench(device, CONFIG, "f32", rows=1, splits=split_of(CONFIG, HOT))
     expected = ffn(CONFIG, bench.exact, bench.x)
-    gate, up, down = bench.plan.layers[0].gate, bench.plan.layers[0].up, bench.plan.layers[0].down
+    gate, up, down = bench.model.layers[0].gate, bench.model.layers[0].up, bench.model.layers[0].down
     assert gate is not None and gate.hot == up.hot == down.hot == HOT
     order = bench.orders[0]
     assert order is not None
@@ -82,15 +84,16 @@ def test_rows_in_host_memory_are_read_only_where_they_are_needed(device: Any) ->
     assert np.isnan(bench.run(None)).all()
 
 
-def split_options(
-    device: SimulatedDevice, config: ModelConfig, weight_format: WeightFormat, share: float, **options: Any
-) -> dict[str, Any]:
-    """Options of an executor of which a share of the FFN's rows stays in host memory."""
+def split_memory(device: SimulatedDevice, setup: ExecutorSetup, share: float) -> int:
+    """The bytes on the device with which an executor leaves a share of the FFN's rows in host memory."""
+    whole = CudaExecutor(setup, device=SimulatedDevice(has_blas=device.has_blas)).memory
+    rows = sum(setup.arrays[name].nbytes for name in ("gate", "up", "down_T", "down") if name in setup.arrays)
+    return whole.device + RESERVE - int(share * rows)
+
+
+def setup_of(config: ModelConfig, weight_format: WeightFormat = "f32", **options: Any) -> ExecutorSetup:
     arrays, formats, _ = stored(config, weight_format)
-    options = {"kv_dtype": "f32", "block_count": 8, "max_batch_rows": 40, **options}
-    whole = CudaExecutor(config, arrays, formats, device=SimulatedDevice(has_blas=device.has_blas), **options).memory
-    rows = sum(arrays[name].nbytes for name in ("gate", "up", "down_T", "down") if name in arrays)
-    return {**options, "gpu_memory": whole.device + RESERVE - int(share * rows)}
+    return ExecutorSetup(config, arrays, formats, block_count=8, max_batch_rows=40, kv_dtype="f32", **options)
 
 
 def check(
@@ -99,8 +102,8 @@ def check(
 ) -> None:  # fmt: skip
     """Logits of a split model, whose prompt is cut into chunks, agree with the reference's."""
     tokens = random_tokens(config, sum(sizes))
-    options = split_options(device, config, weight_format, share, **options)
-    with executors(device, config, weight_format, **options) as (cuda, reference):
+    memory = split_memory(device, setup_of(config, weight_format, **options), share)
+    with executors(device, config, weight_format, gpu_memory=memory, **options) as (cuda, reference):
         assert 0 < cuda.memory.host == device.pinned
         assert relative_error(run_in_chunks(cuda, tokens, sizes), run_in_chunks(reference, tokens, sizes)) < bound
         if cuda.ffn == "sparse":
@@ -143,19 +146,18 @@ def test_predicted_neurons_are_those_of_the_reference(simulated: SimulatedDevice
 def shifted(config: ModelConfig) -> Any:
     """A predictor with frequencies, which calls about half of the neurons active."""
     found = calibrated(config)
-    return replace(found, layers=tuple(replace(p, bias=np.full_like(p.bias, 0.05)) for p in found.layers))
+    return replace(found, layers=tuple(replace(p, threshold=np.full_like(p.threshold, -0.05)) for p in found.layers))
 
 
 def test_frequent_neurons_lie_on_the_device(simulated: SimulatedDevice) -> None:
     predictor = calibrated(RELU)
-    arrays, formats, _ = stored(RELU, "f32")
-    options = split_options(simulated, RELU, "f32", 0.5, predictor=predictor)
-    cuda = CudaExecutor(RELU, arrays, formats, device=simulated, **options)
+    setup = setup_of(RELU, predictor=predictor)
+    cuda = CudaExecutor(setup, device=simulated, gpu_memory=split_memory(simulated, setup, 0.5))
     frequency = frequency_of(predictor.layers[0])
-    (split,), up = cuda.memory.splits, cuda._state.plan.layers[0].up
+    (split,), up = cuda.memory.splits, cuda._state.model.layers[0].up
     assert frequency[split.order[: split.hot]].min() >= frequency[split.order[split.hot :]].max()
     held = np.concatenate([up.words, up.cold]).view(np.float32).reshape(RELU.ffn_size, -1)
-    np.testing.assert_array_equal(held, arrays["up"][0][split.order])
+    np.testing.assert_array_equal(held, setup.arrays["up"][0][split.order])
 
 
 def frequency_of(layer: LayerPredictor) -> NDArray[np.float16]:
@@ -163,11 +165,10 @@ def frequency_of(layer: LayerPredictor) -> NDArray[np.float16]:
     return layer.frequency
 
 
-def test_costs_are_measured_on_all_layers(simulated: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_are_measured_on_all_layers(simulated: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     config, asked = replace(RELU, layer_count=3), []
-    options = split_options(simulated, config, "f32", 0.5, predictor=calibrated(config))
-    arrays, formats, _ = stored(config, "f32")
-    cuda = CudaExecutor(config, arrays, formats, device=simulated, **options)
-    monkeypatch.setattr(executor, "measure_ffn_costs", lambda *arguments: asked.append(arguments[-1]))
-    _ = cuda.ffn_costs
+    setup = setup_of(config, predictor=calibrated(config))
+    cuda = CudaExecutor(setup, device=simulated, gpu_memory=split_memory(simulated, setup, 0.5))
+    monkeypatch.setattr(base_executor, "measure_ffn_times", lambda *arguments: asked.append(arguments[-1]))
+    _ = cuda.ffn_times
     assert asked == [3]

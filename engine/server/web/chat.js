@@ -156,11 +156,11 @@ class Pace {
 }
 
 function figures(usage) {
-  const cost = usage.svdengine ?? {};
+  const measured = usage.svdengine ?? {};
   const found = [];
-  if (cost.tokens_per_second) found.push(`${cost.tokens_per_second.toFixed(1)} tokens/s`);
-  if (typeof cost.active_density === "number") {
-    found.push(`${(100 * cost.active_density).toFixed(1)} % of neurons`);
+  if (measured.tokens_per_second) found.push(`${measured.tokens_per_second.toFixed(1)} tokens/s`);
+  if (typeof measured.active_density === "number") {
+    found.push(`${(100 * measured.active_density).toFixed(1)} % of neurons`);
   }
   found.push(`${usage.completion_tokens} tokens`);
   return found.join(" · ");

@@ -1,6 +1,6 @@
-"""What FFNs cost on this machine, dense and sparse, measured on a model's first layers: a step's path is chosen by it.
+"""How long FFNs take on this machine, dense and sparse, by a model's first layers: a step's path is chosen by it.
 
-Dense costs and those of scoring are measured for a few sizes of a step. The rest of the sparse path is the rows of
+Dense FFNs and scoring are measured for a few sizes of a step. The rest of the sparse path is the rows of
 gate, up and down that are listed: the first use of one in a step reads memory, every further one finds it in a cache.
 """
 
@@ -19,16 +19,16 @@ from svdengine.kernels.executor import FfnMode, FfnPath, NeuronCounts
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
 
-SIZES = (1, 2, 8, 32)  # rows of a step that are measured; beyond them costs grow as between the last two
+SIZES = (1, 2, 8, 32)  # rows of a step that are measured; beyond them times grow as between the last two
 _BYTES = 64e6  # of weights that are run over: more than caches hold
 _REPETITIONS = 2
 _NOTHING = 1e30  # a sparsity bias with which no score is positive
-_SHARE = 0.25  # of neurons that are predicted while the rows' costs are measured: lists with gaps, as they will be
+_SHARE = 0.25  # of neurons that are predicted while the rows' times are measured: lists with gaps, as they will be
 _MARGIN = 0.9  # prediction must take at most this share of the time of exact paths: it is not exact
 
 
 @dataclass(frozen=True)
-class FfnCosts:
+class FfnTimes:
     """Seconds that one layer's FFN takes."""
 
     neurons: int  # of a layer
@@ -51,7 +51,7 @@ class FfnCosts:
         first, _ = _uses(self.neurons, 1, 1.0, active)
         return first * self.first_use
 
-    def cheapest(self, rows: int, predicted: float, active: float) -> FfnPath:
+    def fastest(self, rows: int, predicted: float, active: float) -> FfnPath:
         """The path of a step of `rows`; a predictor must save enough time to be worth what it misses."""
         path: FfnPath = "dense"
         exact = self.dense_seconds(rows)
@@ -60,16 +60,16 @@ class FfnCosts:
         return "predict" if self.sparse_seconds(rows, predicted, active) < _MARGIN * exact else path
 
 
-def choose_path(ffn: FfnMode, rows: int, predictor: Predictor | None, costs: Callable[[], FfnCosts]) -> FfnPath:
+def choose_path(ffn: FfnMode, rows: int, predictor: Predictor | None, times: Callable[[], FfnTimes]) -> FfnPath:
     """How a step of some rows runs the FFNs of a model whose rows of down can be skipped.
 
-    `costs` is asked only where "auto" has a predictor to choose with.
+    `times` is asked only where "auto" has a predictor to choose with.
     """
     if ffn == "dense":
         return "dense"
     if predictor is None:
         return "skip_zeros" if rows == 1 or ffn == "sparse" else "dense"
-    return "predict" if ffn == "sparse" else costs().cheapest(rows, *predictor.densities)
+    return "predict" if ffn == "sparse" else times().fastest(rows, *predictor.densities)
 
 
 class FfnRunner(Protocol):
@@ -87,14 +87,14 @@ class FfnRunner(Protocol):
         ...
 
 
-def measure_ffn_costs(
+def measure_ffn_times(
     runner: FfnRunner,
     layer_count: int,
     neurons: int,
     layer_bytes: float,
     hidden_size: int,
     layers: int | None = None,
-) -> FfnCosts:
+) -> FfnTimes:
     """Time the FFNs of the first layers of a model with a predictor, on random inputs. Takes some tenths of a second.
 
     `layer_bytes` are the stored bytes of one layer's FFN. `layers`: how many run, by default enough for caches to be of
@@ -107,7 +107,7 @@ def measure_ffn_costs(
 
     def seconds(n: int, mode: FfnMode, bias: float) -> float:
         runner.ffn = mode
-        return _fastest(lambda: runner.run_ffns(x[:n], layers, bias)) / layers
+        return _least_seconds(lambda: runner.run_ffns(x[:n], layers, bias)) / layers
 
     def counted(n: int, bias: float) -> tuple[float, float]:
         """Shares of neurons that n rows predict and find active."""
@@ -130,7 +130,7 @@ def measure_ffn_costs(
     first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, 1, *shares[0])), 1.0)
     first, further = _uses(neurons, sizes[-1], *shares[1])
     further_use = min(max(listed[1] - first * first_use, 0.0) / max(further, 1.0), first_use)
-    return FfnCosts(neurons, _filled(dense), _filled(scoring), first_use, further_use)
+    return FfnTimes(neurons, _filled(dense), _filled(scoring), first_use, further_use)
 
 
 def _uses(neurons: int, rows: int, predicted: float, active: float) -> tuple[float, float]:
@@ -148,24 +148,24 @@ def _bias_for(share: float, predicted: Callable[[float], float]) -> float:
     return min(tried, key=lambda bias: abs(predicted(bias) - share))
 
 
-def _fastest(run: Callable[[], object]) -> float:
+def _least_seconds(run: Callable[[], object]) -> float:
     """The least time of a few runs, in seconds: others only had more disturbances."""
-    times = []
+    found = []
     for _ in range(_REPETITIONS):
         start = time.perf_counter()
         run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
-def _filled(costs: list[float]) -> tuple[float, ...]:
-    """Costs at all SIZES; those beyond the executor's largest step are never asked for."""
-    return (*costs, *[costs[-1]] * (len(SIZES) - len(costs)))
+def _filled(seconds: list[float]) -> tuple[float, ...]:
+    """Seconds at all SIZES; those beyond the executor's largest step are never asked for."""
+    return (*seconds, *[seconds[-1]] * (len(SIZES) - len(seconds)))
 
 
-def _at(costs: tuple[float, ...], rows: int) -> float:
-    """Costs between and beyond SIZES, linearly."""
+def _at(seconds: tuple[float, ...], rows: int) -> float:
+    """Seconds between and beyond SIZES, linearly."""
     if rows <= SIZES[-1]:
-        return float(np.interp(rows, SIZES, costs))
-    slope = max(costs[-1] - costs[-2], 0.0) / (SIZES[-1] - SIZES[-2])
-    return costs[-1] + (rows - SIZES[-1]) * slope
+        return float(np.interp(rows, SIZES, seconds))
+    slope = max(seconds[-1] - seconds[-2], 0.0) / (SIZES[-1] - SIZES[-2])
+    return seconds[-1] + (rows - SIZES[-1]) * slope

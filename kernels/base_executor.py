@@ -1,0 +1,188 @@
+"""What executors have in common: what they are opened with, their predictor, and the path that a step's FFNs take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svdengine.kernels.batch import BLOCK_SIZE, Batch, check_batch
+from svdengine.kernels.executor import NO_NEURONS, FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
+from svdengine.kernels.ffn_times import FfnTimes, choose_path, measure_ffn_times
+from svdengine.kernels.formats import WeightFormat, gather_parts
+from svdengine.kernels.predictor import Predictor, check_predictor
+from svdengine.models import ModelConfig
+
+
+@dataclass(frozen=True)
+class ExecutorSetup:
+    """What every executor is opened with. `arrays` and `formats` must match `config`: ValueError otherwise."""
+
+    config: ModelConfig
+    arrays: Mapping[str, NDArray]  # stored parts of the model file by name, layers stacked
+    formats: Mapping[str, WeightFormat]  # of each matrix
+    block_count: int  # KV blocks in the pool
+    max_batch_rows: int = 256
+    context: int | None = None  # tokens of the longest sequence; None: as many as the model was made for
+    kv_dtype: KvDtype = "f16"
+    predictor: Predictor | None = None
+    ffn: FfnMode = "dense"
+
+
+class BaseExecutor(ABC):
+    """An `Executor` but for what its device does. Not for use from several threads at once: one step at a time.
+
+    The executor of a device adds `forward`, which begins with `_check`, and what is abstract here. When it is ready to
+    place a predictor it sets its first one. A device that counts neurons itself has `neuron_counts` and
+    `_set_neuron_counts` of its own.
+    """
+
+    name: str
+
+    def __init__(self, setup: ExecutorSetup) -> None:
+        config = setup.config
+        self.config = config
+        self.block_count, self.max_batch_rows = setup.block_count, setup.max_batch_rows
+        self.context = min(setup.context or config.max_position, setup.block_count * BLOCK_SIZE)
+        self.ffn: FfnMode = setup.ffn
+        self._max_blocks = -(-self.context // BLOCK_SIZE)  # of a sequence
+        self._can_skip = config.sparse_ffn
+        self._predictor: Predictor | None = None
+        self._times: FfnTimes | None = None
+        self._measured_layers: int | None = None  # that times are measured on; None: enough
+        self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.layer_count  # as they lie on the device
+        self._counted = NO_NEURONS
+        self._closed = False
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Logits:
+        """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
+
+    @property
+    def predictor(self) -> Predictor | None:
+        """What `ffn` "sparse" and "auto" list neurons with. Setting one raises ValueError when it does not fit."""
+        return self._predictor
+
+    @predictor.setter
+    def predictor(self, predictor: Predictor | None) -> None:
+        if predictor is not None:
+            config = self.config
+            check_predictor(predictor, config.layer_count, config.ffn_size, config.hidden_size)
+        self._predictor = self._times = None  # also where there turns out to be no room for the new one
+        self._place_predictor(predictor)
+        self._predictor = predictor
+
+    @property
+    def ffn_times(self) -> FfnTimes:
+        """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
+        if self._times is None:
+            config, counted = self.config, self.neuron_counts()
+            self._times = measure_ffn_times(
+                self,
+                config.layer_count,
+                config.ffn_size,
+                self._ffn_layer_bytes,
+                config.hidden_size,
+                self._measured_layers,
+            )
+            self._set_neuron_counts(counted)
+        return self._times
+
+    def ffn_path(self, n: int) -> FfnPath:
+        """How a step of n rows runs its FFNs."""
+        if not self._can_skip:
+            return "dense"
+        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_times)
+
+    def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        """Run a step with dense FFNs; what each layer's FFN read, after its norm: (layers, n, hidden) float32."""
+        ffn, self.ffn = self.ffn, "dense"
+        try:
+            return self._keep_ffn_inputs(batch)
+        finally:
+            self.ffn = ffn
+
+    def run_ffns(
+        self, inputs: NDArray[np.float32], layers: int | None = None, sparsity_bias: float = 0.0
+    ) -> NDArray[np.float32]:
+        """Run FFNs without the rest of a step: the sum of what those of the first `layers` give, (n, hidden) float32.
+
+        `inputs` are what enters them after the norm, (n, hidden) for all or (layers, n, hidden) for each. The result
+        may be the executor's own buffer: it holds until the next call. Raises ValueError for inputs that do not fit.
+        """
+        self._check_open()
+        config = self.config
+        layers, n = config.layer_count if layers is None else layers, inputs.shape[-2]
+        if (
+            not 1 <= layers <= config.layer_count
+            or not 1 <= n <= self.max_batch_rows
+            or inputs.shape[-1] != config.hidden_size
+        ):
+            raise ValueError(f"{layers} layers of FFNs on inputs of shape {inputs.shape}")
+        if inputs.ndim == 3 and len(inputs) < layers:
+            raise ValueError(f"{layers} layers of FFNs, inputs of {len(inputs)}")
+        return self._run_ffns(inputs, layers, sparsity_bias)
+
+    def read_ahead(self, gap: int) -> None:  # noqa: B027
+        """Have steps ask the system for listed FFN rows before they read them, up to `gap` apart at once; 0: do not.
+
+        Of no effect where the weights are not read from the model file's memory map.
+        """
+
+    def neuron_counts(self) -> NeuronCounts:
+        """Neurons of rows that took the sparse path since the last reset."""
+        return self._counted
+
+    def reset_neuron_counts(self) -> None:
+        """Start counting anew."""
+        self._set_neuron_counts(NO_NEURONS)
+
+    def close(self) -> None:
+        """Give back threads and device memory; the executor cannot be used afterwards. Calling it twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._release()
+
+    @abstractmethod
+    def _place_predictor(self, predictor: Predictor | None) -> None:
+        """Put a predictor that fits the model where steps read it, in place of the one before; None: take it out."""
+
+    @abstractmethod
+    def _keep_ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
+        """See `ffn_inputs`; `ffn` is "dense" meanwhile."""
+
+    @abstractmethod
+    def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
+        """See `run_ffns`; the inputs fit."""
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Give back threads and device memory."""
+
+    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
+        """Count on from these."""
+        self._counted = counts
+
+    def _check(self, batch: Batch) -> None:
+        """Raise ValueError for a closed executor and for a batch that breaks the rules: kernels check nothing."""
+        self._check_open()
+        check_batch(
+            batch,
+            max_rows=self.max_batch_rows,
+            max_blocks=self._max_blocks,
+            block_count=self.block_count,
+            context=self.context,
+            vocab_size=self.config.vocab_size,
+        )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ValueError("the executor is closed")
+
+
+def _ffn_bytes(arrays: Mapping[str, NDArray]) -> int:
+    """Stored bytes of the FFN rows that can be skipped."""
+    return sum(part.nbytes for name in ("gate", "up", "down_T") for part in gather_parts(arrays, name).values())
