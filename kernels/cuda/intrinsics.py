@@ -124,10 +124,6 @@ if SIMULATED:
         """Four uint8 in a word -> four float32, the lowest byte first."""
         return tuple(_view(word, np.uint8).astype(np.float32))
 
-    def u8x4_less_32(word: Any) -> Any:
-        """Four uint8 in a word -> four float32, less 32, the lowest byte first."""
-        return tuple(_view(word, np.uint8).astype(np.float32) - np.float32(32))
-
     def stg128(values: Any, i: Any, a: Any, b: Any, c: Any, d: Any) -> None:
         """Store four float32 from item i of `values`, a multiple of 4, at once."""
         assert i % 4 == 0, f"a 16-byte store to item {i}"
@@ -252,17 +248,9 @@ else:
         """Four uint8 in a word -> four float32, the lowest byte first."""
 
         def generate(context, builder, signature, arguments):
-            return _bytes_as_floats(builder, arguments[0], builder.lshr, builder.uitofp)
-
-        return types.UniTuple(types.float32, 4)(types.uint32), generate
-
-    @intrinsic
-    def u8x4_less_32(typing_context, word):
-        """Four uint8 in a word -> four float32, less 32, the lowest byte first."""
-
-        def generate(context, builder, signature, arguments):
-            # A byte below the exponent of 2**23 is 2**23 + the byte: a permutation and a sum are the conversion.
-            lines = (f"prmt.b32 t, $4, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, 0f4B000020;" for k in range(4))
+            # A byte below the exponent of 2**23 is 2**23 + the byte. In assembly: where bytes are made of several words
+            # at once, LLVM would make each by itself.
+            lines = (f"prmt.b32 t, $4, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, 0f4B000000;" for k in range(4))
             text = "{.reg .b32 t; " + " ".join(lines) + "}"
             struct = _assembly(builder, ir.LiteralStructType([_F32] * 4), arguments, text, "=f,=f,=f,=f,r")
             return _tuple(builder, struct, 4)

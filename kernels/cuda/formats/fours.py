@@ -45,9 +45,3 @@ def consecutive(columns: int) -> Any:
         return columns * j + 4 * k
 
     return column_of
-
-
-@jit(device=True)
-def halves_of_64(j, k):
-    """`column_of` a format whose chunks are 16 columns in the low halves of bytes, and those 32 on in the high ones."""
-    return 64 * (j >> 1) + 16 * (j & 1) + 4 * (k & 3) + 32 * (k >> 2)
