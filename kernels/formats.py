@@ -47,6 +47,10 @@ class Part:
     dtype: str  # of safetensors
     width: Callable[[int], int]  # items of a row, by the matrix's padded columns
 
+    def row_bytes(self, columns: int) -> int:
+        """Bytes of one row; `columns` are padded."""
+        return self.width(columns) * np.dtype(STORED_DTYPES[self.dtype]).itemsize
+
 
 @dataclass(frozen=True)
 class Format:
@@ -65,13 +69,18 @@ class Format:
 
     def row_bytes(self, columns: int) -> int:
         """Bytes of one row's values, without scales; `columns` are padded."""
-        values = self.parts[0]
-        return values.width(columns) * np.dtype(STORED_DTYPES[values.dtype]).itemsize
+        return self.parts[0].row_bytes(columns)
 
     def stored_bytes(self, rows: int, columns: int) -> int:
         """Bytes of all parts of a (rows, columns) matrix."""
-        c = padded_columns(columns)
-        return rows * sum(part.width(c) * np.dtype(STORED_DTYPES[part.dtype]).itemsize for part in self.parts)
+        return rows * sum(part.row_bytes(padded_columns(columns)) for part in self.parts)
+
+
+def format_named(name: WeightFormat) -> Format:
+    """The format of this name. Raises ValueError when there is none."""
+    if name not in FORMATS:
+        raise ValueError(f"found the weight format {name!r}, expected one of {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 def padded_columns(columns: int) -> int:
@@ -82,7 +91,7 @@ def padded_columns(columns: int) -> int:
 def stored_parts(weight_format: WeightFormat, rows: int, columns: int) -> dict[str, tuple[tuple[int, int], str]]:
     """Suffix -> (shape, safetensors dtype) of every array that a (rows, columns) matrix is stored as."""
     c = padded_columns(columns)
-    return {part.suffix: ((rows, part.width(c)), part.dtype) for part in FORMATS[weight_format].parts}
+    return {part.suffix: ((rows, part.width(c)), part.dtype) for part in format_named(weight_format).parts}
 
 
 def gather_parts(arrays: Mapping[str, NDArray], name: str) -> Parts:
@@ -98,12 +107,12 @@ def quantize(matrix: NDArray[np.float32], weight_format: WeightFormat) -> Parts:
     rows, columns = matrix.shape
     w = np.zeros((rows, padded_columns(columns)), np.float32)
     w[:, :columns] = matrix
-    return FORMATS[weight_format].quantize(w)
+    return format_named(weight_format).quantize(w)
 
 
 def dequantize(parts: Parts, weight_format: WeightFormat, columns: int) -> NDArray[np.float32]:
     """The (rows, columns) float32 matrix that the stored parts stand for."""
-    return np.ascontiguousarray(FORMATS[weight_format].dequantize(parts)[:, :columns])
+    return np.ascontiguousarray(format_named(weight_format).dequantize(parts)[:, :columns])
 
 
 def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat]) -> None:

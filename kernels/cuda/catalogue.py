@@ -18,8 +18,8 @@ from svdengine.kernels.cuda.intrinsics import Kernel
 def all_kernels() -> dict[str, Kernel]:
     """Name -> kernel. Raises ValueError when two have the same name."""
     kernels: dict[str, Kernel] = {}
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
         for kernel in _kernels_of(vars(module)):
             if kernels.setdefault(kernel.name, kernel) is not kernel:
                 raise ValueError(f"two kernels are called {kernel.name}")

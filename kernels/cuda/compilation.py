@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from svdengine.kernels import batch
+from svdengine.kernels import batch, formats
 from svdengine.kernels.cuda.intrinsics import Kernel
 from svdengine.kernels.user_cache import user_cache_directory
 
@@ -79,6 +79,6 @@ def _pretended(capability: Capability) -> Iterator[None]:
 def _cache_directory() -> Path:
     """Machine code of exactly these sources and this compiler."""
     digest = hashlib.sha256(version("numba-cuda").encode())
-    for source in (*sorted(Path(__file__).parent.glob("*.py")), Path(batch.__file__)):
+    for source in (*sorted(Path(__file__).parent.rglob("*.py")), Path(batch.__file__), Path(formats.__file__)):
         digest.update(source.read_bytes())
     return user_cache_directory() / "kernels" / f"cuda-{digest.hexdigest()[:16]}"

@@ -8,10 +8,10 @@ from functools import cache
 from numba import cuda
 
 from svdengine.kernels.cuda.device import Device
+from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.intrinsics import Kernel, kernel
 from svdengine.kernels.cuda.model import Model
 from svdengine.kernels.cuda.rows import matrix_parameters
-from svdengine.kernels.cuda.weights import WEIGHT
 from svdengine.kernels.cuda.workspace import Workspace
 from svdengine.kernels.formats import WeightFormat
 
@@ -21,7 +21,7 @@ THREADS = 256
 @cache
 def embed_kernel(weight_format: WeightFormat) -> Kernel:
     """x = factor * embedding row of each token (+ row of the position)."""
-    weight = WEIGHT[weight_format]
+    weight = kernels_of(weight_format).weight
 
     @kernel(
         matrix_parameters(weight_format) + ", int32* tokens, int32* positions, float32* table, float32* x,"
@@ -52,4 +52,4 @@ def embed_tokens(device: Device, model: Model, work: Workspace, n: int) -> None:
 
 def every_kernel() -> Iterator[Kernel]:
     """The kernels of all formats."""
-    yield from map(embed_kernel, WEIGHT)
+    yield from map(embed_kernel, KERNELS)

@@ -10,24 +10,29 @@ and are read over the bus where they lie. Kernels for such layers are compiled a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
 from svdengine.kernels.cuda.compact import ballot, below
 from svdengine.kernels.cuda.elementwise import DRELU, FATRELU, RELU2
-from svdengine.kernels.cuda.intrinsics import add_atomic, jit, kernel, lane_index, ldg128, stg128, warp_index, warp_sum
-from svdengine.kernels.cuda.rows import (
-    ADDS,
-    CHUNK_COLUMNS,
-    COLUMN_OF,
-    DOTS,
-    HELD_ROW,
-    NOTHING,
-    neuron_matrix_parameters,
+from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
+from svdengine.kernels.cuda.intrinsics import (
+    Kernel,
+    add_atomic,
+    jit,
+    kernel,
+    lane_index,
+    stg128,
+    warp_index,
+    warp_sum,
 )
+from svdengine.kernels.cuda.rows import HELD_ROW, neuron_matrix_parameters, row_product
 from svdengine.kernels.cuda.workspace import ACTIVE, COUNTS
-from svdengine.kernels.formats import WEIGHT_FORMATS
+from svdengine.kernels.formats import WeightFormat
 
 WARPS = 8
 GATHER_THREADS = 32 * WARPS
@@ -57,8 +62,10 @@ def first_of_warp():
     return cuda.blockIdx.x + warp_index() * cuda.gridDim.x
 
 
-def _gate(name, dot, split):
-    held_row = HELD_ROW[split]
+@cache
+def gate_kernel(name: WeightFormat, split: bool) -> Kernel:
+    """gates and hidden = act(gate x) of the listed neurons."""
+    dot, held_row = row_product(name), HELD_ROW[split]
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
@@ -84,8 +91,10 @@ def _gate(name, dot, split):
     return gate
 
 
-def _up(name, dot, split):
-    held_row = HELD_ROW[split]
+@cache
+def up_kernel(name: WeightFormat, split: bool) -> Kernel:
+    """hidden = gate * (up x) of the listed neurons whose gate is active."""
+    dot, held_row = row_product(name), HELD_ROW[split]
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
@@ -110,8 +119,10 @@ def _up(name, dot, split):
     return up
 
 
-def _gate_up(name, dot, split):
-    held_row = HELD_ROW[split]
+@cache
+def gate_up_kernel(name: WeightFormat, split: bool) -> Kernel:
+    """The work of `gate_kernel` and `up_kernel` for a gate and an up of the same format."""
+    dot, held_row = row_product(name), HELD_ROW[split]
 
     @kernel(
         f"{neuron_matrix_parameters(name, 'g_')}, float32* g_bias,"
@@ -156,8 +167,12 @@ def active_of(neurons, gates, hidden, k, last, lane, found, values):
     return np.int32(cuda.popc(mask))
 
 
-def _down(name, add, columns, nothing, column_of, split):
-    fours, held_row = columns // 4, HELD_ROW[split]
+@cache
+def down_kernel(name: WeightFormat, split: bool) -> Kernel:
+    """partial = sums of hidden times rows of down over parts of the lists."""
+    kernels, held_row = kernels_of(name), HELD_ROW[split]
+    load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
+    columns, chunk_words, fours = kernels.chunk_columns, kernels.chunk_words, kernels.chunk_columns // 4
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden,"
@@ -180,7 +195,7 @@ def _down(name, add, columns, nothing, column_of, split):
         size = (length + parts - 1) // parts
         first = at + min(cuda.blockIdx.y * size, length)
         last = at + min((cuda.blockIdx.y + 1) * size, length)
-        total = nothing
+        total, row_words = nothing, chunk_words * count
         for k in range(first, last, 32):
             if warp_index() == 0:
                 kept = active_of(neurons, gates, hidden, k, last, lane, found, values)
@@ -197,34 +212,29 @@ def _down(name, add, columns, nothing, column_of, split):
                     s1, h1 = held_row(words, cold, hot, r1)
                     s2, h2 = held_row(words, cold, hot, r2)
                     s3, h3 = held_row(words, cold, hot, r3)
-                    w0 = ldg128(s0, (h0 * count + j) * 4)
-                    w1 = ldg128(s1, (h1 * count + j) * 4)
-                    w2 = ldg128(s2, (h2 * count + j) * 4)
-                    w3 = ldg128(s3, (h3 * count + j) * 4)
+                    w0 = load(s0, h0 * row_words, j)
+                    w1 = load(s1, h1 * row_words, j)
+                    w2 = load(s2, h2 * row_words, j)
+                    w3 = load(s3, h3 * row_words, j)
                     total = add(total, values[i], w0, scale, low, row, r0, stride, j)
                     total = add(total, values[i + 1], w1, scale, low, row, r1, stride, j)
                     total = add(total, values[i + 2], w2, scale, low, row, r2, stride, j)
                     total = add(total, values[i + 3], w3, scale, low, row, r3, stride, j)
                 for i in range(kept >> 2 << 2, kept):
                     source, held = held_row(words, cold, hot, found[i])
-                    w = ldg128(source, (held * count + j) * 4)
+                    w = load(source, held * row_words, j)
                     total = add(total, values[i], w, scale, low, row, found[i], stride, j)
             cuda.syncthreads()
         if j < count:
             out = (cuda.blockIdx.z * parts + cuda.blockIdx.y) * stride
             for k in range(fours):
                 t = total[k]
-                stg128(partial, out + column_of(j, k, columns), t[0], t[1], t[2], t[3])
+                stg128(partial, out + column_of(j, k), t[0], t[1], t[2], t[3])
 
     return down
 
 
-# By weight format, and whether the layer is split.
-GATE = {(name, split): _gate(name, DOTS[name], split) for name in WEIGHT_FORMATS for split in _SUFFIX}
-UP = {(name, split): _up(name, DOTS[name], split) for name in WEIGHT_FORMATS for split in _SUFFIX}
-GATE_UP = {(name, split): _gate_up(name, DOTS[name], split) for name in WEIGHT_FORMATS for split in _SUFFIX}
-DOWN = {
-    (name, split): _down(name, ADDS[name], CHUNK_COLUMNS[name], NOTHING[name], COLUMN_OF[name], split)
-    for name in WEIGHT_FORMATS
-    for split in _SUFFIX
-}
+def every_kernel() -> Iterator[Kernel]:
+    """The kernels of all formats, of layers that are split and of others."""
+    for make in (gate_kernel, up_kernel, gate_up_kernel, down_kernel):
+        yield from (make(name, split) for name in KERNELS for split in _SUFFIX)

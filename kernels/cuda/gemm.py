@@ -11,11 +11,11 @@ from numba import cuda
 
 from svdengine.kernels.cuda.device import Array, Device, Gemm
 from svdengine.kernels.cuda.elementwise import add_parts
+from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.intrinsics import Kernel, f2h, kernel
 from svdengine.kernels.cuda.model import Matrix
 from svdengine.kernels.cuda.rows import matrix_parameters
-from svdengine.kernels.cuda.weights import WEIGHT
 from svdengine.kernels.formats import WeightFormat
 
 LIBRARY_ROWS = 32  # of activations from which the library is used
@@ -34,7 +34,7 @@ class HalfCopies:
 @cache
 def widen_kernel(weight_format: WeightFormat) -> Kernel:
     """to (rows, stride) float16 of a matrix, two weights a thread. Grid: (rows, blocks of pairs)."""
-    weight = WEIGHT[weight_format]
+    weight = kernels_of(weight_format).weight
 
     @kernel(matrix_parameters(weight_format) + ", uint32* to, int32 stride", name=f"widen_{weight_format}")
     def widen(words, scale, low, row, to, stride):
@@ -112,12 +112,13 @@ def _operands(
 
     What lies in host memory is read once: a split matrix is copied to float16, in whatever format it is.
     """
-    if matrix.format == "f32" and not matrix.is_split:
+    as_stored = None if matrix.is_split else kernels_of(matrix.format).library_type
+    if as_stored is np.float32:
         return matrix.words.view(np.float32), x, x_stride
-    weights = copies.weights
-    if matrix.format == "f16" and not matrix.is_split:
-        weights = matrix.words.view(np.float16)
+    if as_stored is not None:
+        weights = matrix.words.view(as_stored)
     else:
+        weights = copies.weights
         for first, piece in matrix.pieces():
             device.launch(
                 widen_kernel(piece.format), (piece.rows, -(-piece.stride // (2 * THREADS))), THREADS,
@@ -129,4 +130,4 @@ def _operands(
 
 def every_kernel() -> Iterator[Kernel]:
     """The kernels of all formats."""
-    yield from map(widen_kernel, WEIGHT)
+    yield from map(widen_kernel, KERNELS)

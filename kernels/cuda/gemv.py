@@ -1,8 +1,9 @@
 """Products of matrices in any weight format with one or a few rows of activations: memory's speed is the bound.
 
-`multiply` takes matrices whose rows make outputs: a warp reads some rows, 16 bytes a lane at a time, for up to TILE
-rows of activations. `multiply_transposed` takes those whose columns do (down, stored as one row a neuron): a thread
-keeps the sums of 16 bytes of columns, and blocks and their warps share out the neurons.
+`multiply` takes matrices whose rows make outputs: a warp reads some rows, a chunk a lane at a time, for up to TILE rows
+of activations. `multiply_transposed` takes those whose columns do (down, stored as one row a neuron): a thread keeps
+the sums of a chunk's columns, and blocks and their warps share out the neurons. kernels/cuda/formats says what a chunk
+is.
 """
 
 from __future__ import annotations
@@ -15,20 +16,10 @@ from numba import cuda
 from numba.cuda import types
 
 from svdengine.kernels.cuda.device import Array, Device
-from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, ldg128, warp_index, warp_sum
+from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
+from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, warp_index, warp_sum
 from svdengine.kernels.cuda.model import Matrix
-from svdengine.kernels.cuda.rows import (
-    ADDS,
-    CHUNK_COLUMNS,
-    COLUMN_OF,
-    NOTHING,
-    chunk_bf16,
-    chunk_f16,
-    chunk_f32,
-    chunk_q4,
-    chunk_q8,
-    matrix_parameters,
-)
+from svdengine.kernels.cuda.rows import matrix_parameters
 from svdengine.kernels.cuda.workspace import parts_of
 from svdengine.kernels.formats import WeightFormat
 
@@ -39,14 +30,14 @@ SHARERS = 8  # warps of a block that share the neurons of a part
 _MOST_SHARERS = 8
 _LEAST_NEURONS = 32  # of a part: four for each of its warps, whose loads are on their way at once
 _MANY = 8192  # rows of a matrix from which warps take several each, and there is still work for all
-_TRANSPOSED_TILE = {"f32": 4, "f16": 4, "bf16": 4, "q8": 4, "q4": 2}  # more would not fit in registers
-_CHUNKS = {"f32": chunk_f32, "f16": chunk_f16, "bf16": chunk_bf16, "q8": chunk_q8, "q4": chunk_q4}
 
 
 @cache
 def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel:
     """y (n, ...) = or += factor * (W x + bias), for x (n, ...); `per_warp` rows of W and `tile` rows of x a warp."""
-    chunk, columns, count = _CHUNKS[weight_format], CHUNK_COLUMNS[weight_format], per_warp * tile
+    kernels, count = kernels_of(weight_format), per_warp * tile
+    load, chunk = kernels.load_chunk, kernels.dot_chunk
+    columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride,"
@@ -66,7 +57,7 @@ def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel
             for k in range(per_warp):
                 # Past the end the last row is read again, and its product not written.
                 r = min(first + k, rows - 1)
-                w = ldg128(words, 4 * (r * chunks + j))
+                w = load(words, r * (chunk_words * chunks), j)
                 for t in range(tile):
                     at = min(b + t, n - 1) * x_stride
                     sums[k * tile + t] += chunk(w, scale, low, row, r, stride, x, at, j)
@@ -88,8 +79,10 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     The warps of a block read the same 32 chunks of columns of different neurons, and add up what they have in the end.
     Grid: (blocks of chunks of columns, parts, tiles of n).
     """
-    add, columns, nothing = ADDS[weight_format], CHUNK_COLUMNS[weight_format], NOTHING[weight_format]
-    column_of, fours, width = COLUMN_OF[weight_format], columns // 4, columns + 1  # odd, against bank conflicts
+    kernels = kernels_of(weight_format)
+    load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
+    columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
+    fours, width = columns // 4, columns + 1  # odd, against bank conflicts
     room = _MOST_SHARERS * 32 * width
     # Loads of a thread that are on their way at once; the more sums it has, the fewer fit in registers beside them.
     four, two = columns <= 16 and tile * columns <= 32, columns <= 16 or tile == 1
@@ -120,13 +113,14 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
         part, parts, b = cuda.blockIdx.y, cuda.gridDim.y, cuda.blockIdx.z * tile
         share = (neurons + parts - 1) // parts
         r, last = part * share + warp, min(neurons, (part + 1) * share)
+        row_words = chunk_words * chunks
         sums = nothing, nothing, nothing, nothing
         while four and r + 3 * warps < last:
             r1, r2, r3 = r + warps, r + 2 * warps, r + 3 * warps
-            w0 = ldg128(words, 4 * (r * chunks + j))
-            w1 = ldg128(words, 4 * (r1 * chunks + j))
-            w2 = ldg128(words, 4 * (r2 * chunks + j))
-            w3 = ldg128(words, 4 * (r3 * chunks + j))
+            w0 = load(words, r * row_words, j)
+            w1 = load(words, r1 * row_words, j)
+            w2 = load(words, r2 * row_words, j)
+            w3 = load(words, r3 * row_words, j)
             sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
             sums = add_row(sums, hidden, hidden_stride, n, b, w1, scale, low, row, r1, stride, j)
             sums = add_row(sums, hidden, hidden_stride, n, b, w2, scale, low, row, r2, stride, j)
@@ -134,15 +128,15 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
             r += 4 * warps
         if two:  # each is asked for two rows ahead; past the end a row is read again
             end = max(last - 1, 0)
-            w0 = ldg128(words, 4 * (min(r, end) * chunks + j))
-            w1 = ldg128(words, 4 * (min(r + warps, end) * chunks + j))
+            w0 = load(words, min(r, end) * row_words, j)
+            w1 = load(words, min(r + warps, end) * row_words, j)
             while r < last:
-                w2 = ldg128(words, 4 * (min(r + 2 * warps, end) * chunks + j))
+                w2 = load(words, min(r + 2 * warps, end) * row_words, j)
                 sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
                 w0, w1 = w1, w2
                 r += warps
         while r < last:
-            w = ldg128(words, 4 * (r * chunks + j))
+            w = load(words, r * row_words, j)
             sums = add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j)
             r += warps
 
@@ -158,7 +152,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
                 for w in range(warps):
                     total += shared[(32 * w + chunk) * width + k]
                 j = cuda.blockIdx.x * 32 + chunk
-                column = column_of(j, k >> 2, columns) + (k & 3)
+                column = column_of(j, k >> 2) + (k & 3)
                 if j < chunks and column < columns_used:
                     partial[((b + t) * parts + part) * stride + column] = total
 
@@ -195,9 +189,10 @@ def multiply_transposed(
 
     Returns the number of parts, whose sum is the product without a bias.
     """
-    tile = 1 if n == 1 else _TRANSPOSED_TILE[matrix.format]
+    kernels = kernels_of(matrix.format)
+    tile = 1 if n == 1 else kernels.most_sums
     parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
-    chunks = matrix.stride // CHUNK_COLUMNS[matrix.format]
+    chunks = matrix.stride // kernels.chunk_columns
     device.launch(
         transposed_kernel(matrix.format, tile), (-(-chunks // 32), parts, -(-n // tile)), 32 * SHARERS,
         matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
@@ -208,6 +203,6 @@ def multiply_transposed(
 
 def every_kernel() -> Iterator[Kernel]:
     """All kernels that `multiply` and `multiply_transposed` may choose."""
-    for weight_format, tile in _TRANSPOSED_TILE.items():
-        yield from (gemv_kernel(weight_format, *shape) for shape in ((1, 1), (4, 1), (1, 2), (1, TILE)))
-        yield from (transposed_kernel(weight_format, t) for t in (1, tile))
+    for name, kernels in KERNELS.items():
+        yield from (gemv_kernel(name, *shape) for shape in ((1, 1), (4, 1), (1, 2), (1, TILE)))
+        yield from (transposed_kernel(name, tile) for tile in (1, kernels.most_sums))

@@ -248,7 +248,12 @@ else:
         """Four uint8 in a word -> four float32, the lowest byte first."""
 
         def generate(context, builder, signature, arguments):
-            return _bytes_as_floats(builder, arguments[0], builder.lshr, builder.uitofp)
+            # A byte below the exponent of 2**23 is 2**23 + the byte. In assembly: where bytes are made of several words
+            # at once, LLVM would make each by itself.
+            lines = (f"prmt.b32 t, $4, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, 0f4B000000;" for k in range(4))
+            text = "{.reg .b32 t; " + " ".join(lines) + "}"
+            struct = _assembly(builder, ir.LiteralStructType([_F32] * 4), arguments, text, "=f,=f,=f,=f,r")
+            return _tuple(builder, struct, 4)
 
         return types.UniTuple(types.float32, 4)(types.uint32), generate
 

@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
+from svdengine.kernels.formats import PART_SUFFIXES
 from svdengine.kernels.predictor import Predictor, layer_arrays
 from svdengine.models import ModelConfig, tensor_specs
 
 RESERVE = 256 << 20  # bytes that are left to the driver, the library and recorded graphs
 _GRANULE = 2 << 20  # bytes that the driver gives at least; small arrays share them
-_SUFFIXES = ("", ".scale", ".min", ".row")
 _FFN = ("gate", "up", "down_T", "down")
 _GIB = 2.0**30
 
@@ -74,7 +74,7 @@ def split_memory(
 
     host_available: bytes of host memory that may be used; None: any. Raises DeviceError, with how much is missing.
     """
-    names = [spec.name + suffix for spec in tensor_specs(config) for suffix in _SUFFIXES]
+    names = [spec.name + suffix for spec in tensor_specs(config) for suffix in PART_SUFFIXES]
     weights = sum(arrays[name].nbytes for name in names if name in arrays) + _predictor_bytes(predictor)
     rows = sum(arrays[name].nbytes for name in _FFN if name in arrays)
     beside = buffers + RESERVE + _unused(config, arrays, predictor, cache)
@@ -141,7 +141,7 @@ def _unused(config: ModelConfig, arrays: Mapping[str, NDArray], predictor: Predi
     sizes, any_size = [cache // (2 * config.layer_count)] * (2 * config.layer_count), 0
     for spec in tensor_specs(config):
         count = config.layer_count if spec.stacked else 1
-        for suffix in _SUFFIXES:
+        for suffix in PART_SUFFIXES:
             array = arrays.get(spec.name + suffix)
             size = array.nbytes // count if array is not None else 0
             if spec.name + suffix in _FFN:  # any number of its rows

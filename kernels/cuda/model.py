@@ -10,27 +10,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.formats.kernels import MATRIX_PARTS
+from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
-from svdengine.kernels.formats import WeightFormat, check_stored, padded_columns
+from svdengine.kernels.formats import (
+    Parts,
+    WeightFormat,
+    check_stored,
+    dequantize,
+    format_named,
+    gather_parts,
+    padded_columns,
+)
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig, tensor_specs
 
-_SUFFIXES = ("", ".scale", ".min", ".row")
-
 
 @dataclass(frozen=True)
 class Matrix:
-    """A matrix in its stored format (kernels/formats.py), flat. Parts that the format lacks are one zero."""
+    """A matrix in its stored format (kernels/formats.py), flat. Parts that the format lacks are one zero.
+
+    kernels/cuda/formats says as what types the parts are read.
+    """
 
     format: WeightFormat
     rows: int
     columns: int
     stride: int  # columns as stored: padded to 64
-    words: Array  # uint32: the stored rows up to `hot`, of stride * bits / 32 words each
-    scale: Array  # (rows, stride / 32): float16 of q8, uint8 of q4
-    low: Array  # (rows, stride / 32) uint8: `.min` of q4
-    row: Array  # (rows, 2) float32: of q4
+    words: Array  # the stored rows up to `hot`
+    scale: Array  # `.scale`
+    low: Array  # `.min`
+    row: Array  # `.row`
     bias: Array  # (rows,) float32; zeros where the model has none
     hot: (
         int  # rows whose words lie on the device: all of them, unless the layer is split (kernels/cuda/memory_split.py)
@@ -54,30 +65,13 @@ class Matrix:
 
         The bias is that of the part where rows are outputs, and of no use where columns are.
         """
-        groups = self.stride // 32
-        scaled, rowed = self.format in ("q8", "q4"), self.format == "q4"
-        words = self.words[first * self.row_words : (first + count) * self.row_words]
-        return Matrix(
-            self.format,
-            count,
-            self.columns,
-            self.stride,
-            words,
-            self.scale[first * groups : (first + count) * groups] if scaled else self.scale,
-            self.low[first * groups : (first + count) * groups] if rowed else self.low,
-            self.row[2 * first : 2 * (first + count)] if rowed else self.row,
-            self.bias[first : first + count],
-            count,
-            words,
-        )
-
-    @property
-    def row_words(self) -> int:
-        """Words of a row."""
-        return self.stride * BITS[self.format] // 32
-
-
-BITS: dict[WeightFormat, int] = {"f32": 32, "f16": 16, "bf16": 16, "q8": 8, "q4": 4}
+        names, arrays = {suffix: name for name, suffix in MATRIX_PARTS.items()}, {}
+        for part in format_named(self.format).parts:
+            array = getattr(self, names[part.suffix])
+            items = part.row_bytes(self.stride) // array.dtype.itemsize
+            arrays[names[part.suffix]] = array[first * items : (first + count) * items]
+        bias = self.bias[first : first + count]
+        return replace(self, rows=count, hot=count, bias=bias, cold=arrays["words"], **arrays)
 
 
 @dataclass(frozen=True)
@@ -290,7 +284,7 @@ class _Builder:
 
     def matrix(self, names: Sequence[str], layer: int | None) -> Matrix:
         """Matrices of one format and width, one below the other."""
-        parts = [{s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays} for name in names]
+        parts = [self.parts(name, layer) for name in names]
         columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[names[0]]
         # down.bias has an item for each output, and so has that of every other matrix but down_T one for each row.
         sizes = [columns if name == "down_T" else len(p[""]) for name, p in zip(names, parts, strict=True)]
@@ -303,7 +297,7 @@ class _Builder:
 
     def split_matrix(self, name: str, layer: int, order: NDArray[np.intp] | None, hot: int) -> Matrix:
         """A matrix with its rows in some order, of which the words of those from `hot` on stay in host memory."""
-        parts = {s: self.part(name + s, layer) for s in _SUFFIXES if name + s in self.arrays}
+        parts = self.parts(name, layer)
         columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[name]
         source = f"{'down' if name == 'down_T' else name}.bias"
         bias = np.zeros(columns if name == "down_T" else len(parts[""]), np.float32)
@@ -332,11 +326,12 @@ class _Builder:
         """The table of learned positions in float32, or one zero."""
         if not self.config.learned_positions:
             return self.nothing
-        weight_format = self.formats["position_embedding"]
-        if weight_format not in ("f32", "f16"):
-            raise ValueError(f"position_embedding must be f32 or f16, found {weight_format}")
-        table = self.arrays["position_embedding"][:, : self.config.hidden_size]
-        return self.device.upload(np.ascontiguousarray(table, np.float32))
+        name = "position_embedding"
+        return self.device.upload(dequantize(self.parts(name, None), self.formats[name], self.config.hidden_size))
+
+    def parts(self, name: str, layer: int | None) -> Parts:
+        """The stored arrays of a matrix by suffix."""
+        return {suffix: self.part(name + suffix, layer) for suffix in gather_parts(self.arrays, name)}
 
     def part(self, name: str, layer: int | None) -> NDArray:
         """An array, or its layer."""
@@ -346,13 +341,14 @@ class _Builder:
 def _matrix(
     device: Device, parts: Sequence[Mapping[str, NDArray]], weight_format: WeightFormat, columns: int, bias: Array
 ) -> Matrix:
-    """Stored parts of matrices, one below the other."""
+    """Stored parts of matrices, one below the other. Raises ValueError where CUDA has no kernels for the format."""
+    kernels = kernels_of(weight_format)
 
     def joined(suffix: str, dtype: Any) -> Array:
         if suffix not in parts[0]:
             return device.zeros(1, dtype)
-        sources = [_words(p[suffix]) if suffix == "" else p[suffix].reshape(-1) for p in parts]
-        to, end = device.zeros(max(1, sum(map(len, sources))), sources[0].dtype), 0
+        sources = [_flat(p[suffix], dtype) for p in parts]
+        to, end = device.zeros(max(1, sum(map(len, sources))), dtype), 0
         for source in sources:
             if len(source):
                 device.write(to[end : end + len(source)], source)
@@ -360,9 +356,9 @@ def _matrix(
         return to
 
     rows = sum(len(p[""]) for p in parts)
-    words, scale = joined("", np.uint32), joined(".scale", np.float16 if weight_format == "q8" else np.uint8)
-    low, row = joined(".min", np.uint8), joined(".row", np.float32)
-    return Matrix(weight_format, rows, columns, padded_columns(columns), words, scale, low, row, bias, rows, words)
+    arrays = {name: joined(suffix, np.dtype(kernels.type_of(name))) for name, suffix in MATRIX_PARTS.items()}
+    stride, cold = padded_columns(columns), arrays["words"]
+    return Matrix(weight_format, rows, columns, stride, **arrays, bias=bias, hot=rows, cold=cold)
 
 
 def _halves(matrix: Matrix, rows: int) -> tuple[Matrix, ...]:
@@ -372,4 +368,9 @@ def _halves(matrix: Matrix, rows: int) -> tuple[Matrix, ...]:
 
 def _words(array: NDArray) -> NDArray[np.uint32]:
     """The bytes of an array as 32-bit words, flat."""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint32)
+    return _flat(array, np.uint32)
+
+
+def _flat(array: NDArray, dtype: Any) -> NDArray:
+    """The bytes of an array as items of a type."""
+    return np.ascontiguousarray(array).reshape(-1).view(dtype)

@@ -11,9 +11,17 @@ from typing import Literal
 from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_every, list_positive
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import ACTIVATIONS
-from svdengine.kernels.cuda.gather import DOWN, DOWN_THREADS, GATE, GATE_UP, GATHER_THREADS, UP, WARPS
+from svdengine.kernels.cuda.formats.table import kernels_of
+from svdengine.kernels.cuda.gather import (
+    DOWN_THREADS,
+    GATHER_THREADS,
+    WARPS,
+    down_kernel,
+    gate_kernel,
+    gate_up_kernel,
+    up_kernel,
+)
 from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model, PlacedLayer
-from svdengine.kernels.cuda.rows import CHUNK_COLUMNS
 from svdengine.kernels.cuda.score import (
     PROJECT,
     PROJECT_THREADS,
@@ -94,18 +102,18 @@ def gate_listed(device: Device, model: Model, work: Workspace, layer: LayerWeigh
     gate = layer.up if layer.gate is None else layer.gate
     if layer.gate is not None and layer.gate.format == layer.up.format:
         device.launch(
-            GATE_UP[gate.format, split], grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), *lists,
+            gate_up_kernel(gate.format, split), grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), *lists,
             hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
         return
     device.launch(
-        GATE[gate.format, split], grid, GATHER_THREADS, *_parts(gate), *lists,
+        gate_kernel(gate.format, split), grid, GATHER_THREADS, *_parts(gate), *lists,
         hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
     )  # fmt: skip
     if layer.gate is not None:
         up = layer.up
         device.launch(
-            UP[up.format, split], grid, GATHER_THREADS, *_parts(up), *lists,
+            up_kernel(up.format, split), grid, GATHER_THREADS, *_parts(up), *lists,
             hot, kind, up.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
 
@@ -113,9 +121,9 @@ def gate_listed(device: Device, model: Model, work: Workspace, layer: LayerWeigh
 def add_down(device: Device, work: Workspace, down: Matrix, n: int) -> int:
     """work.partial (n, parts, hidden) = sums over parts of the lists; returns the number of parts."""
     parts = parts_of(n)
-    blocks = -(-(down.stride // CHUNK_COLUMNS[down.format]) // DOWN_THREADS)
+    blocks = -(-(down.stride // kernels_of(down.format).chunk_columns) // DOWN_THREADS)
     device.launch(
-        DOWN[down.format, down.is_split], (blocks, parts, n), DOWN_THREADS,
+        down_kernel(down.format, down.is_split), (blocks, parts, n), DOWN_THREADS,
         down.words, down.scale, down.low, down.row, down.cold,
         work.neurons, work.lengths, work.scores, work.hidden, work.partial, work.counts,
         down.hot, down.stride, work.sizes.ffn,

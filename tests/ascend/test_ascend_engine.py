@@ -231,7 +231,7 @@ def test_logits_are_those_of_every_weight_format(
     make_npu: MakeNpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     tokens = random_tokens(zoo()["llama"], 5)
-    for dtype in ("q8", "q4"):
+    for dtype in ("q8", "q6", "q4"):
         path = tmp_path / f"{dtype}.svdp"
         write_svdp(path, zoo()["llama"], dtype)  # type: ignore[arg-type]
         plug_in(monkeypatch, make_npu(), tmp_path)

@@ -21,13 +21,14 @@ from svdengine.kernels.ascend.attention import FUSED
 from svdengine.kernels.ascend.custom_ops import find_kernels
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
+from svdengine.kernels.ascend.model import device_bytes
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import BlockStore
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor
-from svdengine.models import ModelConfig
+from svdengine.models import ModelConfig, tensor_specs
 
 ZOO = zoo()
 SPARSE = {name: config for name, config in ZOO.items() if config.sparse_ffn}
@@ -116,6 +117,16 @@ def test_8_bits_stay_8_bits_where_the_product_takes_them(make_npu: MakeNpu) -> N
     check(relu, RELU, [1], weight_format="q8")
     assert relu.calls.count("aclnnWeightQuantBatchMatmulV2") == 4 * RELU.layer_count
     assert relu.calls.count("aclnnMm") == 2 * RELU.layer_count + 1  # gate and up are one product
+
+
+@pytest.mark.parametrize("weight_format", ["q6", "q4"])
+def test_fewer_bits_become_float16(make_npu: MakeNpu, weight_format: WeightFormat) -> None:
+    npu = make_npu()
+    check(npu, RELU, [1], weight_format=weight_format)
+    assert npu.calls.count("aclnnMm") == 4 * RELU.layer_count + 1  # q, k and v are one product
+    matrices = [spec.name for spec in tensor_specs(RELU) if spec.matrix]
+    small, half = (device_bytes(RELU, dict.fromkeys(matrices, name)) for name in (weight_format, "f16"))
+    assert small == half
 
 
 def test_decoding_attends_in_one_operator(make_npu: MakeNpu) -> None:

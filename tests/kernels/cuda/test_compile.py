@@ -61,7 +61,7 @@ def test_a_kernel_compiles_and_stays_in_registers(report: dict[str, dict[str, An
 def test_no_kernel_is_missing_from_the_catalogue() -> None:
     written = {
         (path.name, node.name)
-        for path in Path(package.__path__[0]).glob("*.py")
+        for path in Path(package.__path__[0]).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.FunctionDef) and any(map(makes_kernel, node.decorator_list))
     }

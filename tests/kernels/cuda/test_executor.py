@@ -103,7 +103,7 @@ def test_a_prompt_is_read_in_tiles(device: Any, monkeypatch: pytest.MonkeyPatch)
     check(device, MODELS["mistral"], [2, 7])
 
 
-@pytest.mark.parametrize(("name", "weight_format"), [("llama", "q4"), ("minicpm", "f16"), ("llama_relu_tied", "f32")])
+@pytest.mark.parametrize(("name", "weight_format"), [("llama", "q6"), ("minicpm", "f16"), ("llama_relu_tied", "f32")])
 def test_the_library_multiplies_many_rows(
     device: Any, monkeypatch: pytest.MonkeyPatch, name: str, weight_format: WeightFormat
 ) -> None:

@@ -72,7 +72,9 @@ def split_of(
 
 
 # With rows of down that are neurons, without gates, and with rows that are outputs.
-@pytest.mark.parametrize(("name", "weight_format"), [("llama_relu_tied", "q8"), ("opt", "f32"), ("llama", "q4")])
+@pytest.mark.parametrize(
+    ("name", "weight_format"), [("llama_relu_tied", "q8"), ("llama_relu_tied", "q6"), ("opt", "f32"), ("llama", "q4")]
+)
 def test_a_split_keeps_to_its_budget_and_uses_it(name: str, weight_format: WeightFormat) -> None:
     config = zoo()[name]
     predictor = calibrated(config) if config.sparse_ffn else None

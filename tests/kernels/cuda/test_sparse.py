@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.cuda import sparse
 from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
+from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.memory_split import LayerSplit
 from svdengine.kernels.cuda.model import Model, build_model, place_predictor
@@ -188,7 +189,7 @@ def test_every_format_agrees_with_the_reference(device: Any, weight_format: Weig
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_rows_longer_than_a_warp_reads_at_once(device: Any, weight_format: WeightFormat) -> None:
-    config = replace(CONFIG, hidden_size=4160 if weight_format == "q4" else 1100, ffn_size=9)
+    config = replace(CONFIG, hidden_size=130 * kernels_of(weight_format).chunk_columns, ffn_size=9)
     bench, layer = Bench(device, config, weight_format, rows=1), layer_predictor(config, 5, 1)
     expected = reference_ffn(config, bench.exact, bench.x, layer, np.float32(0))
     assert relative_error(bench.run(layer), expected) < 5e-6
@@ -203,7 +204,7 @@ def test_warps_take_listed_neurons_in_turns(device: Any, monkeypatch: pytest.Mon
 
 def test_gate_and_up_of_different_formats(device: Any) -> None:
     bench = Bench(
-        device, CONFIG, {"q": "f16", "k": "f16", "v": "f16", "o": "f16", "gate": "q4", "up": "bf16", "down_T": "q8"}
+        device, CONFIG, {"q": "f16", "k": "f16", "v": "f16", "o": "f16", "gate": "q4", "up": "q6", "down_T": "q8"}
     )
     layer = layer_predictor(CONFIG, 40, 0)
     expected = reference_ffn(CONFIG, bench.exact, bench.x, layer, np.float32(0))

@@ -123,12 +123,13 @@ def test_the_dense_path_agrees_with_the_reference(simulated: SimulatedDevice, na
     check(simulated, MODELS[name], [3, 1, 1])
 
 
-def test_formats_with_scales_agree_on_the_dense_path(simulated: SimulatedDevice) -> None:
-    check(simulated, RELU, [2, 1], "q4")
+@pytest.mark.parametrize("weight_format", ["q6", "q4"])
+def test_formats_with_scales_agree_on_the_dense_path(simulated: SimulatedDevice, weight_format: WeightFormat) -> None:
+    check(simulated, RELU, [2, 1], weight_format)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_relu_tied"])
-@pytest.mark.parametrize("weight_format", ["f32", "q8"])
+@pytest.mark.parametrize("weight_format", ["f32", "q6"])
 def test_the_library_multiplies_a_copy(monkeypatch: pytest.MonkeyPatch, name: str, weight_format: WeightFormat) -> None:
     if not SIMULATED:
         pytest.skip("the simulator's memory is set here")

@@ -1,0 +1,1 @@
+"""Weight formats on CUDA, one file each; table.py has them all by name."""

@@ -1,0 +1,49 @@
+"""q8: 16 bytes of a row are 16 columns; two chunks share a scale."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from svdengine.kernels.cuda.formats.fours import add_four, consecutive, dot_four, load_sixteen_bytes
+from svdengine.kernels.cuda.formats.kernels import FormatKernels
+from svdengine.kernels.cuda.intrinsics import jit, s8x4
+
+
+@jit(device=True)
+def _dot(w, scale, low, row, r, stride, x, at, j):
+    at += 16 * j
+    first = dot_four(s8x4(w[0]), x, at) + dot_four(s8x4(w[1]), x, at + 4)
+    second = dot_four(s8x4(w[2]), x, at + 8) + dot_four(s8x4(w[3]), x, at + 12)
+    return np.float32(scale[r * (stride >> 5) + (j >> 1)]) * (first + second)
+
+
+@jit(device=True)
+def _add(total, h, w, scale, low, row, r, stride, j):
+    h *= np.float32(scale[r * (stride >> 5) + (j >> 1)])
+    return (
+        add_four(total[0], h, s8x4(w[0])),
+        add_four(total[1], h, s8x4(w[1])),
+        add_four(total[2], h, s8x4(w[2])),
+        add_four(total[3], h, s8x4(w[3])),
+    )
+
+
+@jit(device=True)
+def _weight(words, scale, low, row, r, column, stride):
+    # With 128 added to every byte none is negative.
+    index = r * stride + column
+    word = words[index >> 2] ^ np.uint32(0x80808080)
+    return np.float32(scale[index >> 5]) * (np.float32((word >> (8 * (column & 3))) & 255) - np.float32(128))
+
+
+Q8_KERNELS = FormatKernels(
+    name="q8",
+    chunk_columns=16,
+    load_chunk=load_sixteen_bytes,
+    dot_chunk=_dot,
+    add_chunk=_add,
+    column_of=consecutive(16),
+    weight=_weight,
+    most_sums=4,
+    types={"scale": "float16"},
+)
