@@ -17,6 +17,10 @@ from svdengine.kernels.cpu.isa import active_isa
 from svdengine.kernels.user_cache import user_cache_directory
 
 
+# What compiled code takes from outside this folder, as constants: the formats' codes, sizes of blocks.
+_SHARED = tuple(Path(__file__).parents[1] / name for name in ("formats.py", "lowbit.py", "batch.py"))
+
+
 @cache
 def kernel_cache_directory() -> Path:
     """Compiled kernels of exactly these sources, this instruction set and these compilers.
@@ -24,7 +28,7 @@ def kernel_cache_directory() -> Path:
     Numba's own cache looks only at the file of the outermost function, so an edit of a callee would go unseen.
     """
     digest = hashlib.sha256()
-    for source in sorted(Path(__file__).parent.rglob("*.py")):
+    for source in [*sorted(Path(__file__).parent.rglob("*.py")), *_SHARED]:
         digest.update(source.read_bytes())
     for part in (active_isa(), numba.__version__, llvmlite.__version__, sys.version):
         digest.update(part.encode())
