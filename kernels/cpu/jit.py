@@ -16,7 +16,6 @@ import numba
 from svdengine.kernels.cpu.isa import active_isa
 from svdengine.kernels.user_cache import user_cache_directory
 
-
 # What compiled code takes from outside this folder, as constants: the formats' codes, sizes of blocks.
 _SHARED = tuple(Path(__file__).parents[1] / name for name in ("formats.py", "lowbit.py", "batch.py"))
 
