@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnPath as FfnPath
     from svdengine.kernels.executor import KvDtype as KvDtype
     from svdengine.llm import LLM as LLM
-    from svdengine.llm import load as load
+    from svdengine.loading import load as load
     from svdengine.models.config import ModelConfig as ModelConfig
     from svdengine.models.config import Rope as Rope
     from svdengine.scheduling.completion import Completion as Completion
@@ -82,7 +82,7 @@ else:
         "TextStream": "text_stream",
         "TokenLogprobs": "scheduling.sampler",
         "Tokenizer": "text.tokenizer",
-        "load": "llm",
+        "load": "loading",
     }
     __all__ = [*_HOMES]
 

@@ -151,7 +151,7 @@ def calibrate_file(
     from svdengine.converters.calibration_text import TOKENS, WINDOW
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
-    from svdengine.llm import load
+    from svdengine.loading import load
 
     shape: Any = {"kind": kind, "source": source, "rank": rank, "bits": bits, "factor_format": factors}
     wanted = CalibrationOptions(**{**shape, "thresholds": thresholds, **budget})

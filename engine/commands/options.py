@@ -158,7 +158,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     """
     from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
-    from svdengine.llm import load
+    from svdengine.loading import load
     from svdengine.scheduling.scheduler import PREFILL_ROWS
     from svdengine.scheduling.sequence import blocks_for
 

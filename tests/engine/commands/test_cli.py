@@ -256,7 +256,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(model: str) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupts_elsewhere_exit_130(model: str) -> None:
     # A shell's background job ignores SIGINT, and so would the program.
-    code = "import svdengine.llm as l, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = "import svdengine.loading as l, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "l.load = lambda *a, **k: signal.raise_signal(signal.SIGINT)\n"
     code += f"from svdengine.cli import main; main(['generate', {model!r}, '-p', 'a'])"
     done = python(code)
