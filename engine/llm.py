@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -14,6 +18,7 @@ from numpy.typing import NDArray
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.executors import KvDtype, check_ffn
 from svdengine.files.advising_executor import AdvisingExecutor
+from svdengine.files.file_watch import FileWatch, check_files
 from svdengine.files.kv_file import KvFile, KvOrigin, restore, write_kv_file
 from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import model_fingerprint, predictor_fingerprint, require_predictor
@@ -43,7 +48,8 @@ class LLM:
     """A loaded model. `load` makes one.
 
     It may be used from several threads: each step of the engine is taken under a lock and advances all requests. As a
-    context manager it is closed at the end of the block.
+    context manager it is closed at the end of the block; one that nobody refers to any more is closed too. In a process
+    that was forked afterwards it cannot run: its threads are not there.
 
     context: most tokens of one sequence, prompt and answer.
     kv_dtype: how keys and values are cached, f16 or f32.
@@ -62,7 +68,9 @@ class LLM:
         predictor: Predictor | None = None,
         prefill_rows: int = PREFILL_ROWS,
         speculative: bool = False,
+        watches: Sequence[FileWatch] = (),
     ) -> None:
+        """`watches`: files that must not change meanwhile; they are closed with the model."""
         self.model_file = model_file
         self.predictor = predictor
         self.context = context
@@ -70,13 +78,17 @@ class LLM:
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
         drafter = Speculation(executor) if speculative else None
-        self._engine = Engine(executor, prefill_rows=prefill_rows, drafter=drafter)
+        self._engine = Engine(
+            executor, prefill_rows=prefill_rows, drafter=drafter, check=partial(check_files, tuple(watches))
+        )
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None
         self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
         self._making = threading.Lock()
-        self._closed = False
+        self._process = os.getpid()
+        self._release = weakref.finalize(self, _release, self._engine, model_file, watches, self._process)
+        self._release.atexit = False
 
     @property
     def config(self) -> ModelConfig:
@@ -85,7 +97,8 @@ class LLM:
 
     @property
     def executor(self) -> Executor:
-        """What runs the model; not to be called while requests run."""
+        """What runs the model; not to be called while requests run. Raises SvdEngineError in a forked process."""
+        self._check_process()
         return self._engine.executor
 
     @property
@@ -101,7 +114,7 @@ class LLM:
         mode = check_ffn(ffn)
         if ffn == "sparse":
             require_predictor(self.model_file, self.predictor)
-        with self._lock:
+        with self._turn():
             self._engine.set_ffn(mode)
 
     @property
@@ -271,14 +284,13 @@ class LLM:
 
         Raises ContextOverflowError when the KV cache cannot hold it, SvdEngineError when the model was closed.
         """
-        with self._lock:
-            if self._closed:
-                raise SvdEngineError("the model was closed")
+        with self._turn():
+            self._check_open()
             self._engine.add(request)
 
     def step(self) -> None:
         """Advance all requests that were added. Raises what the executor raises, which is each request's error too."""
-        with self._lock:
+        with self._turn():
             self._end_abandoned()
             self._engine.step()
 
@@ -287,7 +299,9 @@ class LLM:
 
         reason: the finish_reason that its completion gets.
         """
-        with self._lock:
+        if self._forked:  # nothing of it runs here
+            return
+        with self._turn():
             self._engine.abort(request)
             if isinstance(request, Generation):
                 request.finish(reason)
@@ -305,7 +319,7 @@ class LLM:
         when the model was closed.
         """
         store = self._block_store()
-        with self._lock:
+        with self._turn():
             self._check_open()
             blocks = self._engine.prefix_cache.contents()
             write_kv_file(Path(path), self._kv_origin(), blocks, store)
@@ -320,22 +334,41 @@ class LLM:
         was written with another model, predictor, FFN path or kv_dtype, SvdEngineError when the model was closed.
         """
         store = self._block_store()
-        with self._lock:
+        with self._turn():
             self._check_open()
             with KvFile(Path(path), self._kv_origin(), store) as file:
                 return restore(file, self._engine.prefix_cache, store)
 
     def close(self) -> None:
         """Give back threads and memory; requests that still run end with an error. Closing twice is fine."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._engine.close()
-                self.model_file.close()
+        if self._forked:
+            return
+        with self._turn():
+            self._release()
+            self.predictor = None  # arrays that would keep the file mapped
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        if self._forked:
+            raise SvdEngineError(
+                f"the model was loaded in process {self._process}; process {os.getpid()} was forked from it, without"
+                " the threads that run the model; load it in the process that uses it (multiprocessing: in the worker;"
+                " gunicorn: without --preload)"
+            )
 
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._release.alive:
             raise SvdEngineError("the model was closed")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the engine to oneself. In a forked process the lock may be one that nobody will ever release."""
+        self._check_process()
+        with self._lock:
+            yield
 
     def _block_store(self) -> BlockStore:
         executor = self.executor.inner if isinstance(self.executor, AdvisingExecutor) else self.executor
@@ -355,6 +388,9 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        raise SvdEngineError("a loaded model cannot be copied or sent to another process; load the file there")
+
     def _params(self, params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
@@ -370,6 +406,7 @@ class LLM:
     def _generation(
         self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
     ) -> Generation:
+        self._check_process()  # here too: what hands the request to a thread that is not there would wait for ever
         has_text = self.model_file.tokenizer_info.kind != "none"
         if params.stop and not has_text:
             raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
@@ -409,7 +446,7 @@ class LLM:
         return TextStream(request, self._advance, self.abort, self._abandoned.append)
 
     def _advance(self, request: Generation | Scoring) -> None:
-        with self._lock:
+        with self._turn():
             self._end_abandoned()
             if not request.done and request.error is None:  # another thread may have taken the step meanwhile
                 self._engine.step()
@@ -417,3 +454,13 @@ class LLM:
     def _end_abandoned(self) -> None:
         while self._abandoned:
             self._engine.abort(self._abandoned.popleft())
+
+
+def _release(engine: Engine, model_file: ModelFile, watches: Sequence[FileWatch], process: int) -> None:
+    """Close what a model was made of. The collector may call this, on any thread."""
+    if os.getpid() != process:  # a forked process has a copy of all this, and no threads to end
+        return
+    with suppress(RuntimeError):  # on a thread of the team itself, which ends when it returns to its work
+        engine.close()
+    for file in (model_file, *watches):
+        file.close()

@@ -7,6 +7,7 @@ from pathlib import Path
 from svdengine.errors import RequestError
 from svdengine.executors import Device, KvDtype, check_ffn, create_executor
 from svdengine.files.advising_executor import AdvisingExecutor
+from svdengine.files.file_watch import FileWatch
 from svdengine.files.model_file import read_model_file
 from svdengine.files.predictor_file import find_predictor, require_predictor
 from svdengine.files.residency import arrange_memory
@@ -16,6 +17,8 @@ from svdengine.llm import LLM
 from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token, pool_blocks
 from svdengine.scheduling.scheduler import PREFILL_ROWS
 from svdengine.scheduling.sequence import blocks_for
+
+_READ_THE_MAP = ("cpu", "reference")  # executors without a copy of the weights
 
 
 def load(
@@ -66,8 +69,12 @@ def load(
     if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
         raise RequestError(f"prefill_rows must be a whole number of at least 1, found {prefill_rows!r}")
     model_file = read_model_file(path)
+    watches: list[FileWatch] = []
     try:
+        watches.append(FileWatch(Path(path)))
         found = find_predictor(model_file, predictor)
+        if predictor is not None:
+            watches.append(FileWatch(Path(predictor)))
         if ffn == "sparse":
             require_predictor(model_file, found)
         limit = context_limit(model_file.config, context)
@@ -87,6 +94,9 @@ def load(
             ffn=mode,
             gpu_memory=gpu_memory,
         )
+        if opened.name not in _READ_THE_MAP:
+            _close(watches)
+            watches = []
         executor: Executor = opened
         if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
             executor = AdvisingExecutor(opened, model_file)
@@ -98,7 +108,14 @@ def load(
             predictor=found,
             prefill_rows=prefill_rows,
             speculative=speculative,
+            watches=watches,
         )
     except BaseException:
         model_file.close()
+        _close(watches)
         raise
+
+
+def _close(watches: list[FileWatch]) -> None:
+    for watch in watches:
+        watch.close()
