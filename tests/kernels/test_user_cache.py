@@ -97,7 +97,8 @@ def test_numba_caches_in_it_and_it_goes_with_the_process(tmp_path: Path) -> None
 @pytest.mark.long
 def test_a_model_runs_without_a_home(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny.svdp")
-    code = f"from svdengine.cli import main; main(['generate', {str(model)!r}, '--device', 'cpu', '-p', 'a', '-n', '3'])"
+    arguments = ["generate", str(model), "--device", "cpu", "-p", "a", "-n", "3"]
+    code = f"from svdengine.cli import main; main({arguments})"
     done = in_a_process(tmp_path, code, HOME="/dev/null")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
