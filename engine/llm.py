@@ -462,5 +462,6 @@ def _release(engine: Engine, model_file: ModelFile, watches: Sequence[FileWatch]
         return
     with suppress(RuntimeError):  # on a thread of the team itself, which ends when it returns to its work
         engine.close()
-    for file in (model_file, *watches):
-        file.close()
+    model_file.close()
+    for watch in watches:
+        watch.close()

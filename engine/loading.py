@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from svdengine.errors import RequestError
+from svdengine.errors import DeviceError
 from svdengine.executors import Device, KvDtype, check_ffn, create_executor
 from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.files.file_watch import FileWatch
@@ -15,9 +15,11 @@ from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import Executor, FfnMode
 from svdengine.llm import LLM
 from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token, pool_blocks
+from svdengine.scheduling.numbers import check_integer
 from svdengine.scheduling.scheduler import PREFILL_ROWS
 from svdengine.scheduling.sequence import blocks_for
 
+_MOST = 1 << 31  # rows of a step, sequences
 _READ_THE_MAP = ("cpu", "reference")  # executors without a copy of the weights
 
 
@@ -66,8 +68,8 @@ def load(
     cannot be used.
     """
     mode = check_ffn(ffn)
-    if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
-        raise RequestError(f"prefill_rows must be a whole number of at least 1, found {prefill_rows!r}")
+    check_integer("prefill_rows", prefill_rows, 1, _MOST)
+    check_integer("sequences", sequences, 1, _MOST)
     model_file = read_model_file(path)
     watches: list[FileWatch] = []
     try:
@@ -110,9 +112,13 @@ def load(
             speculative=speculative,
             watches=watches,
         )
-    except BaseException:
+    except BaseException as error:
         model_file.close()
         _close(watches)
+        if isinstance(error, MemoryError):
+            raise DeviceError(
+                "there is not enough memory for the model and its KV cache; use a smaller model or context"
+            ) from error
         raise
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from svdengine.errors import SvdEngineError
 
-_VARIABLE = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+_ADVICE = "set LOCALAPPDATA" if os.name == "nt" else "set XDG_CACHE_HOME"
 
 
 def user_cache_directory() -> Path:
@@ -32,22 +32,21 @@ def lasting_cache_directory() -> Path:
     try:
         folder = _base() / "svdengine"
     except (RuntimeError, KeyError) as error:  # no HOME, and a user that the system does not know
-        raise SvdEngineError(f"there is no home folder, and so no cache folder; set {_VARIABLE}") from error
+        raise SvdEngineError(f"there is no home folder, and so no cache folder; {_ADVICE}") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         reason = error.strerror or str(error)
-        raise SvdEngineError(f"cannot make the cache folder {folder}: {reason}; set {_VARIABLE}") from error
+        raise SvdEngineError(f"cannot make the cache folder {folder}: {reason}; {_ADVICE}") from error
     return folder
 
 
 def _base() -> Path:
-    given = os.environ.get(_VARIABLE)
-    if given:
-        return Path(given)
-    return Path.home() / ("AppData/Local" if os.name == "nt" else ".cache")
+    if os.name == "nt":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
 @cache

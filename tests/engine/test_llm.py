@@ -215,7 +215,7 @@ def test_unusable_requests(llm: LLM, call: Any, message: str) -> None:
         ({"kv_tokens": 512, "kv_memory": 1 << 30}, "not as both"),
         ({"kv_memory": "1G"}, "kv_memory must be a whole number of bytes"),
         ({"context": 20, "kv_memory": 32 * 768 - 1}, r"a context of 20 tokens, which takes 0\.0 MiB, found 0\.0 MiB"),
-        ({"prefill_rows": 0}, "prefill_rows must be a whole number of at least 1"),
+        ({"prefill_rows": 0}, "prefill_rows must lie between 1 and"),
         ({"gpu_memory": "8G"}, "gpu_memory must be a whole number of bytes"),
         ({"ffn": "fast"}, "ffn must be one of"),
         ({"ffn": "sparse"}, "has no predictor"),
