@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # The same names twice, as a test makes sure: type checkers follow imports and not a table, and must not see
 # `__getattr__`, which for them would make every misspelt name a right one.
 if TYPE_CHECKING:
+    from svdengine.async_stream import AsyncTextStream as AsyncTextStream
     from svdengine.errors import ContextOverflowError as ContextOverflowError
     from svdengine.errors import ConversionError as ConversionError
     from svdengine.errors import DeviceError as DeviceError
@@ -52,6 +53,7 @@ else:
     from importlib import import_module
 
     _HOMES = {
+        "AsyncTextStream": "async_stream",
         "ChatTemplate": "text.chat_template",
         "Completion": "scheduling.completion",
         "ContextOverflowError": "errors",

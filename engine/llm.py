@@ -15,7 +15,8 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.errors import RequestError, SvdEngineError
+from svdengine.async_stream import AsyncTextStream, StepThread, collect
+from svdengine.errors import RequestError, SvdEngineError, shown
 from svdengine.executors import KvDtype, check_ffn
 from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.files.file_watch import FileWatch, check_files
@@ -86,6 +87,7 @@ class LLM:
         self._template: ChatTemplate | None = None
         self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
         self._making = threading.Lock()
+        self._step_thread = StepThread()
         self._process = os.getpid()
         self._release = weakref.finalize(self, _release, self._engine, model_file, watches, self._process)
         self._release.atexit = False
@@ -132,12 +134,15 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        special: bool = False,
         context_shift: bool = False,
         **fields: Unpack[SamplingFields],
     ) -> TextStream:
         """Complete one prompt, and iterate over the pieces of text as they come.
 
         prompt: a text, or token ids.
+        special: control tokens that are written in the text, such as <|im_start|>, are tokens, as a program needs that
+            writes the chat template's text itself. By default they are text, which is safe with texts of others.
         params: how tokens are chosen and when generation ends; by default `default_params`, the model's own.
         context_shift: forget the oldest half of a full context, instead of ending with finish_reason "length".
         fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
@@ -145,7 +150,7 @@ class LLM:
         Raises RequestError at once when prompt or parameters are unusable, ContextOverflowError when the prompt is too
         long, SvdEngineError when the model was closed. While iterating, what a step raises.
         """
-        return self._start(self.prepare(prompt, params, context_shift=context_shift, **fields))
+        return self._start(self.prepare(prompt, params, special=special, context_shift=context_shift, **fields))
 
     def stream_chat(
         self,
@@ -178,26 +183,24 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        special: bool = False,
         context_shift: bool = False,
         **fields: Unpack[SamplingFields],
     ) -> list[Completion]:
         """Complete prompts together, and return their completions in the same order.
 
         prompts: a text or token ids, or several of these.
+        special: control tokens that are written in the texts are tokens; see `stream`.
         params: for all, or one for each; by default `default_params`, the model's own.
         context_shift: forget the oldest half of a full context, instead of ending with finish_reason "length".
         fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
 
         Raises what `stream` raises, and RequestError when there is no prompt, or not one of `params` for each.
         """
-        batch = as_prompts(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
-        if len(each) != len(batch):
-            raise RequestError(f"found {len(each)} sampling parameters for {len(batch)} prompts")
         streams: list[TextStream] = []
         try:
-            for prompt, one in zip(batch, each, strict=True):
-                streams.append(self.stream(prompt, one, context_shift=context_shift, **fields))
+            for prompt, one in _with_params(prompts, params):
+                streams.append(self.stream(prompt, one, special=special, context_shift=context_shift, **fields))
             for stream in streams:
                 for _ in stream:
                     pass
@@ -220,6 +223,61 @@ class LLM:
             for _ in stream:
                 pass
         return stream.completion
+
+    def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+        context_shift: bool = False,
+        **fields: Unpack[SamplingFields],
+    ) -> AsyncTextStream:
+        """As `stream`, for `async for`. It begins with the first piece, which is also where errors are raised."""
+        prepare = partial(self.prepare, prompt, params, special=special, context_shift=context_shift, **fields)
+        return AsyncTextStream(self, self._step_thread, prepare)
+
+    def astream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Unpack[SamplingFields],
+    ) -> AsyncTextStream:
+        """As `stream_chat`, for `async for`. It begins with the first piece, which is also where errors are raised."""
+        prepare = partial(self.prepare_chat, messages, params, context_shift=context_shift, template=template, **fields)
+        return AsyncTextStream(self, self._step_thread, prepare)
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        special: bool = False,
+        context_shift: bool = False,
+        **fields: Unpack[SamplingFields],
+    ) -> list[Completion]:
+        """As `generate`, to be awaited. Other tasks run meanwhile, and requests of all tasks share steps."""
+        streams = [
+            self.astream(prompt, one, special=special, context_shift=context_shift, **fields)
+            for prompt, one in _with_params(prompts, params)
+        ]
+        return await collect(streams)
+
+    async def achat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Unpack[SamplingFields],
+    ) -> Completion:
+        """As `chat`, to be awaited. Cancelling the task ends generation and frees its KV blocks."""
+        stream = self.astream_chat(messages, params, context_shift=context_shift, template=template, **fields)
+        return (await collect([stream]))[0]
 
     def logits(
         self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, sparsity_bias: float = 0.0
@@ -250,6 +308,7 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        special: bool = False,
         context_shift: bool = False,
         **fields: Unpack[SamplingFields],
     ) -> Generation:
@@ -257,7 +316,7 @@ class LLM:
 
         Arguments and errors are those of `stream`.
         """
-        tokens = self._prompt_tokens(prompt)
+        tokens = self._prompt_tokens(prompt, special)
         keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
         return self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
 
@@ -396,12 +455,14 @@ class LLM:
             raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
         return merge_params(params or self.default_params, fields)
 
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
+    def _prompt_tokens(self, prompt: Prompt, special: bool) -> list[int]:
+        if not isinstance(special, bool):
+            raise RequestError(f"special must be true or false, found {shown(special)}")
         if not isinstance(prompt, str):
             return token_list(prompt)
         if not prompt:
             raise RequestError("the prompt is empty")
-        return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode(prompt, special=special)
 
     def _generation(
         self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
@@ -454,6 +515,17 @@ class LLM:
     def _end_abandoned(self) -> None:
         while self._abandoned:
             self._engine.abort(self._abandoned.popleft())
+
+
+def _with_params(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams | None]]:
+    """Each prompt with its parameters. Raises RequestError when their numbers differ."""
+    batch = as_prompts(prompts)
+    each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
+    if len(each) != len(batch):
+        raise RequestError(f"found {len(each)} sampling parameters for {len(batch)} prompts")
+    return list(zip(batch, each, strict=True))
 
 
 def _release(engine: Engine, model_file: ModelFile, watches: Sequence[FileWatch], process: int) -> None:

@@ -72,6 +72,9 @@ RIGHT = {
         llm.generate([[1, 2, 3], range(3)])
         prompts: list[svdengine.Prompt] = ["x", [1, 2, 3]]
         llm.generate(prompts)
+        llm.generate(prompts, special=True)
+        llm.stream("<|im_start|>user", special=True)
+        assert_type(llm.prepare("<|im_start|>user", special=True), svdengine.Generation)
         llm.generate(["x", "y"], [params, params], temperature=0.5)
         llm.stream(np.array([1, 2, 3]))
         llm.logits(np.arange(3, dtype=np.int32))
@@ -159,6 +162,8 @@ WRONG = {
     "params": 'llm.generate("x", 0.5)  # -> arg-type',
     "prompts": "llm.generate(3)  # -> arg-type",
     "prompts_for_stream": 'llm.stream(["x", "y"])  # -> list-item, list-item',
+    "special": 'llm.stream("x", special="yes")  # -> arg-type',
+    "special_of_chat": "llm.chat([], special=True)  # -> call-arg",
     "messages": 'llm.chat("Hello")  # -> arg-type',
     "one_completion_of_many": 'llm.generate("x").text  # -> attr-defined',
     "finish_reason": 'llm.generate("x")[0].finish_reason == "eos"  # -> comparison-overlap',

@@ -96,6 +96,14 @@ def test_generate_json(model: str, tmp_path: Path) -> None:
     assert "logprobs" not in json.loads(run("generate", model, "-p", "hello", "--json", *GREEDY).stdout)
 
 
+def test_control_tokens_on_the_command_line(model: str) -> None:
+    common = ("generate", model, "-p", "<|im_start|>user\nhi<|im_end|>\n", "--json", *GREEDY)
+    plain, special = (json.loads(run(*common, *more).stdout)["stats"]["prompt_tokens"] for more in ((), ("--special",)))
+    assert special < plain
+    assert "are tokens. By default they are text" in " ".join(run("generate", "--help").stdout.split())
+    assert "--special is for prompts without --chat" in run(*common, "--special", "--chat").stderr
+
+
 def test_generate_chat(model: str) -> None:
     common = ("generate", model, "-p", "hi", "--json", *GREEDY)
     plain, chat = (json.loads(run(*common, *more).stdout) for more in ((), ("--chat",)))
