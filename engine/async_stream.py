@@ -146,7 +146,7 @@ class AsyncTextStream(AsyncIterator[str]):
 
     @property
     def completion(self) -> Completion:
-        """What was generated so far; all of it after the last piece. Raises RequestError before the first is awaited."""
+        """What was generated so far; all of it after the last piece. Raises RequestError before the first."""
         if self._request is None:
             raise RequestError("generation begins with the first piece; there is no completion yet")
         return self._request.completion()

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.async_stream import AsyncTextStream, StepThread, collect
-from svdengine.errors import RequestError, SvdEngineError, shown
+from svdengine.errors import RequestError, SvdEngineError
 from svdengine.executors import KvDtype, check_ffn
 from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.files.file_watch import FileWatch, check_files
@@ -26,10 +26,10 @@ from svdengine.files.predictor_file import model_fingerprint, predictor_fingerpr
 from svdengine.kernels.executor import BlockStore, Executor, FfnMode
 from svdengine.kernels.predictor import Predictor
 from svdengine.models.config import ModelConfig
+from svdengine.request_maker import RequestMaker
 from svdengine.scheduling.completion import Completion, FinishReason
-from svdengine.scheduling.constraint import Constraint, ConstraintMaker
 from svdengine.scheduling.engine_loop import Engine, EngineStats
-from svdengine.scheduling.request import ContextLimit, Generation, Scoring
+from svdengine.scheduling.request import Generation, Scoring
 from svdengine.scheduling.sampling import (
     SamplingFields,
     SamplingParams,
@@ -39,8 +39,7 @@ from svdengine.scheduling.sampling import (
 )
 from svdengine.scheduling.scheduler import PREFILL_ROWS
 from svdengine.speculation.speculation import Speculation
-from svdengine.text.chat_template import ChatTemplate, Message, check_messages
-from svdengine.text.stream_decoder import StreamDecoder
+from svdengine.text.chat_template import ChatTemplate, Message
 from svdengine.text.tokenizer import Prompt, Tokenizer, as_prompts, token_list
 from svdengine.text_stream import TextStream
 
@@ -78,15 +77,13 @@ class LLM:
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
+        self._requests = RequestMaker(model_file, self.tokenizer, context)
         drafter = Speculation(executor) if speculative else None
         self._engine = Engine(
             executor, prefill_rows=prefill_rows, drafter=drafter, check=partial(check_files, tuple(watches))
         )
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
-        self._template: ChatTemplate | None = None
-        self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
-        self._making = threading.Lock()
         self._step_thread = StepThread()
         self._process = os.getpid()
         self._release = weakref.finalize(self, _release, self._engine, model_file, watches, self._process)
@@ -122,12 +119,7 @@ class LLM:
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises RequestError when it has none, ModelFileError when it is damaged."""
-        if self._template is None:
-            source = self.model_file.chat_template
-            if source is None:
-                raise RequestError("this model has no chat template; it can only complete text (generate)")
-            self._template = ChatTemplate(source, self.tokenizer)
-        return self._template
+        return self._requests.chat_template
 
     def stream(
         self,
@@ -316,9 +308,8 @@ class LLM:
 
         Arguments and errors are those of `stream`.
         """
-        tokens = self._prompt_tokens(prompt, special)
-        keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
-        return self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
+        self._check_process()  # here too: what hands the request to a thread that is not there would wait for ever
+        return self._requests.complete(prompt, self._params(params, fields), special=special, shift=context_shift)
 
     def prepare_chat(
         self,
@@ -333,10 +324,8 @@ class LLM:
 
         Arguments and errors are those of `stream_chat`.
         """
-        extra = dict(template or {})
-        tokens = self.chat_template.encode(messages, **extra)
-        keep = self._system_length(messages, tokens, extra) if context_shift else 0
-        return self._generation(tokens, self._params(params, fields), context_shift, keep, ())
+        self._check_process()
+        return self._requests.answer(messages, self._params(params, fields), template or {}, shift=context_shift)
 
     def add(self, request: Generation | Scoring) -> None:
         """Queue a request of `prepare` or `prepare_chat`; `step` advances it until it is `done`.
@@ -454,53 +443,6 @@ class LLM:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
         return merge_params(params or self.default_params, fields)
-
-    def _prompt_tokens(self, prompt: Prompt, special: bool) -> list[int]:
-        if not isinstance(special, bool):
-            raise RequestError(f"special must be true or false, found {shown(special)}")
-        if not isinstance(prompt, str):
-            return token_list(prompt)
-        if not prompt:
-            raise RequestError("the prompt is empty")
-        return self.tokenizer.encode(prompt, special=special)
-
-    def _generation(
-        self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
-    ) -> Generation:
-        self._check_process()  # here too: what hands the request to a thread that is not there would wait for ever
-        has_text = self.model_file.tokenizer_info.kind != "none"
-        if params.stop and not has_text:
-            raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
-        return Generation(
-            tokens,
-            params,
-            vocab_size=self.config.vocab_size,
-            end_tokens=self.tokenizer.eos_token_ids,
-            limit=ContextLimit(self.context, shift, keep),
-            decoder=StreamDecoder(self.tokenizer, context) if has_text else None,
-            constraint=self._constraint(params),
-        )
-
-    def _constraint(self, params: SamplingParams) -> Constraint | None:
-        if params.grammar is None:
-            return None
-        with self._making:
-            if self._constraints is None:
-                self._constraints = ConstraintMaker(self.tokenizer, self.config.vocab_size)
-        return self._constraints.make(params.grammar)
-
-    def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:
-        """Tokens before the first turn: what the conversation shares with one of its system and last messages only."""
-        check_messages(messages)
-        system = [m for m in messages[:-1] if m["role"] == "system"]
-        try:
-            short = self.chat_template.encode([*system, messages[-1]], **extra)
-        except SvdEngineError:
-            return 0
-        same = 0
-        while same < min(len(short), len(tokens)) and short[same] == tokens[same]:
-            same += 1
-        return same if same < len(tokens) else 0
 
     def _start(self, request: Generation) -> TextStream:
         self.add(request)

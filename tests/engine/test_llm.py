@@ -107,6 +107,16 @@ def test_a_beginning_that_is_written_is_not_added_again(tmp_path: Path) -> None:
         assert llm.prepare("<s>hello").sequence.tokens != expected
 
 
+def test_a_call_without_a_text_is_a_message(llm: LLM) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    rest = [{"role": "tool", "content": "4"}]
+    answers = [
+        llm.chat([*HELLO, {"role": "assistant", "tool_calls": [call], **content}, *rest], GREEDY).token_ids
+        for content in ({"content": None}, {"content": ""}, {})
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_seeds(llm: LLM) -> None:
     each = [SamplingParams(seed=seed, max_tokens=10) for seed in (1, 2, 1)]
     together = [done.token_ids for done in llm.generate(["hello"] * 3, each)]
