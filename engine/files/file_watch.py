@@ -2,7 +2,8 @@
 
 A file that is replaced by another one of its name is no change: the map keeps the old one. A write into the file itself
 is. Kernels that read a page beyond the new end are stopped by the system with SIGBUS, and the process with them, so
-this is asked before each step. What is cut off in the middle of a step cannot be noticed in time.
+this is asked before each step. What is cut off in the middle of a step cannot be noticed in time; bus_error.py then has
+the last word.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from svdengine.errors import ModelFileError
+from svdengine.files.bus_error import add_mapped, remove_mapped
 from svdengine.files.tensor_file import open_regular
 
 _ADVICE = "write a new version to a name of its own and rename it (mv); then load it again"
@@ -25,9 +27,10 @@ class FileWatch:
         self.path = path
         self._file = open_regular(path)
         self._size, self._time = self._now()
+        add_mapped(path)
 
     def check(self) -> None:
-        """Raise ModelFileError when the file was written to since. It takes a microsecond."""
+        """Raise ModelFileError when the file was written to since. It takes microseconds."""
         size, time = self._now()
         if (size, time) == (self._size, self._time):
             return
@@ -39,6 +42,8 @@ class FileWatch:
 
     def close(self) -> None:
         """Let go of the file. Closing twice is fine."""
+        if not self._file.closed:
+            remove_mapped(self.path)
         self._file.close()
 
     def _now(self) -> tuple[int, int]:

@@ -6,6 +6,8 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -259,3 +261,29 @@ def test_a_watch_is_of_the_file_and_not_of_its_name(tmp_path: Path) -> None:
         watch.check()
     watch.close()
     watch.close()
+
+
+LOST = """\
+import os, sys, svdengine
+llm = svdengine.load(sys.argv[1], device="reference", context=64)
+other = svdengine.load(sys.argv[1], device="reference", context=64)
+other.close()
+os.truncate(sys.argv[1], 4096)
+if sys.argv[2] == "read":
+    print(sum(float(array.astype("f8").sum()) for array in llm.model_file.arrays.values()))
+"""
+
+
+@needs_maps
+@pytest.mark.parametrize("options", [[], ["-X", "faulthandler"]], ids=["plain", "with a handler of its own"])
+def test_a_page_that_is_gone_is_the_last_word(path: Path, options: list[str]) -> None:
+    command = [sys.executable, *options, "-c", LOST, str(path)]
+    done = subprocess.run([*command, "read"], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGBUS
+    if options:
+        assert "Fatal Python error: Bus error" in done.stderr
+    else:
+        assert done.stderr.startswith("svdengine: a page of a mapped file is gone (SIGBUS)")
+        assert done.stderr.endswith(f"Mapped: {path}\n") and done.stderr.count(str(path)) == 1
+    done = subprocess.run([*command[:-1], str(write_tiny_model(path)), "leave"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
