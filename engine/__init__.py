@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 # The same names twice, as a test makes sure: type checkers follow imports and not a table, and must not see
 # `__getattr__`, which for them would make every misspelt name a right one.
 if TYPE_CHECKING:
+    from svdengine.async_stream import AsyncTextStream as AsyncTextStream
     from svdengine.errors import ContextOverflowError as ContextOverflowError
     from svdengine.errors import ConversionError as ConversionError
     from svdengine.errors import DeviceError as DeviceError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnPath as FfnPath
     from svdengine.kernels.executor import KvDtype as KvDtype
     from svdengine.llm import LLM as LLM
-    from svdengine.llm import load as load
+    from svdengine.loading import load as load
     from svdengine.models.config import ModelConfig as ModelConfig
     from svdengine.models.config import Rope as Rope
     from svdengine.scheduling.completion import Completion as Completion
@@ -52,6 +53,7 @@ else:
     from importlib import import_module
 
     _HOMES = {
+        "AsyncTextStream": "async_stream",
         "ChatTemplate": "text.chat_template",
         "Completion": "scheduling.completion",
         "ContextOverflowError": "errors",
@@ -82,7 +84,7 @@ else:
         "TextStream": "text_stream",
         "TokenLogprobs": "scheduling.sampler",
         "Tokenizer": "text.tokenizer",
-        "load": "llm",
+        "load": "loading",
     }
     __all__ = [*_HOMES]
 

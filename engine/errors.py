@@ -36,3 +36,12 @@ class DeviceError(SvdEngineError):
 def quoted(name: str) -> str:
     """A name from a file, safe to print: escaped, and cut when it is long."""
     return repr(name if len(name) <= 100 else name[:100] + "...")
+
+
+def shown(value: object) -> str:
+    """Any value that was found, safe to print: cut when it is long."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # Python prints no whole number of more than 4,300 digits
+        text = f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"some {type(value).__name__}"
+    return text if len(text) <= 100 else text[:100] + "..."

@@ -7,11 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-from svdengine.errors import DeviceError, RequestError
-from svdengine.files.residency import usable_memory
+from svdengine.errors import DeviceError, RequestError, shown
+from svdengine.files.residency import memory_bytes, usable_memory
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
+from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import FfnMode, KvDtype
 from svdengine.kernels.user_cache import user_cache_directory
+from svdengine.scheduling.block_pool import kv_pool_bytes_per_token
+from svdengine.scheduling.numbers import check_integer
 
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
@@ -30,7 +33,7 @@ MAX_THREADS = 1024
 def check_ffn(ffn: Any) -> FfnMode:
     """`ffn` itself. Raises RequestError unless it names a path."""
     if ffn not in FFN_CHOICES:
-        raise RequestError(f"ffn must be one of {', '.join(FFN_CHOICES)}, found {ffn!r}")
+        raise RequestError(f"ffn must be one of {', '.join(FFN_CHOICES)}, found {shown(ffn)}")
     return cast(FfnMode, ffn)
 
 
@@ -53,14 +56,12 @@ def create_executor(
     memory, which is said on standard error. Raises DeviceError when the device is not there or too small, RequestError
     on unusable arguments.
     """
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int)):
-        raise RequestError(f"threads must be a whole number, found {threads!r}")
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise RequestError(f"threads must lie between 1 and {MAX_THREADS}, found {threads}")
+    if threads is not None:
+        check_integer("threads", threads, 1, MAX_THREADS)
     if kv_dtype not in KV_DTYPES:
-        raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {kv_dtype!r}")
+        raise RequestError(f"kv_dtype must be one of {', '.join(KV_DTYPES)}, found {shown(kv_dtype)}")
     if gpu_memory is not None and (isinstance(gpu_memory, bool) or not isinstance(gpu_memory, int) or gpu_memory < 1):
-        raise RequestError(f"gpu_memory must be a whole number of bytes, found {gpu_memory!r}")
+        raise RequestError(f"gpu_memory must be a whole number of bytes, found {shown(gpu_memory)}")
     chosen = resolve_device(device)
     setup = ExecutorSetup(
         model_file.config,
@@ -81,6 +82,7 @@ def create_executor(
                 raise
             _say_why_not(str(error))
             chosen = "cpu"
+    _check_kv_memory(setup, "f32" if chosen == "reference" else kv_dtype)
     if chosen == "reference":
         from svdengine.kernels.reference import ReferenceExecutor, float32_weights
 
@@ -89,6 +91,17 @@ def create_executor(
     from svdengine.kernels.cpu.executor import CpuExecutor
 
     return CpuExecutor(setup, threads=threads)
+
+
+def _check_kv_memory(setup: ExecutorSetup, kv_dtype: KvDtype) -> None:
+    """Raise DeviceError for a KV cache that this machine can never fill: the system might promise it all the same."""
+    size = setup.block_count * BLOCK_SIZE * kv_pool_bytes_per_token(setup.config, kv_dtype)
+    memory = memory_bytes()
+    if memory is not None and size > memory:
+        raise DeviceError(
+            f"the KV cache would take {size / 2**30:.1f} GiB, and this machine has {memory / 2**30:.1f} GiB of memory;"
+            " use a smaller context, fewer sequences, or less kv_memory"
+        )
 
 
 def _cuda_executor(setup: ExecutorSetup, gpu_memory: int | None) -> BaseExecutor:
@@ -148,7 +161,7 @@ def resolve_device(device: str) -> str:
     if device == "auto":
         device = os.environ.get(DEVICE_VARIABLE) or _best_device()
     if device not in DEVICES or device == "auto":
-        raise DeviceError(f"found the device {device!r}, expected one of {', '.join(DEVICES)}")
+        raise DeviceError(f"found the device {shown(device)}, expected one of {', '.join(DEVICES)}")
     return device
 
 

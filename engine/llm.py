@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.async_stream import AsyncTextStream, StepThread, collect
 from svdengine.errors import RequestError, SvdEngineError
-from svdengine.executors import Device, KvDtype, check_ffn, create_executor
+from svdengine.executors import KvDtype, check_ffn
 from svdengine.files.advising_executor import AdvisingExecutor
+from svdengine.files.file_watch import FileWatch, check_files
 from svdengine.files.kv_file import KvFile, KvOrigin, restore, write_kv_file
-from svdengine.files.model_file import ModelFile, read_model_file
-from svdengine.files.predictor_file import find_predictor, model_fingerprint, predictor_fingerprint, require_predictor
-from svdengine.files.residency import arrange_memory
-from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.files.model_file import ModelFile
+from svdengine.files.predictor_file import model_fingerprint, predictor_fingerprint, require_predictor
 from svdengine.kernels.executor import BlockStore, Executor, FfnMode
 from svdengine.kernels.predictor import Predictor
 from svdengine.models.config import ModelConfig
-from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token, pool_blocks
+from svdengine.request_maker import RequestMaker
 from svdengine.scheduling.completion import Completion, FinishReason
-from svdengine.scheduling.constraint import Constraint, ConstraintMaker
 from svdengine.scheduling.engine_loop import Engine, EngineStats
-from svdengine.scheduling.request import ContextLimit, Generation, Scoring
+from svdengine.scheduling.request import Generation, Scoring
 from svdengine.scheduling.sampling import (
     SamplingFields,
     SamplingParams,
@@ -35,105 +38,18 @@ from svdengine.scheduling.sampling import (
     params_from_generation,
 )
 from svdengine.scheduling.scheduler import PREFILL_ROWS
-from svdengine.scheduling.sequence import blocks_for
 from svdengine.speculation.speculation import Speculation
-from svdengine.text.chat_template import ChatTemplate, Message, check_messages
-from svdengine.text.stream_decoder import StreamDecoder
+from svdengine.text.chat_template import ChatTemplate, Message
 from svdengine.text.tokenizer import Prompt, Tokenizer, as_prompts, token_list
 from svdengine.text_stream import TextStream
-
-
-def load(
-    path: str | Path,
-    device: Device = "auto",
-    ffn: FfnMode = "auto",
-    threads: int | None = None,
-    predictor: str | Path | None = None,
-    *,
-    context: int | None = None,
-    kv_dtype: KvDtype = "f16",
-    kv_tokens: int | None = None,
-    kv_memory: int | None = None,
-    sequences: int = 1,
-    prefill_rows: int = PREFILL_ROWS,
-    speculative: bool = False,
-    gpu_memory: int | None = None,
-    mlock: bool = False,
-    prefetch: bool = False,
-) -> LLM:
-    """Open a `.svdp` model file and make it ready to run.
-
-    path: the model file, as `svdengine convert` writes it.
-    device: cpu, cuda (an NVIDIA GPU), ascend (a Huawei NPU), reference (NumPy: slow, and the definition of correct), or
-        auto: what the environment variable SVDENGINE_DEVICE names, else a GPU or NPU that can be used, else the CPU.
-    ffn: how FFNs run: dense, sparse, which needs a predictor, or auto, which takes for each step what costs less.
-    threads: CPU threads, at most 1024; by default one a core.
-    predictor: a predictor file of `svdengine calibrate`; by default the one in the model file, if there is one.
-    context: most tokens of one sequence, prompt and answer; by default what the model was made for, at most 4096.
-    kv_dtype: how keys and values are cached, f16 or f32.
-    kv_tokens: tokens that the KV cache holds for all sequences together; by default `sequences` whole contexts.
-    kv_memory: the size of the KV cache in bytes, instead of in tokens.
-    sequences: how many whole contexts the KV cache holds where neither kv_tokens nor kv_memory says.
-    prefill_rows: most tokens of prompts that a step reads while others decode: more read prompts faster, fewer let the
-        others wait less for each token.
-    speculative: let steps try tokens that followed the same ones before, or that the model drafted by its sparse path,
-        where that is measured to be faster. Those are kept that are sampled anyway.
-    gpu_memory: bytes of a GPU's memory for weights and KV cache; by default what is free. FFN weights that do not fit
-        stay in the host's memory.
-    mlock: keep the weights in memory.
-    prefetch: read the weights into memory before anything runs.
-
-    Raises ModelFileError on a model file or predictor that is missing, damaged or made for another model, DeviceError
-    where the device is not there, has too little memory, or refuses to lock it, and RequestError on an argument that
-    cannot be used.
-    """
-    mode = check_ffn(ffn)
-    if isinstance(prefill_rows, bool) or not isinstance(prefill_rows, int) or prefill_rows < 1:
-        raise RequestError(f"prefill_rows must be a whole number of at least 1, found {prefill_rows!r}")
-    model_file = read_model_file(path)
-    try:
-        found = find_predictor(model_file, predictor)
-        if ffn == "sparse":
-            require_predictor(model_file, found)
-        limit = context_limit(model_file.config, context)
-        token_bytes = kv_pool_bytes_per_token(model_file.config, "f32" if device == "reference" else kv_dtype)
-        if kv_tokens is None and kv_memory is None:
-            kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
-        blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
-        fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
-        opened = create_executor(
-            model_file,
-            device=device,
-            threads=threads,
-            context=limit,
-            block_count=blocks,
-            kv_dtype=kv_dtype,
-            predictor=found,
-            ffn=mode,
-            gpu_memory=gpu_memory,
-        )
-        executor: Executor = opened
-        if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
-            executor = AdvisingExecutor(opened, model_file)
-        return LLM(
-            model_file,
-            executor,
-            context=limit,
-            kv_dtype=kv_dtype,
-            predictor=found,
-            prefill_rows=prefill_rows,
-            speculative=speculative,
-        )
-    except BaseException:
-        model_file.close()
-        raise
 
 
 class LLM:
     """A loaded model. `load` makes one.
 
     It may be used from several threads: each step of the engine is taken under a lock and advances all requests. As a
-    context manager it is closed at the end of the block.
+    context manager it is closed at the end of the block; one that nobody refers to any more is closed too. In a process
+    that was forked afterwards it cannot run: its threads are not there.
 
     context: most tokens of one sequence, prompt and answer.
     kv_dtype: how keys and values are cached, f16 or f32.
@@ -152,21 +68,26 @@ class LLM:
         predictor: Predictor | None = None,
         prefill_rows: int = PREFILL_ROWS,
         speculative: bool = False,
+        watches: Sequence[FileWatch] = (),
     ) -> None:
+        """`watches`: files that must not change meanwhile; they are closed with the model."""
         self.model_file = model_file
         self.predictor = predictor
         self.context = context
         self.kv_dtype = kv_dtype
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
+        self._requests = RequestMaker(model_file, self.tokenizer, context)
         drafter = Speculation(executor) if speculative else None
-        self._engine = Engine(executor, prefill_rows=prefill_rows, drafter=drafter)
+        self._engine = Engine(
+            executor, prefill_rows=prefill_rows, drafter=drafter, check=partial(check_files, tuple(watches))
+        )
         self._lock = threading.Lock()
         self._abandoned: deque[Generation] = deque()
-        self._template: ChatTemplate | None = None
-        self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
-        self._making = threading.Lock()
-        self._closed = False
+        self._step_thread = StepThread()
+        self._process = os.getpid()
+        self._release = weakref.finalize(self, _release, self._engine, model_file, watches, self._process)
+        self._release.atexit = False
 
     @property
     def config(self) -> ModelConfig:
@@ -175,7 +96,8 @@ class LLM:
 
     @property
     def executor(self) -> Executor:
-        """What runs the model; not to be called while requests run."""
+        """What runs the model; not to be called while requests run. Raises SvdEngineError in a forked process."""
+        self._check_process()
         return self._engine.executor
 
     @property
@@ -191,30 +113,28 @@ class LLM:
         mode = check_ffn(ffn)
         if ffn == "sparse":
             require_predictor(self.model_file, self.predictor)
-        with self._lock:
+        with self._turn():
             self._engine.set_ffn(mode)
 
     @property
     def chat_template(self) -> ChatTemplate:
         """The model's chat template. Raises RequestError when it has none, ModelFileError when it is damaged."""
-        if self._template is None:
-            source = self.model_file.chat_template
-            if source is None:
-                raise RequestError("this model has no chat template; it can only complete text (generate)")
-            self._template = ChatTemplate(source, self.tokenizer)
-        return self._template
+        return self._requests.chat_template
 
     def stream(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        special: bool = False,
         context_shift: bool = False,
         **fields: Unpack[SamplingFields],
     ) -> TextStream:
         """Complete one prompt, and iterate over the pieces of text as they come.
 
         prompt: a text, or token ids.
+        special: control tokens that are written in the text, such as <|im_start|>, are tokens, as a program needs that
+            writes the chat template's text itself. By default they are text, which is safe with texts of others.
         params: how tokens are chosen and when generation ends; by default `default_params`, the model's own.
         context_shift: forget the oldest half of a full context, instead of ending with finish_reason "length".
         fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
@@ -222,7 +142,7 @@ class LLM:
         Raises RequestError at once when prompt or parameters are unusable, ContextOverflowError when the prompt is too
         long, SvdEngineError when the model was closed. While iterating, what a step raises.
         """
-        return self._start(self.prepare(prompt, params, context_shift=context_shift, **fields))
+        return self._start(self.prepare(prompt, params, special=special, context_shift=context_shift, **fields))
 
     def stream_chat(
         self,
@@ -255,26 +175,24 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        special: bool = False,
         context_shift: bool = False,
         **fields: Unpack[SamplingFields],
     ) -> list[Completion]:
         """Complete prompts together, and return their completions in the same order.
 
         prompts: a text or token ids, or several of these.
+        special: control tokens that are written in the texts are tokens; see `stream`.
         params: for all, or one for each; by default `default_params`, the model's own.
         context_shift: forget the oldest half of a full context, instead of ending with finish_reason "length".
         fields: fields of SamplingParams, such as temperature or max_tokens, that differ from `params`.
 
         Raises what `stream` raises, and RequestError when there is no prompt, or not one of `params` for each.
         """
-        batch = as_prompts(prompts)
-        each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
-        if len(each) != len(batch):
-            raise RequestError(f"found {len(each)} sampling parameters for {len(batch)} prompts")
         streams: list[TextStream] = []
         try:
-            for prompt, one in zip(batch, each, strict=True):
-                streams.append(self.stream(prompt, one, context_shift=context_shift, **fields))
+            for prompt, one in _with_params(prompts, params):
+                streams.append(self.stream(prompt, one, special=special, context_shift=context_shift, **fields))
             for stream in streams:
                 for _ in stream:
                     pass
@@ -297,6 +215,61 @@ class LLM:
             for _ in stream:
                 pass
         return stream.completion
+
+    def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        special: bool = False,
+        context_shift: bool = False,
+        **fields: Unpack[SamplingFields],
+    ) -> AsyncTextStream:
+        """As `stream`, for `async for`. It begins with the first piece, which is also where errors are raised."""
+        prepare = partial(self.prepare, prompt, params, special=special, context_shift=context_shift, **fields)
+        return AsyncTextStream(self, self._step_thread, prepare)
+
+    def astream_chat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Unpack[SamplingFields],
+    ) -> AsyncTextStream:
+        """As `stream_chat`, for `async for`. It begins with the first piece, which is also where errors are raised."""
+        prepare = partial(self.prepare_chat, messages, params, context_shift=context_shift, template=template, **fields)
+        return AsyncTextStream(self, self._step_thread, prepare)
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        special: bool = False,
+        context_shift: bool = False,
+        **fields: Unpack[SamplingFields],
+    ) -> list[Completion]:
+        """As `generate`, to be awaited. Other tasks run meanwhile, and requests of all tasks share steps."""
+        streams = [
+            self.astream(prompt, one, special=special, context_shift=context_shift, **fields)
+            for prompt, one in _with_params(prompts, params)
+        ]
+        return await collect(streams)
+
+    async def achat(
+        self,
+        messages: Sequence[Message],
+        params: SamplingParams | None = None,
+        *,
+        context_shift: bool = False,
+        template: Mapping[str, Any] | None = None,
+        **fields: Unpack[SamplingFields],
+    ) -> Completion:
+        """As `chat`, to be awaited. Cancelling the task ends generation and frees its KV blocks."""
+        stream = self.astream_chat(messages, params, context_shift=context_shift, template=template, **fields)
+        return (await collect([stream]))[0]
 
     def logits(
         self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, sparsity_bias: float = 0.0
@@ -327,6 +300,7 @@ class LLM:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        special: bool = False,
         context_shift: bool = False,
         **fields: Unpack[SamplingFields],
     ) -> Generation:
@@ -334,9 +308,8 @@ class LLM:
 
         Arguments and errors are those of `stream`.
         """
-        tokens = self._prompt_tokens(prompt)
-        keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
-        return self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
+        self._check_process()  # here too: what hands the request to a thread that is not there would wait for ever
+        return self._requests.complete(prompt, self._params(params, fields), special=special, shift=context_shift)
 
     def prepare_chat(
         self,
@@ -351,24 +324,21 @@ class LLM:
 
         Arguments and errors are those of `stream_chat`.
         """
-        extra = dict(template or {})
-        tokens = self.chat_template.encode(messages, **extra)
-        keep = self._system_length(messages, tokens, extra) if context_shift else 0
-        return self._generation(tokens, self._params(params, fields), context_shift, keep, ())
+        self._check_process()
+        return self._requests.answer(messages, self._params(params, fields), template or {}, shift=context_shift)
 
     def add(self, request: Generation | Scoring) -> None:
         """Queue a request of `prepare` or `prepare_chat`; `step` advances it until it is `done`.
 
         Raises ContextOverflowError when the KV cache cannot hold it, SvdEngineError when the model was closed.
         """
-        with self._lock:
-            if self._closed:
-                raise SvdEngineError("the model was closed")
+        with self._turn():
+            self._check_open()
             self._engine.add(request)
 
     def step(self) -> None:
         """Advance all requests that were added. Raises what the executor raises, which is each request's error too."""
-        with self._lock:
+        with self._turn():
             self._end_abandoned()
             self._engine.step()
 
@@ -377,7 +347,9 @@ class LLM:
 
         reason: the finish_reason that its completion gets.
         """
-        with self._lock:
+        if self._forked:  # nothing of it runs here
+            return
+        with self._turn():
             self._engine.abort(request)
             if isinstance(request, Generation):
                 request.finish(reason)
@@ -395,7 +367,7 @@ class LLM:
         when the model was closed.
         """
         store = self._block_store()
-        with self._lock:
+        with self._turn():
             self._check_open()
             blocks = self._engine.prefix_cache.contents()
             write_kv_file(Path(path), self._kv_origin(), blocks, store)
@@ -410,22 +382,41 @@ class LLM:
         was written with another model, predictor, FFN path or kv_dtype, SvdEngineError when the model was closed.
         """
         store = self._block_store()
-        with self._lock:
+        with self._turn():
             self._check_open()
             with KvFile(Path(path), self._kv_origin(), store) as file:
                 return restore(file, self._engine.prefix_cache, store)
 
     def close(self) -> None:
         """Give back threads and memory; requests that still run end with an error. Closing twice is fine."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._engine.close()
-                self.model_file.close()
+        if self._forked:
+            return
+        with self._turn():
+            self._release()
+            self.predictor = None  # arrays that would keep the file mapped
+
+    @property
+    def _forked(self) -> bool:
+        return os.getpid() != self._process
+
+    def _check_process(self) -> None:
+        if self._forked:
+            raise SvdEngineError(
+                f"the model was loaded in process {self._process}; process {os.getpid()} was forked from it, without"
+                " the threads that run the model; load it in the process that uses it (multiprocessing: in the worker;"
+                " gunicorn: without --preload)"
+            )
 
     def _check_open(self) -> None:
-        if self._closed:
+        if not self._release.alive:
             raise SvdEngineError("the model was closed")
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Have the engine to oneself. In a forked process the lock may be one that nobody will ever release."""
+        self._check_process()
+        with self._lock:
+            yield
 
     def _block_store(self) -> BlockStore:
         executor = self.executor.inner if isinstance(self.executor, AdvisingExecutor) else self.executor
@@ -445,61 +436,20 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __reduce__(self) -> Any:
+        raise SvdEngineError("a loaded model cannot be copied or sent to another process; load the file there")
+
     def _params(self, params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
         return merge_params(params or self.default_params, fields)
-
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        if not isinstance(prompt, str):
-            return token_list(prompt)
-        if not prompt:
-            raise RequestError("the prompt is empty")
-        return self.tokenizer.encode(prompt)
-
-    def _generation(
-        self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
-    ) -> Generation:
-        has_text = self.model_file.tokenizer_info.kind != "none"
-        if params.stop and not has_text:
-            raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
-        return Generation(
-            tokens,
-            params,
-            vocab_size=self.config.vocab_size,
-            end_tokens=self.tokenizer.eos_token_ids,
-            limit=ContextLimit(self.context, shift, keep),
-            decoder=StreamDecoder(self.tokenizer, context) if has_text else None,
-            constraint=self._constraint(params),
-        )
-
-    def _constraint(self, params: SamplingParams) -> Constraint | None:
-        if params.grammar is None:
-            return None
-        with self._making:
-            if self._constraints is None:
-                self._constraints = ConstraintMaker(self.tokenizer, self.config.vocab_size)
-        return self._constraints.make(params.grammar)
-
-    def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:
-        """Tokens before the first turn: what the conversation shares with one of its system and last messages only."""
-        check_messages(messages)
-        system = [m for m in messages[:-1] if m["role"] == "system"]
-        try:
-            short = self.chat_template.encode([*system, messages[-1]], **extra)
-        except SvdEngineError:
-            return 0
-        same = 0
-        while same < min(len(short), len(tokens)) and short[same] == tokens[same]:
-            same += 1
-        return same if same < len(tokens) else 0
 
     def _start(self, request: Generation) -> TextStream:
         self.add(request)
         return TextStream(request, self._advance, self.abort, self._abandoned.append)
 
     def _advance(self, request: Generation | Scoring) -> None:
-        with self._lock:
+        with self._turn():
             self._end_abandoned()
             if not request.done and request.error is None:  # another thread may have taken the step meanwhile
                 self._engine.step()
@@ -507,3 +457,25 @@ class LLM:
     def _end_abandoned(self) -> None:
         while self._abandoned:
             self._engine.abort(self._abandoned.popleft())
+
+
+def _with_params(
+    prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+) -> list[tuple[Prompt, SamplingParams | None]]:
+    """Each prompt with its parameters. Raises RequestError when their numbers differ."""
+    batch = as_prompts(prompts)
+    each = list(params) if isinstance(params, Sequence) else [params] * len(batch)
+    if len(each) != len(batch):
+        raise RequestError(f"found {len(each)} sampling parameters for {len(batch)} prompts")
+    return list(zip(batch, each, strict=True))
+
+
+def _release(engine: Engine, model_file: ModelFile, watches: Sequence[FileWatch], process: int) -> None:
+    """Close what a model was made of. The collector may call this, on any thread."""
+    if os.getpid() != process:  # a forked process has a copy of all this, and no threads to end
+        return
+    with suppress(RuntimeError):  # on a thread of the team itself, which ends when it returns to its work
+        engine.close()
+    model_file.close()
+    for watch in watches:
+        watch.close()

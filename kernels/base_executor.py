@@ -56,6 +56,7 @@ class BaseExecutor(ABC):
         self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.layer_count  # as they lie on the device
         self._counted = NO_NEURONS
         self._closed = False
+        self._common = {*vars(self), "_common"}
 
     @abstractmethod
     def forward(self, batch: Batch) -> Logits:
@@ -141,10 +142,16 @@ class BaseExecutor(ABC):
         self._set_neuron_counts(NO_NEURONS)
 
     def close(self) -> None:
-        """Give back threads and device memory; the executor cannot be used afterwards. Calling it twice is fine."""
+        """Give back threads and memory; the executor cannot be used afterwards. Calling it twice is fine.
+
+        Memory goes now, and not with the last one who knows the executor: its own threads know it, in a circle.
+        """
         if not self._closed:
             self._closed = True
             self._release()
+            self._predictor = self._times = None
+            for name in [name for name in vars(self) if name.startswith("_") and name not in self._common]:
+                delattr(self, name)
 
     @abstractmethod
     def _place_predictor(self, predictor: Predictor | None) -> None:

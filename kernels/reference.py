@@ -120,7 +120,8 @@ class ReferenceExecutor(BaseExecutor):
         return np.sum(outputs, 0) * np.float32(self.config.residual_scale)
 
     def _release(self) -> None:
-        """There is nothing to give back."""
+        self.weights, self.layers = {}, []
+        self.keys = self.values = np.empty((0, 0, 0, 0), np.float32)
 
     def _pools(self) -> tuple[Array, Array]:
         """Keys and values by block: (layers, blocks, BLOCK_SIZE, kv heads, head_dim)."""

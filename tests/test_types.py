@@ -72,6 +72,9 @@ RIGHT = {
         llm.generate([[1, 2, 3], range(3)])
         prompts: list[svdengine.Prompt] = ["x", [1, 2, 3]]
         llm.generate(prompts)
+        llm.generate(prompts, special=True)
+        llm.stream("<|im_start|>user", special=True)
+        assert_type(llm.prepare("<|im_start|>user", special=True), svdengine.Generation)
         llm.generate(["x", "y"], [params, params], temperature=0.5)
         llm.stream(np.array([1, 2, 3]))
         llm.logits(np.arange(3, dtype=np.int32))
@@ -99,6 +102,19 @@ RIGHT = {
         assert_type(stream, svdengine.TextStream)
         for step in stream.completion.logprobs or []:
             assert_type(step, svdengine.TokenLogprobs)
+    """,
+    "coroutines": """
+        async def ask() -> str:
+            stream = llm.astream("x", params, special=True, max_tokens=3)
+            assert_type(stream, svdengine.AsyncTextStream)
+            async for piece in stream:
+                assert_type(piece, str)
+            async with llm.astream_chat([{"role": "user", "content": None}], context_shift=True) as answer:
+                print([piece async for piece in answer], answer.completion.finish_reason)
+            assert_type(await llm.agenerate(["x", "y"], temperature=0.5), list[svdengine.Completion])
+            return (await llm.achat([], template={"tools": []}, stop="x")).text
+
+        print(ask)
     """,
     "fields_handed_on": """
         def ask(question: str, **fields: Unpack[svdengine.SamplingFields]) -> str:
@@ -159,6 +175,12 @@ WRONG = {
     "params": 'llm.generate("x", 0.5)  # -> arg-type',
     "prompts": "llm.generate(3)  # -> arg-type",
     "prompts_for_stream": 'llm.stream(["x", "y"])  # -> list-item, list-item',
+    "special": 'llm.stream("x", special="yes")  # -> arg-type',
+    "special_of_chat": "llm.chat([], special=True)  # -> call-arg",
+    "coroutine_for_a_loop": 'list(llm.astream("x"))  # -> call-overload',
+    "not_awaited": "llm.achat([]).text  # -> attr-defined",
+    "misspelt_field_of_astream": 'llm.astream("x", temprature=0.5)  # -> call-arg',
+    "misspelt_field_of_achat": "llm.achat([], max_token=3)  # -> call-arg, unused-coroutine",
     "messages": 'llm.chat("Hello")  # -> arg-type',
     "one_completion_of_many": 'llm.generate("x").text  # -> attr-defined',
     "finish_reason": 'llm.generate("x")[0].finish_reason == "eos"  # -> comparison-overlap',

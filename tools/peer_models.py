@@ -30,9 +30,9 @@ _LAYERS = 8  # of the 7B shape: what follows from them holds for 32, in a quarte
 
 def bench_folder() -> Path:
     """Where the models are kept."""
-    from svdengine.kernels.user_cache import user_cache_directory
+    from svdengine.kernels.user_cache import lasting_cache_directory
 
-    return user_cache_directory() / "bench"
+    return lasting_cache_directory() / "bench"
 
 
 def prepare(work: str, report: Report, folder: Path | None = None) -> list[Pair]:

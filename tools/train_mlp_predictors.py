@@ -31,7 +31,8 @@ from svdengine.converters.powerinfer import THRESHOLD_FIELD, Network, check_norm
 from svdengine.converters.predictor_quality import Selection, mean_auroc, select
 from svdengine.converters.statistics import Statistics, StatisticsCollector, collect_statistics
 from svdengine.errors import SvdEngineError
-from svdengine.llm import LLM, load
+from svdengine.llm import LLM
+from svdengine.loading import load
 from svdengine.models.config import ModelConfig
 
 Array = NDArray[np.float32]

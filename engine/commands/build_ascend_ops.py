@@ -16,11 +16,13 @@ def command(soc: str | None) -> None:
     from svdengine.executors import ascend_ops_folder
     from svdengine.kernels.ascend.availability import find_npu
     from svdengine.kernels.ascend.custom_ops import build_custom_ops
+    from svdengine.kernels.user_cache import lasting_cache_directory
 
     if soc is None:
         npu = find_npu()
         if isinstance(npu, str):
             raise DeviceError(f"{npu}; to build for another machine's device, name it: --soc Ascend910B3")
         soc = npu.soc
+    lasting_cache_directory()  # or say what to set
     path = build_custom_ops(soc, ascend_ops_folder(), lambda line: click.echo(line, err=True))
     click.echo(path)

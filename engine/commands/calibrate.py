@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import check_writable
+from svdengine.commands.options import Number, check_writable
 
 if TYPE_CHECKING:
     from svdengine.converters.calibration import CalibrationOptions
@@ -57,7 +57,9 @@ class RankOrAuto(click.ParamType):
     metavar="FILE",
     help="UTF-8 text, or chats in a .jsonl file. Give several files by repeating it: each gets the same share.",
 )
-@click.option("--tokens", type=click.IntRange(min=256), metavar="N", help="Tokens of text to use.  [default: 16384]")
+@click.option(
+    "--tokens", type=click.IntRange(256, 1 << 31), metavar="N", help="Tokens of text to use.  [default: 16384]"
+)
 @click.option(
     "--predictor",
     "kind",
@@ -92,9 +94,11 @@ class RankOrAuto(click.ParamType):
     show_default=True,
     help="How thresholds are chosen. trained: those that a powerinfer predictor was trained with; they meet no budget.",
 )
-@click.option("--max-loss", type=float, metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
-@click.option("--max-error", type=float, metavar="X", help="Budget: share of each FFN's output energy that is missed.")
-@click.option("--density", type=float, metavar="X", help="Budget: share of neurons that are predicted active.")
+@click.option("--max-loss", type=Number(), metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
+@click.option(
+    "--max-error", type=Number(), metavar="X", help="Budget: share of each FFN's output energy that is missed."
+)
+@click.option("--density", type=Number(), metavar="X", help="Budget: share of neurons that are predicted active.")
 @click.option(
     "--state",
     type=click.Path(path_type=Path),
@@ -151,7 +155,7 @@ def calibrate_file(
     from svdengine.converters.calibration_text import TOKENS, WINDOW
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
-    from svdengine.llm import load
+    from svdengine.loading import load
 
     shape: Any = {"kind": kind, "source": source, "rank": rank, "bits": bits, "factor_format": factors}
     wanted = CalibrationOptions(**{**shape, "thresholds": thresholds, **budget})

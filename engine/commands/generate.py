@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 @model_options
 @click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="A prompt. Repeatable: they run together.")
 @click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="A file that is a prompt.")
+@click.option(
+    "--special",
+    is_flag=True,
+    help="Control tokens that are written in the prompt, such as <|im_start|>, are tokens. By default they are text,"
+    " which is safe with texts that others wrote.",
+)
 @click.option("--chat", "as_chat", is_flag=True, help="The prompt is a message: apply the model's chat template.")
 @click.option("--system", metavar="TEXT", help="With --chat, the system prompt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object a completion.")
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 def command(
     prompt: tuple[str, ...],
     files: tuple[Path, ...],
+    special: bool,
     as_chat: bool,
     system: str | None,
     as_json: bool,
@@ -48,6 +55,8 @@ def command(
 
     if system is not None and not as_chat:
         raise click.UsageError("--system needs --chat")
+    if special and as_chat:
+        raise click.UsageError("--special is for prompts without --chat: the chat template writes its own tokens")
     if logprobs is not None and not as_json:
         raise click.UsageError("--logprobs needs --json")
     prompts = _prompts(prompt, files)
@@ -62,7 +71,7 @@ def command(
         if as_chat:
             streams = [llm.stream_chat(_messages(p, system), params, context_shift=shift) for p in prompts]
         else:
-            streams = [llm.stream(p, params, context_shift=shift) for p in prompts]
+            streams = [llm.stream(p, params, special=special, context_shift=shift) for p in prompts]
         for number, (text, stream) in enumerate(zip(prompts, streams, strict=True), 1):
             if as_json:
                 for _ in stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -28,9 +29,22 @@ class Size(click.ParamType):
         """The number of bytes, at least 1."""
         found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)([KMGT]?)(?:i?B)?", str(value).strip(), re.IGNORECASE)
         size = int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else 0
-        if not size:
+        if not 0 < size < 1 << 62:
             self.fail(f"expected a size such as 512M or 4G, found {value!r}", param, ctx)
         return size
+
+
+class Number(click.FloatRange):
+    """A finite number; click takes "nan" for one that lies in any range."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, in its range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, found {value!r}", param, ctx)
+        return number
 
 
 _MODEL: tuple[Decorator, ...] = (
@@ -93,19 +107,19 @@ _SPECULATIVE = click.option(
 
 _SPARSITY_BIAS = click.option(
     "--sparsity-bias",
-    type=float,
+    type=Number(),
     metavar="X",
     help="Shift the predictor's thresholds: above 0, fewer neurons are computed.",
 )
 
 _SAMPLING_OPTIONS: tuple[Decorator, ...] = (
-    click.option("--temperature", type=float, metavar="T", help="0 takes the likeliest token."),
+    click.option("--temperature", type=Number(), metavar="T", help="0 takes the likeliest token."),
     click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens; 0: among all."),
-    click.option("--top-p", type=float, metavar="P", help="Sample among the likeliest tokens that make up P."),
-    click.option("--min-p", type=float, metavar="P", help="Drop tokens less likely than P times the likeliest."),
-    click.option("--repetition-penalty", type=float, metavar="R", help="Above 1: tokens seen become less likely."),
-    click.option("--presence-penalty", type=float, metavar="X", help="Taken once from logits of generated tokens."),
-    click.option("--frequency-penalty", type=float, metavar="X", help="Taken for every time that a token came."),
+    click.option("--top-p", type=Number(), metavar="P", help="Sample among the likeliest tokens that make up P."),
+    click.option("--min-p", type=Number(), metavar="P", help="Drop tokens less likely than P times the likeliest."),
+    click.option("--repetition-penalty", type=Number(), metavar="R", help="Above 1: tokens seen become less likely."),
+    click.option("--presence-penalty", type=Number(), metavar="X", help="Taken once from logits of generated tokens."),
+    click.option("--frequency-penalty", type=Number(), metavar="X", help="Taken for every time that a token came."),
     click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token. Repeatable."),
     click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
     click.option("-n", "--max-tokens", type=int, metavar="N", help="Most tokens to generate."),
@@ -158,10 +172,12 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     """
     from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
-    from svdengine.llm import load
+    from svdengine.loading import load
+    from svdengine.scheduling.sampling import check_sparsity_bias
     from svdengine.scheduling.scheduler import PREFILL_ROWS
     from svdengine.scheduling.sequence import blocks_for
 
+    check_sparsity_bias(options.get("sparsity_bias") or 0.0)
     path = options["model"] if options["model"] is not None else _demo_model()
     llm = load(
         path,

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from svdengine.commands.options import (
+    Number,
     check_extra,
     kept_kv,
     kv_save_option,
@@ -15,6 +16,8 @@ from svdengine.commands.options import (
     open_shared_model,
     prefill_rows_option,
 )
+
+_LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can wait for
 
 
 @click.command("serve")
@@ -39,11 +42,11 @@ from svdengine.commands.options import (
     help="Completions that may run or wait; further ones get status 429.",
 )
 @click.option(
-    "--max-body", type=click.IntRange(1), default=4, show_default=True, metavar="MIB", help="Largest request."
+    "--max-body", type=click.IntRange(1, 1 << 20), default=4, show_default=True, metavar="MIB", help="Largest request."
 )
 @click.option(
     "--request-seconds",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(0, _LONGEST, min_open=True),
     default=600.0,
     show_default=True,
     metavar="S",
@@ -51,7 +54,7 @@ from svdengine.commands.options import (
 )
 @click.option(
     "--drain-seconds",
-    type=click.FloatRange(min=0),
+    type=Number(0, _LONGEST),
     default=30.0,
     show_default=True,
     metavar="S",

@@ -7,7 +7,6 @@ import errno
 import json
 import math
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import ModelFileError
+from svdengine.files.temporary_file import create_temporary, put_in_place
 from svdengine.files.tensor_file import DTYPES, HEADER_LIMIT
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
@@ -34,7 +34,8 @@ class TensorWriter:
             writer.write("x", array)
 
     The data goes to a temporary file in the same folder, which takes the name `path` only when the block ends without
-    an exception and every tensor is complete; otherwise nothing is left behind.
+    an exception and every tensor is complete; otherwise nothing is left behind. What a program that was killed has left
+    there is removed by the next one that writes.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, Declared], metadata: Mapping[str, str]) -> None:
@@ -43,7 +44,6 @@ class TensorWriter:
         self._tensors = dict(tensors)
         self._starts, header, self.size_bytes = _layout(tensors, metadata)
         self._written = dict.fromkeys(tensors, 0)  # bytes
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         self._create()
         try:
             self._write_at(0, header)
@@ -84,11 +84,9 @@ class TensorWriter:
         try:
             if self.path.is_dir():
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR | getattr(os, "O_BINARY", 0)
-            descriptor = os.open(self._temporary, flags, 0o666)
+            self._temporary, self._file = create_temporary(self.path)
         except OSError as error:
             raise self._failure(error) from error
-        self._file = os.fdopen(descriptor, "wb", buffering=0)
         try:
             self._take_space()
         except BaseException as error:
@@ -120,9 +118,7 @@ class TensorWriter:
             if self._written[name] != expected:
                 raise ValueError(f"tensor {name!r}: {self._written[name]} of {expected} bytes were written")
         try:
-            os.fsync(self._file.fileno())
-            self._file.close()
-            self._temporary.replace(self.path)
+            put_in_place(self._file, self._temporary, self.path)
         except OSError as error:
             raise self._failure(error) from error
         _sync_folder(self.path.parent)

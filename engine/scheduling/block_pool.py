@@ -6,9 +6,10 @@ from collections import OrderedDict, deque
 from collections.abc import Container, Iterable
 from dataclasses import replace
 
-from svdengine.errors import ContextOverflowError, RequestError
+from svdengine.errors import ContextOverflowError, RequestError, shown
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.models.config import ModelConfig
+from svdengine.scheduling.numbers import check_integer
 from svdengine.scheduling.sequence import blocks_for
 
 
@@ -95,6 +96,7 @@ class BlockPool:
         return self._owners[block]
 
 
+MOST_MEMORY = 1 << 46  # bytes that anyone may ask for
 DEFAULT_CONTEXT = 4096  # tokens, where the model was made for more
 
 
@@ -103,9 +105,9 @@ def context_limit(config: ModelConfig, context: int | None) -> int:
     if context is None:
         return min(config.max_position, DEFAULT_CONTEXT)
     if isinstance(context, bool) or not isinstance(context, int) or context < 2:
-        raise RequestError(f"context must be a whole number of at least 2 tokens, found {context!r}")
+        raise RequestError(f"context must be a whole number of at least 2 tokens, found {shown(context)}")
     if context > config.max_position:
-        raise RequestError(f"the model was made for a context of {config.max_position} tokens, found {context}")
+        raise RequestError(f"the model was made for a context of {config.max_position} tokens, found {shown(context)}")
     return context
 
 
@@ -113,12 +115,14 @@ def pool_blocks(context: int, kv_tokens: int | None, kv_memory: int | None, toke
     """Blocks of a KV pool that holds so many tokens, or fills so many bytes. Raises RequestError."""
     if kv_memory is None:
         if isinstance(kv_tokens, bool) or not isinstance(kv_tokens, int) or kv_tokens < context:
-            raise RequestError(f"kv_tokens must be at least the context of {context}, found {kv_tokens}")
+            raise RequestError(f"kv_tokens must be at least the context of {context}, found {shown(kv_tokens)}")
+        check_integer("kv_tokens", kv_tokens, context, MOST_MEMORY // token_bytes)
         return blocks_for(kv_tokens)
     if kv_tokens is not None:
         raise RequestError("give the size of the KV cache as kv_tokens or as kv_memory, not as both")
     if isinstance(kv_memory, bool) or not isinstance(kv_memory, int):
-        raise RequestError(f"kv_memory must be a whole number of bytes, found {kv_memory!r}")
+        raise RequestError(f"kv_memory must be a whole number of bytes, found {shown(kv_memory)}")
+    check_integer("kv_memory", kv_memory, 0, MOST_MEMORY)
     blocks = kv_memory // (token_bytes * BLOCK_SIZE)
     if blocks < blocks_for(context):
         needed = blocks_for(context) * BLOCK_SIZE * token_bytes

@@ -74,12 +74,17 @@ class Engine:
         prefix_caching: bool = True,
         prefill_rows: int = PREFILL_ROWS,
         drafter: Drafter | None = None,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
-        """`drafter`: decides on drafted tokens; None: there are none."""
+        """`drafter`: decides on drafted tokens; None: there are none.
+
+        `check`: called before and after what the executor does in a step; what it raises ends the step.
+        """
         self.executor = executor
         self.pool = BlockPool(executor.block_count)
         self.prefix_cache = PrefixCache(self.pool, enabled=prefix_caching)
         self._drafter = drafter
+        self._check = check
         self.scheduler = Scheduler(self.pool, executor.max_batch_rows, self.prefix_cache, prefill_rows, self._drafter)
         self._requests: dict[Sequence, Request] = {}
         self._steps: Counter[FfnPath] = Counter()
@@ -96,9 +101,11 @@ class Engine:
         if step is None:
             return
         try:
+            self._check()
             step = self._with_draft(step)
             before, begin = self.executor.neuron_counts(), time.perf_counter()
             outputs = self._forward(step)
+            self._check()
         except BaseException as error:
             self._fail_all(error)
             raise

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from svdengine.errors import ContextOverflowError, RequestError
+from svdengine.errors import ContextOverflowError, RequestError, shown
 from svdengine.kernels.executor import NO_NEURONS, Choice, Logits, NeuronCounts
 from svdengine.scheduling.completion import Completion, FinishReason, Stats
 from svdengine.scheduling.constraint import Constraint
@@ -243,7 +243,7 @@ def _check_tokens(tokens: list[int], vocab_size: int) -> None:
         raise RequestError("the prompt is empty; it must hold at least one token")
     for token in tokens:
         if not 0 <= token < vocab_size:
-            raise RequestError(f"found the token id {token}; ids of this model lie in 0..{vocab_size - 1}")
+            raise RequestError(f"found the token id {shown(token)}; ids of this model lie in 0..{vocab_size - 1}")
 
 
 def _fit(prompt: list[int], limit: ContextLimit) -> list[int]:

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
-from svdengine.errors import RequestError
+from svdengine.errors import RequestError, shown
+from svdengine.scheduling.numbers import check_integer, check_number
 from svdengine.text.grammar import Grammar, read_response_format
 
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
+MAX_BIAS = 1e30  # far from what float32 holds, so that a biased logit is finite
 MAX_PRIORITY = 1 << 31
 MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
 
@@ -93,25 +95,25 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
         object.__setattr__(self, "response_format", read_response_format(self.response_format))
-        _check_number("temperature", self.temperature, 0.0, 100.0)
-        _check_integer("top_k", self.top_k, 0, 1 << 24)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
-        _check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        _check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        check_number("temperature", self.temperature, 0.0, 100.0)
+        check_integer("top_k", self.top_k, 0, 1 << 24)
+        check_number("top_p", self.top_p, 0.0, 1.0)
+        check_number("min_p", self.min_p, 0.0, 1.0)
+        check_number("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         check_sparsity_bias(self.sparsity_bias)
-        _check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
+        check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if self.top_p == 0.0:
             raise RequestError("top_p must be above 0; use temperature 0 for greedy decoding")
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, (1 << 64) - 1)
+            check_integer("seed", self.seed, 0, (1 << 64) - 1)
         if self.max_tokens is not None:
-            _check_integer("max_tokens", self.max_tokens, 1, 1 << 31)
+            check_integer("max_tokens", self.max_tokens, 1, 1 << 31)
         if self.logprobs is not None:
-            _check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            check_integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):
-            raise RequestError(f"ignore_eos must be true or false, found {self.ignore_eos!r}")
+            raise RequestError(f"ignore_eos must be true or false, found {shown(self.ignore_eos)}")
 
     @property
     def grammar(self) -> Grammar | None:
@@ -159,27 +161,13 @@ def params_from_generation(generation: Mapping[str, Any]) -> SamplingParams:
 
 def check_sparsity_bias(value: Any) -> None:
     """Raise RequestError unless it is a number that a threshold can be shifted by."""
-    _check_number("sparsity_bias", value, -MAX_SPARSITY_BIAS, MAX_SPARSITY_BIAS)
-
-
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a number, found {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{name} must lie between {low:g} and {high:g}, found {value:g}")
-
-
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} must be a whole number, found {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{name} must lie between {low} and {high}, found {value}")
+    check_number("sparsity_bias", value, -MAX_SPARSITY_BIAS, MAX_SPARSITY_BIAS)
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
     if any(not isinstance(s, str) or not s for s in strings):
-        raise RequestError(f"stop must be strings that are not empty, found {stop!r}")
+        raise RequestError(f"stop must be strings that are not empty, found {shown(stop)}")
     if len(strings) > MAX_STOP_STRINGS:
         raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings can be given, found {len(strings)}")
     return strings
@@ -187,18 +175,18 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
     if isinstance(ids, str) or not isinstance(ids, Iterable):
-        raise RequestError(f"stop_token_ids must be token ids, found {ids!r}")
+        raise RequestError(f"stop_token_ids must be token ids, found {shown(ids)}")
     values = tuple(ids)
     for value in values:
-        _check_integer("stop_token_ids", value, 0, 1 << 31)
+        check_integer("stop_token_ids", value, 0, 1 << 31)
     return values
 
 
 def _logit_bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, found {bias!r}")
+        raise RequestError(f"logit_bias must map token ids to numbers, found {shown(bias)}")
     for token, value in bias.items():
-        _check_integer("a token id of logit_bias", token, 0, 1 << 31)
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value == math.inf:
-            raise RequestError(f"logit_bias of token {token} must be a number, found {value!r}")
+        check_integer("a token id of logit_bias", token, 0, 1 << 31)
+        if not (isinstance(value, float) and value == -math.inf):
+            check_number(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS)
     return {token: float(value) for token, value in bias.items()}

@@ -54,7 +54,7 @@ def replicated(model: str, settings: Settings, *, replicas: int, options: Mappin
     """Replicas that each load the model with `options` of `svdengine.load`."""
 
     def build() -> Any:  # in the replica's process, when it starts
-        from svdengine.llm import load
+        from svdengine.loading import load
         from svdengine.server.app import create_app
         from svdengine.server.service import Service
 

@@ -11,6 +11,7 @@ import jinja2
 from jinja2 import meta
 
 from svdengine.errors import ModelFileError, RequestError
+from svdengine.text.null_content import with_content
 from svdengine.text.template_sandbox import BoundedSandbox, TemplateLimitError
 from svdengine.text.tokenizer import Tokenizer
 
@@ -70,6 +71,7 @@ class ChatTemplate:
         content work as ever on the rest. Raises RequestError when the messages are unusable or the template refuses.
         """
         check_messages(messages)
+        messages = with_content(messages, self.source)
         marked, literals = self._mark([dict(m) for m in messages], _without_none(extra))
         values = {"messages": marked[0], **marked[1]}
         values |= {"add_generation_prompt": add_generation_prompt}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from svdengine.errors import RequestError
+from svdengine.errors import RequestError, shown
 
 # Between the tokens of JSON: nothing, a space, or a new line with its indent. Unbounded space would let a small model
 # go on with it for ever.
@@ -39,7 +39,7 @@ def read_response_format(value: Any) -> Grammar | None:
     if kind == "json_object":
         return json_grammar({"type": "object"})
     if kind != "json_schema":
-        raise RequestError(f"response_format must have the type text, json_object or json_schema, found {value!r:.200}")
+        raise RequestError(f"response_format must have the type text, json_object or json_schema, found {shown(value)}")
     named = value.get("json_schema")
     schema = named.get("schema") if isinstance(named, Mapping) else None
     if not isinstance(schema, Mapping):

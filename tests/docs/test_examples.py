@@ -60,6 +60,13 @@ def test_without_a_model_the_demo_model_is_used(run: Run, model: Path, monkeypat
     assert "first token after" in run("stream.py")
 
 
+def test_async_chat(run: Run, model: Path) -> None:
+    lines = run("async_chat.py", model).strip().splitlines()
+    assert len(lines) == 5 and sum(" -> " in line for line in lines) == 3
+    assert any(re.search(r"\d+ pieces were read$", line) for line in lines)
+    assert lines[-1] == "0 KV blocks are in use"
+
+
 def test_batch(run: Run, model: Path) -> None:
     lines = run("batch.py", model).strip().splitlines()
     assert len(lines) == 5 and lines[0].startswith("'The capital of France is' -> ")

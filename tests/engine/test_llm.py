@@ -82,6 +82,41 @@ def test_speculation_changes_no_token(llm: LLM, path: Path) -> None:
         assert sum(other.stats().steps.values()) < 80
 
 
+def test_control_tokens_in_prompts_are_text_unless_special(llm: LLM) -> None:
+    text = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    plain, special = llm.prepare(text), llm.prepare(text, special=True)
+    marks = [llm.tokenizer.encode(mark, special=True)[-1] for mark in ("<|im_start|>", "<|im_end|>")]
+    assert not set(marks) & set(plain.sequence.tokens)
+    assert [t for t in special.sequence.tokens if t in marks] == [marks[0], marks[1], marks[0]]
+    asked = llm.chat_template.encode([{"role": "system", "content": "Be kind"}, {"role": "user", "content": "hello"}])
+    own = "<|im_start|>system\nBe kind<|im_end|>\n" + text
+    assert llm.prepare(own, special=True).sequence.tokens == asked
+    (done,) = llm.generate([own], GREEDY, special=True)
+    assert done.token_ids == llm.generate([asked], GREEDY)[0].token_ids
+    assert "".join(llm.stream(own, GREEDY, special=True)) == done.text
+    assert llm.prepare(asked, special=True).sequence.tokens == asked
+    with pytest.raises(RequestError, match="special must be true or false"):
+        llm.stream("a", special="yes")  # type: ignore[arg-type]
+
+
+def test_a_beginning_that_is_written_is_not_added_again(tmp_path: Path) -> None:
+    with svdengine.load(write_tiny_model(tmp_path / "bos.svdp", add_bos=True), device="reference", context=64) as llm:
+        expected = llm.prepare("hello").sequence.tokens
+        assert llm.prepare("<s>hello", special=True).sequence.tokens == expected
+        assert llm.prepare("hello", special=True).sequence.tokens == expected
+        assert llm.prepare("<s>hello").sequence.tokens != expected
+
+
+def test_a_call_without_a_text_is_a_message(llm: LLM) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": {}}}
+    rest = [{"role": "tool", "content": "4"}]
+    answers = [
+        llm.chat([*HELLO, {"role": "assistant", "tool_calls": [call], **content}, *rest], GREEDY).token_ids
+        for content in ({"content": None}, {"content": ""}, {})
+    ]
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_seeds(llm: LLM) -> None:
     each = [SamplingParams(seed=seed, max_tokens=10) for seed in (1, 2, 1)]
     together = [done.token_ids for done in llm.generate(["hello"] * 3, each)]
@@ -215,7 +250,7 @@ def test_unusable_requests(llm: LLM, call: Any, message: str) -> None:
         ({"kv_tokens": 512, "kv_memory": 1 << 30}, "not as both"),
         ({"kv_memory": "1G"}, "kv_memory must be a whole number of bytes"),
         ({"context": 20, "kv_memory": 32 * 768 - 1}, r"a context of 20 tokens, which takes 0\.0 MiB, found 0\.0 MiB"),
-        ({"prefill_rows": 0}, "prefill_rows must be a whole number of at least 1"),
+        ({"prefill_rows": 0}, "prefill_rows must lie between 1 and"),
         ({"gpu_memory": "8G"}, "gpu_memory must be a whole number of bytes"),
         ({"ffn": "fast"}, "ffn must be one of"),
         ({"ffn": "sparse"}, "has no predictor"),

