@@ -11,6 +11,7 @@ from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
+from svdengine.server.framing import DATA_EVENTS
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.messages import read_messages
@@ -35,6 +36,8 @@ _UNSUPPORTED += ("verbosity", "web_search_options", "service_tier", "store")
 
 class ChatJob:
     """The answers to one conversation."""
+
+    framing = DATA_EVENTS
 
     def __init__(self, llm: LLM, name: str, value: Any) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""

@@ -10,6 +10,7 @@ from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError, unsupported
 from svdengine.server.body import Body
+from svdengine.server.framing import DATA_EVENTS
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.request_loop import Update
@@ -24,6 +25,8 @@ _UNSUPPORTED = ("suffix", "best_of")
 
 class CompletionJob:
     """Completions of one prompt or several."""
+
+    framing = DATA_EVENTS
 
     def __init__(self, llm: LLM, name: str, value: Any) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""

@@ -1,4 +1,4 @@
-"""Answers in pieces: server-sent events, for as long as the client listens."""
+"""Answers in pieces, for as long as the client listens."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Any, TypeVar
 from starlette.types import Receive, Scope, Send
 
 from svdengine.scheduling.completion import Completion
-from svdengine.server.body import encode_json
 from svdengine.server.delivery import Delivery
-from svdengine.server.job import Job, Object
+from svdengine.server.framing import Framing, Object
+from svdengine.server.job import Job
 from svdengine.server.service import Service, completions
 
 T = TypeVar("T")
 
 _SEND_SECONDS = 60.0  # for a client to take what was sent
 _HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),  # nginx would hold back the pieces
 ]
@@ -41,27 +40,28 @@ class EventStream:
         await until_disconnected(receive, self._send_all(send))
 
     async def _send_all(self, send: Send) -> None:
-        job = self._job
+        job, framing = self._job, self._job.framing
+        headers = [(b"content-type", framing.content_type), *_HEADERS]
         done: dict[int, Completion] = {}
-        await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async with aclosing(self._service.updates(job, self._delivery)) as updates:
-                await _send_body(send, _events(job.opening()))
+                await _send_body(send, _joined(framing, job.opening()))
                 async for news in updates:
                     done |= completions(news)
                     pieces = [piece for index, update in news.items() for piece in job.pieces(index, update)]
-                    await _send_body(send, _events(pieces) if news else b": still at work\n\n")
+                    await _send_body(send, _joined(framing, pieces) if news else framing.quiet)
             last = job.closing([done[i] for i in range(len(job.requests))])
         except TimeoutError:
             log.info("a client took nothing of its answer for %g seconds", _SEND_SECONDS)
             raise
         except Exception as error:
-            last = [self._service.error(error).body]
-        await _send_body(send, _events(last) + b"data: [DONE]\n\n", more=False)
+            last = framing.failure(self._service.error(error))
+        await _send_body(send, _joined(framing, last) + framing.end, more=False)
 
 
-def _events(objects: Iterable[Object]) -> bytes:
-    return b"".join(b"data: " + encode_json(each) + b"\n\n" for each in objects)
+def _joined(framing: Framing, pieces: Iterable[Object]) -> bytes:
+    return b"".join(map(framing.piece, pieces))
 
 
 async def _send_body(send: Send, data: bytes, more: bool = True) -> None:

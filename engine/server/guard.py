@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from svdengine.server.api_error import ApiError
+from svdengine.server.error_form import error_body
 from svdengine.server.settings import Settings, is_loopback
 from svdengine.server.web_files import WEB_FILES
 
@@ -31,7 +32,9 @@ class Guard:
         if error is None:
             await self._app(scope, receive, send)
         else:
-            await JSONResponse(error.body, error.status, dict(error.headers))(scope, receive, send)
+            await JSONResponse(error_body(scope["path"], error), error.status, dict(error.headers))(
+                scope, receive, send
+            )
 
     def _error(self, path: str, headers: Headers) -> ApiError | None:
         host = headers.get("host", "")
@@ -41,7 +44,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._allowed_origin(origin, host):
             return ApiError(403, f"web pages of {origin[:200]!r} may not use this server; see --cors-origin")
-        if self._keys and path not in _OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+        if self._keys and path not in _OPEN_PATHS and not self._has_key(headers):
             challenge = {"www-authenticate": "Bearer"}
             return ApiError(401, "a valid API key is missing", code="invalid_api_key", headers=challenge)
         return None
@@ -50,12 +53,13 @@ class Guard:
         allowed = self._settings.cors_origins
         return "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
 
-    def _has_key(self, authorization: str) -> bool:
-        scheme, _, given = authorization.partition(" ")
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # as Anthropic's clients send it
         sent = given.strip().encode("utf-8", "replace")
         # Every key is compared, in constant time, so that timing tells nothing.
         matches = [hmac.compare_digest(key, sent) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
 def _host_name(host: str) -> str:

@@ -6,15 +6,14 @@ import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.request import Generation
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
+from svdengine.server.framing import Framing, Object
 from svdengine.server.request_loop import Update
-
-Object = dict[str, Any]  # of JSON
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,11 @@ class Job(Protocol):
     @property
     def options(self) -> StreamOptions:
         """How the answer is sent."""
+        ...
+
+    @property
+    def framing(self) -> Framing:
+        """How its pieces are written when they are streamed."""
         ...
 
     def opening(self) -> list[Object]:

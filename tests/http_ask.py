@@ -1,0 +1,23 @@
+"""Requests to a live server made by hand."""
+
+import json
+import urllib.error
+import urllib.request
+from typing import Any
+
+from live_server import LiveServer
+
+
+def ask(
+    server: LiveServer, path: str, body: Any = None, method: str | None = None, **headers: str
+) -> tuple[int, Any, Any]:
+    """Status, body and headers of the answer; the body is read where it is JSON."""
+    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    request = urllib.request.Request(server.url + path, data, names, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            status, text, found = response.status, response.read(), response.headers
+    except urllib.error.HTTPError as error:
+        status, text, found = error.code, error.read(), error.headers
+    return status, json.loads(text) if found.get_content_type() == "application/json" else text.decode(), found
