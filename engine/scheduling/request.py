@@ -120,6 +120,11 @@ class Generation:
         return self._limit.keep
 
     @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stops.found
+
+    @property
     def _whole(self) -> bool:
         """Whether the text is all that its grammar allows."""
         return self._sampler.constraint is not None and self._sampler.constraint.complete
