@@ -10,6 +10,7 @@ checks their shapes.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -56,6 +57,11 @@ class ModelFile:
     size_bytes: int
     _file: TensorFile = field(repr=False)
     _arrays: dict[str, NDArray[Any]] = field(repr=False)
+
+    @property
+    def parameter_count(self) -> int:
+        """Numbers that were learned, however they are stored."""
+        return sum(math.prod(spec.shape) for spec in tensor_specs(self.config))
 
     def advise(self, names: Iterable[str], advice: Advice) -> None:
         """Say how arrays will be read; see TensorFile."""
