@@ -24,8 +24,10 @@ from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body, encode_json, parse_json
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
+from svdengine.server.error_form import error_body
 from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
+from svdengine.server.interface_routes import InterfaceRoutes
 from svdengine.server.job import Job
 from svdengine.server.messages import read_messages
 from svdengine.server.service import Service
@@ -57,7 +59,8 @@ def create_app(service: Service) -> Starlette:
             )
         )
     middleware.append(Middleware(Guard, settings=service.settings))
-    return Starlette(routes=routes.table(), middleware=middleware, lifespan=lifespan)
+    handlers: Any = {404: routes.unmatched}
+    return Starlette(routes=routes.table(), middleware=middleware, lifespan=lifespan, exception_handlers=handlers)
 
 
 class Watch:
@@ -99,6 +102,7 @@ class Routes:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._started = int(time.time())
+        self._interfaces = InterfaceRoutes(service, self._run, self._body)
 
     def paths(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         """Path, method and endpoint."""
@@ -112,6 +116,7 @@ class Routes:
             ("/detokenize", "POST", self.detokenize),
             ("/health", "GET", self.health),
             ("/metrics", "GET", self.metrics),
+            *self._interfaces.paths(),
         ]
 
     def table(self) -> list[Route]:
@@ -189,6 +194,10 @@ class Routes:
             raise ApiError(405, f"{path} takes {right[0]}, not {method}", headers={"allow": right[0]})
         raise ApiError(404, f"there is no {path[:200]!r} on this server")
 
+    async def unmatched(self, request: Request, _: Exception) -> Any:
+        """A path that no route takes, since a line break is in it."""
+        return await self._explained(self.missing)(request)
+
     async def _run(self, request: Request, make: MakeJob) -> Any:
         value = await self._body(request)
         service = self._service
@@ -229,7 +238,7 @@ class Routes:
                 raise
             except Exception as error:
                 told = self._service.error(error)
-                return _json(told.body, told.status, told.headers)
+                return _json(error_body(request.url.path, told), told.status, told.headers)
 
         return explained
 

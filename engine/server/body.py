@@ -17,6 +17,7 @@ _KINDS: dict[type, str] = {
     list: "a list",
     dict: "an object",
 }
+_JSON_TYPES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
 
 
 def parse_json(data: bytes) -> Any:
@@ -34,12 +35,22 @@ def encode_json(value: Any) -> bytes:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
 
 
+class NotedFields(dict[str, Any]):
+    """A body that notes what its reader asks for, so that the reader itself can say what a body may hold."""
+
+    def __init__(self, value: dict[str, Any]) -> None:
+        super().__init__(value)
+        self.schemas: dict[str, dict[str, Any]] = {}  # of each field, as far as the reader states it
+        self.required: list[str] = []
+
+
 class Body:
     """A JSON object. Null stands for a field that is not given."""
 
     def __init__(self, value: Any) -> None:
         if not isinstance(value, dict):
             raise ApiError(400, f"the body must be a JSON object, found {_kind(value)}")
+        self._notes = value if isinstance(value, NotedFields) else None
         self._fields = {name: item for name, item in value.items() if item is not None}
 
     @overload
@@ -50,6 +61,7 @@ class Body:
 
     def take(self, name: str, kind: type[T], default: T | None = None) -> T | None:
         """A field of one kind. Raises ApiError when it is of another."""
+        self._note(name, {"type": _JSON_TYPES[kind]})
         value = self._fields.pop(name, None)
         if value is None:
             return default
@@ -59,11 +71,14 @@ class Body:
 
     def take_any(self, name: str) -> Any:
         """A field of any kind, or None; whoever gets it checks it."""
+        self._note(name, {})
         return self._fields.pop(name, None)
 
     def need(self, name: str, kind: type[T]) -> T:
         """The same for a field that must be there."""
         value = self.take(name, kind)
+        if self._notes is not None:
+            self._notes.required.append(name)
         if value is None:
             raise ApiError(400, f"{name} is missing", name, "missing_required_parameter")
         return value
@@ -71,10 +86,12 @@ class Body:
     def ignore(self, *names: str) -> None:
         """Drop fields that change nothing here."""
         for name in names:
+            self._note(name, {})
             self._fields.pop(name, None)
 
     def only(self, name: str, *values: Any) -> None:
         """Drop a field that may have these values, which change nothing. Raises ApiError when it has another."""
+        self._note(name, {"enum": list(values)})
         value = self._fields.pop(name, None)
         if value is not None and value not in values:
             raise unsupported(name, f" but as {' or '.join(map(json.dumps, values))}")
@@ -85,6 +102,10 @@ class Body:
             if name in known:
                 raise unsupported(name)
             raise ApiError(400, f"{name[:100]!r} is not a field of this request", name[:100], "unknown_parameter")
+
+    def _note(self, name: str, schema: dict[str, Any]) -> None:
+        if self._notes is not None:
+            self._notes.schemas[name] = schema
 
 
 def _kind(value: Any) -> str:

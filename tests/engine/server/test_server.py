@@ -9,14 +9,13 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
+from http_ask import ask
 from live_server import LiveServer, live_server
 from openai import OpenAI
 
@@ -55,22 +54,6 @@ def llm(server: LiveServer, folder: Path) -> Iterator[LLM]:
 
 def client_of(server: LiveServer, key: str = "none") -> OpenAI:
     return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
-
-
-def ask(
-    server: LiveServer, path: str, body: Any = None, method: str | None = None, **headers: str
-) -> tuple[int, Any, Any]:
-    """Status, body and headers of a request made by hand."""
-    data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-    names = {name.replace("_", "-"): value for name, value in headers.items()}
-    request = urllib.request.Request(server.url + path, data, names, method=method)
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            status, text, found = response.status, response.read(), response.headers
-    except urllib.error.HTTPError as error:
-        status, text, found = error.code, error.read(), error.headers
-    is_json = found.get_content_type() == "application/json"
-    return status, json.loads(text) if is_json else text.decode(), found
 
 
 def wait_until_idle(server: LiveServer) -> None:
