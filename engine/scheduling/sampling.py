@@ -14,6 +14,10 @@ MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
 MAX_PRIORITY = 1 << 31
 MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
+MAX_LOGIT_BIAS = 1e30  # float32 ends soon after; its negative forbids a token, and so does minus infinity
+RANDOM_SEED = -1  # as llama.cpp and its clients write "no seed"
+
+_SHOWN_DIGITS = 40  # of a number, in an error
 
 
 class SamplingFields(TypedDict, total=False):
@@ -53,7 +57,7 @@ class SamplingParams:
     presence_penalty: subtracted once from the logits of tokens that were generated.
     frequency_penalty: subtracted from a token's logit for every time that it was generated.
     logit_bias: token id to what is added to its logit.
-    seed: the same one gives the same tokens. None: another one for each request.
+    seed: the same one gives the same tokens. None, or -1: another one for each request.
     max_tokens: most tokens to generate. None: as many as the context has room for.
     stop: generation ends before the first of these texts. A single string is taken too.
     stop_token_ids: tokens that end generation, like the model's own end tokens.
@@ -89,6 +93,8 @@ class SamplingParams:
         def __init__(self, **fields: Unpack[SamplingFields]) -> None: ...
 
     def __post_init__(self) -> None:
+        if type(self.seed) is int and self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
@@ -163,23 +169,37 @@ def check_sparsity_bias(value: Any) -> None:
 
 
 def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a number, found {value!r}")
+    if not _is_number(value) or not -math.inf < value < math.inf:  # False of NaN
+        raise RequestError(f"{name} must be a number, found {_shown(value)}")
     if not low <= value <= high:
-        raise RequestError(f"{name} must lie between {low:g} and {high:g}, found {value:g}")
+        raise RequestError(f"{name} must lie between {low:g} and {high:g}, found {_shown(value)}")
 
 
 def _check_integer(name: str, value: Any, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise RequestError(f"{name} must be a whole number, found {value!r}")
+        raise RequestError(f"{name} must be a whole number, found {_shown(value)}")
     if not low <= value <= high:
-        raise RequestError(f"{name} must lie between {low} and {high}, found {value}")
+        raise RequestError(f"{name} must lie between {low} and {high}, found {_shown(value)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _shown(value: Any) -> str:
+    """A value as an error shows it. A whole number may have more digits than Python writes at all."""
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**_SHOWN_DIGITS:
+        return f"one of {value.bit_length()} bits"
+    try:
+        return f"{value!r:.200}"
+    except ValueError:  # such a number inside a list
+        return type(value).__name__
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, Iterable) else (stop,)
     if any(not isinstance(s, str) or not s for s in strings):
-        raise RequestError(f"stop must be strings that are not empty, found {stop!r}")
+        raise RequestError(f"stop must be strings that are not empty, found {_shown(stop)}")
     if len(strings) > MAX_STOP_STRINGS:
         raise RequestError(f"at most {MAX_STOP_STRINGS} stop strings can be given, found {len(strings)}")
     return strings
@@ -187,7 +207,7 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
 
 def _token_ids(ids: Any) -> tuple[int, ...]:
     if isinstance(ids, str) or not isinstance(ids, Iterable):
-        raise RequestError(f"stop_token_ids must be token ids, found {ids!r}")
+        raise RequestError(f"stop_token_ids must be token ids, found {_shown(ids)}")
     values = tuple(ids)
     for value in values:
         _check_integer("stop_token_ids", value, 0, 1 << 31)
@@ -196,9 +216,11 @@ def _token_ids(ids: Any) -> tuple[int, ...]:
 
 def _logit_bias(bias: Any) -> dict[int, float]:
     if not isinstance(bias, Mapping):
-        raise RequestError(f"logit_bias must map token ids to numbers, found {bias!r}")
+        raise RequestError(f"logit_bias must map token ids to numbers, found {_shown(bias)}")
     for token, value in bias.items():
         _check_integer("a token id of logit_bias", token, 0, 1 << 31)
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value == math.inf:
-            raise RequestError(f"logit_bias of token {token} must be a number, found {value!r}")
-    return {token: float(value) for token, value in bias.items()}
+        if not _is_number(value) or not value <= MAX_LOGIT_BIAS:  # False of NaN
+            raise RequestError(
+                f"logit_bias of token {token} must be a number of at most {MAX_LOGIT_BIAS:g}, found {_shown(value)}"
+            )
+    return {token: float(v if v == -math.inf else max(v, -MAX_LOGIT_BIAS)) for token, v in bias.items()}
