@@ -50,10 +50,15 @@ def create_app(service: Service) -> Starlette:
     middleware = [Middleware(Watch, service=service)]
     origins = service.settings.cors_origins
     if origins:
-        headers = ["authorization", "content-type"]
+        # Clients send headers of their own, such as x-stainless-*: whatever a preflight names is allowed.
         middleware.append(
             Middleware(
-                CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=headers
+                CORSMiddleware,
+                allow_origins=list(origins),
+                allow_methods=["GET", "HEAD", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["retry-after", "x-request-id", "request-id"],
+                allow_private_network=True,
             )
         )
     middleware.append(Middleware(Guard, settings=service.settings))
@@ -73,6 +78,7 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = plain_path(scope["path"])
         status = 0
 
         async def watched_send(message: Message) -> None:
@@ -91,6 +97,11 @@ class Watch:
             service.open_responses -= 1
             path = scope["path"] if scope["path"] in self._paths else "other"
             service.metrics.responses[path, status] += 1
+
+
+def plain_path(path: str) -> str:
+    """A path without the slashes that base addresses of clients bring along."""
+    return "/" + "/".join(part for part in path.split("/") if part)
 
 
 class Routes:

@@ -41,7 +41,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and not self._allowed_origin(origin, host):
             return ApiError(403, f"web pages of {origin[:200]!r} may not use this server; see --cors-origin")
-        if self._keys and path not in _OPEN_PATHS and not self._has_key(headers.get("authorization", "")):
+        if self._keys and path not in _OPEN_PATHS and not self._has_key(headers):
             challenge = {"www-authenticate": "Bearer"}
             return ApiError(401, "a valid API key is missing", code="invalid_api_key", headers=challenge)
         return None
@@ -50,12 +50,13 @@ class Guard:
         allowed = self._settings.cors_origins
         return "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
 
-    def _has_key(self, authorization: str) -> bool:
-        scheme, _, given = authorization.partition(" ")
+    def _has_key(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        given = given if scheme.lower() == "bearer" else headers.get("x-api-key", "")  # as Anthropic's clients send it
         sent = given.strip().encode("utf-8", "replace")
         # Every key is compared, in constant time, so that timing tells nothing.
         matches = [hmac.compare_digest(key, sent) for key in self._keys]
-        return scheme.lower() == "bearer" and any(matches)
+        return any(matches)
 
 
 def _host_name(host: str) -> str:

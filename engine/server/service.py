@@ -11,10 +11,11 @@ from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
-from svdengine.errors import QueueFullError, SvdEngineError
+from svdengine.errors import ContextOverflowError, QueueFullError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
-from svdengine.server.api_error import ApiError, api_error
+from svdengine.server.api_error import ApiError, api_error, context_overflow
+from svdengine.server.completion_job import CompletionJob
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job
 from svdengine.server.metrics import Metrics
@@ -61,6 +62,8 @@ class Service:
             while running:
                 news = await delivery.take(QUIET_SECONDS)
                 for update in news.values():
+                    if isinstance(update.error, ContextOverflowError):
+                        raise context_overflow(update.error, _prompt_field(job))
                     if update.error is not None:
                         raise update.error
                     if update.completion is not None:
@@ -111,3 +114,8 @@ class Service:
 def completions(news: Mapping[int, Update]) -> dict[int, Completion]:
     """Those of the requests that are done."""
     return {index: update.completion for index, update in news.items() if update.completion is not None}
+
+
+def _prompt_field(job: Job) -> str:
+    """The field of the body that holds what is too long."""
+    return "prompt" if isinstance(job, CompletionJob) else "messages"
