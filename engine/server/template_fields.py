@@ -7,10 +7,16 @@ from typing import Any
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
 
+_TAKEN = ("messages", "self")  # names that the variables of a template cannot have
+
 
 def take_template_variables(body: Body) -> dict[str, Any]:
     """Variables of the template: `chat_template_kwargs`, and the fields that stand for one. Raises ApiError."""
     given = body.take("chat_template_kwargs", dict, {})
+    for name in _TAKEN:
+        if name in given:
+            field = f"chat_template_kwargs.{name}"
+            raise ApiError(400, f"{field} cannot be given: the request has it elsewhere", field, "invalid_value")
     effort = body.take("reasoning_effort", str)
     if effort is not None:
         # Templates of models that think read one of these; others think as much as they do.

@@ -351,6 +351,8 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
             "maximum context length is 256 tokens",
         ),
         (CHAT, {"chat_template_kwargs": []}, 400, "chat_template_kwargs", "an object"),
+        (CHAT, {"chat_template_kwargs": {"messages": 1}}, 400, "chat_template_kwargs.messages", "cannot be given"),
+        (CHAT, {"chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs.self", "cannot be given"),
         (PLAIN, {"prompt": None}, 400, "prompt", "missing"),
         (PLAIN, {"prompt": ""}, 400, None, "empty"),
         (PLAIN, {"prompt": [["a"]]}, 400, "prompt", "token ids"),
@@ -634,6 +636,31 @@ def test_the_command_ends_on_sigterm(folder: Path, server: LiveServer) -> None:
         client.close()
         assert process.wait(30) == 0
         assert process.stderr.read().strip() == "ending; a second signal ends at once"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal that Windows lacks")
+def test_a_terminal_that_closes_lets_the_answers_end_and_the_kv_cache_be_written(
+    folder: Path, server: LiveServer, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.kv"
+    command = [sys.executable, "-m", "svdengine", "serve", str(folder / "tiny.svdp"), "--port", "0", "--name", "small"]
+    environment = {**os.environ, "SVDENGINE_DEVICE": "cpu"}
+    with subprocess.Popen([*command, "--kv-save", str(kept)], stderr=subprocess.PIPE, text=True, env=environment) as p:
+        assert p.stderr is not None
+        url = p.stderr.readline().split()[-1]
+        empty = kept.stat().st_size
+        client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        more: dict[str, Any] = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        stream = client.chat.completions.create(model="small", messages=HELLO, stream=True, **more)
+        next(stream)
+        p.stderr.close()  # as the terminal's end
+        for _ in range(2):
+            p.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        client.close()
+        assert p.wait(60) == 0
+    assert kept.stat().st_size > empty
 
 
 def test_a_port_that_is_taken(server: LiveServer, folder: Path) -> None:
