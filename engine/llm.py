@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -165,6 +165,7 @@ class LLM:
         self._abandoned: deque[Generation] = deque()
         self._template: ChatTemplate | None = None
         self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
+        self._constraint_maker: Callable[[Tokenizer, int], ConstraintMaker] = ConstraintMaker
         self._making = threading.Lock()
         self._closed = False
 
@@ -382,6 +383,20 @@ class LLM:
             if isinstance(request, Generation):
                 request.finish(reason)
 
+    def read_with(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        constraints: Callable[[Tokenizer, int], ConstraintMaker] = ConstraintMaker,
+    ) -> None:
+        """Have prompts and grammars read by these from now on, such as ones that bound what a text may take.
+
+        template: None: made of the model's source when it is first needed. constraints: makes what reads grammars.
+        """
+        with self._making:
+            self.tokenizer, self._template = tokenizer, template
+            self._constraints, self._constraint_maker = None, constraints
+
     def stats(self) -> EngineStats:
         """What was done since the model was loaded, and the state of queue and KV cache. It waits for no step."""
         return self._engine.stats()
@@ -478,7 +493,7 @@ class LLM:
             return None
         with self._making:
             if self._constraints is None:
-                self._constraints = ConstraintMaker(self.tokenizer, self.config.vocab_size)
+                self._constraints = self._constraint_maker(self.tokenizer, self.config.vocab_size)
         return self._constraints.make(params.grammar)
 
     def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:

@@ -22,6 +22,7 @@ from svdengine.server.sampling_fields import (
     take_length,
     take_sampling,
 )
+from svdengine.server.token_fields import take_special
 
 MAX_PROMPTS = 64
 _DEFAULT_LENGTH = 16  # tokens, as OpenAI documents it
@@ -50,12 +51,14 @@ class CompletionJob:
             raise unsupported("echo", " together with logprobs")
         body.only("best_of", self._choices)
         body.only("suffix", "")
+        bos, special = take_special(body)
         shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)
         body.finish(_UNSUPPORTED)
         each = [choice_params(params, i) for i in range(self._choices)]
         try:
-            self.requests = [llm.prepare(prompt, one, context_shift=shift) for prompt in prompts for one in each]
+            ids = [_tokens(llm, prompt, bos, special) for prompt in prompts]
+            self.requests = [llm.prepare(tokens, one, context_shift=shift) for tokens in ids for one in each]
         except ContextOverflowError as error:
             raise context_overflow(error, "prompt") from error
         self._head = Head("text_completion", name)
@@ -127,6 +130,15 @@ def _take_logprobs(body: Body, params: SamplingParams) -> SamplingParams:
         message = f"logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, found {top}"
         raise ApiError(400, message, "logprobs", "invalid_value")
     return changed(params, "logprobs", top)
+
+
+def _tokens(llm: LLM, prompt: str | list[int], bos: bool | None, special: bool | None) -> list[int]:
+    """A prompt's token ids. A control token that is written in a text is text, unless `special` says otherwise."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise ApiError(400, "the prompt is empty", "prompt", "invalid_value")
+    return llm.tokenizer.encode(prompt, bool(special), bos=bos is not False)
 
 
 def _text(llm: LLM, prompt: str | list[int]) -> str:

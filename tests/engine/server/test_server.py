@@ -354,7 +354,7 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
         (CHAT, {"chat_template_kwargs": {"messages": 1}}, 400, "chat_template_kwargs.messages", "cannot be given"),
         (CHAT, {"chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs.self", "cannot be given"),
         (PLAIN, {"prompt": None}, 400, "prompt", "missing"),
-        (PLAIN, {"prompt": ""}, 400, None, "empty"),
+        (PLAIN, {"prompt": ""}, 400, "prompt", "empty"),
         (PLAIN, {"prompt": [["a"]]}, 400, "prompt", "token ids"),
         (PLAIN, {"prompt": [10**15]}, 400, None, "token id"),
         (PLAIN, {"prompt": [10**30]}, 400, None, "beyond 64 bits"),
