@@ -6,7 +6,7 @@ import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from svdengine.kernels.predictor import Predictor
 from svdengine.models.config import ModelConfig
 from svdengine.request_maker import RequestMaker
 from svdengine.scheduling.completion import Completion, FinishReason
+from svdengine.scheduling.constraint import ConstraintMaker
 from svdengine.scheduling.engine_loop import Engine, EngineStats
 from svdengine.scheduling.request import Generation, Scoring
 from svdengine.scheduling.sampling import (
@@ -353,6 +354,19 @@ class LLM:
             self._engine.abort(request)
             if isinstance(request, Generation):
                 request.finish(reason)
+
+    def read_with(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        constraints: Callable[[Tokenizer, int], ConstraintMaker] = ConstraintMaker,
+    ) -> None:
+        """Have prompts and grammars read by these from now on, such as ones that bound what a text may take.
+
+        template: None: made of the model's source when it is first needed. constraints: makes what reads grammars.
+        """
+        self.tokenizer = tokenizer
+        self._requests.read_with(tokenizer, template, constraints)
 
     def stats(self) -> EngineStats:
         """What was done since the model was loaded, and the state of queue and KV cache. It waits for no step."""

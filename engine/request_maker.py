@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from svdengine.errors import RequestError, SvdEngineError, shown
@@ -26,7 +26,19 @@ class RequestMaker:
         self._context = context
         self._template: ChatTemplate | None = None
         self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
+        self._constraint_maker: Callable[[Tokenizer, int], ConstraintMaker] = ConstraintMaker
         self._making = threading.Lock()
+
+    def read_with(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate | None,
+        constraints: Callable[[Tokenizer, int], ConstraintMaker],
+    ) -> None:
+        """See `LLM.read_with`."""
+        with self._making:
+            self._tokenizer, self._template = tokenizer, template
+            self._constraints, self._constraint_maker = None, constraints
 
     @property
     def chat_template(self) -> ChatTemplate:
@@ -83,7 +95,7 @@ class RequestMaker:
             return None
         with self._making:
             if self._constraints is None:
-                self._constraints = ConstraintMaker(self._tokenizer, self._file.config.vocab_size)
+                self._constraints = self._constraint_maker(self._tokenizer, self._file.config.vocab_size)
         return self._constraints.make(params.grammar)
 
     def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:

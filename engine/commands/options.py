@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -253,7 +253,9 @@ def kept_kv(llm: LLM, path: Path | None) -> Iterator[None]:
     else:
         llm.save_kv(path)
     yield
-    click.echo(f"{llm.save_kv(path)} tokens of the KV cache are in {path}", err=True)
+    saved = llm.save_kv(path)
+    with suppress(OSError):  # the terminal may be gone
+        click.echo(f"{saved} tokens of the KV cache are in {path}", err=True)
 
 
 def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:

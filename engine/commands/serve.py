@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     default=30.0,
     show_default=True,
     metavar="S",
-    help="On SIGTERM or Ctrl-C, time for running answers to end.",
+    help="On SIGTERM, SIGHUP or Ctrl-C, time for running answers to end.",
 )
 @prefill_rows_option
 @kv_save_option
@@ -85,8 +86,14 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
     )
     with listen(settings) as listening, open_shared_model(options) as llm, kept_kv(llm, kv_save):
         service = Service(llm, settings)
-        server = HttpServer(service, lambda: click.echo("\nending; a second signal ends at once", err=True))
+        server = HttpServer(service, lambda: _say("\nending; a second signal ends at once"))
         click.echo(f"{settings.name} on {llm.executor.name} at {url_of(listening)}", err=True)
         if not settings.loopback and not settings.api_keys:
             click.echo("warning: whoever reaches this machine may use the server; --api-key restricts it", err=True)
         server.run(listening)
+
+
+def _say(text: str) -> None:
+    """Print to standard error, unless the terminal went."""
+    with suppress(OSError):
+        click.echo(text, err=True)

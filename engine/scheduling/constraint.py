@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -10,18 +11,22 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.errors import RequestError, SvdEngineError
+from svdengine.errors import RequestError
 from svdengine.text.grammar import Grammar
 from svdengine.text.tokenizer import Tokenizer
 
-_KEPT = 64  # grammars that are kept compiled
+_KEPT = 32  # grammars that are kept compiled
+_LEXER_STATES = 30_000  # of one or two kilobytes each
+_GRAMMAR_SIZE = 200_000  # symbols
+_SLOW_SECONDS = 0.02  # for the tokens of one step, on average,
+_FREE_SECONDS = 3.0  # beside this: more, and the request would hold up all that run with it
 
 
 class Constraint(Protocol):
     """What the sampler asks before and tells after each token of one request."""
 
     def allowed(self) -> NDArray[np.int64]:
-        """Ids of the tokens that may come next, ascending, at least one. Raises SvdEngineError when there is none."""
+        """Ids of the tokens that may come next, ascending, at least one. Raises RequestError when there is none."""
         ...
 
     def accept(self, token: int) -> None:
@@ -53,6 +58,11 @@ class ConstraintMaker:
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
 
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether the grammar was compiled already, and is kept."""
+        with self._lock:
+            return grammar in self._compiled
+
     def make(self, grammar: Grammar) -> Constraint:
         """A constraint for one request. Raises RequestError when the grammar is not valid or not supported."""
         with self._lock:
@@ -77,7 +87,8 @@ class ConstraintMaker:
             )
         except ValueError as error:
             raise RequestError(f"the grammar cannot be used: {_short(error)}") from error
-        matcher = library(self._tokenizer, source, log_level=0)
+        limits = self._library.LLParserLimits(max_lexer_states=_LEXER_STATES, max_grammar_size=_GRAMMAR_SIZE)
+        matcher = library(self._tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
             raise RequestError(f"the grammar cannot be used: {_short(matcher.get_error())}")
         return matcher
@@ -87,13 +98,18 @@ class _MatcherConstraint:
     def __init__(self, matcher: Any, vocab_size: int) -> None:
         self._matcher = matcher
         self._size = vocab_size
+        self._left = _FREE_SECONDS
 
     def allowed(self) -> NDArray[np.int64]:
+        begin = time.perf_counter()
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        self._left += min(_SLOW_SECONDS - (time.perf_counter() - begin), _FREE_SECONDS - self._left)
+        if self._left < 0:
+            raise RequestError("the grammar of this request takes too much time at each token")
         tokens = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: self._size])
         if self._matcher.is_error() or not tokens.size:
             why = _short(self._matcher.get_error() or "no token fits")
-            raise SvdEngineError(f"the grammar of this request could not be followed: {why}")
+            raise RequestError(f"the grammar of this request could not be followed: {why}")
         return tokens
 
     def accept(self, token: int) -> None:

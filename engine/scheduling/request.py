@@ -258,8 +258,8 @@ def _fit(prompt: list[int], limit: ContextLimit) -> list[int]:
     if not limit.shift or limit.keep >= limit.tokens // 2:
         hint = "" if limit.shift else ", or allow the oldest tokens to be dropped (context_shift)"
         raise ContextOverflowError(
-            f"the prompt has {len(prompt)} tokens and the context holds {limit.tokens}, one of them for the answer; "
-            f"shorten the prompt, use a larger context{hint}"
+            f"the prompt has {len(prompt)} tokens and this model's maximum context length is {limit.tokens} tokens, "
+            f"one of them for the answer; shorten the prompt, use a larger context{hint}"
         )
     tail = (limit.tokens - limit.keep) // 2
     return prompt[: limit.keep] + prompt[-tail:]

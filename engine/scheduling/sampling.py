@@ -13,9 +13,10 @@ from svdengine.text.grammar import Grammar, read_response_format
 
 MAX_LOGPROBS = 100
 MAX_STOP_STRINGS = 64
-MAX_BIAS = 1e30  # far from what float32 holds, so that a biased logit is finite
 MAX_PRIORITY = 1 << 31
 MAX_SPARSITY_BIAS = 100.0  # in standard deviations of a neuron's gate
+MAX_LOGIT_BIAS = 1e30  # float32 ends soon after; its negative forbids a token, and so does minus infinity
+RANDOM_SEED = -1  # as llama.cpp and its clients write "no seed"
 
 
 class SamplingFields(TypedDict, total=False):
@@ -55,7 +56,7 @@ class SamplingParams:
     presence_penalty: subtracted once from the logits of tokens that were generated.
     frequency_penalty: subtracted from a token's logit for every time that it was generated.
     logit_bias: token id to what is added to its logit.
-    seed: the same one gives the same tokens. None: another one for each request.
+    seed: the same one gives the same tokens. None, or -1: another one for each request.
     max_tokens: most tokens to generate. None: as many as the context has room for.
     stop: generation ends before the first of these texts. A single string is taken too.
     stop_token_ids: tokens that end generation, like the model's own end tokens.
@@ -91,6 +92,8 @@ class SamplingParams:
         def __init__(self, **fields: Unpack[SamplingFields]) -> None: ...
 
     def __post_init__(self) -> None:
+        if type(self.seed) is int and self.seed == RANDOM_SEED:
+            object.__setattr__(self, "seed", None)
         object.__setattr__(self, "stop", _stop_strings(self.stop))
         object.__setattr__(self, "stop_token_ids", _token_ids(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", _logit_bias(self.logit_bias))
@@ -188,5 +191,5 @@ def _logit_bias(bias: Any) -> dict[int, float]:
     for token, value in bias.items():
         check_integer("a token id of logit_bias", token, 0, 1 << 31)
         if not (isinstance(value, float) and value == -math.inf):
-            check_number(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS)
-    return {token: float(value) for token, value in bias.items()}
+            check_number(f"logit_bias of token {token}", value, -math.inf, MAX_LOGIT_BIAS)
+    return {token: float(v if v == -math.inf else max(v, -MAX_LOGIT_BIAS)) for token, v in bias.items()}

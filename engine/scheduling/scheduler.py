@@ -132,7 +132,8 @@ class Scheduler:
         if len(sequence) > self.token_capacity:
             raise ContextOverflowError(
                 f"{len(sequence)} tokens need {blocks_for(len(sequence))} KV blocks and there are "
-                f"{self.pool.block_count}; shorten the prompt, or give the KV cache more tokens (kv_tokens)"
+                f"{self.pool.block_count}: this model's maximum context length is {self.token_capacity} tokens; "
+                f"shorten the prompt, or give the KV cache more tokens (kv_tokens)"
             )
 
     def schedule(self) -> Step | None:

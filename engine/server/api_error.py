@@ -6,7 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from svdengine.errors import ContextOverflowError, QueueFullError, RequestError, ShutdownError, SvdEngineError
+from svdengine.errors import (
+    ContextOverflowError,
+    ModelFileError,
+    QueueFullError,
+    RequestError,
+    ShutdownError,
+    SvdEngineError,
+)
 
 
 @dataclass
@@ -35,13 +42,18 @@ def unsupported(name: str, what: str = "") -> ApiError:
     return ApiError(400, f"{name} is not supported{what}", name, "unsupported_parameter")
 
 
+def context_overflow(error: ContextOverflowError, field: str) -> ApiError:
+    """How a prompt that is too long is told; `field` of the body holds it."""
+    return ApiError(400, str(error), field, "context_length_exceeded")
+
+
 def api_error(error: BaseException, retry_after: int = 1) -> ApiError:
     """How an error of the engine is told. `retry_after`: seconds after which a full queue is worth another try."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextOverflowError):
-        return ApiError(400, str(error), "messages", "context_length_exceeded")
-    if isinstance(error, RequestError):
+        return context_overflow(error, "messages")
+    if isinstance(error, RequestError | ModelFileError):  # what a request asks for, and this model cannot do
         return ApiError(400, str(error))
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", headers={"retry-after": str(retry_after)})

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -21,7 +21,8 @@ from svdengine import __version__
 from svdengine.llm import LLM
 from svdengine.server import metrics
 from svdengine.server.api_error import ApiError
-from svdengine.server.body import Body, encode_json, parse_json
+from svdengine.server.body import encode_json, parse_json
+from svdengine.server.bounded_text import BoundedTokenizer
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
 from svdengine.server.error_form import error_body
@@ -29,13 +30,16 @@ from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
 from svdengine.server.interface_routes import InterfaceRoutes
 from svdengine.server.job import Job
-from svdengine.server.messages import read_messages
 from svdengine.server.service import Service
+from svdengine.server.token_fields import detokenized, tokenized, tokenizer_info
 from svdengine.server.web_files import WEB_FILES, web_routes
+from svdengine.server.work import client
 
 _DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
 
 _NO_EMBEDDINGS = "this server's model generates text; it has no embeddings"
+
+T = TypeVar("T")
 
 MakeJob = Callable[[LLM, str, Any], Job]
 
@@ -52,10 +56,15 @@ def create_app(service: Service) -> Starlette:
     middleware = [Middleware(Watch, service=service)]
     origins = service.settings.cors_origins
     if origins:
-        headers = ["authorization", "content-type"]
+        # Clients send headers of their own, such as x-stainless-*: whatever a preflight names is allowed.
         middleware.append(
             Middleware(
-                CORSMiddleware, allow_origins=list(origins), allow_methods=["GET", "POST"], allow_headers=headers
+                CORSMiddleware,
+                allow_origins=list(origins),
+                allow_methods=["GET", "HEAD", "POST", "DELETE"],
+                allow_headers=["*"],
+                expose_headers=["retry-after", "x-request-id", "request-id"],
+                allow_private_network=True,
             )
         )
     middleware.append(Middleware(Guard, settings=service.settings))
@@ -76,6 +85,8 @@ class Watch:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope["path"] = plain_path(scope["path"])
+        client.set(_client_of(scope, bool(self._service.settings.api_keys)))
         status = 0
 
         async def watched_send(message: Message) -> None:
@@ -96,6 +107,17 @@ class Watch:
             service.metrics.responses[path, status] += 1
 
 
+def _client_of(scope: Scope, keys: bool) -> str:
+    """Whose request it is: an address, and the key where there are keys, as those behind one proxy have."""
+    key = Headers(scope=scope).get("authorization", "") if keys else ""
+    return f"{(scope.get('client') or ('',))[0]} {key}"
+
+
+def plain_path(path: str) -> str:
+    """A path without the slashes that base addresses of clients bring along."""
+    return "/" + "/".join(part for part in path.split("/") if part)
+
+
 class Routes:
     """The endpoints."""
 
@@ -114,6 +136,7 @@ class Routes:
             ("/v1/models/{name:path}", "GET", self.model),
             ("/tokenize", "POST", self.tokenize),
             ("/detokenize", "POST", self.detokenize),
+            ("/tokenizer_info", "GET", self.tokenizer_info),
             ("/health", "GET", self.health),
             ("/metrics", "GET", self.metrics),
             *self._interfaces.paths(),
@@ -149,37 +172,20 @@ class Routes:
 
     async def tokenize(self, request: Request) -> Any:
         """Token ids of a text, or of the prompt of a conversation."""
-        llm = self._service.llm
-        body = Body(await self._body(request))
-        messages, content = body.take("messages", list), body.take("content", str)
-        special, pieces = body.take("add_special", bool, False), body.take("with_pieces", bool, False)
-        body.ignore("model")
-        body.finish()
-        if messages is not None and content is None:
-            tokens = await self._service.in_thread(llm.chat_template.encode, read_messages(messages))
-        elif content is not None and messages is None:
-            tokens = await self._service.in_thread(partial(llm.tokenizer.encode, content, bos=special))
-        else:
-            raise ApiError(400, "give content, a text, or messages, a conversation", "content")
-        found: dict[str, Any] = {"tokens": tokens, "count": len(tokens), "max_model_len": llm.context}
-        if pieces:
-            found["tokens"] = [{"id": token, "piece": llm.tokenizer.token_text(token)} for token in tokens]
-        return _json(found)
+        return await self._tokens(request, tokenized)
 
     async def detokenize(self, request: Request) -> Any:
         """Text of token ids."""
-        body = Body(await self._body(request))
-        tokens = body.need("tokens", list)
-        body.ignore("model")
-        body.finish()
-        if not all(type(token) is int and 0 <= token < self._service.llm.config.vocab_size for token in tokens):
-            raise ApiError(400, "tokens must be token ids of this model", "tokens", "invalid_value")
-        return _json({"content": self._service.llm.tokenizer.decode(tokens, special=True)})
+        return await self._tokens(request, detokenized)
+
+    async def tokenizer_info(self, _: Request) -> Any:
+        """Control tokens and the chat template."""
+        return _json(tokenizer_info(self._service.llm))
 
     async def health(self, _: Request) -> Any:
         """Whether requests are answered."""
         service = self._service
-        status = "shutting down" if service.draining else "failing" if service.loop.failing else "ok"
+        status = service.condition()
         return _json({"status": status, "version": __version__}, 200 if status == "ok" else 503)
 
     async def metrics(self, _: Request) -> Any:
@@ -201,7 +207,7 @@ class Routes:
     async def _run(self, request: Request, make: MakeJob) -> Any:
         value = await self._body(request)
         service = self._service
-        job = await service.in_thread(make, service.llm, service.settings.name, value)
+        job = await self._made(request, make, service.llm, service.settings.name, value)
         delivery = service.submit(job)
         if job.options.stream:
             return EventStream(service, job, delivery)
@@ -209,6 +215,18 @@ class Routes:
         if done is None:
             raise ClientDisconnect
         return _json(job.answer(done))
+
+    async def _tokens(self, request: Request, make: Callable[[LLM, BoundedTokenizer, Any], bytes]) -> Response:
+        value = await self._body(request)
+        data = await self._made(request, make, self._service.llm, self._service.tokenizer, value)
+        return Response(data, media_type="application/json")
+
+    async def _made(self, request: Request, function: Callable[..., T], *arguments: Any) -> T:
+        """What a function makes in a thread, which is given up when the client goes."""
+        made = await until_disconnected(request.receive, _boxed(self._service.in_thread(function, *arguments)))
+        if made is None:
+            raise ClientDisconnect
+        return made[0]
 
     async def _body(self, request: Request) -> Any:
         """The JSON of a body. Raises ApiError when it is too long, comes too slowly or is no JSON."""
@@ -252,6 +270,10 @@ class Routes:
             "max_model_len": llm.context,
             "chat": llm.model_file.chat_template is not None,
         }
+
+
+async def _boxed(work: Coroutine[Any, Any, T]) -> tuple[T]:
+    return (await work,)
 
 
 _METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]

@@ -14,12 +14,13 @@ from typing import Any
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.server.api_error import ApiError, api_error
-from svdengine.server.body import Body, parse_json
+from svdengine.server.body import Body, encode_json, parse_json
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
 from svdengine.server.job import Job
 
 _AHEAD = 4  # times the requests at a time that may be begun before the first of them is written
+_MOST_FAILURES = 3  # of steps, one after the other, until it is no line's fault
 _JOBS: Mapping[str, type[ChatJob] | type[CompletionJob]] = {
     "/v1/chat/completions": ChatJob,
     "/v1/completions": CompletionJob,
@@ -36,16 +37,19 @@ class _Item:
 
     @property
     def done(self) -> bool:
-        return self.job is None or all(request.done for request in self.job.requests)
+        return self.job is None or self.error is not None or all(request.done for request in self.job.requests)
 
     def result(self) -> dict[str, Any]:
         """The line to write."""
         errors = [self.error, *(request.error for request in (self.job.requests if self.job else ()))]
         error = next((e for e in errors if e is not None), None)
         if error is not None or self.job is None:
-            told = api_error(error or SvdEngineError("the line was not run"))
+            told = _told(error or SvdEngineError("the line was not run"))
             return {**self.head, "response": {"status_code": told.status, "body": told.body}, "error": told.message}
-        body = self.job.answer([request.completion() for request in self.job.requests])
+        try:
+            body = self.job.answer([request.completion() for request in self.job.requests])
+        except Exception as unforeseen:
+            return _Item(self.head, error=unforeseen).result()
         return {**self.head, "response": {"status_code": 200, "body": body}, "error": None}
 
 
@@ -58,6 +62,7 @@ class BatchRun:
         self._name = name
         self._defaults = dict(defaults)
         self._parallel = parallel
+        self._failures = 0  # of steps, one after the other
 
     def results(self, lines: Iterable[tuple[int, bytes]]) -> Iterator[dict[str, Any]]:
         """A result for each line, given with its number, in order. Raises what ends the whole run."""
@@ -73,7 +78,7 @@ class BatchRun:
                 while window and window[0].done:
                     yield window.popleft().result()
                 if any(not item.done for item in window):
-                    self._llm.step()
+                    self._step(window)
         finally:
             for item in window:
                 for request in item.job.requests if item.job is not None else ():
@@ -86,11 +91,31 @@ class BatchRun:
             if isinstance(value, dict):
                 head["custom_id"] = value.get("custom_id")
             job = self._job(value)
-        except (ApiError, RequestError) as error:
+        except Exception as error:  # whatever it is, the line has it and not the run
             return _Item(head, error=error)
         for request in job.requests:
-            self._llm.add(request)
+            try:
+                self._llm.add(request)
+            except Exception as error:
+                for other in job.requests:
+                    self._llm.abort(other)
+                return _Item(head, error=error)
         return _Item(head, job)
+
+    def _step(self, window: Iterable[_Item]) -> None:
+        """Advance what runs. A step that fails is the error of the lines that were in it; many, the end of the run."""
+        try:
+            self._llm.step()
+            self._failures = 0
+        except Exception as error:
+            self._failures += 1
+            if self._failures == _MOST_FAILURES:
+                raise
+            for item in window:
+                if not item.done:
+                    item.error = error
+                    for request in item.job.requests if item.job is not None else ():
+                        self._llm.abort(request)
 
     def _job(self, value: Any) -> Job:
         line = Body(value)
@@ -135,17 +160,31 @@ def finished_lines(source: Path, output: Path) -> int:
     with output.open("rb") as file:
         requests = read_lines(source)
         for line in file:
-            if not line.endswith(b"\n"):
-                break
             number, request = next(requests, (0, b""))
-            if _hash_of(line) != line_hash(request):
+            if _hash_of(line) == line_hash(request):
+                count, end = count + 1, end + len(line)
+            elif line.endswith(b"\n") or not _begins_answer(line, number, request):
                 where = f"line {count + 1} of {output} is no answer to line {number} of {source}"
                 raise RequestError(f"{where}; remove {output} to begin anew, or write to another file")
-            count, end = count + 1, end + len(line)
-    if end < output.stat().st_size:
-        with output.open("r+b") as file:
-            file.truncate(end)
+    with output.open("r+b") as file:
+        file.truncate(end)
+        file.seek(max(end - 1, 0))
+        if file.read(1) not in (b"", b"\n"):  # an editor took the last line's end away
+            file.write(b"\n")
     return count
+
+
+def _begins_answer(line: bytes, number: int, request: bytes) -> bool:
+    """Whether a line is what an answer begins with, as one that was being written when the run ended."""
+    head = encode_json({"line": number, "input": line_hash(request)})[:-1]
+    return line[: len(head)] == head[: len(line)]
+
+
+def _told(error: Exception) -> ApiError:
+    """How the error of a line is told. Nobody reads a log beside the answers: one that nobody foresaw is in them."""
+    if isinstance(error, ApiError | SvdEngineError):
+        return api_error(error)
+    return ApiError(500, f"the line failed with {type(error).__name__}: {str(error)[:300]}", code="internal_error")
 
 
 def _hash_of(line: bytes) -> Any:

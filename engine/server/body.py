@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Collection
 from typing import Any, TypeVar, overload
 
 from svdengine.server.api_error import ApiError, unsupported
 
 T = TypeVar("T")
+
+MAX_VALUES = 1_000_000  # of one body: reading more would hold up all others
+
+_LONG_NUMBER = re.compile(rb"[0-9]{19}|[0-9][eE]")  # where there is none, no number needs a look
+_INTEGERS = range(-(1 << 63), 1 << 64)
 
 _KINDS: dict[type, str] = {
     str: "a string",
@@ -21,9 +28,15 @@ _JSON_TYPES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", 
 
 
 def parse_json(data: bytes) -> Any:
-    """A JSON value. Raises ApiError when it is none, or nested too deep."""
+    """A JSON value. Raises ApiError when it is none, nested too deep, or too large, or holds a number beyond 64 bits.
+
+    Every number of a request comes through here, so that whoever takes one knows that it fits.
+    """
+    if sum(map(data.count, b",[{")) > MAX_VALUES:
+        raise ApiError(400, f"the body has more than {MAX_VALUES} commas and brackets", code="body_too_large")
+    numbers: dict[str, Any] = {"parse_float": _float, "parse_int": _integer} if _LONG_NUMBER.search(data) else {}
     try:
-        return json.loads(data, parse_constant=_refuse_constant)
+        return json.loads(data, parse_constant=_refuse_constant, **numbers)
     except RecursionError:
         raise ApiError(400, "the body is nested too deep") from None
     except ValueError as error:
@@ -112,6 +125,19 @@ def _kind(value: Any) -> str:
     if value is None:
         return "null"
     return next((text for kind, text in _KINDS.items() if type(value) is kind), "a number")
+
+
+def _integer(text: str) -> int:
+    if len(text) > len(str(_INTEGERS.start)) or (value := int(text)) not in _INTEGERS:
+        raise ApiError(400, f"the number {text:.40} is beyond 64 bits", code="invalid_value")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ApiError(400, f"the number {text:.40} is beyond 64 bits", code="invalid_value")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

@@ -16,22 +16,36 @@ from svdengine.server.job import Head, Object, StreamOptions, check_model, take_
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.messages import read_messages
 from svdengine.server.request_loop import Update
-from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
+from svdengine.server.sampling_fields import (
+    MAX_TOP_LOGPROBS,
+    changed,
+    choice_params,
+    take_choices,
+    take_length,
+    take_sampling,
+)
+from svdengine.server.template_fields import take_template_variables
 from svdengine.server.tool_fields import take_answer_form, take_tools
 from svdengine.text.tool_calls import ToolCall, ToolCallReader, tool_prompt
 
 # Fields of OpenAI that say nothing about the answer.
-_IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+_IGNORED = (
+    "user",
+    "metadata",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "store",
+    "prediction",
+)
 _UNSUPPORTED: tuple[str, ...] = (
     "audio",
     "function_call",
     "functions",
     "modalities",
     "moderation",
-    "prediction",
-    "reasoning_effort",
 )
-_UNSUPPORTED += ("verbosity", "web_search_options", "service_tier", "store")
+_UNSUPPORTED += ("verbosity", "web_search_options", "service_tier")
 
 
 class ChatJob:
@@ -50,15 +64,16 @@ class ChatJob:
         params = _take_logprobs(body, params)
         use = take_tools(body)
         params = take_answer_form(body, params, use)
-        template = body.take("chat_template_kwargs", dict)
+        template = take_template_variables(body)
         body.only("service_tier", "auto", "default")
-        body.only("store", False)
         body.only("modalities", ["text"])
+        body.only("verbosity", "medium")
+        body.only("add_special_tokens", False)  # a template writes its own
         shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)
         body.finish(_UNSUPPORTED)
         told, variables = tool_prompt(messages, use.tools, llm.chat_template)
-        variables = {**(template or {}), **variables}
+        variables = {**template, **variables}
         each = [choice_params(params, i) for i in range(self._choices)]
         self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
         self._head = Head("chat.completion", name)
@@ -132,13 +147,13 @@ def _finish_reason(completion: Completion, reader: ToolCallReader | None) -> str
 def _take_length(body: Body, params: SamplingParams) -> SamplingParams:
     old, new = body.take_any("max_tokens"), body.take_any("max_completion_tokens")
     if new is not None:
-        return changed(params, "max_tokens", new, "max_completion_tokens")
-    return changed(params, "max_tokens", old)  # None: as many as the context has room for
+        return take_length(params, new, "max_completion_tokens")
+    return take_length(params, old)
 
 
 def _take_logprobs(body: Body, params: SamplingParams) -> SamplingParams:
     wanted, top = body.take("logprobs", bool), body.take("top_logprobs", int)
-    if top is not None and not wanted:
+    if top and not wanted:
         raise ApiError(400, "top_logprobs is only for logprobs: true", "top_logprobs")
     if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
         message = f"top_logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, found {top}"

@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from svdengine.errors import ContextOverflowError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.sampling import SamplingParams
-from svdengine.server.api_error import ApiError, unsupported
+from svdengine.server.api_error import ApiError, context_overflow, unsupported
 from svdengine.server.body import Body
 from svdengine.server.framing import DATA_EVENTS
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.request_loop import Update
-from svdengine.server.sampling_fields import MAX_TOP_LOGPROBS, changed, choice_params, take_choices, take_sampling
+from svdengine.server.sampling_fields import (
+    MAX_TOP_LOGPROBS,
+    changed,
+    choice_params,
+    take_choices,
+    take_length,
+    take_sampling,
+)
+from svdengine.server.token_fields import take_special
 
 MAX_PROMPTS = 64
 _DEFAULT_LENGTH = 16  # tokens, as OpenAI documents it
@@ -38,17 +47,23 @@ class CompletionJob:
         echo = bool(body.take("echo", bool))
         params = take_sampling(body, llm.default_params)
         length = body.take_any("max_tokens")
-        params = changed(params, "max_tokens", _DEFAULT_LENGTH if length is None else length)
+        params = take_length(params, _DEFAULT_LENGTH if length is None else length)
         params = _take_logprobs(body, params)
         params = changed(params, "response_format", body.take_any("response_format"))
         if echo and params.logprobs is not None:
             raise unsupported("echo", " together with logprobs")
         body.only("best_of", self._choices)
+        body.only("suffix", "")
+        bos, special = take_special(body)
         shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)
         body.finish(_UNSUPPORTED)
         each = [choice_params(params, i) for i in range(self._choices)]
-        self.requests = [llm.prepare(prompt, one, context_shift=shift) for prompt in prompts for one in each]
+        try:
+            ids = [_tokens(llm, prompt, bos, special) for prompt in prompts]
+            self.requests = [llm.prepare(tokens, one, context_shift=shift) for tokens in ids for one in each]
+        except ContextOverflowError as error:
+            raise context_overflow(error, "prompt") from error
         self._head = Head("text_completion", name)
         self._echoes = [_text(llm, prompt) if echo else "" for prompt in prompts for _ in each]
         self._trails = [_trail(llm, params, request.sequence.tokens) for request in self.requests]
@@ -110,11 +125,23 @@ def _is_tokens(value: Any) -> bool:
 
 
 def _take_logprobs(body: Body, params: SamplingParams) -> SamplingParams:
-    top = body.take("logprobs", int)
+    top = body.take_any("logprobs")
+    top = None if top is False else top  # as a chat says that it wants none
+    if top is not None and type(top) is not int:
+        raise ApiError(400, "logprobs must be a whole number", "logprobs")
     if top is not None and not 0 <= top <= MAX_TOP_LOGPROBS:
         message = f"logprobs must lie between 0 and {MAX_TOP_LOGPROBS}, found {top}"
         raise ApiError(400, message, "logprobs", "invalid_value")
     return changed(params, "logprobs", top)
+
+
+def _tokens(llm: LLM, prompt: str | list[int], bos: bool | None, special: bool | None) -> list[int]:
+    """A prompt's token ids. A control token that is written in a text is text, unless `special` says otherwise."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not prompt:
+        raise ApiError(400, "the prompt is empty", "prompt", "invalid_value")
+    return llm.tokenizer.encode(prompt, bool(special), bos=bos is not False)
 
 
 def _text(llm: LLM, prompt: str | list[int]) -> str:

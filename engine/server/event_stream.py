@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine, Iterable
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from svdengine.scheduling.completion import Completion
 from svdengine.server.delivery import Delivery
 from svdengine.server.framing import Framing, Object
 from svdengine.server.job import Job
-from svdengine.server.service import Service, completions
+from svdengine.server.service import QUIET_SECONDS, Service, completions
 
 T = TypeVar("T")
 
@@ -43,6 +44,7 @@ class EventStream:
         job, framing = self._job, self._job.framing
         headers = [(b"content-type", framing.content_type), *_HEADERS]
         done: dict[int, Completion] = {}
+        quiet_until = time.monotonic() + QUIET_SECONDS
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async with aclosing(self._service.updates(job, self._delivery)) as updates:
@@ -50,7 +52,10 @@ class EventStream:
                 async for news in updates:
                     done |= completions(news)
                     pieces = [piece for index, update in news.items() for piece in job.pieces(index, update)]
-                    await _send_body(send, _joined(framing, pieces) if news else framing.quiet)
+                    # A call that is being written has news all the time, and nothing to tell until it is whole.
+                    if pieces or time.monotonic() >= quiet_until:
+                        await _send_body(send, _joined(framing, pieces) if pieces else framing.quiet)
+                        quiet_until = time.monotonic() + QUIET_SECONDS
             last = job.closing([done[i] for i in range(len(job.requests))])
         except TimeoutError:
             log.info("a client took nothing of its answer for %g seconds", _SEND_SECONDS)

@@ -21,6 +21,7 @@ _CONNECTIONS = 1024
 _IDLE_SECONDS = 30  # that a connection is kept without a request
 _STUCK_SECONDS = 60  # that a client may leave sent data unread before its connection is cut
 _FLUSH_SECONDS = 5  # for the last bytes of answers
+_HANGUP: int | None = getattr(signal, "SIGHUP", None)  # Windows has none
 
 
 def listen(settings: Settings) -> socket.socket:
@@ -67,7 +68,7 @@ class HttpServer:
         self._ending = False
 
     def run(self, listening: socket.socket) -> None:
-        """Serve. In the main thread, SIGINT and SIGTERM end it; a second one at once."""
+        """Serve. In the main thread, SIGINT, SIGTERM and SIGHUP end it; a second one of the first two at once."""
         asyncio.run(self._run(listening))
 
     def stop(self) -> None:
@@ -92,8 +93,8 @@ class HttpServer:
             await asyncio.sleep(0.05)
         self._server.should_exit = True
 
-    def _signalled(self) -> None:
-        if self._ending:
+    def _signalled(self, number: int) -> None:
+        if self._ending and number != _HANGUP:  # a terminal that closes may say so twice
             self._server.should_exit = self._server.force_exit = True
         self._ending = True
         self._on_signal()
@@ -102,7 +103,7 @@ class HttpServer:
 class _Server(uvicorn.Server):
     """Leaves to us when to exit after a signal."""
 
-    def __init__(self, config: uvicorn.Config, on_signal: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, on_signal: Callable[[int], None]) -> None:
         super().__init__(config)
         self._on_signal = on_signal
 
@@ -111,10 +112,12 @@ class _Server(uvicorn.Server):
         """Handle signals while the server runs, where that is possible."""
 
         def handle(number: int, frame: FrameType | None) -> None:
-            self._on_signal()
+            hung_up.append(number == _HANGUP)
+            self._on_signal(number)
 
+        hung_up: list[bool] = []
         try:
-            before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+            before = {number: signal.signal(number, handle) for number in _end_signals()}
         except ValueError:  # not in the main thread
             yield
             return
@@ -122,4 +125,11 @@ class _Server(uvicorn.Server):
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                # What is done after the end, such as writing the KV cache, is not to be cut by another hangup.
+                signal.signal(number, signal.SIG_IGN if number == _HANGUP and any(hung_up) else handler)
+
+
+def _end_signals() -> list[int]:
+    """Signals that ask for the end. SIGHUP is left alone where it is ignored, as under nohup."""
+    wanted = [int(signal.SIGINT), int(signal.SIGTERM)]
+    return wanted if _HANGUP is None or signal.getsignal(_HANGUP) == signal.SIG_IGN else [*wanted, _HANGUP]

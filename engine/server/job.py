@@ -85,13 +85,11 @@ def take_stream_options(body: Body) -> StreamOptions:
     given = body.take("stream_options", dict)
     if given is None:
         return StreamOptions(stream)
-    if not stream:
-        raise ApiError(400, "stream_options is only for stream: true", "stream_options")
     options = Body(given)
     usage = bool(options.take("include_usage", bool))
     options.ignore("include_obfuscation")
     options.finish()
-    return StreamOptions(stream, usage)
+    return StreamOptions(stream, usage and stream)
 
 
 def check_model(body: Body, name: str) -> None:

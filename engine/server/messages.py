@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 from svdengine.server.api_error import ApiError, unsupported
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_PASSED_ON = ("name", "tool_call_id")
+_REFUSED = ("audio", "function_call")
+_READ = ("role", "content", "tool_calls", "refusal", "annotations", *_REFUSED)
 
 
 def read_messages(messages: list[Any]) -> list[dict[str, Any]]:
@@ -26,12 +28,16 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise ApiError(400, f"{where}.role must be one of {', '.join(_ROLES)}, found {role!r:.100}", f"{where}.role")
     calls = message.get("tool_calls")
     content = message.get("content")
-    if content is None and not calls:
+    if content is None and not calls and role != "assistant":
         raise ApiError(400, f"{where} has no content", f"{where}.content")
-    read: dict[str, Any] = {"role": _ROLES[role], "content": _text(content, f"{where}.content")}
-    for name in _PASSED_ON:
-        if isinstance(message.get(name), str):
-            read[name] = message[name]
+    for name in _REFUSED:
+        if message.get(name) is not None:
+            raise unsupported(f"{where}.{name}")
+    # Whatever else a client sends, such as reasoning_content, is for the template to read or to leave.
+    read: dict[str, Any] = {k: v for k, v in message.items() if k not in _READ and v is not None}
+    read |= {"role": _ROLES[role], "content": _text(content, f"{where}.content")}
+    if isinstance(read.get("reasoning"), str):  # what newer clients call it
+        read.setdefault("reasoning_content", read["reasoning"])
     if calls:
         read["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
     return read
@@ -39,7 +45,7 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 def _text(content: Any, where: str) -> str:
     if content is None:
-        return ""  # beside tool calls
+        return ""  # beside tool calls, or of an assistant that said nothing
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -69,9 +75,11 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ApiError(400, f"{where} must have a function with a name", where)
     arguments = function.get("arguments", "{}")
-    if isinstance(arguments, str):  # templates print the object
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise ApiError(400, f"{where}.function.arguments is not JSON", where) from None
+    if isinstance(arguments, str):  # templates print the object, or what a model wrote in place of one
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments or "{}", parse_constant=_refuse)
     return {"id": call.get("id"), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -78,6 +78,7 @@ class RequestLoop:
         self._entries: dict[Generation, _Entry] = {}  # the loop's thread only
         self._inbox = _Inbox()
         self._failing = False
+        self._step_began: float | None = None
         self._thread = threading.Thread(target=self._run, name="svdengine-requests", daemon=True)
         self._thread.start()
 
@@ -88,8 +89,14 @@ class RequestLoop:
 
     @property
     def failing(self) -> bool:
-        """Whether the latest step raised an error."""
-        return self._failing
+        """Whether the latest step raised an error, or no further one will come."""
+        return self._failing or not self._thread.is_alive()
+
+    @property
+    def step_seconds(self) -> float:
+        """How long the step at hand takes so far; 0 between steps."""
+        began = self._step_began
+        return 0.0 if began is None else time.monotonic() - began
 
     def submit(self, requests: Sequence[tuple[Generation, Listener]], seconds: float | None = None) -> None:
         """Run requests from `LLM.prepare`, all or none.
@@ -191,6 +198,7 @@ class RequestLoop:
         self._llm.abort(request)
 
     def _step(self) -> None:
+        self._step_began = time.monotonic()
         try:
             self._llm.step()
             self._failing = False
@@ -199,6 +207,8 @@ class RequestLoop:
             for request in self._entries:
                 if not request.done:
                     self._cut(request, error)
+        finally:
+            self._step_began = None
 
     def _hand_on(self) -> None:
         news = [(request, entry, _news(request, entry)) for request, entry in self._entries.items()]

@@ -6,26 +6,31 @@ import asyncio
 import logging
 import math
 from collections.abc import AsyncGenerator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
 
-from svdengine.errors import QueueFullError, SvdEngineError
+from svdengine.errors import ContextOverflowError, QueueFullError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
-from svdengine.server.api_error import ApiError, api_error
+from svdengine.server.api_error import ApiError, api_error, context_overflow
+from svdengine.server.bounded_text import BoundedConstraintMaker, BoundedTemplate, BoundedTokenizer
+from svdengine.server.completion_job import CompletionJob
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job
 from svdengine.server.metrics import Metrics
 from svdengine.server.request_loop import RequestLoop, Update
 from svdengine.server.settings import Settings
+from svdengine.server.work import WorkThreads
+from svdengine.server.work_pool import WorkPool
+from svdengine.text.chat_template import ChatTemplate
 
 log = logging.getLogger("svdengine.server")
 
 T = TypeVar("T")
 
-_WORKERS = 2  # threads; each keeps the memory that the longest prompt took
+_STUCK_SECONDS = 120.0  # for a step of the model, which takes a few at most
+_BUSY_SECONDS = 10.0  # that a prompt is read, with no thread free for others
 QUIET_SECONDS = 15.0  # without news, after which a stream shows that it is alive
 
 
@@ -37,13 +42,36 @@ class Service:
         self.settings = settings
         self.loop = RequestLoop(llm, settings.capacity)
         self.metrics = Metrics()
-        self._workers = ThreadPoolExecutor(_WORKERS, thread_name_prefix="svdengine-prepare")
+        self._threads = WorkThreads()
+        self._pool = WorkPool(llm)
+        self._unbounded = (llm.tokenizer, _template_of(llm))
+        self.tokenizer = BoundedTokenizer(llm.tokenizer, self._pool)
+        template = self._unbounded[1]
+        llm.read_with(
+            self.tokenizer,
+            BoundedTemplate(template, self._pool) if template is not None else None,
+            partial(BoundedConstraintMaker, pool=self._pool),
+        )
         self.draining = False
         self.open_responses = 0
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """The result of work that would hold up the event loop, such as reading a long prompt."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+        """The result of work that would hold up the event loop, such as reading a long prompt.
+
+        When the caller is cancelled, because the client went, the work is given up.
+        """
+        return await self._threads.run(function, *arguments)
+
+    def condition(self) -> str:
+        """How it is: "ok", or why requests are not answered, or not in time."""
+        if self.draining:
+            return "shutting down"
+        if self.loop.failing:
+            return "failing"
+        if self.loop.step_seconds > _STUCK_SECONDS:
+            return "stuck"
+        busy = self._threads.waited(asyncio.get_running_loop().time()) > _BUSY_SECONDS
+        return "busy" if busy else "ok"
 
     def submit(self, job: Job) -> Delivery:
         """Have the job run. Raises QueueFullError, ShutdownError or RequestError."""
@@ -61,6 +89,8 @@ class Service:
             while running:
                 news = await delivery.take(QUIET_SECONDS)
                 for update in news.values():
+                    if isinstance(update.error, ContextOverflowError):
+                        raise context_overflow(update.error, _prompt_field(job))
                     if update.error is not None:
                         raise update.error
                     if update.completion is not None:
@@ -95,7 +125,9 @@ class Service:
     def close(self) -> None:
         """End the threads. The model stays open."""
         self.loop.close()
-        self._workers.shutdown()
+        self._pool.close()
+        self._threads.close()
+        self.llm.read_with(*self._unbounded)
 
     def metrics_text(self) -> str:
         """For /metrics."""
@@ -111,3 +143,15 @@ class Service:
 def completions(news: Mapping[int, Update]) -> dict[int, Completion]:
     """Those of the requests that are done."""
     return {index: update.completion for index, update in news.items() if update.completion is not None}
+
+
+def _template_of(llm: LLM) -> ChatTemplate | None:
+    try:
+        return llm.chat_template
+    except SvdEngineError:  # there is none, or it is damaged: who needs it is told
+        return None
+
+
+def _prompt_field(job: Job) -> str:
+    """The field of the body that holds what is too long."""
+    return "prompt" if isinstance(job, CompletionJob) else "messages"

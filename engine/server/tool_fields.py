@@ -16,7 +16,8 @@ from svdengine.text.tool_calls import Tool, tool_grammar
 
 MAX_TOOLS = 128
 
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
+_FREE = (None, "none", "auto")  # choices that ask for no call
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
@@ -33,7 +34,7 @@ def take_tools(body: Body) -> ToolUse:
     given, choice = body.take("tools", list), body.take_any("tool_choice")
     several = body.take("parallel_tool_calls", bool, True)
     if not given:
-        if choice not in (None, "none"):
+        if choice not in _FREE:
             raise ApiError(400, "tool_choice is only for requests with tools", "tool_choice", "invalid_value")
         return ToolUse()
     if len(given) > MAX_TOOLS:
@@ -41,8 +42,8 @@ def take_tools(body: Body) -> ToolUse:
     tools = [_tool(value, f"tools[{i}]") for i, value in enumerate(given)]
     if choice == "none":
         return ToolUse()
-    if choice in (None, "auto", "required"):
-        return ToolUse(tools, tool_grammar(tools, required=choice == "required", several=several))
+    if choice in (None, "auto", "required", "any"):
+        return ToolUse(tools, tool_grammar(tools, required=choice in ("required", "any"), several=several))
     named = _named(choice, tools)
     return ToolUse(tools, tool_grammar([named], required=True, several=False))
 
@@ -70,7 +71,7 @@ def _tool(value: Any, where: str) -> Tool:
         raise ApiError(400, f"{where}.function must be an object", f"{where}.function")
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        message = f"{where}.function.name must be 1 to 64 letters, digits, _ or -"
+        message = f"{where}.function.name must be 1 to 128 letters, digits, _, -, ., : or /"
         raise ApiError(400, message, f"{where}.function.name", "invalid_value")
     if not isinstance(parameters, dict | None):
         message = f"{where}.function.parameters must be a JSON schema, an object"

@@ -21,6 +21,7 @@ MAX_TEMPLATE = 256 * 1024  # characters
 MAX_DEPTH = 32  # of lists and objects inside a message
 
 _TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
+_END_MARK = "\U0010fffd"  # the last private-use character, far from the others
 _MARKS = range(0xE000, 0xF900)  # the private use area: no meaning of their own, no case, no white space
 
 
@@ -87,10 +88,35 @@ class ChatTemplate:
             what = f"{type(error).__name__}: {_first_line(error)}"
             raise RequestError(f"the model's chat template failed on the messages: {what}") from error
 
-    def encode(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any) -> list[int]:
-        """Token ids of the prompt of a conversation; see `render`."""
-        rendered = self.render(messages, add_generation_prompt=add_generation_prompt, **extra)
+    def encode(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **extra: Any,
+    ) -> list[int]:
+        """Token ids of the prompt of a conversation; see `render`.
+
+        continue_final_message: the prompt ends with the last message's text, for an answer that goes on with it.
+        """
+        if continue_final_message:
+            rendered = self._render_open(messages, extra)
+        else:
+            rendered = self.render(messages, add_generation_prompt=add_generation_prompt, **extra)
         return self._tokenizer.encode(rendered.text, special=True, bos=False, literals=rendered.literals)
+
+    def _render_open(self, messages: Sequence[Message], extra: dict[str, Any]) -> RenderedPrompt:
+        """The prompt up to the end of the last message's text, which is marked while the template runs."""
+        check_messages(messages)
+        last = messages[-1].get("content")
+        if not isinstance(last, str):
+            raise RequestError("only a last message whose content is text can be continued")
+        marked = [*messages[:-1], {**messages[-1], "content": last + _END_MARK}]
+        rendered = self.render(marked, add_generation_prompt=False, **extra)
+        if rendered.text.count(_END_MARK) != 1:
+            raise RequestError("the model's chat template does not write the last message once; it cannot be continued")
+        return RenderedPrompt(rendered.text[: rendered.text.index(_END_MARK)], rendered.literals)
 
     def _named_tokens(self) -> Iterable[tuple[str, int | None]]:
         return (("bos_token", self._tokenizer.bos_id), ("eos_token", self._tokenizer.eos_id))

@@ -195,7 +195,9 @@ def test_threads_may_share_a_model(llm: LLM) -> None:
 
 def test_context_overflow_and_shift(llm: LLM) -> None:
     long = llm.tokenizer.encode("hello world " * 200)
-    with pytest.raises(ContextOverflowError, match=rf"has {len(long)} tokens and the context holds 128"):
+    with pytest.raises(
+        ContextOverflowError, match=rf"has {len(long)} tokens and this model's maximum context length is 128"
+    ):
         llm.stream(long)
     assert llm.generate(long[:127], GREEDY)[0].stats.generated_tokens == 1
     shifted = llm.generate(long, GREEDY, context_shift=True, max_tokens=150)[0]

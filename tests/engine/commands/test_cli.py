@@ -129,7 +129,7 @@ def test_generate_chat(model: str) -> None:
                 "a " * 600,
             ),
             "",
-            "the context holds 512",
+            "maximum context length is 512 tokens",
         ),
         (("-p", "a", "--ffn", "sparse"), "", "has no predictor"),
         (("-p", "a", "--device", "ascend"), "", "Ascend cannot be used: no Ascend runtime (CANN) was found; install"),
@@ -182,7 +182,7 @@ def test_chat_quits_and_explains(model: str) -> None:
     result = run("chat", model, *GREEDY, text="/quit\nhello\n")
     assert result.exit_code == 0 and result.stdout == ""
     long = run("chat", model, *GREEDY, text="hello " * 600)
-    assert long.exit_code == 1 and "the context holds 512" in long.stderr
+    assert long.exit_code == 1 and "maximum context length is 512 tokens" in long.stderr
     assert run("chat", model, *GREEDY, "--context-shift", text="hello " * 600).exit_code == 0
     assert run("chat", model, text="/fly\n").exit_code == 1
 

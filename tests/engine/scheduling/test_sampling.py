@@ -98,9 +98,19 @@ def test_frequencies_are_the_probabilities() -> None:
         assert np.abs(counts - expected / expected.sum()).max() < 0.015
 
 
-def test_no_seed_means_another_one_each_time() -> None:
+@pytest.mark.parametrize("forbidden", [-1e39, -(10**400)])
+def test_a_forbidden_token_never_comes_and_logits_stay_finite(forbidden: float) -> None:
+    logits = np.array([1.0, 2.0, 3.0], np.float32)
+    params = SamplingParams(logit_bias={0: forbidden, 2: forbidden}, seed=1, temperature=100.0)
+    assert {Sampler(params, 3).sample(logits) for _ in range(20)} == {1}
+    every = SamplingParams(logit_bias=dict.fromkeys(range(3), forbidden), temperature=0.0)
+    assert Sampler(every, 3).sample(logits) in range(3)
+
+
+@pytest.mark.parametrize("seed", [None, -1])
+def test_no_seed_means_another_one_each_time(seed: int | None) -> None:
     logits = np.zeros(1000, np.float32)
-    assert len({Sampler(SamplingParams(), 1000).sample(logits) for _ in range(5)}) > 1
+    assert len({Sampler(SamplingParams(seed=seed), 1000).sample(logits) for _ in range(5)}) > 1
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -173,7 +183,17 @@ def test_logprobs(logits: np.ndarray, top: int) -> None:
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k must be a whole number"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
-        ({"seed": -1}, "seed"),
+        ({"seed": -2}, "seed"),
+        ({"seed": 10**400}, "seed must lie between"),
+        ({"temperature": 10**400}, "temperature must lie between"),
+        ({"top_k": -(10**5000)}, "top_k must lie between"),
+        ({"max_tokens": 10**5000}, "one of 16610 bits"),
+        ({"stop_token_ids": [10**400]}, "stop_token_ids must lie"),
+        ({"stop": [10**5000]}, "stop must be strings"),
+        ({"logit_bias": {10**400: 1}}, "a token id of logit_bias"),
+        ({"logit_bias": {1: 10**400}}, "logit_bias of token 1"),
+        ({"logit_bias": {1: 1e39}}, "logit_bias of token 1"),
+        ({"logit_bias": {1: math.nan}}, "logit_bias of token 1"),
         ({"priority": 0.5}, "priority must be a whole number"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"stop": [""]}, "stop"),

@@ -106,7 +106,10 @@ def test_a_short_prompt_waits_neither_for_one_long_prompt_nor_for_several() -> N
 
 def test_a_request_that_the_pool_cannot_hold_is_refused_at_once() -> None:
     engine = Engine(FakeExecutor(4, 64))
-    with pytest.raises(ContextOverflowError, match="70 tokens need 5 KV blocks and there are 4; shorten the prompt"):
+    with pytest.raises(
+        ContextOverflowError,
+        match="70 tokens need 5 KV blocks and there are 4: this model's maximum context length is 64",
+    ):
         engine.add(request([1] * 70, 100))
     grows = request([1] * 60, 100, max_tokens=30, ignore_eos=True)
     run(engine, grows, fine := request([2], 60))
@@ -210,7 +213,9 @@ def test_context_end() -> None:
     run(engine, one)
     assert one.finish_reason == "length"
     assert len(one.token_ids) == 4
-    with pytest.raises(ContextOverflowError, match="has 64 tokens and the context holds 64"):
+    with pytest.raises(
+        ContextOverflowError, match="has 64 tokens and this model's maximum context length is 64 tokens"
+    ):
         request([1] * 64, 64)
 
 

@@ -13,6 +13,7 @@ from svdengine.cli import main
 from svdengine.errors import RequestError
 from svdengine.scheduling.engine_loop import Engine
 from svdengine.server.batch_run import BatchRun, finished_lines, read_lines
+from svdengine.server.completion_job import CompletionJob
 
 GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
 LINES: list[Any] = [
@@ -101,6 +102,85 @@ def test_answers_to_other_requests_are_left_alone(model: Path, requests: Path, t
         assert output.read_text(encoding="utf-8") == text
     with pytest.raises(RequestError, match="no answer"):
         finished_lines(requests, output)
+
+
+def test_a_file_that_is_no_output_is_left_alone(model: Path, requests: Path, tmp_path: Path) -> None:
+    output = tmp_path / "notes.txt"
+    for text in ("my only copy", '{"line":2,"input":"', '{"line": 1', "\0" * 50):
+        output.write_text(text, encoding="utf-8")
+        result = run(requests, model, "-o", output)
+        assert result.exit_code == 1 and "is no answer to line 1" in result.stderr
+        assert output.read_text(encoding="utf-8") == text
+
+
+def test_an_answer_without_its_newline_is_kept(model: Path, requests: Path, tmp_path: Path) -> None:
+    whole, shorn = tmp_path / "whole.jsonl", tmp_path / "shorn.jsonl"
+    run(requests, model, "-o", whole, *GREEDY)
+    lines = whole.read_bytes().splitlines(keepends=True)
+    for count in (3, len(lines)):
+        shorn.write_bytes(b"".join(lines[:count]).rstrip())
+        assert finished_lines(requests, shorn) == count
+        assert shorn.read_bytes() == b"".join(lines[:count])
+    for cut in (0, 5, 20, 60):
+        shorn.write_bytes(lines[0] + lines[1][:cut])
+        assert finished_lines(requests, shorn) == 1 and shorn.read_bytes() == lines[0]
+
+
+ODD = [
+    '{"prompt": "a", "seed": %s}' % ("9" * 400),
+    '{"prompt": "a", "temperature": %s}' % ("9" * 5000),
+    '{"prompt": "a", "temperature": NaN}',
+    '{"prompt": "a", "custom_id": %s}' % ("9" * 400),
+    '{"prompt": "a", "logit_bias": {"1": 1e999}}',
+    '{"prompt": [%s]}' % ("9" * 25),
+    '{"prompt": "\\ud800"}',
+    "[" * 100_000,
+    '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": 3}}',
+]
+
+
+def test_odd_lines_have_their_errors(model: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join([*ODD, '{"prompt": "a"}']), encoding="utf-8")
+    assert run(source, model, "-o", output, *GREEDY).exit_code == 0
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    assert len(found) == len(ODD) + 1 and found[-1]["error"] is None
+    statuses = [f["response"]["status_code"] for f in found]
+    assert 500 not in statuses and statuses[:6] == [400] * 6 and statuses[7] == 400
+
+
+def test_any_exception_is_the_error_of_its_line(
+    model: Path, requests: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it comes up: when a line is read, queued, run or told."""
+    real = {name: getattr(svdengine.LLM, name) for name in ("prepare", "add")}
+    real["step"], real["answer"] = Engine.step, CompletionJob.answer
+
+    def failing(name: str, wanted: Any) -> Any:
+        def call(self: Any, *arguments: Any, **options: Any) -> Any:
+            if wanted(*arguments):
+                raise OSError(f"{name} broke")
+            return real[name](self, *arguments, **options)
+
+        return call
+
+    steps = iter([True, False, True])
+    monkeypatch.setattr(svdengine.LLM, "prepare", failing("prepare", lambda prompt, *_: prompt == "hello 1"))
+    monkeypatch.setattr(svdengine.LLM, "add", failing("add", lambda r: r.params.max_tokens == 3))
+    monkeypatch.setattr(CompletionJob, "answer", failing("answer", lambda done: len(done[0].token_ids) == 4))
+    output = tmp_path / "out.jsonl"
+    assert run(requests, model, "-o", output, *GREEDY).exit_code == 0
+    errors = [json.loads(line)["error"] for line in output.read_text(encoding="utf-8").splitlines()]
+    assert "prepare broke" in errors[11] and "add broke" in errors[12] and "answer broke" in errors[13]
+    assert errors[14] is None
+    monkeypatch.setattr(Engine, "step", failing("step", lambda: next(steps, False)))
+    output.unlink()
+    assert run(requests, model, "-o", output, *GREEDY).exit_code == 0
+    errors = [json.loads(line)["error"] for line in output.read_text(encoding="utf-8").splitlines()]
+    assert len(errors) == len(LINES) + 1 and "step broke" in errors[0] and errors[29] is None
+    monkeypatch.setattr(Engine, "step", failing("step", lambda: True))
+    output.unlink()
+    assert run(requests, model, "-o", output, *GREEDY).exit_code == 1
 
 
 def test_a_run_that_is_given_up_frees_its_blocks(model: Path, requests: Path) -> None:

@@ -159,7 +159,7 @@ def test_output_is_text(page: Any, server: LiveServer) -> None:
 def test_errors_are_shown(page: Any, server: LiveServer) -> None:
     open_page(page, server)
     ask(page, "y" * 3000)
-    assert "context holds 256" in page.inner_text("[role=alert]")
+    assert "maximum context length is 256 tokens" in page.inner_text("[role=alert]")
     page.click("text=New chat")
     server.gate.hold()
     ask(page, "hello")

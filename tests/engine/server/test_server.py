@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib
 import json
+import math
 import os
 import signal
 import socket
@@ -227,6 +228,45 @@ def test_fields_that_change_nothing_are_taken(client: OpenAI) -> None:
     assert done.usage is not None and done.usage.completion_tokens <= 3
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "auto"},
+        {"tool_choice": "none", "tools": [], "parallel_tool_calls": False},
+        {"stream_options": {"include_usage": True}},
+        {"store": True},
+        {"prediction": {"type": "content", "content": "x"}},
+        {"reasoning_effort": "low"},
+        {"reasoning_effort": "none"},
+        {"logprobs": False, "top_logprobs": 0},
+        {"verbosity": "medium"},
+        {"add_generation_prompt": True},
+        {"add_special_tokens": False},
+        {"seed": -(1 << 63)},
+        {"seed": (1 << 64) - 1},
+        {"messages": [*HELLO, {"role": "assistant", "content": None}, *HELLO]},
+        {"messages": [*HELLO, {"role": "assistant"}, *HELLO]},
+        {"messages": [{"role": "user", "content": "hi", "reasoning_content": None, "x": {"y": [1]}}]},
+    ],
+)
+def test_what_has_a_plain_meaning_is_taken(server: LiveServer, fields: dict[str, Any]) -> None:
+    status, body, _ = ask(server, CHAT, {"messages": HELLO, "max_tokens": 2, **fields})
+    assert status == 200, body
+
+
+def test_values_that_say_all_or_the_likeliest(server: LiveServer, llm: LLM) -> None:
+    def texts(**fields: Any) -> list[str]:
+        base = {"prompt": "hello", "max_tokens": 9, "temperature": 50, "ignore_eos": True, "logprobs": False}
+        return [ask(server, PLAIN, {**base, **fields})[1]["choices"][0]["text"] for _ in range(2)]
+
+    greedy = llm.generate("hello", temperature=0, max_tokens=9, ignore_eos=True)[0].text
+    assert texts(top_p=0) == [greedy] * 2
+    assert texts(seed=3, top_k=-1) == texts(seed=3, top_k=0) != [greedy] * 2
+    assert len(set(texts(seed=-1))) == 2
+    _, body, _ = ask(server, PLAIN, {"prompt": "hello", "max_tokens": -1, "ignore_eos": True})
+    assert body["usage"]["total_tokens"] == llm.context
+
+
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 
 
@@ -234,20 +274,38 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
     ("path", "fields", "status", "param", "message"),
     [
         (CHAT, {"audio": {"voice": "x"}}, 400, "audio", "audio is not supported"),
-        (CHAT, {"store": True}, 400, "store", "store is not supported but as false"),
         (CHAT, {"service_tier": "flex"}, 400, "service_tier", "not supported"),
         (CHAT, {"functions": []}, 400, "functions", "not supported"),
         (CHAT, {"temprature": 1}, 400, "temprature", "not a field"),
         (CHAT, {"temperature": "hot"}, 400, "temperature", "must be a number"),
         (CHAT, {"temperature": -1}, 400, "temperature", "between 0"),
         (CHAT, {"temperature": 1e999}, 400, None, "Infinity is not a JSON value"),
+        (CHAT, {"temperature": math.nan}, 400, None, "NaN is not a JSON value"),
+        (CHAT, {"temperature": 10**18}, 400, "temperature", "between 0"),
+        (CHAT, {"max_tokens": 10**400}, 400, None, "beyond 64 bits"),
+        (CHAT, {"seed": 1 << 64}, 400, None, "beyond 64 bits"),
+        (CHAT, {"seed": -(1 << 63) - 1}, 400, None, "beyond 64 bits"),
+        (CHAT, {"logit_bias": {"9" * 400: 1}}, 400, "logit_bias", "token ids"),
+        (CHAT, {"logit_bias": {"1": 1e39}}, 400, "logit_bias", "at most 1e+30"),
+        (CHAT, {"messages": [{"role": "user", "content": "x", "n": 10**400}]}, 400, None, "beyond 64 bits"),
+        (CHAT, {"chat_template_kwargs": {"x": [10**400]}}, 400, None, "beyond 64 bits"),
+        (CHAT, {"tool_choice": "required"}, 400, "tool_choice", "only for requests with tools"),
+        (
+            CHAT,
+            {"continue_final_message": True, "add_generation_prompt": True},
+            400,
+            "continue_final_message",
+            "begins",
+        ),
+        (CHAT, {"verbosity": "high"}, 400, "verbosity", "but as"),
+        (CHAT, {"max_tokens": -2}, 400, "max_tokens", "between 1"),
+        (CHAT, {"top_k": -2}, 400, "top_k", "between 0"),
         (CHAT, {"max_tokens": 0}, 400, "max_tokens", "between 1"),
         (CHAT, {"max_completion_tokens": True}, 400, "max_completion_tokens", "whole number"),
         (CHAT, {"n": 0}, 400, "n", "between 1"),
         (CHAT, {"n": 99}, 400, "n", "between 1"),
         (CHAT, {"n": "2"}, 400, "n", "whole number"),
         (CHAT, {"stream": 1}, 400, "stream", "true or false"),
-        (CHAT, {"stream_options": {"include_usage": True}}, 400, "stream_options", "only for stream"),
         (CHAT, {"stream": True, "stream_options": {"x": 1}}, 400, "x", "not a field"),
         (CHAT, {"top_logprobs": 3}, 400, "top_logprobs", "only for logprobs"),
         (CHAT, {"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "between 0 and 20"),
@@ -268,12 +326,24 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
             "messages[0].content[0].type",
             "reads text only",
         ),
-        (CHAT, {"messages": [{"role": "user", "content": "x" * 3000}]}, 400, "messages", "context holds 256"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x" * 3000}]},
+            400,
+            "messages",
+            "maximum context length is 256 tokens",
+        ),
         (CHAT, {"chat_template_kwargs": []}, 400, "chat_template_kwargs", "an object"),
+        (CHAT, {"chat_template_kwargs": {"messages": 1}}, 400, "chat_template_kwargs.messages", "cannot be given"),
+        (CHAT, {"chat_template_kwargs": {"self": 1}}, 400, "chat_template_kwargs.self", "cannot be given"),
         (PLAIN, {"prompt": None}, 400, "prompt", "missing"),
-        (PLAIN, {"prompt": ""}, 400, None, "empty"),
+        (PLAIN, {"prompt": ""}, 400, "prompt", "empty"),
         (PLAIN, {"prompt": [["a"]]}, 400, "prompt", "token ids"),
-        (PLAIN, {"prompt": [10**30]}, 400, None, "token id"),
+        (PLAIN, {"prompt": [10**15]}, 400, None, "token id"),
+        (PLAIN, {"prompt": [10**30]}, 400, None, "beyond 64 bits"),
+        (PLAIN, {"logprobs": True}, 400, "logprobs", "whole number"),
+        ("/detokenize", {"tokens": [10**400]}, 400, None, "beyond 64 bits"),
+        (PLAIN, {"prompt": [5] * 300}, 400, "prompt", "has 300 tokens and this model's maximum context length is 256"),
         (PLAIN, {"prompt": ["a"] * 65}, 400, "prompt", "1 to 64"),
         (PLAIN, {"prompt": ["a"] * 17}, 400, None, "at most 16"),
         (PLAIN, {"suffix": "x"}, 400, "suffix", "not supported"),
@@ -292,6 +362,7 @@ def test_errors(server: LiveServer, path: str, fields: Any, status: int, param: 
     error = body["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error" and error["param"] == param and message in error["message"]
+    assert (error["code"] == "context_length_exceeded") == ("context length" in error["message"])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +373,10 @@ def test_errors(server: LiveServer, path: str, fields: Any, status: int, param: 
         (b"[]", 400, "must be a JSON object"),
         (b"\xff", 400, "not JSON"),
         (b'{"a":' + b"[" * 9000, 400, "nested too deep"),
-        (b'{"messages": ' + b"9" * 9000 + b"}", 400, "not JSON"),
+        (b'{"messages": ' + b"9" * 9000 + b"}", 400, "beyond 64 bits"),
+        (b'{"temperature": 1e999}', 400, "beyond 64 bits"),
+        (b'{"temperature": -' + b"9" * 400 + b".5}", 400, "beyond 64 bits"),
+        (b"[" * 9000, 400, "nested too deep"),
         (b'{"x": "' + b"x" * 30_000 + b'"}', 413, "more than 20000 bytes"),
     ],
 )
@@ -331,6 +405,25 @@ def test_models(client: OpenAI) -> None:
     assert client.models.retrieve("tiny").id == "tiny"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
+
+
+def test_an_answer_goes_on_with_the_last_message(server: LiveServer, llm: LLM) -> None:
+    begun = [*HELLO, {"role": "assistant", "content": "well, <|im_end|> "}]
+    prompt = llm.chat_template.encode(HELLO) + llm.tokenizer.encode(begun[1]["content"], bos=False)
+    expected = llm.generate([prompt], temperature=0, max_tokens=9, ignore_eos=True)[0].text
+    body = {"messages": begun, "temperature": 0, "max_tokens": 9, "ignore_eos": True}
+    assert (
+        ask(server, CHAT, {**body, "continue_final_message": True})[1]["choices"][0]["message"]["content"] == expected
+    )
+    bare = llm.chat_template.encode(begun, add_generation_prompt=False)
+    assert ask(server, CHAT, {**body, "add_generation_prompt": False})[1]["usage"]["prompt_tokens"] == len(bare)
+
+
+def test_paths_are_taken_with_slashes_to_spare(server: LiveServer) -> None:
+    for path in ("/v1/completions/", "//v1/completions", "/v1//completions"):
+        assert ask(server, path, {"prompt": "a", "max_tokens": 1})[0] == 200
+    assert ask(server, "/health/")[0] == 200 and ask(server, "/v1/models/tiny/")[0] == 200
+    assert ask(server, "/nothing/")[0] == 404 and ask(server, "//")[0] == 200
 
 
 def test_tokenize(server: LiveServer, llm: LLM) -> None:
@@ -434,7 +527,14 @@ def test_api_keys(folder: Path) -> None:
             assert client_of(server, key).models.list().data
         with pytest.raises(openai.AuthenticationError, match="API key"):
             client_of(server, "three").models.list()
-        for headers in ({}, {"authorization": "Basic one"}, {"authorization": "one"}, {"authorization": "Bearer ö"}):
+        assert ask(server, "/v1/models", x_api_key="two")[0] == 200
+        for headers in (
+            {"x-api-key": "three"},
+            {},
+            {"authorization": "Basic one"},
+            {"authorization": "one"},
+            {"authorization": "Bearer ö"},
+        ):
             status, _, found = ask(
                 server, "/v1/models", **{k: v.encode().decode("latin-1") for k, v in headers.items()}
             )
@@ -457,6 +557,11 @@ def test_web_pages_of_others_are_refused(server: LiveServer, folder: Path) -> No
             open_server, CHAT, method="OPTIONS", origin=other, access_control_request_method="POST"
         )
         assert status == 200 and "POST" in headers["access-control-allow-methods"]
+        for names in ("x-stainless-os, x-stainless-lang, authorization, openai-beta", "anthropic-version", "x-new"):
+            preflight = {"access_control_request_method": "POST", "access_control_request_headers": names}
+            status, _, headers = ask(open_server, CHAT, method="OPTIONS", origin=other, **preflight)
+            assert status == 200 and headers["access-control-allow-headers"] == names
+            assert ask(open_server, CHAT, method="OPTIONS", origin="http://third.example", **preflight)[0] == 400
         assert ask(open_server, "/health", origin="http://third.example")[0] == 403
 
 
@@ -514,6 +619,31 @@ def test_the_command_ends_on_sigterm(folder: Path, server: LiveServer) -> None:
         client.close()
         assert process.wait(30) == 0
         assert process.stderr.read().strip() == "ending; a second signal ends at once"
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="a signal that Windows lacks")
+def test_a_terminal_that_closes_lets_the_answers_end_and_the_kv_cache_be_written(
+    folder: Path, server: LiveServer, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept.kv"
+    command = [sys.executable, "-m", "svdengine", "serve", str(folder / "tiny.svdp"), "--port", "0", "--name", "small"]
+    environment = {**os.environ, "SVDENGINE_DEVICE": "cpu"}
+    with subprocess.Popen([*command, "--kv-save", str(kept)], stderr=subprocess.PIPE, text=True, env=environment) as p:
+        assert p.stderr is not None
+        url = p.stderr.readline().split()[-1]
+        empty = kept.stat().st_size
+        client = OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+        more: dict[str, Any] = {"max_tokens": 60, "extra_body": {"ignore_eos": True}}
+        stream = client.chat.completions.create(model="small", messages=HELLO, stream=True, **more)
+        next(stream)
+        p.stderr.close()  # as the terminal's end
+        for _ in range(2):
+            p.send_signal(signal.SIGHUP)
+            time.sleep(0.05)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        client.close()
+        assert p.wait(60) == 0
+    assert kept.stat().st_size > empty
 
 
 def test_a_port_that_is_taken(server: LiveServer, folder: Path) -> None:
