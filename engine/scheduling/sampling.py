@@ -190,6 +190,8 @@ def _logit_bias(bias: Any) -> dict[int, float]:
         raise RequestError(f"logit_bias must map token ids to numbers, found {shown(bias)}")
     for token, value in bias.items():
         check_integer("a token id of logit_bias", token, 0, 1 << 31)
-        if not (isinstance(value, float) and value == -math.inf):
-            check_number(f"logit_bias of token {token}", value, -math.inf, MAX_LOGIT_BIAS)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value <= MAX_LOGIT_BIAS:  # False of NaN
+            raise RequestError(
+                f"logit_bias of token {token} must be a number of at most {MAX_LOGIT_BIAS:g}, found {shown(value)}"
+            )
     return {token: float(v if v == -math.inf else max(v, -MAX_LOGIT_BIAS)) for token, v in bias.items()}

@@ -168,6 +168,7 @@ def _own() -> Sequence[_Operation]:
     return [
         _Operation("/tokenize", "post", "Token ids of a text.", tokens, TOKENIZE),
         _Operation("/detokenize", "post", "Text of token ids.", _answer({"content": text()}), DETOKENIZE),
+        _Operation("/tokenizer_info", "get", "The tokenizer, for programs that score texts.", mapping()),
         _Operation("/health", "get", "Whether requests are answered.", health),
         _Operation("/metrics", "get", "Counters for Prometheus.", text(), plain=True),
     ]

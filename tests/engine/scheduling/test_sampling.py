@@ -187,7 +187,7 @@ def test_logprobs(logits: np.ndarray, top: int) -> None:
         ({"seed": 10**400}, "seed must lie between"),
         ({"temperature": 10**400}, "temperature must lie between"),
         ({"top_k": -(10**5000)}, "top_k must lie between"),
-        ({"max_tokens": 10**5000}, "one of 16610 bits"),
+        ({"max_tokens": 10**5000}, "a number of 16610 bits"),
         ({"stop_token_ids": [10**400]}, "stop_token_ids must lie"),
         ({"stop": [10**5000]}, "stop must be strings"),
         ({"logit_bias": {10**400: 1}}, "a token id of logit_bias"),

@@ -11,9 +11,11 @@ from tiny_model import write_tiny_model
 import svdengine
 from svdengine.cli import main
 from svdengine.errors import RequestError
+from svdengine.files.model_file import read_model_file
 from svdengine.scheduling.engine_loop import Engine
 from svdengine.server.batch_run import BatchRun, finished_lines, read_lines
 from svdengine.server.completion_job import CompletionJob
+from svdengine.text.tokenizer import Tokenizer
 
 GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
 LINES: list[Any] = [
@@ -165,7 +167,9 @@ def test_any_exception_is_the_error_of_its_line(
         return call
 
     steps = iter([True, False, True])
-    monkeypatch.setattr(svdengine.LLM, "prepare", failing("prepare", lambda prompt, *_: prompt == "hello 1"))
+    with read_model_file(model) as file:
+        broken = Tokenizer(file.tokenizer_info, file.tokenizer_bytes).encode("hello 1")
+    monkeypatch.setattr(svdengine.LLM, "prepare", failing("prepare", lambda prompt, *_: prompt == broken))
     monkeypatch.setattr(svdengine.LLM, "add", failing("add", lambda r: r.params.max_tokens == 3))
     monkeypatch.setattr(CompletionJob, "answer", failing("answer", lambda done: len(done[0].token_ids) == 4))
     output = tmp_path / "out.jsonl"

@@ -173,7 +173,7 @@ def test_an_error_ends_the_stream(server: LiveServer) -> None:
         ("/api/chat", {"messages": [{"role": "user", "content": "a", "images": ["x"]}]}, 400, "messages[0].images"),
         ("/api/generate", {"suffix": "x"}, 400, "suffix must be"),
         ("/api/generate", {"context": [1, 2]}, 400, "context may have 0"),
-        ("/api/generate", {"prompt": "x" * 3000}, 400, "context holds 1024"),
+        ("/api/generate", {"prompt": "x" * 3000}, 400, "maximum context length is 1024"),
         ("/api/show", {"model": "other"}, 404, "not found"),
         ("/api/pull", {}, 404, "there is no '/api/pull'"),
     ],
