@@ -17,6 +17,7 @@ from svdengine.errors import ConversionError, ModelFileError, quoted
 from svdengine.files.tensor_file import DTYPES, TensorEntry, read_header
 from svdengine.kernels.formats import from_bfloat16
 from svdengine.models import config_from_hf, hf_source, with_activation
+from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
 
 _WEIGHTS = "model.safetensors"
@@ -44,7 +45,10 @@ class HfCheckpoint:
             if activation is not None:
                 config = with_activation(config, activation)
             # Checkpoints often have more rows than tokens; logits have as many as there are rows.
-            self.config = replace(config, vocab_size=self._rows(hf_source(config, "embedding", None, self._tensors)))
+            embedding = hf_source(config, "embedding", None, self._tensors)
+            self.config = replace(
+                config, vocab_size=self._rows(embedding), tied_embeddings=self._tied(config, embedding)
+            )
             self.config.validate()
             self.tokenizer, used = read_hf_tokenizer(folder, settings, generation, self.config.vocab_size)
         except (ValueError, OSError) as error:
@@ -72,6 +76,19 @@ class HfCheckpoint:
         if entry.dtype == "BF16":
             return from_bfloat16(data)
         return np.asarray(data, np.float32)
+
+    def _tied(self, config: ModelConfig, embedding: Source) -> bool:
+        """Whether one matrix serves at both ends: not where the checkpoint has a different one for the output."""
+        try:
+            output = hf_source(replace(config, tied_embeddings=False), "lm_head", None, self._tensors)
+        except ValueError:
+            return config.tied_embeddings  # there is none
+        if not config.tied_embeddings:
+            return False
+        if not np.array_equal(self.read(output.names[0]), self.read(embedding.names[0])):
+            return False
+        del self._tensors[output.names[0]]  # a copy
+        return True
 
     def _rows(self, embedding: Source) -> int:
         _, entry = self._tensors[embedding.names[0]]

@@ -1,6 +1,7 @@
 """Conversion of GGUF files: as from the Hugging Face folder of the same weights, and what is refused."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,51 @@ def test_what_cannot_be_converted(tmp_path: Path, tensors: dict[str, Any], failu
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["m.gguf"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_k.bias",
+        "blk.2.post_attention_norm.weight",
+        "blk.1.attn_sinks.weight",
+        "blk.3.attn_norm.weight",
+        "rope_factors_long.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "output_norm.bias",
+        "something.new",
+    ],
+)
+def test_tensors_that_nothing_is_made_of_are_refused_by_name(
+    tmp_path: Path, tensors: dict[str, Any], name: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {**tensors, name: np.ones(90, np.float32)})
+    with pytest.raises(ConversionError, match=re.escape(repr(name))):
+        convert(path, tmp_path / "m.svdp")
+
+
+def test_tensors_without_effect_are_taken(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    names = ("blk.0.attn_rot_embd.weight", "blk.1.ffn_up.input_scale", "blk.2.fc1.weight", "blk.2.fc2.weight")
+    more = {name: np.ones(1, np.float32) for name in names}
+    convert(write_gguf(tmp_path / "m.gguf", {**tensors, **more}), tmp_path / "m.svdp")
+
+
+def test_scales_beside_matrices_are_applied(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    """As NVFP4 files have them: the matrix of the model is the stored one times one number."""
+    scales = {"blk.1.ffn_up.scale": 0.5, "blk.0.attn_q.scale": 4.0, "output.scale": 2.0}
+    more = {name: np.full(1, scale, np.float32) for name, scale in scales.items()}
+    scaled = {
+        **tensors,
+        **{n.replace("scale", "weight"): tensors[n.replace("scale", "weight")] / s for n, s in scales.items()},
+    }
+    convert(write_gguf(tmp_path / "a.gguf", {**scaled, **more}), tmp_path / "a.svdp", "f32")
+    convert(write_gguf(tmp_path / "b.gguf", tensors), tmp_path / "b.svdp", "f32")
+    ours, other = read_model_file(tmp_path / "a.svdp"), read_model_file(tmp_path / "b.svdp")
+    for name, array in other.arrays.items():
+        np.testing.assert_array_equal(ours.arrays[name], array, err_msg=name)
+    more["blk.1.ffn_up.scale"] = np.ones(150, np.float32)
+    with pytest.raises(ConversionError, match="must be one number"):
+        convert(write_gguf(tmp_path / "c.gguf", {**scaled, **more}), tmp_path / "c.svdp", "f32")
 
 
 def test_damaged_files(tmp_path: Path, tensors: dict[str, Any]) -> None:

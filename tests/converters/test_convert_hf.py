@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -221,6 +222,49 @@ def test_down_can_have_a_format_of_its_own(tmp_path: Path, activation: str) -> N
         assert formats["down_T" if activation == "relu" else "down"] == "q8" and formats["up"] == "q4"
         ours, theirs = cpu.logits([1, 2, 3]), exact.logits([1, 2, 3])
     assert relative_error(ours, theirs) < 0.02  # activations have 8 bits
+
+
+def with_tensors(folder: Path, **tensors: Any) -> Path:
+    return write_hf(folder, {**hf_tensors(checkpoint_weights()), **tensors})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.1.mlp.up_proj.bias",
+        "model.layers.0.self_attn.sinks",
+        "model.layers.2.self_attn.q_norm.weight",
+        "model.layers.0.pre_feedforward_layernorm.weight",
+        "model.layers.3.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.norm.bias",
+    ],
+)
+def test_tensors_that_nothing_is_made_of_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = with_tensors(tmp_path / "hf", **{name: np.ones(90, np.float32)})
+    with pytest.raises(ConversionError, match=re.escape(repr(name))):
+        converted(folder)
+
+
+def test_tensors_without_effect_are_taken(tmp_path: Path) -> None:
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.position_ids")
+    converted(with_tensors(tmp_path / "hf", **{name: np.ones(5, np.float32) for name in names}))
+
+
+def test_an_output_projection_beside_a_tied_embedding(tmp_path: Path) -> None:
+    """As transformers: a copy of the embedding is that, another matrix is the output projection."""
+    weights = hf_tensors(checkpoint_weights())
+    other = converted(write_hf(tmp_path / "other", weights, tie_word_embeddings=True))
+    assert not other.config.tied_embeddings
+    assert_weights(other, checkpoint_weights())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    assert converted(write_hf(tmp_path / "copy", weights, tie_word_embeddings=True)).config.tied_embeddings
+
+
+def test_a_setting_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"hf: settings .*'logit_scale' \(0\.5\)"):
+        converted(write_hf(tmp_path / "hf", logit_scale=0.5))
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
