@@ -1,5 +1,6 @@
 """Conversion of GGUF files: as from the Hugging Face folder of the same weights, and what is refused."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_checkpoints import CONFIG, checkpoint_weights, gguf_tensors, write_gguf, write_hf
+from small_checkpoints import CONFIG, checkpoint_weights, gguf_fields, gguf_tensors, write_gguf, write_hf
 
 from svdengine.converters import convert
 from svdengine.converters.conversion import open_checkpoint
@@ -80,7 +81,8 @@ FAILURES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shape": ({}, {UP: np.zeros((7, 90), np.float32)}, rf"{UP}.*\(7, 90\).*expected \(150, 90\)"),
     "nan": ({}, {UP: np.full((150, 90), np.nan, np.float32)}, f"{UP}.*NaN"),
     "type": ({}, {UP: np.zeros((150, 90), np.int32)}, f"{UP}.*I32"),
-    "split": ({"split.count": 2}, {}, "llama-gguf-split --merge"),
+    "split": ({"split.count": 2}, {}, r"one part of 2; .* must be named NAME-00001-of-00002\.gguf"),
+    "split by text": ({"split.count": "2"}, {}, "split.count must be a whole number"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "new"}, {}, "'new' is not supported, only"),
     "tokenizer": ({"tokenizer.ggml.model": "t5"}, {}, "'t5' is not supported"),
     "no tokenizer": ({"tokenizer.ggml.tokens": None}, {}, "no tokenizer"),
@@ -149,6 +151,61 @@ def test_scales_beside_matrices_are_applied(tmp_path: Path, tensors: dict[str, A
     more["blk.1.ffn_up.scale"] = np.ones(150, np.float32)
     with pytest.raises(ConversionError, match="must be one number"):
         convert(write_gguf(tmp_path / "c.gguf", {**scaled, **more}), tmp_path / "c.svdp", "f32")
+
+
+def write_parts(folder: Path, tensors: dict[str, Any], count: int = 3, **first: Any) -> list[Path]:
+    """A split file as llama-gguf-split writes it: fields in the first part, tensors in all."""
+    names, nothing = list(tensors), dict.fromkeys(gguf_fields())
+    paths = []
+    for number in range(count):
+        split = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors)}
+        held = {name: tensors[name] for name in names[number::count]}
+        path = folder / f"m-{number + 1:05}-of-{count:05}.gguf"
+        paths.append(write_gguf(path, held, **({**split, **first} if number == 0 else {**nothing, **split})))
+    return paths
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_file_in_parts(tmp_path: Path, tensors: dict[str, Any], given: int) -> None:
+    paths = write_parts(tmp_path, tensors)
+    convert(write_gguf(tmp_path / "m.gguf", tensors), tmp_path / "whole.svdp", "q8")
+    convert(paths[given], tmp_path / "parts.svdp", "q8")
+    whole, parts = read_model_file(tmp_path / "whole.svdp"), read_model_file(tmp_path / "parts.svdp")
+    assert whole.config == parts.config and whole.tokenizer_bytes == parts.tokenizer_bytes
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(array, parts.arrays[name], err_msg=name)
+    listed = [file["name"] for file in json.loads(parts.metadata["provenance"])["files"]]
+    assert listed == [path.name for path in paths]
+    with pytest.raises(ConversionError, match="would replace the checkpoint"):
+        convert(paths[0], paths[1])
+
+
+def test_parts_that_do_not_fit(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    def refused(message: str, path: Path) -> None:
+        with pytest.raises(ConversionError, match=message):
+            convert(path, tmp_path / "m.svdp")
+
+    paths = write_parts(tmp_path, tensors)
+    paths[0].rename(tmp_path / "other.gguf")
+    refused("must be named", tmp_path / "other.gguf")
+    refused(r"'m-00001-of-00003\.gguf' is missing", paths[1])
+    (tmp_path / "other.gguf").rename(paths[0])
+    paths[1].write_bytes(paths[2].read_bytes())
+    refused("says that it is part 2 of 3, expected 1", paths[0])
+    paths[1].write_bytes(b"GGUF")
+    refused(r"m-00002-of-00003\.gguf: truncated", paths[0])
+    refused("tensors, expected 500", write_parts(tmp_path, tensors, **{"split.tensors.count": 500})[0])
+
+
+def test_a_merged_file_is_whole(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    convert(write_gguf(tmp_path / "m.gguf", tensors, **{"split.count": 0, "split.no": 0}), tmp_path / "m.svdp")
+
+
+def test_sampling_defaults_that_no_model_file_can_hold_are_left_out(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"general.sampling.temp": float("nan"), "general.sampling.top_p": float("inf")}
+    fields |= {"general.sampling.min_p": 0.5, "general.sampling.top_k": "many"}
+    convert(write_gguf(tmp_path / "m.gguf", tensors, **fields), tmp_path / "m.svdp")
+    assert read_model_file(tmp_path / "m.svdp").generation == {"min_p": 0.5}
 
 
 def test_damaged_files(tmp_path: Path, tensors: dict[str, Any]) -> None:
