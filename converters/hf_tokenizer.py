@@ -11,7 +11,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level, split_merges
-from svdengine.converters.checkpoint import explained, read_json
+from svdengine.converters.checkpoint import explained, read_json, read_text
 from svdengine.files.model_writer import StoredTokenizer
 from svdengine.text.tokenizer_info import TokenizerInfo, TokenizerKind
 
@@ -50,7 +50,7 @@ def read_hf_tokenizer(
 
 
 def _load_json(path: Path, vocab_size: int) -> _Loaded:
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     with explained("tokenizer.json cannot be read"):
         tokenizer = Tokenizer.from_str(text)
     beyond = [i for i in tokenizer.get_added_tokens_decoder() if i >= vocab_size]
@@ -112,7 +112,7 @@ def _load_byte_level(folder: Path, settings: Mapping[str, Any], vocab_size: int)
     if name not in _PRE_OF_CLASS:
         raise ValueError(f"found vocab.json and merges.txt of a {name}, for which tokenizer.json is needed")
     vocabulary = read_json(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    lines = read_text(folder / "merges.txt").split("\n")
     merges = split_merges([line for line in lines if line and not line.startswith("#version")])
     named = {_content(settings.get(f"{role}_token")) for role in ("bos", "eos", "unk", "pad")}
     special = sorted(text for text in {*named, *_declared(settings)} if text and text in vocabulary)
@@ -161,7 +161,7 @@ def _info(
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """From chat_template.jinja, chat_template.json or tokenizer_config.json, the newest convention first."""
     if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_text(folder / "chat_template.jinja")
     template = read_json(folder / "chat_template.json", optional=True).get(
         "chat_template", settings.get("chat_template")
     )

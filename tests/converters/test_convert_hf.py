@@ -34,6 +34,9 @@ def assert_weights(file: ModelFile, weights: dict[str, Any]) -> None:
         np.testing.assert_array_equal(file.arrays[name][..., : w.shape[-1]], w, err_msg=name)
 
 
+INDEX = "model.safetensors.index.json"
+
+
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
 
@@ -123,7 +126,8 @@ def shards(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
         save_file({name: tensors[name] for name in members}, folder / shard)
     weight_map = {name: shard for shard, members in halves.items() for name in members}
     change(weight_map)
-    edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+    edit(folder / INDEX, weight_map=weight_map)
+    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def replaced(**changes: Any) -> dict[str, Any]:
@@ -182,7 +186,7 @@ FAILURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard": (lambda f: shards(f, lambda m: m.update({UP: "c.safetensors"})), "'c.safetensors', which is missing"),
     "shard name": (lambda f: shards(f, lambda m: m.update({UP: "../c"})), "not the name of a file"),
     "not in shard": (lambda f: shards(f, lambda m: m.update({"x": "a.safetensors"})), "lacks the tensor 'x'"),
-    "index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+    "index": (lambda f: (f / "model.safetensors").rename(f / INDEX).write_text("{}"), "weight_map"),
     "tokenizer": (without("tokenizer.json"), "found neither tokenizer.json nor"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     "vocabulary": (lambda f: save_file(hf_tensors(random_weights(SMALL)), f / "model.safetensors"), "ids up to 263"),
@@ -265,6 +269,57 @@ def test_an_output_projection_beside_a_tied_embedding(tmp_path: Path) -> None:
 def test_a_setting_that_is_not_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"hf: settings .*'logit_scale' \(0\.5\)"):
         converted(write_hf(tmp_path / "hf", logit_scale=0.5))
+
+
+def test_the_single_file_wins_over_an_index(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "hf")
+    other = hf_tensors({name: w + 1 for name, w in checkpoint_weights().items()})
+    save_file(other, folder / "shard.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(other, "shard.safetensors")}))
+    assert_weights(converted(folder), checkpoint_weights())
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "a\0b", "..", ".", "", "a/b", "\ud800"])
+def test_names_of_shards_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    folder = write_hf(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ConversionError) as caught:
+        converted(folder)
+    assert len(str(caught.value)) < 500 + len(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_mark_before_the_text_of_json_files_is_left_out(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "hf")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    for file in (*folder.glob("*.json"), folder / "chat_template.jinja"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    file = converted(folder)
+    assert (file.tokenizer_bytes.decode(), file.chat_template) == (tokenizer_json(), TEMPLATE)
+
+
+DIGITS = "9" * 400
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [DIGITS, "9" * 5000, "-" + DIGITS, str(1 << 63), "1e999", "NaN", "-Infinity"])
+def test_numbers_that_are_too_large(tmp_path: Path, key: str, value: str) -> None:
+    folder = write_hf(tmp_path / "hf", **{key: "MARK"})
+    text = (folder / "config.json").read_text().replace('"MARK"', value)
+    (folder / "config.json").write_text(text)
+    if (key, value) == ("rope_theta", str(1 << 63)):
+        converted(folder)  # a large one, but one that can be
+    else:
+        with pytest.raises(ConversionError, match=key.split("_")[-1]):
+            converted(folder)
+
+
+def test_numbers_that_are_too_large_elsewhere(tmp_path: Path) -> None:
+    """In a tokenizer_config.json they are common: a model_max_length of 10^30 is what transformers writes."""
+    folder = write_hf(tmp_path / "hf")
+    edit(folder / "tokenizer_config.json", model_max_length=10**30)
+    edit(folder / "generation_config.json", top_k=10**400, temperature=float("nan"), top_p=0.5, min_p=10**18)
+    assert converted(folder).generation == {"top_p": 0.5, "min_p": 10**18}
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
