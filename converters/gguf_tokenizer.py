@@ -151,6 +151,9 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
     ends += [index for index, text in enumerate(vocabulary.texts) if text in _END_TEXTS]
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", add_bos))
     special = (UNKNOWN, CONTROL)
+    first: dict[str, int] = {}
+    for index, text in enumerate(vocabulary.texts):
+        first.setdefault(text, index)
     return TokenizerInfo(
         kind="tokenizer.json",
         bos_id=bos,
@@ -164,6 +167,7 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
             for index, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True))
             if kind in special
         },
+        added_tokens={text: index for index, text in enumerate(vocabulary.texts) if text and first[text] != index},
     )
 
 

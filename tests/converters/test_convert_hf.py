@@ -19,6 +19,7 @@ from small_checkpoints import CONFIG, HF_CONFIG, TEMPLATE, checkpoint_weights, h
 
 import svdengine
 from svdengine.converters import convert
+from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.files.model_file import ModelFile, read_model_file
 
@@ -367,7 +368,7 @@ def test_tokenizer_settings(tmp_path: Path) -> None:
     assert "<pad>" not in file.tokenizer_bytes.decode()  # the model has no row for it
     edit(folder / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
     info = converted(folder).tokenizer_info
-    assert (info.add_bos, info.add_eos) == (False, True)
+    assert (info.add_bos, info.add_eos) == (True, False)  # tokenizer.json decides, as in transformers
 
 
 def test_chat_templates(tmp_path: Path) -> None:
@@ -391,8 +392,9 @@ def test_tokenizer_model(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    edit(folder / "added_tokens.json", **{"<|user|>": 60, "<pad>": CONFIG.vocab_size})
+    edit(folder / "added_tokens.json", **{"<|user|>": 60, "<tool>": 61, "<pad>": CONFIG.vocab_size})
     file = converted(folder)
+    assert file.tokenizer_info.added_tokens == {"<tool>": 61}
     info = file.tokenizer_info
     assert (info.kind, info.bos_id, info.eos_id, info.add_bos) == ("tokenizer.model", 1, 2, True)
     assert info.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2, "<|user|>": 60}
@@ -400,6 +402,30 @@ def test_tokenizer_model(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(ConversionError, match=r"tokenizer\.model cannot be read"):
         converted(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        *((file, {key: junk}) for file in ("tokenizer_config.json", "special_tokens_map.json") for key in (
+            "bos_token", "eos_token", "pad_token", "added_tokens_decoder", "additional_special_tokens",
+            "tokenizer_class", "chat_template", "add_bos_token", "model_max_length",
+        ) for junk in (["<s>"], [["<s>"]], {"content": ["<s>"]}, {"1": {"content": ["<s>"]}}, {"1": "x"}, {"x": {}},
+                       {"9" * 400: {}}, 10**400, True, [{"name": ["default"], "template": 3}], [None])),
+        *((file, {"x": junk}) for file in ("added_tokens.json", "generation_config.json") for junk in ([5], {}, True)),
+        *(("config.json", {key: junk}) for key in ("bos_token_id", "eos_token_id", "model_type", "architectures")
+          for junk in ([1, 2], [[1]], {"x": 1}, 10**400, True, "x")),
+        *(("generation_config.json", {key: junk}) for key in ("bos_token_id", "eos_token_id", "temperature", "top_k")
+          for junk in ([1, 2], [[1]], {"x": 1}, 10**400, True, "x")),
+    ],
+)  # fmt: skip
+def test_junk_beside_the_weights_is_an_error_or_nothing(tmp_path: Path, file: str, changes: dict[str, Any]) -> None:
+    folder = write_hf(tmp_path / "hf")
+    edit(folder / file, **changes)
+    try:
+        open_checkpoint(folder)
+    except ConversionError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600 + len(str(folder))
 
 
 def test_vocabulary_and_merges(tmp_path: Path) -> None:

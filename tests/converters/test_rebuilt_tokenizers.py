@@ -16,6 +16,7 @@ from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level
 from svdengine.converters.gguf_file import read_gguf
 from svdengine.converters.gguf_tokenizer import read_gguf_tokenizer
 from svdengine.converters.sentencepiece_bpe import build_sentencepiece
+from svdengine.text.tokenizer import Tokenizer as ModelTokenizer
 from svdengine.text.tokenizer_info import TokenizerInfo
 
 RECORDED = (
@@ -195,3 +196,16 @@ def test_a_pre_tokenizer_that_is_not_known_is_warned_of(pre: str | None, capsys:
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "token ids may differ" in warning and "without a BOS token" in warning
     assert not info.add_bos
+
+
+def test_tokens_after_a_duplicate_are_written() -> None:
+    fields = without_pre("llama", 300)
+    tokens = fields["tokenizer.ggml.tokens"]
+    tokens[260] = tokens[5]
+    stored = read_gguf_tokenizer({**fields, "tokenizer.ggml.pre": "smollm"}, 300)
+    tokenizer = ModelTokenizer(stored.info, stored.data)
+    assert tokenizer.decode([299, 298]) == tokens[299] + tokens[298]
+    assert not tokenizer.is_silent(299) and tokenizer.vocab_size == 300
+    assert tokenizer.decode([299, 260, 298]) == tokens[299] + tokenizer.decode([5]) + tokens[298]
+    assert tokenizer.token_bytes(260) == tokenizer.token_bytes(5) != b""
+    assert tokenizer.encode(tokenizer.decode([260]), bos=False) == [5]
