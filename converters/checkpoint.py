@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +16,9 @@ from svdengine.errors import ConversionError
 from svdengine.files.model_writer import StoredTokenizer
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
+from svdengine.models.settings import finite
 
+_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _HASHED = 1 << 24  # bytes at the beginning of a large file; they hold the header of a GGUF or safetensors file
 
 
@@ -70,7 +72,7 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     if optional and not path.exists():
         return {}
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path), parse_int=_whole_number)
     except (ValueError, RecursionError) as error:
         raise ConversionError(f"{path}: not valid JSON: {error}") from error
     except OSError as error:
@@ -78,6 +80,28 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConversionError(f"{path}: expected a JSON object")
     return value
+
+
+def sampling_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generation_config.json says of sampling; what is no number that a model file can hold is left out."""
+    found = {name: settings.get(name) for name in _SAMPLING}
+    return {name: value for name, value in found.items() if isinstance(value, bool) or _storable(value)}
+
+
+def _storable(value: Any) -> bool:
+    number = finite(value)
+    return number is not None and (isinstance(value, float) or abs(number) < 1 << 63)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8, without the mark that some editors put before it. Raises ValueError, OSError."""
+    return path.read_text(encoding="utf-8-sig")
+
+
+def _whole_number(text: str) -> int | float:
+    """A number of a JSON file; one beyond 64 bits as a float, which no size is. Infinity stands for the largest."""
+    value = int(text) if len(text) < 20 else float(text)
+    return value if abs(value) < 1 << 63 else float(value)
 
 
 @contextmanager

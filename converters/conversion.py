@@ -13,6 +13,7 @@ from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.errors import ConversionError
 from svdengine.files.model_writer import ModelWriter
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
+from svdengine.models import refuse_unread_tensors
 from svdengine.models.family import Source
 from svdengine.models.tensors import TensorSpec, tensor_specs
 
@@ -93,8 +94,11 @@ def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:
 
 
 def find_sources(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Source]]:
-    """Every (tensor, layer) and where it comes from, checked to be there before any work is done."""
-    names = frozenset(checkpoint.tensor_names)
+    """Every (tensor, layer) and where it comes from, checked to be there before any work is done.
+
+    After the last one, tensors that no part of the model comes from are refused.
+    """
+    names, used = frozenset(checkpoint.tensor_names), set[str]()
     for spec in tensor_specs(checkpoint.config):
         for layer in range(checkpoint.config.layer_count if spec.stacked else 1):
             try:
@@ -104,7 +108,12 @@ def find_sources(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Sour
             for name in origin.names:
                 if name not in names:
                     raise ConversionError(f"{checkpoint.path}: the checkpoint lacks the tensor {name!r}")
+            used.update(origin.names)
             yield spec, layer, origin
+    try:
+        refuse_unread_tensors(names - used)
+    except ValueError as error:
+        raise ConversionError(f"{checkpoint.path}: {error}") from error
 
 
 def build_tensor(checkpoint: Checkpoint, origin: Source) -> NDArray[np.float32]:

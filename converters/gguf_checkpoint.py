@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.checkpoint import sampling_defaults
 from svdengine.converters.gguf_file import read_gguf
 from svdengine.converters.gguf_tokenizer import read_gguf_tokenizer
 from svdengine.errors import ConversionError
@@ -33,8 +34,8 @@ class GgufCheckpoint:
     def __init__(self, path: Path, activation: str | None = None) -> None:
         """Read the header and the tokenizer. Raises ConversionError."""
         self.path = path
-        self.files = [path]
         self._gguf = read_gguf(path)
+        self.files = list(self._gguf.files)
         if "token_embd.weight" not in self._gguf.tensors:
             raise ConversionError(f"{path}: the checkpoint lacks the tensor 'token_embd.weight'")
         vocab_size = self._gguf.tensors["token_embd.weight"].shape[0]
@@ -61,5 +62,4 @@ class GgufCheckpoint:
 
 
 def _generation(fields: Mapping[str, Any]) -> dict[str, Any]:
-    found = ((ours, fields.get(f"general.sampling.{theirs}")) for theirs, ours in _SAMPLING.items())
-    return {name: value for name, value in found if isinstance(value, (int, float))}
+    return sampling_defaults({ours: fields.get(f"general.sampling.{theirs}") for theirs, ours in _SAMPLING.items()})

@@ -1,4 +1,4 @@
-"""Read a GGUF file: its fields, and where its tensors are.
+"""Read a GGUF file, in one part or several: its fields, and where its tensors are.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The parser is our own since the file is
 untrusted and the tokenizer's lists are long: every length is checked against what is left of the file. The `gguf`
@@ -8,6 +8,7 @@ package supplies the tensor types and dequantises them.
 from __future__ import annotations
 
 import math
+import re
 import struct
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ _SCALARS = ("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")  # by
 _STRING, _ARRAY = 8, 9
 _STRING_LIMIT = 1 << 26  # bytes
 _DIMENSION_LIMIT = 4
+_PART_NAME = re.compile(r"(?P<stem>.*)-(?P<no>\d{5})-of-(?P<count>\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
 class GgufTensor:
     """Where a tensor is. `shape` is in NumPy's order: the last axis is contiguous."""
 
+    path: Path
     shape: tuple[int, ...]
     type_id: int
     offset: int  # bytes from the beginning of the file
@@ -39,9 +42,10 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """The header of a GGUF file."""
+    """The header of a GGUF file, or of all its parts together."""
 
-    path: Path
+    path: Path  # as it was asked for
+    files: tuple[Path, ...]  # the parts in order
     fields: Mapping[str, Any]  # numbers, bools, strings and lists of them
     tensors: Mapping[str, GgufTensor]
 
@@ -50,20 +54,32 @@ class GgufFile:
         gguf = import_gguf()
         tensor = self.tensors[name]
         kind = gguf.GGMLQuantizationType(tensor.type_id)
-        data = read_bytes(self.path, f"tensor {quoted(name)}", np.dtype("u1"), tensor.size_bytes, tensor.offset)
+        data = read_bytes(tensor.path, f"tensor {quoted(name)}", np.dtype("u1"), tensor.size_bytes, tensor.offset)
         try:
             with np.errstate(all="ignore"):  # NaN and infinity are refused later, with the name of the tensor
                 return gguf.quants.dequantize(data.reshape(*tensor.shape[:-1], -1), kind).reshape(tensor.shape)
         except NotImplementedError as error:
             raise ConversionError(
-                f"{self.path}: tensor {quoted(name)} has type {kind.name}, which the gguf package cannot dequantise;"
+                f"{tensor.path}: tensor {quoted(name)} has type {kind.name}, which the gguf package cannot dequantise;"
                 " update it, or convert from another file"
             ) from error
 
 
 def read_gguf(path: Path, magics: Collection[bytes] = (b"GGUF",)) -> GgufFile:
-    """Read and check the header of a GGUF file, which begins with one of `magics`. Raises ConversionError."""
+    """Read and check the header of a GGUF file, which begins with one of `magics`. Raises ConversionError.
+
+    Of a file in several parts, any part may be given; all are read.
+    """
     import_gguf()
+    file = _read_part(path, magics)
+    count = file.fields.get("split.count", 0)
+    try:
+        return _join(file, count, magics) if count not in (0, 1) else file
+    except ValueError as error:
+        raise ConversionError(f"{path}: {error}") from error
+
+
+def _read_part(path: Path, magics: Collection[bytes]) -> GgufFile:
     try:
         with open_regular(path) as stream:
             return _parse(path, _Reader(stream, path.stat().st_size), magics)
@@ -71,6 +87,36 @@ def read_gguf(path: Path, magics: Collection[bytes] = (b"GGUF",)) -> GgufFile:
         raise ConversionError(str(error)) from error
     except ValueError as error:
         raise ConversionError(f"{path}: {error}") from error
+
+
+def _join(given: GgufFile, count: Any, magics: Collection[bytes]) -> GgufFile:
+    """All the parts of a split file as one; the first has the fields. Raises ValueError and ConversionError."""
+    path = given.path
+    name = _PART_NAME.fullmatch(path.name)
+    if name is None or type(count) is not int or int(name["count"]) != count:
+        raise ValueError(
+            f"is one part of {count}; to be found, the parts must be named NAME-00001-of-{count:05}.gguf and so on"
+            if type(count) is int
+            else f"split.count must be a whole number, found {count!r}"
+        )
+    files = [path.with_name(f"{name['stem']}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)]
+    for file in files:
+        if not file.exists():
+            raise ValueError(f"is one part of {count}, and the part {quoted(file.name)} is missing")
+    parts = [given if file == path else _read_part(file, magics) for file in files]
+    tensors: dict[str, GgufTensor] = {}
+    for number, part in enumerate(parts):
+        found = part.fields.get("split.no"), part.fields.get("split.count")
+        if found != (number, count):
+            raise ValueError(f"{part.path.name} says that it is part {found[0]} of {found[1]}, expected {number}")
+        for tensor, place in part.tensors.items():
+            if tensor in tensors:
+                raise ValueError(f"the tensor {quoted(tensor)} is in two parts")
+            tensors[tensor] = place
+    expected = parts[0].fields.get("split.tensors.count", len(tensors))
+    if expected != len(tensors):
+        raise ValueError(f"the parts hold {len(tensors)} tensors, expected {expected}")
+    return GgufFile(path, tuple(files), parts[0].fields, tensors)
 
 
 def import_gguf() -> Any:
@@ -161,8 +207,6 @@ def _parse(path: Path, reader: _Reader, magics: Collection[bytes]) -> GgufFile:
     alignment = fields.get("general.alignment", 32)
     if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
         raise ValueError(f"general.alignment must be a power of two, found {alignment!r}")
-    if fields.get("split.count", 1) != 1:
-        raise ValueError("is one part of a split GGUF; join the parts with llama-gguf-split --merge first")
     found = [_tensor_info(reader) for _ in range(tensor_count)]
     data_start = -(-reader.position // alignment) * alignment
     tensors: dict[str, GgufTensor] = {}
@@ -173,8 +217,8 @@ def _parse(path: Path, reader: _Reader, magics: Collection[bytes]) -> GgufFile:
         start = data_start + offset
         if start + size > path.stat().st_size:
             raise ValueError(f"truncated: tensor {quoted(name)} ends after the end of the file")
-        tensors[name] = GgufTensor(shape, type_id, start, size)
-    return GgufFile(path, fields, tensors)
+        tensors[name] = GgufTensor(path, shape, type_id, start, size)
+    return GgufFile(path, (path,), fields, tensors)
 
 
 def _tensor_info(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:

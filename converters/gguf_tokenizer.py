@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,27 @@ _END_TEXTS = frozenset(
     )
 )
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+@dataclass(frozen=True)
+class _PreOfVocabulary:
+    """A pre-tokenizer, and the vocabularies that it belongs to: by their size, or by tokens that no other has."""
+
+    name: str
+    architectures: tuple[str, ...]
+    counts: Container[int]
+    tokens: frozenset[str]
+
+
+_PRE_OF_VOCABULARY = (
+    _PreOfVocabulary("llama-bpe", ("llama",), (128_256,), frozenset({"<|begin_of_text|>", "<|end_of_text|>"})),
+    _PreOfVocabulary("tekken", ("llama",), (), frozenset({"[INST]", "[TOOL_CALLS]", "<SPECIAL_20>"})),
+    _PreOfVocabulary("smollm", ("llama",), (49_152,), frozenset({"<|endoftext|>", "<repo_name>", "<jupyter_start>"})),
+    _PreOfVocabulary(
+        "qwen2", ("qwen2", "qwen3"), range(151_643, 152_065), frozenset({"<|endoftext|>", "<|im_start|>"})
+    ),
+    _PreOfVocabulary("falcon", ("falcon",), (65_024,), frozenset({">>TITLE<<", ">>ABSTRACT<<"})),
+)
 
 
 @dataclass(frozen=True)
@@ -78,8 +100,16 @@ def _vocabulary(fields: Mapping[str, Any], vocab_size: int) -> _Vocabulary:
 
 def _byte_level(fields: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[Tokenizer, bool]:
     """The tokenizer, and whether it begins with BOS when the file does not say."""
-    name = fields.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
+    name = fields.get("tokenizer.ggml.pre") or _inferred_pre(fields, vocabulary)
+    if name is None:
+        name = "default"
+        print(
+            "warning: the file does not say how text is cut before it is tokenised (tokenizer.ggml.pre), and its"
+            " architecture and vocabulary do not tell; token ids may differ from those that the model knows"
+            + ("" if "tokenizer.ggml.add_bos_token" in fields else ", and prompts begin without a BOS token"),
+            file=sys.stderr,
+        )
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise ValueError(
             f"the pre-tokenizer {str(name)[:40]!r} is not supported, only {', '.join(sorted(PRE_TOKENIZERS))};"
             " convert from the Hugging Face folder instead"
@@ -90,6 +120,15 @@ def _byte_level(fields: Mapping[str, Any], vocabulary: _Vocabulary) -> tuple[Tok
     for index, text in enumerate(vocabulary.texts):
         ids.setdefault(text, index)
     return build_byte_level(ids, merges, pre, vocabulary.added()), pre.add_bos
+
+
+def _inferred_pre(fields: Mapping[str, Any], vocabulary: _Vocabulary) -> str | None:
+    """The pre-tokenizer of a file from before they were named, by architecture and vocabulary; None: not known."""
+    count, known = len(vocabulary.texts), frozenset(vocabulary.texts)
+    for pre in _PRE_OF_VOCABULARY:
+        if fields.get("general.architecture") in pre.architectures and (count in pre.counts or pre.tokens <= known):
+            return pre.name
+    return None
 
 
 def _sentencepiece(fields: Mapping[str, Any], vocabulary: _Vocabulary) -> Tokenizer:
@@ -112,6 +151,9 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
     ends += [index for index, text in enumerate(vocabulary.texts) if text in _END_TEXTS]
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", add_bos))
     special = (UNKNOWN, CONTROL)
+    first: dict[str, int] = {}
+    for index, text in enumerate(vocabulary.texts):
+        first.setdefault(text, index)
     return TokenizerInfo(
         kind="tokenizer.json",
         bos_id=bos,
@@ -125,6 +167,7 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
             for index, (text, kind) in enumerate(zip(vocabulary.texts, vocabulary.types, strict=True))
             if kind in special
         },
+        added_tokens={text: index for index, text in enumerate(vocabulary.texts) if text and first[text] != index},
     )
 
 

@@ -11,18 +11,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.converters.checkpoint import read_bytes, read_json
+from svdengine.converters.checkpoint import read_bytes, read_json, sampling_defaults
 from svdengine.converters.hf_tokenizer import read_hf_tokenizer
 from svdengine.errors import ConversionError, ModelFileError, quoted
 from svdengine.files.tensor_file import DTYPES, TensorEntry, read_header
 from svdengine.kernels.formats import from_bfloat16
 from svdengine.models import config_from_hf, hf_source, with_activation
+from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_LONGEST_NAME = 255  # bytes of the name of a file
 _FLOATS = ("F32", "F16", "BF16", "F64")
-_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class HfCheckpoint:
@@ -44,12 +45,15 @@ class HfCheckpoint:
             if activation is not None:
                 config = with_activation(config, activation)
             # Checkpoints often have more rows than tokens; logits have as many as there are rows.
-            self.config = replace(config, vocab_size=self._rows(hf_source(config, "embedding", None, self._tensors)))
+            embedding = hf_source(config, "embedding", None, self._tensors)
+            self.config = replace(
+                config, vocab_size=self._rows(embedding), tied_embeddings=self._tied(config, embedding)
+            )
             self.config.validate()
             self.tokenizer, used = read_hf_tokenizer(folder, settings, generation, self.config.vocab_size)
         except (ValueError, OSError) as error:
             raise ConversionError(f"{folder}: {error}") from error
-        self.generation = {name: generation[name] for name in _SAMPLING if _number(generation.get(name))}
+        self.generation = sampling_defaults(generation)
         texts = [folder / name for name in ("config.json", "generation_config.json")]
         self.files = [file for file in (*texts, *used, *shards) if file.exists()]
 
@@ -73,6 +77,19 @@ class HfCheckpoint:
             return from_bfloat16(data)
         return np.asarray(data, np.float32)
 
+    def _tied(self, config: ModelConfig, embedding: Source) -> bool:
+        """Whether one matrix serves at both ends: not where the checkpoint has a different one for the output."""
+        try:
+            output = hf_source(replace(config, tied_embeddings=False), "lm_head", None, self._tensors)
+        except ValueError:
+            return config.tied_embeddings  # there is none
+        if not config.tied_embeddings:
+            return False
+        if not np.array_equal(self.read(output.names[0]), self.read(embedding.names[0])):
+            return False
+        del self._tensors[output.names[0]]  # a copy
+        return True
+
     def _rows(self, embedding: Source) -> int:
         _, entry = self._tensors[embedding.names[0]]
         if len(entry.shape) != 2:
@@ -80,20 +97,16 @@ class HfCheckpoint:
         return entry.shape[0]
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def _find_tensors(folder: Path) -> tuple[dict[str, tuple[Path, TensorEntry]], list[Path]]:
     """Name -> (file, entry) of every tensor, and the files."""
+    if (folder / _WEIGHTS).exists():  # transformers takes it too where there is an index beside it
+        entries = _read_shard(folder / _WEIGHTS)
+        return {name: (folder / _WEIGHTS, entry) for name, entry in entries.items()}, [folder / _WEIGHTS]
     if (folder / _INDEX).exists():
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ConversionError(f"{folder / _INDEX}: expected a weight_map")
         return _from_index(folder, weight_map)
-    if (folder / _WEIGHTS).exists():
-        entries = _read_shard(folder / _WEIGHTS)
-        return {name: (folder / _WEIGHTS, entry) for name, entry in entries.items()}, [folder / _WEIGHTS]
     if any(folder.glob("pytorch_model*.bin*")):
         raise ConversionError(
             f"{folder}: has only pytorch_model.bin, a pickle that could run code; save it as safetensors first,"
@@ -107,7 +120,7 @@ def _from_index(folder: Path, weight_map: dict[str, Any]) -> tuple[dict[str, tup
     shards: dict[str, dict[str, TensorEntry]] = {}
     tensors: dict[str, tuple[Path, TensorEntry]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or not _file_name(shard):
             raise ConversionError(f"{index}: tensor {quoted(name)}: {quoted(str(shard))} is not the name of a file")
         if shard not in shards:
             if not (folder / shard).exists():
@@ -117,6 +130,11 @@ def _from_index(folder: Path, weight_map: dict[str, Any]) -> tuple[dict[str, tup
             raise ConversionError(f"{folder / shard}: lacks the tensor {quoted(name)}, which the index says it has")
         tensors[name] = folder / shard, shards[shard][name]
     return tensors, [folder / shard for shard in sorted(shards)]
+
+
+def _file_name(text: str) -> bool:
+    """Whether a text can be the name of a file in the folder."""
+    return Path(text).name == text and "\0" not in text and len(text.encode("utf-8", "replace")) <= _LONGEST_NAME
 
 
 def _read_shard(path: Path) -> dict[str, TensorEntry]:

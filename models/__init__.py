@@ -13,6 +13,9 @@ from svdengine.models import bamboo, falcon, llama, minicpm, mistral, opt, qwen2
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source
 from svdengine.models.gguf_settings import gguf_config, strip_architecture
+from svdengine.models.leftovers import refuse_unread, refuse_unread_tensors
+from svdengine.models.naming import scaled
+from svdengine.models.noted import Noted
 from svdengine.models.settings import FATRELU_THRESHOLD, activation_named, refuse_unreadable, texts
 from svdengine.models.tensors import TensorSpec, tensor_specs
 
@@ -26,6 +29,7 @@ __all__ = [
     "config_from_hf",
     "gguf_source",
     "hf_source",
+    "refuse_unread_tensors",
     "tensor_specs",
     "with_activation",
 ]
@@ -38,12 +42,15 @@ FAMILIES: dict[str, Family] = {
 def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """Read the contents of a config.json.
 
-    Raises ValueError, in one line, for an architecture or a setting that is not supported, or a setting that is
-    missing or out of range.
+    Raises ValueError, in one line, for an architecture or a setting that is not supported, a setting that is missing
+    or out of range, and one that was not read and is not known to be harmless.
     """
-    refuse_unreadable(config)
-    found = _family_of(config).config_from_hf(config)
+    settings = Noted(config)
+    refuse_unreadable(settings)
+    family = _family_of(settings)
+    found = family.config_from_hf(settings)
     found.validate()
+    refuse_unread(settings.unread(), found, family.harmless, gguf=False)
     return found
 
 
@@ -70,13 +77,14 @@ def config_from_gguf(
     architecture = fields.get("general.architecture")
     for family in FAMILIES.values():
         if family.gguf is not None and family.gguf.architecture == architecture:
-            stripped = strip_architecture(fields, family.gguf.architecture)
+            stripped = Noted(strip_architecture(fields, family.gguf.architecture))
             config = gguf_config(family.name, family.gguf, stripped, tensor_names, vocab_size, rope_factors)
             config = with_activation(config, activation) if activation else config
             config.validate()
+            refuse_unread(stripped.unread(), config, family.harmless, gguf=True)
             return config
     known = ", ".join(family.gguf.architecture for family in FAMILIES.values() if family.gguf)
-    raise ValueError(f"the GGUF architecture {architecture!r} is not supported; supported: {known}")
+    raise ValueError(f"the GGUF architecture {str(architecture)[:100]!r} is not supported; supported: {known}")
 
 
 def gguf_source(config: ModelConfig, tensor: str, layer: int | None, available: Container[str]) -> Source:
@@ -87,7 +95,7 @@ def gguf_source(config: ModelConfig, tensor: str, layer: int | None, available: 
     family = FAMILIES[config.family].gguf
     if family is None:
         raise ValueError(f"GGUF has no architecture for the family {config.family}")
-    return family.naming.source(config, tensor, layer, available)
+    return scaled(family.naming.source(config, tensor, layer, available), available)
 
 
 def with_activation(config: ModelConfig, name: str, threshold: float | None = None) -> ModelConfig:

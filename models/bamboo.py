@@ -5,7 +5,8 @@ from __future__ import annotations
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Family
 from svdengine.models.naming import LLAMA_NAMES
-from svdengine.models.settings import Settings, all_layers_window, gated_config
+from svdengine.models.settings import Settings, gated_config
+from svdengine.models.windows import all_layers_window
 
 
 def config_from_hf(settings: Settings) -> ModelConfig:

@@ -120,8 +120,9 @@ class ModelConfig:
             raise ValueError(f"rope needs an even head_dim, found {self.head_dim}")
         if self.shared_norm and not self.parallel:
             raise ValueError("shared_norm needs parallel attention and FFN")
-        if self.sliding_window < 0 or any(not 0 <= i < self.layer_count for i in self.sliding_window_layers):
-            raise ValueError("sliding_window must be positive and its layers must exist")
+        _check_range("sliding_window", self.sliding_window, 0, (1 << 31) - 1)
+        if any(not 0 <= i < self.layer_count for i in self.sliding_window_layers):
+            raise ValueError("the layers of the sliding window must exist")
         for field, allowed in (("norm", Norm), ("activation", Activation)):
             _check_choice(field, getattr(self, field), allowed)
         if not 0.0 < self.norm_eps < 1.0:

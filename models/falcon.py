@@ -20,9 +20,11 @@ def config_from_hf(settings: Settings) -> ModelConfig:
         raise ValueError("Falcon models with ALiBi position biases (falcon-rw) are not supported")
     hidden, heads = integer(settings, "hidden_size", "n_embed"), integer(settings, "num_attention_heads", "n_head")
     grouped = flag(settings, "new_decoder_architecture", settings.get("model_type") == "RefinedWeb")
-    parallel = grouped or flag(settings, "parallel_attn", True)
-    one_kv_head = not grouped and flag(settings, "multi_query", True)
-    kv_heads = integer(settings, "num_kv_heads", "n_head_kv", default=heads) if grouped else heads
+    parallel = flag(settings, "parallel_attn", True) or grouped
+    one_kv_head = flag(settings, "multi_query", True) and not grouped
+    groups = integer(settings, "num_kv_heads", "n_head_kv", default=heads)  # means something where there are groups
+    kv_heads = groups if grouped else heads
+    two_norms = integer(settings, "num_ln_in_parallel_attn", default=2) == 2 and grouped
     bias = flag(settings, "bias", False)
     return ModelConfig(
         family="falcon",
@@ -42,7 +44,7 @@ def config_from_hf(settings: Settings) -> ModelConfig:
         output_bias=bias,
         ffn_bias=bias,
         parallel=parallel,
-        shared_norm=parallel and not (grouped and integer(settings, "num_ln_in_parallel_attn", default=2) == 2),
+        shared_norm=parallel and not two_norms,
         tied_embeddings=flag(settings, "tie_word_embeddings", True),
         **activation_fields(settings, "activation", "hidden_act", default="gelu"),
     )

@@ -90,3 +90,4 @@ class Family:
     config_from_hf: Callable[[Mapping[str, Any]], ModelConfig]
     hf: Naming
     gguf: GgufFamily | None = None  # None: GGUF has no such architecture
+    harmless: tuple[str, ...] = ()  # settings that are without effect in this family, beyond those of leftovers.py

@@ -11,7 +11,16 @@ from numpy.typing import NDArray
 
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import GgufFamily
-from svdengine.models.settings import Settings, activation_fields, integer, number, yarn_magnitude
+from svdengine.models.noted import Noted
+from svdengine.models.settings import (
+    Settings,
+    activation_fields,
+    integer,
+    layer_count,
+    number,
+    window_size,
+    yarn_magnitude,
+)
 
 ROPE_FACTORS = "rope_freqs.weight"  # tensor: what Llama 3.1's scaling divides the frequencies by, (head_dim / 2,)
 _FACTOR_TOLERANCE = 1e-3
@@ -28,8 +37,10 @@ def strip_architecture(metadata: Mapping[str, object], architecture: str) -> dic
 
 def _one(key: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
-        if len(set(value)) != 1:
-            raise ValueError(f"{key} differs between layers, which is not supported: {value}")
+        if not value:
+            return []
+        if any(item != value[0] for item in value):
+            raise ValueError(f"{key} differs between layers, which is not supported: {value[:8]}")
         value = value[0]
     # Stored as float32; its shortest decimal form is what the model's authors wrote.
     return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -38,7 +49,7 @@ def _one(key: str, value: Any) -> Any:
 def gguf_config(
     family: str,
     kind: GgufFamily,
-    fields: Settings,
+    fields: Noted,
     tensor_names: Container[str],
     vocab_size: int,
     rope_factors: NDArray[np.float32] | None,
@@ -49,8 +60,9 @@ def gguf_config(
     head_dim = integer(fields, "attention.key_length", default=hidden // heads)
     if integer(fields, "attention.value_length", default=head_dim) != head_dim:
         raise ValueError("models whose keys and values have different sizes are not supported")
-    layers, window = integer(fields, "block_count"), integer(fields, "attention.sliding_window", default=1 << 30)
-    slides = window < integer(fields, "context_length", default=2048)
+    layers = layer_count(fields, "block_count")
+    window = window_size(fields, "attention.sliding_window")
+    slides = 0 < window < integer(fields, "context_length", default=2048)
     common: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": hidden,
@@ -86,18 +98,23 @@ def _refuse(fields: Settings, tensor_names: Container[str]) -> None:
         raise ValueError("a bias of the output projection is not supported (tensor output.bias)")
 
 
-def _rope(fields: Settings, head_dim: int, tensor_names: Container[str], factors: NDArray[np.float32] | None) -> Rope:
+def _rope(fields: Noted, head_dim: int, tensor_names: Container[str], factors: NDArray[np.float32] | None) -> Rope:
     rotated = integer(fields, "rope.dimension_count", default=head_dim)
     if rotated != head_dim:
         raise ValueError(f"partial rotary embedding is not supported ({rotated} of {head_dim} dimensions)")
     theta = number(fields, "rope.freq_base", default=10000.0)
+    kind = fields.get("rope.scaling.type", "linear" if "rope.scale_linear" in fields else "none")
+    factor = number(fields, "rope.scaling.factor", "rope.scale_linear", default=1.0)
+    off = kind == "none" or (kind == "linear" and factor == 1.0)
+    if kind == "none":
+        fields.note("rope.scaling.")  # numbers of a scaling that is switched off
     if ROPE_FACTORS in tensor_names:
         if factors is None:
             raise ValueError(f"the values of {ROPE_FACTORS} are needed to know the rope scaling")
+        if not off:
+            raise ValueError(f"rope scaling {kind!r} together with {ROPE_FACTORS} is not supported")
         return rope_from_factors(theta, head_dim, factors)
-    kind = fields.get("rope.scaling.type", "linear" if "rope.scale_linear" in fields else "none")
-    factor = number(fields, "rope.scaling.factor", "rope.scale_linear", default=1.0)
-    if kind == "none" or (kind == "linear" and factor == 1.0):
+    if off:
         return Rope(theta)
     if kind == "linear":
         return Rope(theta, "linear", factor=factor)

@@ -6,10 +6,12 @@ from svdengine.models.config import ModelConfig
 from svdengine.models.family import Family, GgufFamily
 from svdengine.models.naming import GGUF_NEIGHBOURS, LLAMA_NAMES
 from svdengine.models.settings import Settings, flag, gated_config
+from svdengine.models.windows import refuse_window
 
 
 def config_from_hf(settings: Settings) -> ModelConfig:
     """Read a Llama config.json."""
+    refuse_window(settings)
     attention_bias = flag(settings, "attention_bias", False)
     return gated_config(
         "llama",
@@ -27,4 +29,6 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     hf=LLAMA_NAMES,
     gguf=GgufFamily("llama", GGUF_NEIGHBOURS),
+    # Left over in MiniCPM checkpoints that were rewritten as Llama: the weights hold these scales already.
+    harmless=("scale_emb", "scale_depth", "dim_model_base"),
 )

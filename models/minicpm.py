@@ -9,12 +9,14 @@ from typing import Any
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Family, GgufFamily
 from svdengine.models.naming import GGUF_NEIGHBOURS, LLAMA_NAMES
-from svdengine.models.settings import Settings, flag, gated_config, integer, number
+from svdengine.models.settings import Settings, flag, gated_config, integer, layer_count, number
+from svdengine.models.windows import refuse_window
 
 
 def config_from_hf(settings: Settings) -> ModelConfig:
     """Read a MiniCPM config.json."""
-    layers, hidden = integer(settings, "num_hidden_layers"), integer(settings, "hidden_size")
+    refuse_window(settings)
+    layers, hidden = layer_count(settings), integer(settings, "hidden_size")
     attention_bias = flag(settings, "attention_bias", False)
     return gated_config(
         "minicpm",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 from svdengine.models.config import ModelConfig
-from svdengine.models.family import Array, Build, Naming, plain, split_suffix
+from svdengine.models.family import Array, Build, Naming, Source, plain, split_suffix
 
 LLAMA_NAMES = Naming(
     stems={
@@ -68,3 +68,18 @@ def _neighbours(config: ModelConfig, tensor: str) -> Build:
 
 GGUF_HALF_SPLIT = Naming(GGUF_STEMS)  # q and k as Hugging Face has them
 GGUF_NEIGHBOURS = Naming(GGUF_STEMS, build=_neighbours)  # q and k permuted for rope on neighbouring dimensions
+
+
+def scaled(source: Source, available: Container[str]) -> Source:
+    """The source of a matrix of a GGUF file, times its scale where the file keeps one beside it (NVFP4)."""
+    weight = source.names[0]
+    scale = weight.removesuffix(".weight") + ".scale"
+    if not weight.endswith(".weight") or scale not in available:
+        return source
+
+    def build(arrays: Sequence[Array]) -> Array:
+        if arrays[-1].size != 1:
+            raise ValueError(f"{scale} must be one number")
+        return source.build([arrays[0] * arrays[-1].reshape(()), *arrays[1:-1]])
+
+    return Source((*source.names, scale), build)

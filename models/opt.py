@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Array, Build, Family, Naming, plain
-from svdengine.models.settings import Settings, activation_fields, flag, integer
+from svdengine.models.settings import Settings, activation_fields, flag, integer, layer_count
 
 _POSITION_OFFSET = 2  # rows of the checkpoint's position table before that of position 0
 
@@ -25,7 +25,7 @@ def config_from_hf(settings: Settings) -> ModelConfig:
         family="opt",
         vocab_size=integer(settings, "vocab_size"),
         hidden_size=hidden,
-        layer_count=integer(settings, "num_hidden_layers"),
+        layer_count=layer_count(settings),
         head_count=heads,
         kv_head_count=heads,
         head_dim=hidden // heads,

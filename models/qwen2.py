@@ -5,7 +5,8 @@ from __future__ import annotations
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Family, GgufFamily
 from svdengine.models.naming import GGUF_HALF_SPLIT, LLAMA_NAMES
-from svdengine.models.settings import Settings, gated_config, window_fields
+from svdengine.models.settings import Settings, gated_config
+from svdengine.models.windows import window_fields
 
 
 def config_from_hf(settings: Settings) -> ModelConfig:
@@ -20,4 +21,5 @@ FAMILY = Family(
     config_from_hf=config_from_hf,
     hf=LLAMA_NAMES,
     gguf=GgufFamily("qwen2", GGUF_HALF_SPLIT),
+    harmless=("attention_bias", "qkv_bias", "no_bias"),  # q, k and v have biases whatever these say
 )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Family, GgufFamily
 from svdengine.models.naming import GGUF_HALF_SPLIT, LLAMA_NAMES
-from svdengine.models.settings import Settings, flag, gated_config, integer, window_fields
+from svdengine.models.settings import Settings, flag, gated_config, integer
+from svdengine.models.windows import window_fields
 
 
 def config_from_hf(settings: Settings) -> ModelConfig:

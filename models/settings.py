@@ -1,10 +1,11 @@
-"""Reading the settings of a Hugging Face config.json: checked values, activation, rope, sliding window."""
+"""Reading the settings of a Hugging Face config.json: checked values, activation, rope."""
 
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from svdengine.models.config import Activation, ModelConfig, Rope
 
@@ -20,6 +21,8 @@ _ACTIVATION_ALIASES: dict[str, Activation] = {
     "gelu_python": "gelu",
     "relu_squared": "relu2",
 }
+_LARGEST = (1 << 31) - 1  # of any size; what executors index with has 32 bits
+MOST_LAYERS = 4096
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
@@ -27,23 +30,49 @@ def integer(settings: Settings, *keys: str, default: int | None = None) -> int:
     """The positive whole number under the first of `keys` that is set. Raises ValueError if there is none."""
     value = _first(settings, keys, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{keys[0]} must be a positive whole number, found {value!r}")
+        raise ValueError(f"{keys[0]} must be a positive whole number, found {shown(value)}")
+    if value > _LARGEST:
+        raise ValueError(f"{keys[0]} must be at most {_LARGEST}, found {shown(value)}")
     return value
+
+
+def layer_count(settings: Settings, key: str = "num_hidden_layers") -> int:
+    """The number of layers, small enough to make a list of. Raises ValueError."""
+    count = integer(settings, key)
+    if count > MOST_LAYERS:
+        raise ValueError(f"{key} must be at most {MOST_LAYERS}, found {count}")
+    return count
+
+
+def window_size(settings: Settings, key: str = "sliding_window") -> int:
+    """Tokens of the sliding window; 0: there is none. Raises ValueError on anything but a whole number."""
+    return 0 if settings.get(key) in (None, 0) else integer(settings, key)
 
 
 def number(settings: Settings, *keys: str, default: float | None = None) -> float:
     """The finite number under the first of `keys` that is set. Raises ValueError if there is none."""
     value = _first(settings, keys, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{keys[0]} must be a number, found {value!r}")
-    return float(value)
+    found = finite(value)
+    if found is None:
+        raise ValueError(f"{keys[0]} must be a number, found {shown(value)}")
+    return found
+
+
+def finite(value: object) -> float | None:
+    """A number as a float; None for anything else, and for what no float can hold."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
 
 
 def flag(settings: Settings, key: str, default: bool) -> bool:
     """The truth value under `key`; null is the default. Raises ValueError on anything else."""
     value = _first(settings, (key,), default)
     if not isinstance(value, bool):
-        raise ValueError(f"{key} must be true or false, found {value!r}")
+        raise ValueError(f"{key} must be true or false, found {shown(value)}")
     return value
 
 
@@ -51,19 +80,32 @@ def texts(settings: Settings, key: str) -> list[str]:
     """The list of texts under `key`; null is an empty one. Raises ValueError on anything else."""
     value = _first(settings, (key,), [])
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise ValueError(f"{key} must be a list of texts, found {value!r}")
+        raise ValueError(f"{key} must be a list of texts, found {shown(value)}")
     return value
 
 
 def _first(settings: Settings, keys: tuple[str, ...], default: Any) -> Any:
-    return next((settings[key] for key in keys if settings.get(key) is not None), default)
+    """The value under several names for one thing. Raises ValueError when two of them say different things."""
+    found = [(key, value) for key in keys if (value := settings.get(key)) is not None]
+    for key, value in found[1:]:
+        if value != found[0][1]:
+            raise ValueError(f"{found[0][0]} is {shown(found[0][1])} and {key} is {shown(value)}, which disagree")
+    return found[0][1] if found else default
+
+
+def shown(value: Any, longest: int = 80) -> str:
+    """A value for a message; Python refuses to write out a whole number of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a whole number of more than 64 bits"
+    text = repr(value)
+    return text if len(text) <= longest else text[:longest] + "..."
 
 
 def activation_named(name: object) -> Activation:
     """Our activation for a name as Hugging Face or we write it. Raises ValueError listing those that are supported."""
     known: dict[str, Activation] = {a: a for a in get_args(Activation)} | _ACTIVATION_ALIASES
     if not isinstance(name, str) or name not in known:
-        raise ValueError(f"the activation {name!r} is not supported; supported: {', '.join(known)}")
+        raise ValueError(f"the activation {shown(name)} is not supported; supported: {', '.join(known)}")
     return known[name]
 
 
@@ -77,12 +119,17 @@ def activation_fields(settings: Settings, *keys: str, default: str = "silu") -> 
 def refuse_unreadable(settings: Settings) -> None:
     """Raise ValueError for what no family here supports: mixtures of experts and weights quantised by others."""
     for key in _EXPERT_KEYS:
-        if isinstance(settings.get(key), int) and settings[key] > 1:
-            raise ValueError(f"mixture-of-experts models are not supported (config has {key}={settings[key]})")
+        count = settings.get(key)
+        if isinstance(count, int) and count > 1:
+            raise ValueError(f"mixture-of-experts models are not supported (config has {key}={shown(count)})")
+        if not isinstance(count, int | None):
+            raise ValueError(f"{key} must be a whole number, found {shown(count)}")
     quantization = settings.get("quantization_config")
     if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise ValueError(f"checkpoints quantised with {method} are not supported; use the unquantised checkpoint")
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise ValueError(
+            f"checkpoints quantised with {str(method)[:40]} are not supported; use the unquantised checkpoint"
+        )
 
 
 def gated_config(family: str, settings: Settings, **fields: Any) -> ModelConfig:
@@ -92,7 +139,7 @@ def gated_config(family: str, settings: Settings, **fields: Any) -> ModelConfig:
     common: dict[str, Any] = {
         "vocab_size": integer(settings, "vocab_size"),
         "hidden_size": hidden,
-        "layer_count": integer(settings, "num_hidden_layers"),
+        "layer_count": layer_count(settings),
         "head_count": heads,
         "kv_head_count": integer(settings, "num_key_value_heads", default=heads),
         "head_dim": head_dim,
@@ -111,14 +158,16 @@ def rope(settings: Settings) -> Rope:
 
     Raises ValueError for a kind of scaling that is not supported.
     """
-    scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if not isinstance(scaling, dict) or any(isinstance(value, dict) for value in scaling.values()):
+    scaling = _first(settings, ("rope_parameters", "rope_scaling"), {})
+    if not isinstance(scaling, Mapping) or any(name.endswith("_attention") for name in scaling):
         raise ValueError("rope parameters that differ between layers are not supported")
-    merged = {**settings, **scaling}
-    if number(merged, "partial_rotary_factor", default=1.0) != 1.0:
-        raise ValueError(f"partial rotary embedding is not supported (factor {merged['partial_rotary_factor']})")
+    merged = ChainMap(cast(dict[str, Any], scaling), cast(dict[str, Any], settings))
+    for place in (settings, scaling):
+        if number(place, "partial_rotary_factor", default=1.0) != 1.0:
+            raise ValueError(f"partial rotary embedding is not supported (factor {place['partial_rotary_factor']})")
+    settings.get("rope_theta")  # the one in rope_parameters is preferred
     theta = number(merged, "rope_theta", default=10000.0)
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    kind = _first(scaling, ("rope_type", "type"), "default")
     if kind in ("default", "none"):
         return Rope(theta)
     if kind == "linear":
@@ -137,7 +186,7 @@ def rope(settings: Settings) -> Rope:
         )
     if kind == "yarn":
         return _yarn(theta, scaling, original, context)
-    raise ValueError(f"rope scaling {kind!r} is not supported; supported: default, linear, llama3, yarn")
+    raise ValueError(f"rope scaling {shown(kind)} is not supported; supported: default, linear, llama3, yarn")
 
 
 def _yarn(theta: float, scaling: Settings, original: int, context: int) -> Rope:
@@ -165,28 +214,3 @@ def _yarn_attention(factor: float, scaling: Settings) -> float:
     if mscale and all_dim:
         return yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dim)
     return yarn_magnitude(factor)
-
-
-def window_fields(settings: Settings) -> dict[str, Any]:
-    """`sliding_window` and its layers where some layers slide and some do not (Qwen).
-
-    `layer_types` says which; without it the layers from `max_window_layers` on. Raises ValueError for other types.
-    """
-    if not flag(settings, "use_sliding_window", False) or settings.get("sliding_window") is None:
-        return {}
-    count = integer(settings, "num_hidden_layers")
-    first = int(number(settings, "max_window_layers", default=28))
-    kinds = texts(settings, "layer_types") or ["full_attention"] * first + ["sliding_attention"] * (count - first)
-    unknown = set(kinds) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise ValueError(f"layers of type {', '.join(sorted(unknown))} are not supported")
-    layers = tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
-    return {"sliding_window": integer(settings, "sliding_window"), "sliding_window_layers": layers} if layers else {}
-
-
-def all_layers_window(settings: Settings) -> dict[str, Any]:
-    """`sliding_window` over every layer, when one is set (Mistral)."""
-    if settings.get("sliding_window") is None:
-        return {}
-    count = integer(settings, "num_hidden_layers")
-    return {"sliding_window": integer(settings, "sliding_window"), "sliding_window_layers": tuple(range(count))}

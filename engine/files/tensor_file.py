@@ -157,10 +157,14 @@ def parse_header(path: Path, file: BinaryIO) -> TensorHeader:
 
 
 def strict_json(text: str | bytes) -> Any:
-    """Parse JSON, with duplicate keys and numbers that are not finite refused. Raises ValueError."""
+    """Parse JSON; duplicate keys, numbers that are not finite and whole ones beyond 64 bits raise ValueError."""
     try:
         return json.loads(
-            text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant, parse_float=_finite_float
+            text,
+            object_pairs_hook=_unique_keys,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_float,
+            parse_int=_int64,
         )
     except RecursionError as error:
         raise ValueError("JSON is nested too deeply") from error
@@ -249,5 +253,12 @@ def _refuse_constant(text: str) -> float:
 def _finite_float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
+        raise ValueError(f"the number {text[:40]} is too large")
+    return value
+
+
+def _int64(text: str) -> int:
+    value = int(text) if len(text) <= 20 else 1 << 64
+    if not -(1 << 63) <= value < 1 << 63:
         raise ValueError(f"the number {text[:40]} is too large")
     return value

@@ -75,7 +75,8 @@ class ChatTemplate:
         messages = with_content(messages, self.source)
         marked, literals = self._mark([dict(m) for m in messages], _without_none(extra))
         values = {"messages": marked[0], **marked[1]}
-        values |= {"add_generation_prompt": add_generation_prompt}
+        # Templates are written for transformers, where tools and documents that are not given are none.
+        values = {"tools": None, "documents": None, **values, "add_generation_prompt": add_generation_prompt}
         values |= {name: self._tokenizer.special_text(id_) for name, id_ in self._named_tokens()}
         try:
             with self._lock:
@@ -119,7 +120,7 @@ class ChatTemplate:
         return RenderedPrompt(rendered.text[: rendered.text.index(_END_MARK)], rendered.literals)
 
     def _named_tokens(self) -> Iterable[tuple[str, int | None]]:
-        return (("bos_token", self._tokenizer.bos_id), ("eos_token", self._tokenizer.eos_id))
+        return (("bos_token", self._tokenizer.named_id("bos")), ("eos_token", self._tokenizer.named_id("eos")))
 
     def _mark(self, messages: list[dict[str, Any]], extra: dict[str, Any]) -> tuple[Any, dict[str, str]]:
         texts = list(_strings([messages, extra]))

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import ModelFileError, RequestError
-from svdengine.text.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, SpecialToken
+from svdengine.text.tokenizer_backends import Backend, JsonBackend, SentencePieceBackend, Span, SpecialToken
 
 Prompt = str | Sequence[int] | NDArray[np.integer[Any]]  # an array: (n,)
 
@@ -54,12 +54,13 @@ class Tokenizer:
     def __init__(self, info: TokenizerInfo, data: bytes) -> None:
         self._backend: Backend | None = None
         if info.kind == "tokenizer.json":
-            self._backend = JsonBackend(data)
+            self._backend = JsonBackend(data, info.added_tokens)
         elif info.kind == "tokenizer.model":
-            self._backend = SentencePieceBackend(data)
+            self._backend = SentencePieceBackend(data, info.special_tokens, info.added_tokens)
         self._size = self._backend.vocab_size if self._backend else 0
         self.bos_id = info.bos_id
         self.eos_id = info.eos_id
+        self._unnamed = frozenset(info.unnamed)
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.add_bos = info.add_bos and info.bos_id is not None
         self._specials = _by_text(self._backend, info.special_tokens)
@@ -126,23 +127,29 @@ class Tokenizer:
         """How a control token is written, or "" when the id is none."""
         return self._texts.get(token, "") if token is not None else ""
 
+    def named_id(self, role: str) -> int | None:
+        """The id of "bos" or "eos" where the tokenizer itself has a name for it, and not only the model."""
+        return None if role in self._unnamed else self.bos_id if role == "bos" else self.eos_id
+
     def _encode_parts(self, backend: Backend, text: str, literals: Mapping[str, str]) -> list[int]:
         """Split at the control tokens; between them is plain text, in which literals get their meaning back."""
         table = {ord(mark): meaning for mark, meaning in literals.items()}
         ids: list[int] = []
-        start, strip_left = 0, False
-        for match in self._pattern.finditer(text) if self._pattern else ():
-            token = self._specials[match.group()]
-            part = text[start : match.start()]
-            part = part.lstrip() if strip_left else part
-            part = (part.rstrip() if token.lstrip else part).translate(table)
-            if part:
-                ids += backend.encode(part, first=start == 0)
-            ids.append(token.id)
-            start, strip_left = match.end(), token.rstrip
-        part = text[start:]
-        part = (part.lstrip() if strip_left else part).translate(table)
+        start = 0
+        for span in self._special_spans(backend, text):
+            part = text[start : span.start].translate(table)
+            ids += [*(backend.encode(part, first=start == 0) if part else ()), span.id]
+            start = span.end
+        part = text[start:].translate(table)
         return ids + (backend.encode(part, first=start == 0) if part else [])
+
+    def _special_spans(self, backend: Backend, text: str) -> list[Span]:
+        """Where control tokens are written: as the library says, so that no other text decides about them."""
+        found = backend.find_special(text)
+        if found is None:
+            matches = self._pattern.finditer(text) if self._pattern else ()
+            found = [Span(*match.span(), self._specials[match.group()].id) for match in matches]
+        return found
 
     def _require(self) -> Backend:
         if self._backend is None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from svdengine.errors import ModelFileError
 
@@ -24,10 +24,18 @@ class SpecialToken:
     rstrip: bool = False
 
 
+class Span(NamedTuple):
+    """A control token in a text, with the white space that it swallows."""
+
+    start: int
+    end: int
+    id: int
+
+
 class Backend(Protocol):
     """Text to ids and back, without the tokens that begin or end a prompt."""
 
-    vocab_size: int
+    vocab_size: int  # the largest id and one; there may be ids below it that stand for nothing
     special_tokens: tuple[SpecialToken, ...]
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
@@ -36,6 +44,10 @@ class Backend(Protocol):
 
     def encode_special(self, text: str) -> list[int] | None:
         """Ids of text whose control tokens count, or None when the library cannot do that."""
+        ...
+
+    def find_special(self, text: str) -> list[Span] | None:
+        """Where control tokens are written in a text, or None when the library cannot tell."""
         ...
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str:
@@ -61,18 +73,24 @@ def _explained(what: str) -> Iterator[None]:
 class JsonBackend:
     """A tokenizer.json. One object serves both readings of control tokens, under a lock."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, again: Mapping[str, int]) -> None:
+        """`again`: text -> second id of tokens that are in the vocabulary twice, which the library does not know."""
         import tokenizers
 
         with _explained("tokenizer.json"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
-            self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
+            # Not the number of texts: ids may have holes, and two of them the same text.
+            vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+            self._first_ids = {i: vocabulary[text] for text, i in again.items() if text in vocabulary}
+            self.vocab_size = 1 + max((*vocabulary.values(), *self._first_ids), default=-1)
             added = self._tokenizer.get_added_tokens_decoder()
         self.special_tokens = tuple(
             SpecialToken(i, t.content, t.lstrip, t.rstrip) for i, t in added.items() if t.special and t.content
         )
+        self._special = {token.id: token.text for token in self.special_tokens}
+        self._normalized = self._tokenizer.normalizer is not None and any(t.normalized for t in added.values())
         self._data = data
         self._added = frozenset(added)  # written as they are, whatever the alphabet
         self._byte_level = any(step.get("type") == "ByteLevel" for step in _steps(json.loads(data).get("decoder")))
@@ -86,19 +104,44 @@ class JsonBackend:
             tokenizer.encode_special_tokens = True
             return tokenizer.encode(text, add_special_tokens=False).ids
 
-    def encode_special(self, text: str) -> list[int]:
-        """See `Backend.encode_special`."""
+    def encode_special(self, text: str) -> list[int] | None:
+        """See `Backend.encode_special`.
+
+        The library also finds a normalised control token where the text only becomes it, such as </S> for </s>. Then
+        it is None: the caller takes for found what is written exactly.
+        """
+        encoding = self._encode_whole(text)
+        return (
+            encoding.ids if not self._normalized or len(self._exact(text, encoding)) == self._count(encoding) else None
+        )
+
+    def find_special(self, text: str) -> list[Span]:
+        """See `Backend.find_special`."""
+        return self._exact(text, self._encode_whole(text))
+
+    def _encode_whole(self, text: str) -> Any:
         with self._lock, _explained("tokenizer.json"):
             self._tokenizer.encode_special_tokens = False
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def _exact(self, text: str, encoding: Any) -> list[Span]:
+        """The control tokens of an encoding that are written in its text as they are."""
+        spans = (Span(start, end, id_) for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True))
+        known = (span for span in spans if span.id in self._special)
+        return [span for span in known if text[span.start : span.end].strip() == self._special[span.id].strip()]
+
+    def _count(self, encoding: Any) -> int:
+        return sum(id_ in self._special for id_ in encoding.ids)
 
     def decode(self, ids: Sequence[int], *, special: bool) -> str:
         """See `Backend.decode`."""
         with _explained("tokenizer.json"):
-            return self._tokenizer.decode(list(ids), skip_special_tokens=not special)
+            known = [self._first_ids.get(i, i) for i in ids] if self._first_ids else list(ids)
+            return self._tokenizer.decode(known, skip_special_tokens=not special)
 
     def token_bytes(self, token: int) -> bytes:
         """See `Backend.token_bytes`."""
+        token = self._first_ids.get(token, token)
         piece = self._tokenizer.id_to_token(token) or ""
         if token in self._added:
             return piece.encode()
@@ -118,41 +161,77 @@ class JsonBackend:
 
 
 class SentencePieceBackend:
-    """A tokenizer.model. Its text to ids knows no control tokens; the caller splits the text at them."""
+    """A tokenizer.model, and tokens that were added to it. Its library knows no control tokens in a text."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, control: Mapping[str, int], added: Mapping[str, int]) -> None:
+        """`control`: text -> id of control tokens, `added`: of others; their ids may lie beyond the library's own."""
         import sentencepiece
 
         if not data:
             raise ModelFileError("the model's tokenizer cannot be read (tokenizer.model): it is empty")
         with _explained("tokenizer.model"):
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
-            self.vocab_size = self._processor.vocab_size()
-            control = [i for i in range(self.vocab_size) if self._processor.IsControl(i)]
-            self.special_tokens = tuple(SpecialToken(i, self._processor.IdToPiece(i)) for i in control)
-        self._control = frozenset(control)
+            self._pieces = self._processor.vocab_size()
+            controls = [i for i in range(self._pieces) if self._processor.IsControl(i)]
+            self.special_tokens = tuple(SpecialToken(i, self._processor.IdToPiece(i)) for i in controls)
+        self._control = {token.id: token.text for token in self.special_tokens}
+        self._control |= {i: text for text, i in control.items() if text and not self._is_piece(text, i)}
+        self._added = {text: i for text, i in added.items() if text and i not in self._control}
+        self._added_texts = {i: text for text, i in self._added.items()}
+        self.vocab_size = 1 + max((self._pieces - 1, *self._control, *self._added_texts))
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._pattern = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
 
     def encode(self, text: str, *, first: bool = True) -> list[int]:
         """See `Backend.encode`. Every part of a prompt gets the leading space, as Llama was trained."""
+        ids: list[int] = []
         with _explained("tokenizer.model"):
-            return self._processor.encode(text, out_type=int, add_bos=False, add_eos=False)
+            for part in self._pattern.split(text) if self._pattern else (text,):
+                if part in self._added:
+                    ids.append(self._added[part])
+                elif part:
+                    ids += self._processor.encode(part, out_type=int, add_bos=False, add_eos=False)
+        return ids
 
     def encode_special(self, text: str) -> None:
         """Not possible with this library."""
         return None
 
+    def find_special(self, text: str) -> None:
+        """Not possible with this library."""
+        return None
+
     def decode(self, ids: Sequence[int], *, special: bool) -> str:
         """See `Backend.decode`."""
-        known = [i for i in ids if 0 <= i < self.vocab_size]
-        with _explained("tokenizer.model"):
-            if not special or not self._control.intersection(known):
-                return self._processor.decode(known)
-            pieces = [self._processor.IdToPiece(i) if i in self._control else i for i in known]
-            return "".join(p if isinstance(p, str) else self._processor.decode([p]) for p in pieces)
+        parts: list[str] = []
+        run: list[int] = []  # of the library's own tokens
+        for i in ids:
+            text = self._added_texts.get(i) or (self._control.get(i) if special else None)
+            if text is not None:
+                parts += (self._run_text(run, bool(parts)), text)
+                run = []
+            elif 0 <= i < self._pieces and i not in self._control:
+                run.append(i)
+        return "".join((*parts, self._run_text(run, bool(parts))))
 
     def token_bytes(self, token: int) -> bytes:
         """See `Backend.token_bytes`."""
-        return _bytes_of_piece(self._processor.IdToPiece(token)) if 0 <= token < self.vocab_size else b""
+        if token in self._added_texts:
+            return self._added_texts[token].encode()
+        return _bytes_of_piece(self._processor.IdToPiece(token)) if 0 <= token < self._pieces else b""
+
+    def _run_text(self, run: list[int], inside: bool) -> str:
+        """Text of tokens. The library drops the first space, which only the beginning of a text has for itself."""
+        if not run:
+            return ""
+        with _explained("tokenizer.model"):
+            text = self._processor.decode(run)
+            spaced = inside and self._processor.IdToPiece(run[0]).startswith("\u2581") and not text.startswith(" ")
+        return " " + text if spaced else text
+
+    def _is_piece(self, text: str, token: int) -> bool:
+        """Whether a token is one of the library's own that it writes itself, such as the unknown one."""
+        return token < self._pieces and self._processor.IdToPiece(token) == text
 
 
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")

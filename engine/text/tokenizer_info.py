@@ -23,31 +23,40 @@ class TokenizerInfo:
     add_bos: bool = False  # a prompt begins with bos_id; the tokenizer's own post-processor is not to be used
     add_eos: bool = False
     special_tokens: Mapping[str, int] = field(default_factory=dict)  # text -> id of the control tokens
+    # text -> id of tokens that are text and that the file lacks: added ones, or a second id for the same text
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
+    unnamed: tuple[str, ...] = ()  # of bos and eos: what the tokenizer has no name for, so that templates write nothing
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types."""
-        return {**asdict(self), "eos_token_ids": list(self.eos_token_ids)}
+        """Plain JSON types. What few models have is left out where there is none, for programs that do not know it."""
+        plain = {**asdict(self), "eos_token_ids": list(self.eos_token_ids), "unnamed": list(self.unnamed)}
+        return {name: value for name, value in plain.items() if value or name not in ("added_tokens", "unnamed")}
 
     @classmethod
     def from_dict(cls, data: Any, vocab_size: int) -> TokenizerInfo:
         """Rebuild from `to_dict`. Raises ValueError on an ill-typed field or an id outside the vocabulary."""
         if not isinstance(data, dict) or not set(data) <= set(cls.__dataclass_fields__) or "kind" not in data:
             raise ValueError(f"tokenizer: expected some of the fields {', '.join(cls.__dataclass_fields__)}")
-        info = cls(**{**data, "eos_token_ids": tuple(_list(data.get("eos_token_ids", [])))})
+        lists = {name: tuple(_list(name, data.get(name, []))) for name in ("eos_token_ids", "unnamed")}
+        info = cls(**{**data, **lists})
         if info.kind not in get_args(TokenizerKind):
             raise ValueError(f"tokenizer: unknown kind {quoted(str(info.kind))}")
         if type(info.add_bos) is not bool or type(info.add_eos) is not bool:
             raise ValueError("tokenizer: add_bos and add_eos must be true or false")
-        if not isinstance(info.special_tokens, dict):
-            raise ValueError("tokenizer: special_tokens must map texts to ids")
+        for name in ("special_tokens", "added_tokens"):
+            if not isinstance(getattr(info, name), dict):
+                raise ValueError(f"tokenizer: {name} must map texts to ids")
+        if any(role not in ("bos", "eos") for role in info.unnamed):
+            raise ValueError("tokenizer: unnamed must be some of bos and eos")
         optional = (i for i in (info.bos_id, info.eos_id, info.pad_id) if i is not None)
-        for token in (*optional, *info.eos_token_ids, *info.special_tokens.values()):
+        written = (*info.special_tokens.values(), *info.added_tokens.values())
+        for token in (*optional, *info.eos_token_ids, *written):
             if type(token) is not int or not 0 <= token < vocab_size:
                 raise ValueError(f"tokenizer: found the token id {token!r}, expected 0..{vocab_size - 1}")
         return info
 
 
-def _list(value: Any) -> list[Any]:
+def _list(name: str, value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise ValueError("tokenizer: eos_token_ids must be a list")
+        raise ValueError(f"tokenizer: {name} must be a list")
     return value

@@ -1,6 +1,8 @@
 """Conversion of GGUF files: as from the Hugging Face folder of the same weights, and what is refused."""
 
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from small_checkpoints import CONFIG, checkpoint_weights, gguf_tensors, write_gguf, write_hf
+from small_checkpoints import CONFIG, checkpoint_weights, gguf_fields, gguf_tensors, write_gguf, write_hf
 
 from svdengine.converters import convert
 from svdengine.converters.conversion import open_checkpoint
@@ -79,7 +81,8 @@ FAILURES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "shape": ({}, {UP: np.zeros((7, 90), np.float32)}, rf"{UP}.*\(7, 90\).*expected \(150, 90\)"),
     "nan": ({}, {UP: np.full((150, 90), np.nan, np.float32)}, f"{UP}.*NaN"),
     "type": ({}, {UP: np.zeros((150, 90), np.int32)}, f"{UP}.*I32"),
-    "split": ({"split.count": 2}, {}, "llama-gguf-split --merge"),
+    "split": ({"split.count": 2}, {}, r"one part of 2; .* must be named NAME-00001-of-00002\.gguf"),
+    "split by text": ({"split.count": "2"}, {}, "split.count must be a whole number"),
     "pre-tokenizer": ({"tokenizer.ggml.pre": "new"}, {}, "'new' is not supported, only"),
     "tokenizer": ({"tokenizer.ggml.model": "t5"}, {}, "'t5' is not supported"),
     "no tokenizer": ({"tokenizer.ggml.tokens": None}, {}, "no tokenizer"),
@@ -103,6 +106,106 @@ def test_what_cannot_be_converted(tmp_path: Path, tensors: dict[str, Any], failu
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == ["m.gguf"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "blk.0.attn_k.bias",
+        "blk.2.post_attention_norm.weight",
+        "blk.1.attn_sinks.weight",
+        "blk.3.attn_norm.weight",
+        "rope_factors_long.weight",
+        "blk.0.ffn_gate_inp.weight",
+        "output_norm.bias",
+        "something.new",
+    ],
+)
+def test_tensors_that_nothing_is_made_of_are_refused_by_name(
+    tmp_path: Path, tensors: dict[str, Any], name: str
+) -> None:
+    path = write_gguf(tmp_path / "m.gguf", {**tensors, name: np.ones(90, np.float32)})
+    with pytest.raises(ConversionError, match=re.escape(repr(name))):
+        convert(path, tmp_path / "m.svdp")
+
+
+def test_tensors_without_effect_are_taken(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    names = ("blk.0.attn_rot_embd.weight", "blk.1.ffn_up.input_scale", "blk.2.fc1.weight", "blk.2.fc2.weight")
+    more = {name: np.ones(1, np.float32) for name in names}
+    convert(write_gguf(tmp_path / "m.gguf", {**tensors, **more}), tmp_path / "m.svdp")
+
+
+def test_scales_beside_matrices_are_applied(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    """As NVFP4 files have them: the matrix of the model is the stored one times one number."""
+    scales = {"blk.1.ffn_up.scale": 0.5, "blk.0.attn_q.scale": 4.0, "output.scale": 2.0}
+    more = {name: np.full(1, scale, np.float32) for name, scale in scales.items()}
+    scaled = {
+        **tensors,
+        **{n.replace("scale", "weight"): tensors[n.replace("scale", "weight")] / s for n, s in scales.items()},
+    }
+    convert(write_gguf(tmp_path / "a.gguf", {**scaled, **more}), tmp_path / "a.svdp", "f32")
+    convert(write_gguf(tmp_path / "b.gguf", tensors), tmp_path / "b.svdp", "f32")
+    ours, other = read_model_file(tmp_path / "a.svdp"), read_model_file(tmp_path / "b.svdp")
+    for name, array in other.arrays.items():
+        np.testing.assert_array_equal(ours.arrays[name], array, err_msg=name)
+    more["blk.1.ffn_up.scale"] = np.ones(150, np.float32)
+    with pytest.raises(ConversionError, match="must be one number"):
+        convert(write_gguf(tmp_path / "c.gguf", {**scaled, **more}), tmp_path / "c.svdp", "f32")
+
+
+def write_parts(folder: Path, tensors: dict[str, Any], count: int = 3, **first: Any) -> list[Path]:
+    """A split file as llama-gguf-split writes it: fields in the first part, tensors in all."""
+    names, nothing = list(tensors), dict.fromkeys(gguf_fields())
+    paths = []
+    for number in range(count):
+        split = {"split.no": number, "split.count": count, "split.tensors.count": len(tensors)}
+        held = {name: tensors[name] for name in names[number::count]}
+        path = folder / f"m-{number + 1:05}-of-{count:05}.gguf"
+        paths.append(write_gguf(path, held, **({**split, **first} if number == 0 else {**nothing, **split})))
+    return paths
+
+
+@pytest.mark.parametrize("given", [0, 2])
+def test_a_file_in_parts(tmp_path: Path, tensors: dict[str, Any], given: int) -> None:
+    paths = write_parts(tmp_path, tensors)
+    convert(write_gguf(tmp_path / "m.gguf", tensors), tmp_path / "whole.svdp", "q8")
+    convert(paths[given], tmp_path / "parts.svdp", "q8")
+    whole, parts = read_model_file(tmp_path / "whole.svdp"), read_model_file(tmp_path / "parts.svdp")
+    assert whole.config == parts.config and whole.tokenizer_bytes == parts.tokenizer_bytes
+    for name, array in whole.arrays.items():
+        np.testing.assert_array_equal(array, parts.arrays[name], err_msg=name)
+    listed = [file["name"] for file in json.loads(parts.metadata["provenance"])["files"]]
+    assert listed == [path.name for path in paths]
+    with pytest.raises(ConversionError, match="would replace the checkpoint"):
+        convert(paths[0], paths[1])
+
+
+def test_parts_that_do_not_fit(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    def refused(message: str, path: Path) -> None:
+        with pytest.raises(ConversionError, match=message):
+            convert(path, tmp_path / "m.svdp")
+
+    paths = write_parts(tmp_path, tensors)
+    paths[0].rename(tmp_path / "other.gguf")
+    refused("must be named", tmp_path / "other.gguf")
+    refused(r"'m-00001-of-00003\.gguf' is missing", paths[1])
+    (tmp_path / "other.gguf").rename(paths[0])
+    paths[1].write_bytes(paths[2].read_bytes())
+    refused("says that it is part 2 of 3, expected 1", paths[0])
+    paths[1].write_bytes(b"GGUF")
+    refused(r"m-00002-of-00003\.gguf: truncated", paths[0])
+    refused("tensors, expected 500", write_parts(tmp_path, tensors, **{"split.tensors.count": 500})[0])
+
+
+def test_a_merged_file_is_whole(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    convert(write_gguf(tmp_path / "m.gguf", tensors, **{"split.count": 0, "split.no": 0}), tmp_path / "m.svdp")
+
+
+def test_sampling_defaults_that_no_model_file_can_hold_are_left_out(tmp_path: Path, tensors: dict[str, Any]) -> None:
+    fields: dict[str, Any] = {"general.sampling.temp": float("nan"), "general.sampling.top_p": float("inf")}
+    fields |= {"general.sampling.min_p": 0.5, "general.sampling.top_k": "many"}
+    convert(write_gguf(tmp_path / "m.gguf", tensors, **fields), tmp_path / "m.svdp")
+    assert read_model_file(tmp_path / "m.svdp").generation == {"min_p": 0.5}
 
 
 def test_damaged_files(tmp_path: Path, tensors: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from small_checkpoints import CONFIG, HF_CONFIG, TEMPLATE, checkpoint_weights, h
 
 import svdengine
 from svdengine.converters import convert
+from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.files.model_file import ModelFile, read_model_file
 
@@ -31,6 +33,9 @@ def converted(source: Path, dtype: Any = "f32", activation: str | None = None) -
 def assert_weights(file: ModelFile, weights: dict[str, Any]) -> None:
     for name, w in weights.items():
         np.testing.assert_array_equal(file.arrays[name][..., : w.shape[-1]], w, err_msg=name)
+
+
+INDEX = "model.safetensors.index.json"
 
 
 def edit(path: Path, **changes: Any) -> None:
@@ -122,7 +127,8 @@ def shards(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
         save_file({name: tensors[name] for name in members}, folder / shard)
     weight_map = {name: shard for shard, members in halves.items() for name in members}
     change(weight_map)
-    edit(folder / "model.safetensors.index.json", weight_map=weight_map)
+    edit(folder / INDEX, weight_map=weight_map)
+    (folder / "model.safetensors").unlink(missing_ok=True)
 
 
 def replaced(**changes: Any) -> dict[str, Any]:
@@ -181,7 +187,7 @@ FAILURES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "shard": (lambda f: shards(f, lambda m: m.update({UP: "c.safetensors"})), "'c.safetensors', which is missing"),
     "shard name": (lambda f: shards(f, lambda m: m.update({UP: "../c"})), "not the name of a file"),
     "not in shard": (lambda f: shards(f, lambda m: m.update({"x": "a.safetensors"})), "lacks the tensor 'x'"),
-    "index": (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "weight_map"),
+    "index": (lambda f: (f / "model.safetensors").rename(f / INDEX).write_text("{}"), "weight_map"),
     "tokenizer": (without("tokenizer.json"), "found neither tokenizer.json nor"),
     "damaged tokenizer": (lambda f: (f / "tokenizer.json").write_text("{}"), "tokenizer.json cannot be read"),
     "vocabulary": (lambda f: save_file(hf_tensors(random_weights(SMALL)), f / "model.safetensors"), "ids up to 263"),
@@ -221,6 +227,100 @@ def test_down_can_have_a_format_of_its_own(tmp_path: Path, activation: str) -> N
         assert formats["down_T" if activation == "relu" else "down"] == "q8" and formats["up"] == "q4"
         ours, theirs = cpu.logits([1, 2, 3]), exact.logits([1, 2, 3])
     assert relative_error(ours, theirs) < 0.02  # activations have 8 bits
+
+
+def with_tensors(folder: Path, **tensors: Any) -> Path:
+    return write_hf(folder, {**hf_tensors(checkpoint_weights()), **tensors})
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.k_proj.bias",
+        "model.layers.1.mlp.up_proj.bias",
+        "model.layers.0.self_attn.sinks",
+        "model.layers.2.self_attn.q_norm.weight",
+        "model.layers.0.pre_feedforward_layernorm.weight",
+        "model.layers.3.input_layernorm.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale",
+        "model.norm.bias",
+    ],
+)
+def test_tensors_that_nothing_is_made_of_are_refused_by_name(tmp_path: Path, name: str) -> None:
+    folder = with_tensors(tmp_path / "hf", **{name: np.ones(90, np.float32)})
+    with pytest.raises(ConversionError, match=re.escape(repr(name))):
+        converted(folder)
+
+
+def test_tensors_without_effect_are_taken(tmp_path: Path) -> None:
+    names = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.position_ids")
+    converted(with_tensors(tmp_path / "hf", **{name: np.ones(5, np.float32) for name in names}))
+
+
+def test_an_output_projection_beside_a_tied_embedding(tmp_path: Path) -> None:
+    """As transformers: a copy of the embedding is that, another matrix is the output projection."""
+    weights = hf_tensors(checkpoint_weights())
+    other = converted(write_hf(tmp_path / "other", weights, tie_word_embeddings=True))
+    assert not other.config.tied_embeddings
+    assert_weights(other, checkpoint_weights())
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    assert converted(write_hf(tmp_path / "copy", weights, tie_word_embeddings=True)).config.tied_embeddings
+
+
+def test_a_setting_that_is_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"hf: settings .*'logit_scale' \(0\.5\)"):
+        converted(write_hf(tmp_path / "hf", logit_scale=0.5))
+
+
+def test_the_single_file_wins_over_an_index(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "hf")
+    other = hf_tensors({name: w + 1 for name, w in checkpoint_weights().items()})
+    save_file(other, folder / "shard.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(other, "shard.safetensors")}))
+    assert_weights(converted(folder), checkpoint_weights())
+
+
+@pytest.mark.parametrize("name", ["x" * 10_000, "a\0b", "..", ".", "", "a/b", "\ud800"])
+def test_names_of_shards_that_no_file_can_have(tmp_path: Path, name: str) -> None:
+    folder = write_hf(tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with pytest.raises(ConversionError) as caught:
+        converted(folder)
+    assert len(str(caught.value)) < 500 + len(str(folder)) and "\n" not in str(caught.value)
+
+
+def test_a_mark_before_the_text_of_json_files_is_left_out(tmp_path: Path) -> None:
+    folder = write_hf(tmp_path / "hf")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    for file in (*folder.glob("*.json"), folder / "chat_template.jinja"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    file = converted(folder)
+    assert (file.tokenizer_bytes.decode(), file.chat_template) == (tokenizer_json(), TEMPLATE)
+
+
+DIGITS = "9" * 400
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "rms_norm_eps", "rope_theta", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [DIGITS, "9" * 5000, "-" + DIGITS, str(1 << 63), "1e999", "NaN", "-Infinity"])
+def test_numbers_that_are_too_large(tmp_path: Path, key: str, value: str) -> None:
+    folder = write_hf(tmp_path / "hf", **{key: "MARK"})
+    text = (folder / "config.json").read_text().replace('"MARK"', value)
+    (folder / "config.json").write_text(text)
+    if (key, value) == ("rope_theta", str(1 << 63)):
+        converted(folder)  # a large one, but one that can be
+    else:
+        with pytest.raises(ConversionError, match=key.split("_")[-1]):
+            converted(folder)
+
+
+def test_numbers_that_are_too_large_elsewhere(tmp_path: Path) -> None:
+    """In a tokenizer_config.json they are common: a model_max_length of 10^30 is what transformers writes."""
+    folder = write_hf(tmp_path / "hf")
+    edit(folder / "tokenizer_config.json", model_max_length=10**30)
+    edit(folder / "generation_config.json", top_k=10**400, temperature=float("nan"), top_p=0.5, min_p=10**18)
+    assert converted(folder).generation == {"top_p": 0.5, "min_p": 10**18}
 
 
 def test_wrong_calls(tmp_path: Path) -> None:
@@ -268,7 +368,7 @@ def test_tokenizer_settings(tmp_path: Path) -> None:
     assert "<pad>" not in file.tokenizer_bytes.decode()  # the model has no row for it
     edit(folder / "tokenizer_config.json", add_bos_token=False, add_eos_token=True)
     info = converted(folder).tokenizer_info
-    assert (info.add_bos, info.add_eos) == (False, True)
+    assert (info.add_bos, info.add_eos) == (True, False)  # tokenizer.json decides, as in transformers
 
 
 def test_chat_templates(tmp_path: Path) -> None:
@@ -292,8 +392,9 @@ def test_tokenizer_model(tmp_path: Path) -> None:
     folder = write_hf(tmp_path / "hf")
     (folder / "tokenizer.json").unlink()
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    edit(folder / "added_tokens.json", **{"<|user|>": 60, "<pad>": CONFIG.vocab_size})
+    edit(folder / "added_tokens.json", **{"<|user|>": 60, "<tool>": 61, "<pad>": CONFIG.vocab_size})
     file = converted(folder)
+    assert file.tokenizer_info.added_tokens == {"<tool>": 61}
     info = file.tokenizer_info
     assert (info.kind, info.bos_id, info.eos_id, info.add_bos) == ("tokenizer.model", 1, 2, True)
     assert info.special_tokens == {"<unk>": 0, "<s>": 1, "</s>": 2, "<|user|>": 60}
@@ -301,6 +402,30 @@ def test_tokenizer_model(tmp_path: Path) -> None:
     (folder / "tokenizer.model").write_bytes(b"damaged")
     with pytest.raises(ConversionError, match=r"tokenizer\.model cannot be read"):
         converted(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        *((file, {key: junk}) for file in ("tokenizer_config.json", "special_tokens_map.json") for key in (
+            "bos_token", "eos_token", "pad_token", "added_tokens_decoder", "additional_special_tokens",
+            "tokenizer_class", "chat_template", "add_bos_token", "model_max_length",
+        ) for junk in (["<s>"], [["<s>"]], {"content": ["<s>"]}, {"1": {"content": ["<s>"]}}, {"1": "x"}, {"x": {}},
+                       {"9" * 400: {}}, 10**400, True, [{"name": ["default"], "template": 3}], [None])),
+        *((file, {"x": junk}) for file in ("added_tokens.json", "generation_config.json") for junk in ([5], {}, True)),
+        *(("config.json", {key: junk}) for key in ("bos_token_id", "eos_token_id", "model_type", "architectures")
+          for junk in ([1, 2], [[1]], {"x": 1}, 10**400, True, "x")),
+        *(("generation_config.json", {key: junk}) for key in ("bos_token_id", "eos_token_id", "temperature", "top_k")
+          for junk in ([1, 2], [[1]], {"x": 1}, 10**400, True, "x")),
+    ],
+)  # fmt: skip
+def test_junk_beside_the_weights_is_an_error_or_nothing(tmp_path: Path, file: str, changes: dict[str, Any]) -> None:
+    folder = write_hf(tmp_path / "hf")
+    edit(folder / file, **changes)
+    try:
+        open_checkpoint(folder)
+    except ConversionError as error:
+        assert "\n" not in str(error) and len(str(error)) < 600 + len(str(folder))
 
 
 def test_vocabulary_and_merges(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level
 from svdengine.converters.gguf_file import read_gguf
 from svdengine.converters.gguf_tokenizer import read_gguf_tokenizer
 from svdengine.converters.sentencepiece_bpe import build_sentencepiece
+from svdengine.text.tokenizer import Tokenizer as ModelTokenizer
 from svdengine.text.tokenizer_info import TokenizerInfo
 
 RECORDED = (
@@ -152,3 +153,59 @@ def test_sentencepiece_from_scores(add_space_prefix: bool) -> None:
         assert ids == processor.encode(text), text
         assert tokenizer.decode(ids) == text
     assert encode(tokenizer, "</s>", special=True) == [2]
+
+
+def without_pre(architecture: str, count: int, *more: str) -> dict[str, Any]:
+    """Fields of a file that does not name its pre-tokenizer."""
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "12", "123", *more, "<bos>"]
+    tokens += [f"<{i}>" for i in range(count - len(tokens))]
+    merges = ["1 2", "12 3"]
+    fields: dict[str, Any] = {"general.architecture": architecture, "tokenizer.ggml.model": "gpt2"}
+    fields |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.merges": merges}
+    return fields | {"tokenizer.ggml.bos_token_id": tokens.index("<bos>")}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "count", "more", "pre"),
+    [
+        ("llama", 128_256, (), "llama-bpe"),
+        ("llama", 300, ("<|begin_of_text|>", "<|end_of_text|>"), "llama-bpe"),
+        ("llama", 49_152, (), "smollm"),
+        ("llama", 300, ("[INST]", "[TOOL_CALLS]", "<SPECIAL_20>"), "tekken"),
+        ("qwen2", 151_936, (), "qwen2"),
+        ("qwen3", 151_669, (), "qwen2"),
+        ("qwen2", 300, ("<|endoftext|>", "<|im_start|>"), "qwen2"),
+        ("falcon", 65_024, (), "falcon"),
+    ],
+)
+def test_the_pre_tokenizer_is_told_by_architecture_and_vocabulary(
+    architecture: str, count: int, more: tuple[str, ...], pre: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = without_pre(architecture, count, *more)
+    found = read_gguf_tokenizer(fields, count)
+    named = read_gguf_tokenizer({**fields, "tokenizer.ggml.pre": pre}, count)
+    assert found.data == named.data and found.info == named.info
+    assert found.info.add_bos == PRE_TOKENIZERS[pre].add_bos
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("pre", [None, ""])
+def test_a_pre_tokenizer_that_is_not_known_is_warned_of(pre: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = without_pre("llama", 300) | ({} if pre is None else {"tokenizer.ggml.pre": pre})
+    info = read_gguf_tokenizer(fields, 300).info
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1 and "token ids may differ" in warning and "without a BOS token" in warning
+    assert not info.add_bos
+
+
+def test_tokens_after_a_duplicate_are_written() -> None:
+    fields = without_pre("llama", 300)
+    tokens = fields["tokenizer.ggml.tokens"]
+    tokens[260] = tokens[5]
+    stored = read_gguf_tokenizer({**fields, "tokenizer.ggml.pre": "smollm"}, 300)
+    tokenizer = ModelTokenizer(stored.info, stored.data)
+    assert tokenizer.decode([299, 298]) == tokens[299] + tokens[298]
+    assert not tokenizer.is_silent(299) and tokenizer.vocab_size == 300
+    assert tokenizer.decode([299, 260, 298]) == tokens[299] + tokenizer.decode([5]) + tokens[298]
+    assert tokenizer.token_bytes(260) == tokenizer.token_bytes(5) != b""
+    assert tokenizer.encode(tokenizer.decode([260]), bos=False) == [5]

@@ -1,6 +1,7 @@
 """GGUF metadata and tensors: written as llama.cpp's converter does, read back to the same config and weights."""
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,50 @@ def test_refusals(changes: dict[str, Any], names: tuple[str, ...], message: str)
         config_from_gguf({**LLAMA_FIELDS, **changes}, names, 49152)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attention.scale", 0.015625),
+        ("logit_scale", 0.0625),
+        ("embedding_scale", 12.0),
+        ("residual_scale", 0.22),
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("attention.clamp_kqv", 8.0),
+        ("attention.max_alibi_bias", 8.0),
+        ("attention.causal", False),
+        ("attention.key_length_swa", 32),
+        ("attention.temperature_scale", 0.1),
+        ("rope.dimension_sections", [16, 24, 24, 0]),
+        ("rope.freq_base_swa", 10000.0),
+        ("use_parallel_residual", True),
+        ("expert_shared_count", 1),
+        ("nextn_predict_layers", 1),
+        ("something.new", 3),
+    ],
+)
+def test_keys_that_are_not_read_are_refused_by_name(key: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(key)):
+        config_from_gguf({**LLAMA_FIELDS, f"llama.{key}": value}, (), 49152)
+
+
+def test_keys_without_effect_are_taken() -> None:
+    plain = config_from_gguf(LLAMA_FIELDS, (), 49152)
+    keys = {"attention.scale": 0.125, "logit_scale": 0.0, "embedding_scale": 1.0, "final_logit_softcapping": 0.0}
+    keys |= {"attention.clamp_kqv": 0.0, "attention.causal": True, "vocab_size": 49152, "expert_count": 0}
+    keys |= {"expert_used_count": 0, "attention.sliding_window": 0, "tensor_data_layout": "Meta AI original pth"}
+    keys |= {"rope.scaling.type": "none", "rope.scaling.factor": 4.0, "rope.scaling.finetuned": True, "labels": []}
+    for key, value in keys.items():
+        assert config_from_gguf({**LLAMA_FIELDS, f"llama.{key}": value}, (), 49152) == plain, key
+    assert config_from_gguf({**LLAMA_FIELDS, **{f"llama.{k}": v for k, v in keys.items()}}, (), 49152) == plain
+
+
+def test_two_rope_scalings_are_refused() -> None:
+    fields = {**LLAMA_FIELDS, "llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    with pytest.raises(ValueError, match=r"'yarn' together with rope_freqs\.weight"):
+        config_from_gguf(fields, {"rope_freqs.weight"}, 49152, rope_factors=np.ones(32, np.float32))
+
+
 def test_names_are_those_of_the_gguf_package() -> None:
     gguf = pytest.importorskip("gguf")
     for family in FAMILIES.values():
@@ -242,6 +287,6 @@ def test_a_real_file() -> None:
 
 def test_junk_is_a_value_error() -> None:
     for key in [*LLAMA_FIELDS, "llama.rope.scaling.factor", "llama.rope.scaling.type", "llama.hidden_act"]:
-        for junk in (None, -1, 0, 1.5, float("inf"), "x", [], [None], {}, True):
+        for junk in (None, -1, 0, 1.5, float("inf"), float("nan"), 1 << 40, 1 << 64, "x", [], [None], {}, True):
             with contextlib.suppress(ValueError):
                 config_from_gguf({**LLAMA_FIELDS, key: junk}, (), 49152)

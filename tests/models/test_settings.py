@@ -1,6 +1,7 @@
 """Reading config.json: what is recognised, what is refused, and how clearly."""
 
 import contextlib
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -153,25 +154,42 @@ def test_refusals_are_one_clear_line(settings: dict[str, Any], message: str) -> 
     assert "\n" not in str(caught.value)
 
 
+HUGE = (float("inf"), float("nan"), 1 << 31, 1 << 63, 10**400, -(10**400), 10**5000)
+
+
 def check_frequencies(config: ModelConfig) -> None:
     if config.rope is not None:
         assert np.isfinite(rope_frequencies(config.rope, config.head_dim)).all()
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral", "bamboo", "qwen2", "qwen3", "minicpm", "opt", "falcon"])
+YARN = {"rope_scaling": {"type": "yarn", "factor": 4.0}}
+WINDOW = {"sliding_window": 8, "use_sliding_window": True}
+BASES: dict[str, dict[str, Any]] = {
+    "llama": {**LLAMA, **YARN},
+    "mistral": {**LLAMA, **YARN, "sliding_window": 8},
+    "bamboo": {**LLAMA, **YARN, "hidden_act": "relu", "sliding_window": 8},
+    "qwen2": {**LLAMA, **YARN, **WINDOW},
+    "qwen3": {**LLAMA, **YARN, **WINDOW},
+    "minicpm": {**LLAMA, **YARN},
+    "opt": OPT,
+    "falcon": FALCON_7B,
+}
+
+
+@pytest.mark.parametrize("model_type", BASES)
 def test_junk_is_a_value_error(model_type: str) -> None:
     """A config.json is untrusted: whatever stands in it, the answer is a config or one ValueError."""
-    settings = {**LLAMA, **OPT, "hidden_act": "relu", "model_type": model_type, "architectures": None}
-    settings |= {"rope_scaling": {"type": "yarn", "factor": 4.0}, "sliding_window": 8, "use_sliding_window": True}
+    settings = {**BASES[model_type], "model_type": model_type, "architectures": None}
     others = "rope_theta head_dim num_key_value_heads layer_types max_window_layers scale_depth dim_model_base"
     others += " quantization_config num_experts num_kv_heads n_head new_decoder_architecture rope_parameters"
+    others += " sliding_window rope_scaling tie_word_embeddings some_other_setting attention_bias hidden_act_param"
     config_from_hf(settings)
     for key in [*settings, *others.split()]:
-        for junk in (None, -1, 0, 1.5, float("inf"), "x", ["x"], [None], [[]], {}, {"x": 1}, {"x": {}}, True):
+        for junk in (None, -1, 0, 1.5, *HUGE, "x", ["x"], [None], [[]], {}, {"x": 1}, {"x": {}}, True):
             with contextlib.suppress(ValueError):
                 check_frequencies(config_from_hf({**settings, key: junk}))
     for key in ("type", "factor", "beta_fast", "attention_factor", "mscale", "original_max_position_embeddings"):
-        for junk in (None, -1, 0, 1.5, float("inf"), "x", ["x"], {}, True):
+        for junk in (None, -1, 0, 1.5, *HUGE, "x", ["x"], {}, True):
             for kind in ("yarn", "llama3", "linear"):
                 with contextlib.suppress(ValueError):
                     check_frequencies(
@@ -185,6 +203,73 @@ def test_a_missing_tensor_is_named() -> None:
         hf_source(config, "down", 3, ())
     with pytest.raises(ValueError, match="no name for the tensor position_embedding"):
         hf_source(config, "position_embedding", None, ())
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "named"),
+    [
+        (LLAMA, {"logit_scale": 0.5}, "'logit_scale' (0.5)"),
+        (LLAMA, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        (LLAMA, {"final_logit_softcapping": 30}, "final_logit_softcapping"),
+        (LLAMA, {"attention_multiplier": 0.015625}, "attention_multiplier"),
+        (LLAMA, {"query_pre_attn_scalar": 256}, "query_pre_attn_scalar"),
+        (LLAMA, {"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logits_scaling": 8.0}, "'logits_scaling'"),
+        (LLAMA, {"clip_qkv": 8.0}, "clip_qkv"),
+        (LLAMA, {"is_causal": False}, "'is_causal' (False)"),
+        (LLAMA, {"use_rope": False}, "use_rope"),
+        (LLAMA, {"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers"),
+        (LLAMA, {"rope_interleaved": True}, "rope_interleaved"),
+        (LLAMA, {"rotary_dim": 64}, "rotary_dim"),
+        (LLAMA, {"use_qk_norm": True}, "use_qk_norm"),
+        (LLAMA, {"num_nextn_predict_layers": 1}, "num_nextn_predict_layers"),
+        (LLAMA, {"moe_intermediate_size": 512}, "moe_intermediate_size"),
+        (LLAMA, {"some_new_setting": 2}, "'some_new_setting' (2)"),
+        (LLAMA, {"sliding_window": 512}, "sliding_window 512"),
+        (LLAMA, {"layer_types": ["sliding_attention"] * 32}, "no sliding_window"),
+        (LLAMA, {"layer_types": ["full_attention"] * 31}, "names 31 layers"),
+        (LLAMA, {"layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
+        (
+            LLAMA,
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "long_factor": [1.0]}},
+            "rope_scaling.long_factor",
+        ),
+        (LLAMA, {"rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]}}, "mrope_section"),
+        (LLAMA, {"rope_scaling": {"type": "linear", "factor": 2.0, "rope_type": "yarn"}}, "disagree"),
+        ({**LLAMA, "model_type": "mistral", "architectures": None}, {"attention_bias": True}, "attention_bias"),
+        (
+            {**LLAMA, "model_type": "mistral", "architectures": None},
+            {"sliding_window": 8, "layer_types": ["full_attention"] * 16 + ["sliding_attention"] * 16},
+            "some of the layers",
+        ),
+        (OPT, {"rope_theta": 10000.0}, "rope_theta"),
+        (FALCON_7B, {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm"),
+        (FALCON_7B, {"sliding_window": 8}, "sliding_window"),
+        (FALCON_7B, {"n_embed": 4545}, "disagree"),
+    ],
+)
+def test_settings_that_are_not_read_are_refused_by_name(base: Any, changes: dict[str, Any], named: str) -> None:
+    config_from_hf(base)
+    with pytest.raises(ValueError, match=re.escape(named)) as caught:
+        config_from_hf({**base, **changes})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logit_scale": 1.0, "attn_logit_softcapping": None, "final_logit_softcapping": 0.0, "clip_qkv": None},
+        {"attention_multiplier": 128**-0.5, "query_pre_attn_scalar": 128, "embedding_multiplier": 1, "is_causal": True},
+        {"no_rope_layers": [1] * 32, "use_qk_norm": False, "num_experts": 0, "n_shared_experts": 0, "mlp_bias": None},
+        {"sliding_window": 0}, {"sliding_window": None}, {"sliding_window": 4096},
+        {"sliding_window": 512, "use_sliding_window": False, "max_window_layers": 28},
+        {"layer_types": ["full_attention"] * 32, "head_dim": 128, "partial_rotary_factor": 1.0},
+        {"rope_scaling": {"rope_type": "default", "factor": 1.0}, "original_max_position_embeddings": 4096},
+        {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+        {"some_new_setting": None, "some_new_switch": False, "some_new_list": []},
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_taken(changes: dict[str, Any]) -> None:
+    assert config_from_hf({**LLAMA, **changes}) == config_from_hf(LLAMA)
 
 
 class _Everything:

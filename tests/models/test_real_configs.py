@@ -1,0 +1,170 @@
+"""Settings of published checkpoints, with all the fields that they have beyond what is read: each one is taken."""
+
+from typing import Any
+
+import pytest
+
+from svdengine.models import config_from_hf
+
+_COMMON: dict[str, Any] = {
+    "attention_dropout": 0.0,
+    "initializer_range": 0.02,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "tie_word_embeddings": False,
+}
+_LLAMA = {**_COMMON, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"}
+_LLAMA |= {"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_type": "llama3"}
+_QWEN = {**_COMMON, "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "rms_norm_eps": 1e-06}
+_MISTRAL = {**_COMMON, "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_act": "silu"}
+_FALCON = {"attention_dropout": 0.0, "hidden_dropout": 0.0, "alibi": False, "bias": False, "bos_token_id": 11}
+_FALCON |= {"eos_token_id": 11, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "torch_dtype": "bfloat16"}
+_FALCON |= {
+    "transformers_version": "4.27.4",
+    "use_cache": True,
+    "vocab_size": 65024,
+    "architectures": ["FalconForCausalLM"],
+}
+_FALCON |= {
+    "auto_map": {"AutoConfig": "configuration_falcon.FalconConfig"},
+    "model_type": "falcon",
+    "parallel_attn": True,
+}
+
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, context: int) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+    }
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Llama 2": (
+        {**_LLAMA, **_sizes(4096, 11008, 32, 32, 32, 32000, 4096), "rms_norm_eps": 1e-5, "rope_scaling": None,
+         "_name_or_path": "meta-llama/Llama-2-7b-hf", "max_length": 4096, "pad_token_id": 0, "head_dim": 128},
+        {"rope": "none"},
+    ),
+    "Llama 3.1": (
+        {**_LLAMA, **_sizes(4096, 14336, 32, 32, 8, 128256, 131072), "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+         "rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 8192}, "eos_token_id": [128001, 128008],
+         "unsloth_fixed": True, "unsloth_version": "2025.1.5", "quantization_config": None},
+        {"rope": "llama3"},
+    ),
+    "SmolLM2": (
+        {**_LLAMA, **_sizes(576, 1536, 30, 9, 3, 49152, 8192), "rms_norm_eps": 1e-5, "rope_theta": 100000,
+         "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "tie_word_embeddings": True,
+         "pad_token_id": 2, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}},
+        {"rope": "none", "tied_embeddings": True},
+    ),
+    "Mistral 7B v0.1": (
+        {**_MISTRAL, **_sizes(4096, 14336, 32, 32, 8, 32000, 32768), "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+         "sliding_window": 4096},
+        {"sliding_window": 4096},
+    ),
+    "Mistral Nemo": (
+        {**_MISTRAL, **_sizes(5120, 14336, 40, 32, 8, 131072, 1024000), "head_dim": 128, "rms_norm_eps": 1e-5,
+         "rope_theta": 1000000.0, "sliding_window": None},
+        {"sliding_window": 0, "head_dim": 128},
+    ),
+    "Qwen2": (
+        {**_QWEN, **_sizes(3584, 18944, 28, 28, 4, 152064, 32768), "architectures": ["Qwen2ForCausalLM"],
+         "model_type": "qwen2", "max_window_layers": 28, "rope_theta": 1000000.0, "sliding_window": 131072,
+         "use_sliding_window": False},
+        {"sliding_window": 0, "qkv_bias": True},
+    ),
+    "Qwen2.5 with mrope switched off": (
+        {**_QWEN, **_sizes(896, 4864, 24, 14, 2, 151936, 32768), "architectures": ["Qwen2ForCausalLM"],
+         "model_type": "qwen2", "max_window_layers": 21, "rope_theta": 1000000.0, "sliding_window": 32768,
+         "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False},
+        {"tied_embeddings": True},
+    ),
+    "Qwen3": (
+        {**_QWEN, **_sizes(1024, 3072, 28, 16, 8, 151936, 40960), "architectures": ["Qwen3ForCausalLM"],
+         "attention_bias": False, "head_dim": 128, "max_window_layers": 28, "model_type": "qwen3", "rope_scaling": None,
+         "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False},
+        {"qk_norm": True},
+    ),
+    "MiniCPM 2B": (
+        {**_COMMON, **_sizes(2304, 5760, 40, 36, 36, 122753, 4096), "_name_or_path": "openbmb/CPM-2B",
+         "architectures": ["MiniCPMForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+         "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}, "rms_norm_eps": 1e-05, "rope_scaling": None,
+         "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4, "attention_bias": False, "pretraining_tp": 1},
+        {"embedding_scale": 12.0},
+    ),
+    "MiniCPM-S": (
+        {**_COMMON, **_sizes(1536, 3840, 52, 24, 8, 73440, 4096), "_name_or_path": "SparseLLM/ProSparse-MiniCPM-1B-sft",
+         "architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu", "hidden_act_param": 0.03, "pad_token_id": 0,
+         "rms_norm_eps": 1e-05, "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4, "attention_bias": False},
+        {"activation_threshold": 0.03},
+    ),
+    "ProSparse": (
+        {**_LLAMA, **_sizes(4096, 11008, 32, 32, 32, 32000, 4096), "architectures": ["SparseLlamaForCausalLM"],
+         "model_type": "sparsellama", "auto_map": {"AutoModel": "modeling_sparsellama.SparseLlamaModel"},
+         "hidden_act": "fatrelu", "hidden_act_param": 0.01, "rms_norm_eps": 1e-5, "rope_scaling": None},
+        {"activation": "fatrelu"},
+    ),
+    "TurboSparse": (
+        {**_COMMON, **_sizes(4096, 14336, 32, 32, 8, 32064, 32768), "architectures": ["BambooForCausalLM"],
+         "auto_map": {"AutoConfig": "configuration_bamboo.BambooConfig"}, "model_type": "bamboo", "hidden_act": "relu",
+         "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
+        {"activation": "drelu"},
+    ),
+    "OPT": (
+        {"_name_or_path": "facebook/opt-1.3b", "_remove_final_layer_norm": False, "activation_dropout": 0.0,
+         "activation_function": "relu", "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0,
+         "bos_token_id": 2,
+         "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 8192, "hidden_size": 2048,
+         "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "opt",
+         "num_attention_heads": 32, "num_hidden_layers": 24, "pad_token_id": 1, "prefix": "</s>",
+         "torch_dtype": "float16", "transformers_version": "4.21.0.dev0", "use_cache": True, "vocab_size": 50272,
+         "word_embed_proj_dim": 2048, "output_projection": None},
+        {"learned_positions": True},
+    ),
+    "Falcon 7B": (
+        {**_FALCON, "apply_residual_connection_post_layernorm": False, "hidden_size": 4544, "multi_query": True,
+         "new_decoder_architecture": False, "num_attention_heads": 71, "num_hidden_layers": 32},
+        {"kv_head_count": 1, "shared_norm": True},
+    ),
+    "Falcon 40B": (
+        {**_FALCON, "hidden_size": 8192, "new_decoder_architecture": True, "num_attention_heads": 128,
+         "num_hidden_layers": 60, "num_kv_heads": 8},
+        {"kv_head_count": 8, "shared_norm": False},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_is_taken(name: str) -> None:
+    settings, expected = CONFIGS[name]
+    config = config_from_hf(settings)
+    found: dict[str, Any] = config.to_dict() | {"rope": config.rope.scaling if config.rope else None}
+    assert {key: found[key] for key in expected} == expected
+
+
+GENERATION: dict[str, Any] = {
+    "return_dict": True, "output_hidden_states": False, "output_attentions": False, "torchscript": False, "dtype": None,
+    "use_bfloat16": False, "tf_legacy_loss": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False, "is_decoder": False, "cross_attention_hidden_size": None, "add_cross_attention": False,
+    "tie_encoder_decoder": False, "max_length": 20, "min_length": 0, "do_sample": False, "early_stopping": False,
+    "num_beams": 1, "num_beam_groups": 1, "diversity_penalty": 0.0, "temperature": 1.0, "top_k": 50, "top_p": 1.0,
+    "typical_p": 1.0, "repetition_penalty": 1.0, "length_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "bad_words_ids": None, "num_return_sequences": 1, "output_scores": False,
+    "return_dict_in_generate": False, "forced_bos_token_id": None, "forced_eos_token_id": None,
+    "remove_invalid_values": False, "exponential_decay_length_penalty": None, "suppress_tokens": None,
+    "begin_suppress_tokens": None, "finetuning_task": None, "id2label": {"0": "LABEL_0", "1": "LABEL_1"},
+    "label2id": {"LABEL_0": 0, "LABEL_1": 1}, "tokenizer_class": None, "prefix": None, "sep_token_id": None,
+    "decoder_start_token_id": None, "task_specific_params": None, "problem_type": None,
+}  # fmt: skip
+
+
+def test_what_older_transformers_wrote_into_every_config_is_taken() -> None:
+    settings, _ = CONFIGS["Llama 3.1"]
+    assert config_from_hf(GENERATION | settings) == config_from_hf(settings)
