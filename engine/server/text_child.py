@@ -9,6 +9,7 @@ import base64
 import os
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the child may start no threads
@@ -101,8 +102,7 @@ def _check_grammar(text: _Text, kind: Any, grammar: str) -> None:
 def _address_space() -> int:
     import resource
 
-    with open("/proc/self/statm", encoding="ascii") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
 
 
 def pieces(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
