@@ -26,7 +26,7 @@ from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_tok
 from svdengine.scheduling.completion import Completion, FinishReason
 from svdengine.scheduling.constraint import Constraint, ConstraintMaker
 from svdengine.scheduling.engine_loop import Engine, EngineStats
-from svdengine.scheduling.request import ContextLimit, Generation, Scoring
+from svdengine.scheduling.request import ContextLimit, Generation, ScoredGeneration, Scoring
 from svdengine.scheduling.sampling import (
     SamplingFields,
     SamplingParams,
@@ -339,6 +339,19 @@ class LLM:
         keep = 1 if tokens[:1] == [self.tokenizer.bos_id] else 0
         return self._generation(tokens, self._params(params, fields), context_shift, keep, tokens)
 
+    def prepare_scored(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, generate: bool = True
+    ) -> ScoredGeneration:
+        """The same as `prepare`, with the log-probabilities of the prompt's own tokens.
+
+        params: they must ask for logprobs. generate: false: it ends with the prompt.
+
+        Errors are those of `stream`.
+        """
+        tokens = self._prompt_tokens(prompt)
+        wanted = self._params(params, {})
+        return ScoredGeneration(tokens, wanted, generate=generate, **self._options(wanted, False, 0, tokens))
+
     def prepare_chat(
         self,
         messages: Sequence[Message],
@@ -475,18 +488,19 @@ class LLM:
     def _generation(
         self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
     ) -> Generation:
+        return Generation(tokens, params, **self._options(params, shift, keep, context))
+
+    def _options(self, params: SamplingParams, shift: bool, keep: int, context: Sequence[int]) -> dict[str, Any]:
         has_text = self.model_file.tokenizer_info.kind != "none"
         if params.stop and not has_text:
             raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
-        return Generation(
-            tokens,
-            params,
-            vocab_size=self.config.vocab_size,
-            end_tokens=self.tokenizer.eos_token_ids,
-            limit=ContextLimit(self.context, shift, keep),
-            decoder=StreamDecoder(self.tokenizer, context) if has_text else None,
-            constraint=self._constraint(params),
-        )
+        return {
+            "vocab_size": self.config.vocab_size,
+            "end_tokens": self.tokenizer.eos_token_ids,
+            "limit": ContextLimit(self.context, shift, keep),
+            "decoder": StreamDecoder(self.tokenizer, context) if has_text else None,
+            "constraint": self._constraint(params),
+        }
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:
