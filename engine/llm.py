@@ -30,7 +30,7 @@ from svdengine.request_maker import RequestMaker
 from svdengine.scheduling.completion import Completion, FinishReason
 from svdengine.scheduling.constraint import ConstraintMaker
 from svdengine.scheduling.engine_loop import Engine, EngineStats
-from svdengine.scheduling.request import Generation, Scoring
+from svdengine.scheduling.request import Generation, ScoredGeneration, Scoring
 from svdengine.scheduling.sampling import (
     SamplingFields,
     SamplingParams,
@@ -311,6 +311,17 @@ class LLM:
         """
         self._check_process()  # here too: what hands the request to a thread that is not there would wait for ever
         return self._requests.complete(prompt, self._params(params, fields), special=special, shift=context_shift)
+
+    def prepare_scored(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, generate: bool = True
+    ) -> ScoredGeneration:
+        """The same as `prepare`, with the log-probabilities of the prompt's own tokens.
+
+        params: they must ask for logprobs. generate: false: it ends with the prompt.
+
+        Errors are those of `stream`.
+        """
+        return self._requests.score(prompt, self._params(params, {}), generate=generate)
 
     def prepare_chat(
         self,

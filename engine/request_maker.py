@@ -9,7 +9,7 @@ from typing import Any
 from svdengine.errors import RequestError, SvdEngineError, shown
 from svdengine.files.model_file import ModelFile
 from svdengine.scheduling.constraint import Constraint, ConstraintMaker
-from svdengine.scheduling.request import ContextLimit, Generation
+from svdengine.scheduling.request import ContextLimit, Generation, ScoredGeneration
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.text.chat_template import ChatTemplate, Message, check_messages
 from svdengine.text.stream_decoder import StreamDecoder
@@ -65,6 +65,11 @@ class RequestMaker:
         keep = self._system_length(messages, tokens, extra) if shift else 0
         return self._generation(tokens, params, shift, keep, ())
 
+    def score(self, prompt: Prompt, params: SamplingParams, *, generate: bool) -> ScoredGeneration:
+        """A completion with the log-probabilities of the prompt's tokens. Raises RequestError."""
+        tokens = self._prompt_tokens(prompt, False)
+        return ScoredGeneration(tokens, params, generate=generate, **self._options(params, False, 0, tokens))
+
     def _prompt_tokens(self, prompt: Prompt, special: bool) -> list[int]:
         if not isinstance(special, bool):
             raise RequestError(f"special must be true or false, found {shown(special)}")
@@ -77,18 +82,19 @@ class RequestMaker:
     def _generation(
         self, tokens: list[int], params: SamplingParams, shift: bool, keep: int, context: Sequence[int]
     ) -> Generation:
+        return Generation(tokens, params, **self._options(params, shift, keep, context))
+
+    def _options(self, params: SamplingParams, shift: bool, keep: int, context: Sequence[int]) -> dict[str, Any]:
         has_text = self._file.tokenizer_info.kind != "none"
         if params.stop and not has_text:
             raise RequestError("stop strings need a tokenizer, which this model file lacks; use stop_token_ids")
-        return Generation(
-            tokens,
-            params,
-            vocab_size=self._file.config.vocab_size,
-            end_tokens=self._tokenizer.eos_token_ids,
-            limit=ContextLimit(self._context, shift, keep),
-            decoder=StreamDecoder(self._tokenizer, context) if has_text else None,
-            constraint=self._constraint(params),
-        )
+        return {
+            "vocab_size": self._file.config.vocab_size,
+            "end_tokens": self._tokenizer.eos_token_ids,
+            "limit": ContextLimit(self._context, shift, keep),
+            "decoder": StreamDecoder(self._tokenizer, context) if has_text else None,
+            "constraint": self._constraint(params),
+        }
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:

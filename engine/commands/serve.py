@@ -61,6 +61,38 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="On SIGTERM, SIGHUP or Ctrl-C, time for running answers to end.",
 )
+@click.option(
+    "--max-connections",
+    type=click.IntRange(1, 65536),
+    default=1024,
+    show_default=True,
+    metavar="N",
+    help="Open connections; one that has no request gives way to a new one.",
+)
+@click.option(
+    "--address-connections",
+    type=click.IntRange(1, 65536),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Of these, connections of one address.",
+)
+@click.option(
+    "--head-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Time for a client to send the head of a request.",
+)
+@click.option(
+    "--body-seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="S",
+    help="Time for a client to send the body of a request.",
+)
 @prefill_rows_option
 @kv_save_option
 def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path | None, **options: Any) -> None:
@@ -81,6 +113,10 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
         cors_origins=options["cors_origin"],
         capacity=options["max_requests"],
         max_body=options["max_body"] << 20,
+        max_connections=options["max_connections"],
+        address_connections=options["address_connections"],
+        head_seconds=options["head_seconds"],
+        body_seconds=options["body_seconds"],
         request_seconds=options["request_seconds"],
         drain_seconds=options["drain_seconds"],
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -209,6 +209,36 @@ class Generation:
         if self._cached_tokens is None:
             self._cached_tokens = self.sequence.reused
             self._first = time.perf_counter()
+
+
+class ScoredGeneration(Generation):
+    """A completion that also tells the log-probabilities of its prompt's tokens, teacher-forced.
+
+    prompt_logprobs: one for each token of the prompt, once it was read; None for the first, which follows nothing.
+    """
+
+    def __init__(self, prompt: list[int], params: SamplingParams, *, generate: bool, **options: Any) -> None:
+        """`generate`: false: it ends with the prompt. `params` must ask for logprobs."""
+        if params.logprobs is None:
+            raise RequestError("log-probabilities of a prompt are for requests with logprobs")
+        super().__init__(prompt, params, **options)
+        self.sequence.all_logits = True
+        self.prompt_logprobs: list[TokenLogprobs | None] = [None] * len(self.sequence)
+        self._generate = generate
+
+    def accept(self, logits: Logits) -> bool:
+        """Take the rows of tokens that were cached last, and sample from the last one when no token is pending."""
+        sequence, top = self.sequence, self.params.logprobs or 0
+        for position, row in enumerate(logits, sequence.cached - len(logits) + 1):
+            if position < len(self.prompt_logprobs):
+                self.prompt_logprobs[position] = token_logprobs(row, sequence.tokens[position], top)
+        if sequence.pending:
+            return False
+        if self._generate:
+            return super().accept(logits[-1:])
+        self._note_time()
+        self.finish("length")
+        return False
 
 
 class Scoring:

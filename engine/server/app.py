@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from svdengine import __version__
 from svdengine.llm import LLM
+from svdengine.scheduling.completion import Completion
 from svdengine.server import metrics
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import encode_json, parse_json
@@ -214,7 +215,8 @@ class Routes:
         done = await until_disconnected(request.receive, service.complete(job, delivery))
         if done is None:
             raise ClientDisconnect
-        return _json(job.answer(done))
+        data = await service.in_thread(_encoded, job, done)
+        return Response(data, media_type="application/json")
 
     async def _tokens(self, request: Request, make: Callable[[LLM, BoundedTokenizer, Any], bytes]) -> Response:
         value = await self._body(request)
@@ -270,6 +272,10 @@ class Routes:
             "max_model_len": llm.context,
             "chat": llm.model_file.chat_template is not None,
         }
+
+
+def _encoded(job: Job, done: list[Completion]) -> bytes:
+    return encode_json(job.answer(done))
 
 
 async def _boxed(work: Coroutine[Any, Any, T]) -> tuple[T]:

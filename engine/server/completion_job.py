@@ -8,6 +8,7 @@ from typing import Any
 from svdengine.errors import ContextOverflowError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
+from svdengine.scheduling.request import Generation, ScoredGeneration
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError, context_overflow, unsupported
 from svdengine.server.body import Body
@@ -47,11 +48,13 @@ class CompletionJob:
         echo = bool(body.take("echo", bool))
         params = take_sampling(body, llm.default_params)
         length = body.take_any("max_tokens")
-        params = take_length(params, _DEFAULT_LENGTH if length is None else length)
+        generate = not (echo and type(length) is int and length == 0)  # else: only to see the prompt's logprobs
+        params = take_length(params, (_DEFAULT_LENGTH if length is None else length) if generate else 1)
         params = _take_logprobs(body, params)
         params = changed(params, "response_format", body.take_any("response_format"))
-        if echo and params.logprobs is not None:
-            raise unsupported("echo", " together with logprobs")
+        scored = echo and (params.logprobs is not None or not generate)
+        if scored and self.options.stream:
+            raise unsupported("stream", " together with logprobs of the prompt (echo)")
         body.only("best_of", self._choices)
         body.only("suffix", "")
         bos, special = take_special(body)
@@ -61,12 +64,21 @@ class CompletionJob:
         each = [choice_params(params, i) for i in range(self._choices)]
         try:
             ids = [_tokens(llm, prompt, bos, special) for prompt in prompts]
-            self.requests = [llm.prepare(tokens, one, context_shift=shift) for tokens in ids for one in each]
+            self.requests: list[Generation] = [
+                _scored(llm, tokens, one, generate) if scored else llm.prepare(tokens, one, context_shift=shift)
+                for tokens in ids
+                for one in each
+            ]
         except ContextOverflowError as error:
             raise context_overflow(error, "prompt") from error
         self._head = Head("text_completion", name)
         self._echoes = [_text(llm, prompt) if echo else "" for prompt in prompts for _ in each]
-        self._trails = [_trail(llm, params, request.sequence.tokens) for request in self.requests]
+        self._prompts = [request.sequence.tokens[:] for request in self.requests]
+        self._trails = [
+            LogprobTrail(llm.tokenizer, tokens, len(text)) if params.logprobs is not None else None
+            for tokens, text in zip(self._prompts, self._echoes, strict=True)
+        ]
+        self._scored = scored
 
     def opening(self) -> list[Object]:
         """See `Job.opening`."""
@@ -93,10 +105,22 @@ class CompletionJob:
         for index, completion in enumerate(completions):
             trail = self._trails[index]
             entries = trail.push(completion.logprobs or (), completion.text) if trail else []
+            if self._scored and trail:
+                entries += trail.rest()
             shape = trail.completion_shape(entries) if trail else None
+            before = self._prompt_shape(index)
+            if shape is not None and before is not None:
+                shape = {name: before[name] + values for name, values in shape.items()}
             text = self._echoes[index] + completion.text
             choices.append(_choice(index, text, shape, completion.finish_reason))
         return {**self._head.object(), "choices": choices, "usage": usage(completions, self._choices)}
+
+    def _prompt_shape(self, index: int) -> Object | None:
+        """Log-probabilities of a prompt, where they were asked for."""
+        request, trail = self.requests[index], self._trails[index]
+        if trail is None or not isinstance(request, ScoredGeneration):
+            return None
+        return trail.prompt_shape(self._prompts[index], request.prompt_logprobs)
 
     def _piece(self, index: int, text: str, logprobs: Object | None = None, reason: str | None = None) -> Object:
         piece = {**self._head.object(), "choices": [_choice(index, text, logprobs, reason)]}
@@ -148,5 +172,7 @@ def _text(llm: LLM, prompt: str | list[int]) -> str:
     return prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
 
 
-def _trail(llm: LLM, params: SamplingParams, prompt: list[int]) -> LogprobTrail | None:
-    return None if params.logprobs is None else LogprobTrail(llm.tokenizer, prompt)
+def _scored(llm: LLM, tokens: list[int], params: SamplingParams, generate: bool) -> Generation:
+    if params.logprobs is None:  # they are read, and not told
+        params = changed(params, "logprobs", 0)
+    return llm.prepare_scored(tokens, params, generate=generate)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -14,10 +15,12 @@ import uvicorn
 
 from svdengine.errors import SvdEngineError
 from svdengine.server.app import create_app
+from svdengine.server.connections import Connections, connection_class
 from svdengine.server.service import Service
 from svdengine.server.settings import Settings
 
-_CONNECTIONS = 1024
+_BACKLOG = 1024  # connections that the system holds until they are taken
+_OTHER_FILES = 64  # that the process may need beside its connections
 _IDLE_SECONDS = 30  # that a connection is kept without a request
 _STUCK_SECONDS = 60  # that a client may leave sent data unread before its connection is cut
 _FLUSH_SECONDS = 5  # for the last bytes of answers
@@ -28,7 +31,7 @@ def listen(settings: Settings) -> socket.socket:
     """A socket on the settings' host and port; port 0 takes a free one. Raises SvdEngineError when it cannot be had."""
     try:
         family, _, _, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[0]
-        found = socket.create_server(address[:2], family=family, backlog=_CONNECTIONS)
+        found = socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except OSError as error:
         raise SvdEngineError(f"cannot listen on {settings.host} port {settings.port}: {error.strerror}") from error
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # connections inherit both
@@ -44,6 +47,22 @@ def url_of(listening: socket.socket) -> str:
     return f"http://{host}:{port}"
 
 
+def _allowed_files(wanted: int) -> int:
+    """How many files the process may have open: as many as wanted, where the system lets us raise that."""
+    if sys.platform == "win32":
+        return wanted
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return wanted
+    wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        return wanted
+    return soft
+
+
 class HttpServer:
     """Serves until `stop` or a signal: then it takes no more requests, lets those that run end, and returns."""
 
@@ -51,16 +70,16 @@ class HttpServer:
         """`on_signal` is called when a signal asked for the end."""
         self._service = service
         self._on_signal = on_signal
+        self._connections = Connections(service.settings)
         config = uvicorn.Config(
             create_app(service),
-            http="h11",
+            http=connection_class(self._connections),
             ws="none",
             lifespan="on",
             log_level="error",
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=_CONNECTIONS,
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_FLUSH_SECONDS,
         )
@@ -69,6 +88,7 @@ class HttpServer:
 
     def run(self, listening: socket.socket) -> None:
         """Serve. In the main thread, SIGINT, SIGTERM and SIGHUP end it; a second one of the first two at once."""
+        self._connections.limit(_allowed_files(self._service.settings.max_connections + _OTHER_FILES) - _OTHER_FILES)
         asyncio.run(self._run(listening))
 
     def stop(self) -> None:

@@ -23,6 +23,9 @@ class Settings:
     cors_origins: tuple[str, ...] = ()  # web pages of other servers that may use this one; "*": all
     capacity: int = 64  # completions that run or wait at a time
     max_body: int = 4 << 20  # bytes
+    max_connections: int = 1024  # in all
+    address_connections: int = 256  # of one address
+    head_seconds: float = 10.0  # for a client to say what it wants
     body_seconds: float = 30.0  # for a client to send its request
     request_seconds: float = 600.0  # for an answer; then it ends as if its length limit were reached
     drain_seconds: float = 30.0  # for running requests, when the server is asked to end

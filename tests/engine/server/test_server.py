@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import openai
 import pytest
 from http_ask import ask
@@ -199,7 +200,46 @@ def test_completion_logprobs(client: OpenAI) -> None:
     assert found.token_logprobs is not None and found.top_logprobs is not None
     assert len(found.tokens) == 12 == len(found.top_logprobs) == len(found.token_logprobs)
     for token, offset in zip(found.tokens, found.text_offset, strict=True):
-        assert "\ufffd" in token or choice.text[offset:].startswith(token)
+        assert token.startswith("bytes:") or choice.text[offset:].startswith(token)
+
+
+@pytest.mark.parametrize("prompt", ["hello world, wörld \U0001f600 of it", "a"])
+@pytest.mark.parametrize("length", [0, 1, 5])
+def test_logprobs_of_a_prompt(server: LiveServer, llm: LLM, prompt: str, length: int) -> None:
+    ids = llm.tokenizer.encode(prompt)
+    rows = llm.logits(ids).astype(np.float64)
+    logs = rows - np.log(np.exp(rows - rows.max(1, keepdims=True)).sum(1, keepdims=True)) - rows.max(1, keepdims=True)
+    body = {"prompt": [ids, ids], "echo": True, "logprobs": 2, "max_tokens": length, "temperature": 0}
+    status, answer, _ = ask(server, PLAIN, {**body, "ignore_eos": length > 1})
+    assert status == 200
+    for choice in answer["choices"]:
+        found = choice["logprobs"]
+        assert len({len(values) for values in found.values()}) == 1
+        assert len(found["tokens"]) == len(ids) + length and choice["text"].startswith(prompt)
+        assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
+        expected = [logs[i, token] for i, token in enumerate(ids[1:])]
+        assert found["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+        for i, top in enumerate(found["top_logprobs"][1 : len(ids)]):
+            assert max(top.values()) == pytest.approx(logs[i].max(), abs=1e-4) and len(top) in (1, 2, 3)
+            assert top[found["tokens"][i + 1]] == found["token_logprobs"][i + 1]
+        for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+            assert token.startswith("bytes:") or choice["text"][offset:].startswith(token)
+    assert answer["usage"]["completion_tokens"] == 2 * length
+
+
+def test_logprobs_count_the_token_that_ends_the_text(server: LiveServer, llm: LLM) -> None:
+    """Programs that score texts drop one generated token, whatever it is."""
+    end = str(llm.tokenizer.eos_id)
+    body = {"prompt": "hello", "echo": True, "logprobs": 1, "max_tokens": 1, "logit_bias": {end: 100}}
+    choice = ask(server, PLAIN, body)[1]["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["text"] == "hello"
+    assert len(choice["logprobs"]["token_logprobs"]) == len(llm.tokenizer.encode("hello")) + 1
+
+
+def test_an_echo_alone(server: LiveServer) -> None:
+    _, body, _ = ask(server, PLAIN, {"prompt": "hello", "echo": True, "max_tokens": 0})
+    assert body["choices"][0]["text"] == "hello" and body["choices"][0]["logprobs"] is None
+    assert body["usage"]["completion_tokens"] == 0
 
 
 def test_penalties_and_bias(client: OpenAI, llm: LLM) -> None:
@@ -349,7 +389,8 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
         (PLAIN, {"suffix": "x"}, 400, "suffix", "not supported"),
         (PLAIN, {"best_of": 3}, 400, "best_of", "not supported"),
         (PLAIN, {"logprobs": 99}, 400, "logprobs", "between 0"),
-        (PLAIN, {"echo": True, "logprobs": 1}, 400, "echo", "together with logprobs"),
+        (PLAIN, {"echo": True, "logprobs": 1, "stream": True}, 400, "stream", "logprobs of the prompt"),
+        (PLAIN, {"max_tokens": 0}, 400, "max_tokens", "between 1"),
         ("/v1/embeddings", {}, 404, None, "no embeddings"),
         ("/tokenize", {}, 400, "content", "give content"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens", "token ids"),
