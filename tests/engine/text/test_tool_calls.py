@@ -203,7 +203,7 @@ def test_answers_as_json(client: OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"tool_choice": "auto"}, "tool_choice", "only for requests with tools"),
+        ({"tool_choice": "required"}, "tool_choice", "only for requests with tools"),
         ({"tools": TOOLS, "tool_choice": "maybe"}, "tool_choice", "none, auto, required"),
         (
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
