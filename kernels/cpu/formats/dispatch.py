@@ -17,7 +17,7 @@ from svdengine.kernels.cpu.formats.kernels import FormatKernels
 from svdengine.kernels.cpu.formats.q4 import Q4_KERNELS
 from svdengine.kernels.cpu.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cpu.formats.q8 import Q8_KERNELS
-from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.jit import inlined
 from svdengine.kernels.cpu.matrix import FORMAT, RESIDUALS, ROWS
 from svdengine.kernels.cpu.simd import zero_f32
 from svdengine.kernels.formats import FORMATS
@@ -45,7 +45,7 @@ def _by_format(operation: str, parameters: str, otherwise: str = "") -> Any:
         lines.append(f"    if code == {FORMATS[kernels.name].code}:")
         lines.append(f"        return {kernels.name}(matrix, {parameters})")
     exec("\n".join([*lines, f"    return {otherwise}"]), scope)
-    return jit(scope[operation])
+    return inlined(scope[operation])
 
 
 dot_row = _by_format("dot_row", "row, x, quantized, ahead", "nan")
