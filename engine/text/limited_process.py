@@ -16,6 +16,7 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -156,10 +157,14 @@ def _start(module: str, limits: Limits, packages: Sequence[str]) -> subprocess.P
     code = f"import sys; sys.path[:0] = {list(folders)!r}; from {__name__} import serve; {run}"
     environment = {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ}
     environment["MALLOC_ARENA_MAX"] = "1"  # arenas are address space
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     try:
         return subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", code], **pipes, env=environment, start_new_session=True
+            [sys.executable, "-I", "-S", "-c", code],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
         )
     except OSError as error:
         raise NoChildError(f"no child process can be started: {error}") from error
@@ -180,14 +185,8 @@ def _end_process(process: subprocess.Popen[bytes], owner: int) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            _close_quietly(pipe)
-
-
-def _close_quietly(pipe: Any) -> None:
-    try:
-        pipe.close()
-    except OSError:
-        pass  # what was left to be written has no reader
+            with suppress(OSError):  # what was left to be written has no reader
+                pipe.close()
 
 
 def _why_it_ended(process: subprocess.Popen[bytes], limits: Limits) -> str:
