@@ -17,6 +17,10 @@ class RequestError(SvdEngineError):
     """A prompt, a message list or a sampling parameter cannot be used."""
 
 
+class GrammarError(RequestError):
+    """A grammar or JSON schema is not valid, asks for what is not supported, or takes too much time."""
+
+
 class ContextOverflowError(RequestError):
     """A sequence does not fit the context or the KV pool."""
 

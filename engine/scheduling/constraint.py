@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -11,10 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.errors import RequestError
+from svdengine.errors import GrammarError, RequestError
 from svdengine.text.grammar import Grammar
 from svdengine.text.tokenizer import Tokenizer
 
+_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # a line of a grammar that no user wrote
 _KEPT = 32  # grammars that are kept compiled
 _LEXER_STATES = 30_000  # of one or two kilobytes each
 _GRAMMAR_SIZE = 200_000  # symbols
@@ -86,11 +88,11 @@ class ConstraintMaker:
                 else library.grammar_from_lark(grammar.text)
             )
         except ValueError as error:
-            raise RequestError(f"the grammar cannot be used: {_short(error)}") from error
+            raise GrammarError(f"the grammar cannot be used: {_short(error)}") from error
         limits = self._library.LLParserLimits(max_lexer_states=_LEXER_STATES, max_grammar_size=_GRAMMAR_SIZE)
         matcher = library(self._tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"the grammar cannot be used: {_short(matcher.get_error())}")
+            raise GrammarError(f"the grammar cannot be used: {_short(matcher.get_error())}")
         return matcher
 
 
@@ -105,11 +107,11 @@ class _MatcherConstraint:
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         self._left += min(_SLOW_SECONDS - (time.perf_counter() - begin), _FREE_SECONDS - self._left)
         if self._left < 0:
-            raise RequestError("the grammar of this request takes too much time at each token")
+            raise GrammarError("the grammar of this request takes too much time at each token")
         tokens = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: self._size])
         if self._matcher.is_error() or not tokens.size:
             why = _short(self._matcher.get_error() or "no token fits")
-            raise RequestError(f"the grammar of this request could not be followed: {why}")
+            raise GrammarError(f"the grammar of this request could not be followed: {why}")
         return tokens
 
     def accept(self, token: int) -> None:
@@ -156,4 +158,10 @@ class _Words:
 
 
 def _short(message: object) -> str:
-    return (str(message).strip().splitlines() or ["unknown"])[0][:300]
+    """What llguidance says, in a line: of a pattern, the pattern and what is wrong with it."""
+    lines = [line.strip() for line in str(message).strip().splitlines()] or ["unknown"]
+    first = _PLACE.sub("", lines[0])
+    if first.startswith("regex parse error") and len(lines) > 1:
+        why = next((line for line in lines if line.startswith("error: ")), "error: it is no regular expression")
+        first = f"pattern {lines[1]:.100}: {why.removeprefix('error: ')}"
+    return first[:300]

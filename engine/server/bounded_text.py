@@ -67,6 +67,14 @@ class BoundedTemplate(ChatTemplate):
 
     def encode(self, messages: Sequence[Message], **variables: Any) -> list[int]:
         """See `ChatTemplate.encode`."""
+        work = Work.current()
+        if work is None:
+            return super().encode(messages, **variables)
+        if work.prompt is None or work.prompt[0] is not messages or work.prompt[1] != variables:  # one for all choices
+            work.prompt = messages, variables, self._encode(messages, variables)
+        return list(work.prompt[2])
+
+    def _encode(self, messages: Sequence[Message], variables: dict[str, Any]) -> list[int]:
         if not _is_long(sum(_sizes([messages, variables]))):
             return super().encode(messages, **variables)
         try:

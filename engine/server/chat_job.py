@@ -6,6 +6,7 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from svdengine.errors import GrammarError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.sampling import SamplingParams
@@ -25,7 +26,7 @@ from svdengine.server.sampling_fields import (
     take_sampling,
 )
 from svdengine.server.template_fields import take_template_variables
-from svdengine.server.tool_fields import take_answer_form, take_tools
+from svdengine.server.tool_fields import grammar_error, take_answer_form, take_tools
 from svdengine.text.tool_calls import ToolCall, ToolCallReader, tool_prompt
 
 # Fields of OpenAI that say nothing about the answer.
@@ -75,7 +76,10 @@ class ChatJob:
         told, variables = tool_prompt(messages, use.tools, llm.chat_template)
         variables = {**template, **variables}
         each = [choice_params(params, i) for i in range(self._choices)]
-        self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
+        try:
+            self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
+        except GrammarError as error:
+            raise grammar_error(error, llm, params, use) from error
         self._head = Head("chat.completion", name)
         self._readers = [ToolCallReader() if use.grammar is not None else None for _ in self.requests]
         self._trails = [_trail(llm, params) for _ in self.requests]

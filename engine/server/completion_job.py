@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from svdengine.errors import ContextOverflowError
+from svdengine.errors import ContextOverflowError, GrammarError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.request import Generation, ScoredGeneration
@@ -71,6 +71,8 @@ class CompletionJob:
             ]
         except ContextOverflowError as error:
             raise context_overflow(error, "prompt") from error
+        except GrammarError as error:
+            raise ApiError(400, str(error), "response_format", "invalid_value") from error
         self._head = Head("text_completion", name)
         self._echoes = [_text(llm, prompt) if echo else "" for prompt in prompts for _ in each]
         self._prompts = [request.sequence.tokens[:] for request in self.requests]

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from svdengine.errors import GrammarError
+from svdengine.llm import LLM
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError, unsupported
 from svdengine.server.body import Body
@@ -59,6 +61,18 @@ def take_answer_form(body: Body, params: SamplingParams, use: ToolUse) -> Sampli
     if params.logprobs is not None:
         raise unsupported("logprobs", " together with tools, but with tool_choice none")
     return changed(params, "response_format", use.grammar, "tools")
+
+
+def grammar_error(error: GrammarError, llm: LLM, params: SamplingParams, use: ToolUse) -> ApiError:
+    """How a form that no answer can be held to is told: by the first tool with such parameters, if there is one."""
+    for i, tool in enumerate(use.tools if use.grammar is not None else ()):
+        grammar = tool_grammar([tool], required=True, several=False)
+        try:
+            llm.prepare([0], changed(params, "response_format", grammar))
+        except GrammarError as found:
+            message = f"the parameters of the tool {tool.name!r} cannot be held to: {found}"
+            return ApiError(400, message, f"tools[{i}].function.parameters", "invalid_value")
+    return ApiError(400, str(error), "tools" if use.grammar is not None else "response_format", "invalid_value")
 
 
 def _tool(value: Any, where: str) -> Tool:

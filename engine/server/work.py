@@ -24,12 +24,14 @@ class Work:
 
     owner: the client.
     size: characters that were read in the server's own process.
+    prompt: the conversation that was read last, its template's variables, and its token ids.
     """
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
         self.size = 0
         self.given_up = False
+        self.prompt: tuple[Any, Any, list[int]] | None = None
         self._stop: Callable[[], None] | None = None
         self._lock = threading.Lock()
 

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from svdengine import errors
-from svdengine.errors import QueueFullError, RequestError, SvdEngineError
+from svdengine.errors import GrammarError, QueueFullError, RequestError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.server.work import Work
 from svdengine.text.limited_process import LimitedProcess, Limits, WorkLimitError
@@ -64,7 +64,8 @@ class WorkPool:
         try:
             return _result(self._ask(child, [name, arguments]))
         except WorkLimitError as error:
-            raise RequestError(f"{_WHAT[name]} takes too much time or memory; it was stopped") from error
+            stopped = GrammarError if name == "grammar" else RequestError
+            raise stopped(f"{_WHAT[name]} takes too much time or memory; it was stopped") from error
         finally:
             self._give_back(child, work)
 

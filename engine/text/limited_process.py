@@ -185,12 +185,8 @@ def _end_process(process: subprocess.Popen[bytes], owner: int) -> None:
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
-            _close_quietly(pipe)
-
-
-def _close_quietly(pipe: Any) -> None:
-    with suppress(OSError):  # what was left to be written has no reader
-        pipe.close()
+            with suppress(OSError):  # what was left to be written has no reader
+                pipe.close()
 
 
 def _why_it_ended(process: subprocess.Popen[bytes], limits: Limits) -> str:

@@ -20,9 +20,12 @@ import pytest
 from http_ask import ask
 from live_server import LiveServer, live_server
 from openai import OpenAI
+from tiny_model import write_tiny_model
 
 import svdengine
 from svdengine import LLM
+from svdengine.server.api_error import ApiError
+from svdengine.server.messages import read_messages
 from svdengine.server.settings import Settings, is_loopback, read_api_keys
 
 HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
@@ -722,3 +725,24 @@ def test_a_missing_ray_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "svdengine.server.ray_app", raising=False)
     with pytest.raises(svdengine.SvdEngineError, match=r'pip install "svdengine\[ray\]"'):
         importlib.import_module("svdengine.server.ray_app")
+
+
+def test_what_a_template_reads_of_a_message_reaches_it() -> None:
+    said = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2", "name": None, "refusal": None}
+    assert read_messages([{**said, "prefix": True}]) == [
+        {"role": "assistant", "content": "4", "reasoning_content": "2 and 2", "prefix": True}
+    ]
+    newer = read_messages([{"role": "assistant", "content": "4", "reasoning": "2 and 2"}])[0]
+    assert newer["reasoning_content"] == newer["reasoning"] == "2 and 2"
+    for name in ("audio", "function_call"):
+        with pytest.raises(ApiError, match=f"{name} is not supported"):
+            read_messages([{**said, name: {"id": "x"}}])
+
+
+def test_an_earlier_thought_is_in_the_prompt(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}{{ m.reasoning_content }}{{ m.content }}{% endfor %}"
+    write_tiny_model(tmp_path / "tiny.svdp", template=template)
+    messages = [*HELLO, {"role": "assistant", "content": "yes", "reasoning_content": "hm, hm"}, *HELLO]
+    with live_server(tmp_path) as server:
+        tokens = ask(server, "/tokenize", {"messages": messages})[1]["tokens"]
+        assert "assistanthm, hmyes" in ask(server, "/detokenize", {"tokens": tokens})[1]["content"]

@@ -1,6 +1,8 @@
 """Tool calls: the prompt, the grammar, the reader, and the whole over HTTP with OpenAI's client."""
 
 import json
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from openai import BadRequestError, OpenAI
 from tiny_model import CHATML, make_tokenizer, write_tiny_model
 
 from svdengine.scheduling.constraint import ConstraintMaker
+from svdengine.server import event_stream
 from svdengine.text.chat_template import ChatTemplate
 from svdengine.text.tool_calls import Tool, ToolCall, ToolCallReader, tool_grammar, tool_prompt
 
@@ -200,6 +203,20 @@ def test_answers_as_json(client: OpenAI) -> None:
     assert set(json.loads(text)) == {"city", "tomorrow"}
 
 
+def _with_schema(name: str, schema: Any) -> Any:
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+UNHELD: list[tuple[Any, str]] = [
+    ({"type": "array", "uniqueItems": True}, "uniqueItems"),
+    ({"not": {"type": "string"}}, r'\["not"\]'),
+    ({"if": {"type": "string"}, "then": {}}, "then"),
+    ({"type": "string", "pattern": "(?=a)b"}, r"pattern \(\?=a\)b: look-around.* is not supported"),
+    ({"type": "string", "pattern": "(a)\\1"}, "pattern .*backreferences are not supported"),
+    ({"type": "string", "format": "colour"}, "format: colour"),
+]
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
@@ -220,8 +237,24 @@ def test_answers_as_json(client: OpenAI) -> None:
         ({"response_format": {"type": "xml"}}, "response_format", "must have the type"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}]},
-            None,
-            "the grammar cannot be used",
+            "tools[0].function.parameters",
+            "the tool 'f' cannot be held to: .*Invalid type: nothing",
+        ),
+        *(
+            (
+                {"tools": [*TOOLS, _with_schema("github.search", {"type": "object", "properties": {"x": schema}})]},
+                f"tools[{len(TOOLS)}].function.parameters",
+                f"the tool 'github.search' cannot be held to: .*{keyword}",
+            )
+            for schema, keyword in UNHELD
+        ),
+        *(
+            (
+                {"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+                "response_format",
+                keyword,
+            )
+            for schema, keyword in UNHELD
         ),
     ],
 )
@@ -229,6 +262,41 @@ def test_errors(client: OpenAI, fields: Any, param: str | None, message: str) ->
     with pytest.raises(BadRequestError, match=message) as raised:
         client.chat.completions.create(model="tiny", messages=HELLO, **fields)
     assert raised.value.param == param
+
+
+def test_a_name_with_a_point_is_called(client: OpenAI) -> None:
+    tool = _with_schema("github.search", {"type": "object", "properties": {}, "additionalProperties": False})
+    fields: dict[str, Any] = {"model": "tiny", "messages": HELLO, "tools": [tool], "tool_choice": "required"}
+    calls = client.chat.completions.create(max_tokens=200, **fields).choices[0].message.tool_calls
+    assert calls and calls[0].function.name == "github.search"  # type: ignore[union-attr]
+
+
+def test_earlier_calls_with_arguments_that_are_no_json(client: OpenAI) -> None:
+    for arguments in ('{"city": "Oslo"', "{'city': 1}", "", "[NaN]", '{"n": %s}' % ("9" * 400)):
+        call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+        asked: Any = [*HELLO, {"role": "assistant", "content": None, "tool_calls": [call]}]
+        asked.append({"role": "tool", "tool_call_id": "1", "content": "no"})
+        assert client.chat.completions.create(model="tiny", messages=asked, tools=TOOLS, max_tokens=3).choices
+
+
+def test_a_stream_with_a_long_call_is_never_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_stream, "QUIET_SECONDS", 0.2)
+    write_tiny_model(tmp_path / "tiny.svdp", max_position=2048)
+    with live_server(tmp_path, context=2048) as server:
+        server.gate.hold()
+        fields: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 60}
+        body = json.dumps({"messages": HELLO, "stream": True, **fields}).encode()
+        request = urllib.request.Request(f"{server.url}/v1/chat/completions", body)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert response.readline().startswith(b"data: ")
+            begun = time.monotonic()
+            for _ in range(25):
+                server.gate.allow(1)
+                time.sleep(0.05)
+            assert response.readline() == b"\n" and response.readline() == b": still at work\n"
+            assert time.monotonic() - begun < 10
+            server.gate.let_go()
+            assert response.read().endswith(b"data: [DONE]\n\n")
 
 
 def test_a_model_without_template_needs_none_for_text(tmp_path: Path) -> None:
