@@ -10,8 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.errors import RequestError, SvdEngineError
+from svdengine.errors import RequestError
 from svdengine.text.grammar import Grammar
+from svdengine.text.grammar_check import GrammarChecker
 from svdengine.text.tokenizer import Tokenizer
 
 _KEPT = 64  # grammars that are kept compiled
@@ -21,7 +22,7 @@ class Constraint(Protocol):
     """What the sampler asks before and tells after each token of one request."""
 
     def allowed(self) -> NDArray[np.int64]:
-        """Ids of the tokens that may come next, ascending, at least one. Raises SvdEngineError when there is none."""
+        """Ids of the tokens that may come next, ascending, at least one. Raises RequestError when there is none."""
         ...
 
     def accept(self, token: int) -> None:
@@ -50,6 +51,8 @@ class ConstraintMaker:
         self._size = vocab_size
         words = llguidance.TokenizerWrapper(_Words(tokenizer, vocab_size, ends[0]))
         self._tokenizer = llguidance.LLTokenizer(words, n_vocab=vocab_size, eos_token=ends)
+        self._limits = _limits()
+        self._checker = GrammarChecker()
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -68,6 +71,7 @@ class ConstraintMaker:
         return _MatcherConstraint(matcher.deep_copy(), self._size)
 
     def _compile(self, grammar: Grammar) -> Any:
+        self._checker.check(grammar)
         library = self._library.LLMatcher
         try:
             source = (
@@ -77,10 +81,17 @@ class ConstraintMaker:
             )
         except ValueError as error:
             raise RequestError(f"the grammar cannot be used: {_short(error)}") from error
-        matcher = library(self._tokenizer, source, log_level=0)
+        matcher = library(self._tokenizer, source, log_level=0, limits=self._limits)
         if matcher.is_error():
             raise RequestError(f"the grammar cannot be used: {_short(matcher.get_error())}")
         return matcher
+
+
+def _limits() -> Any:
+    """What one token may cost, and how much the states of one grammar may hold, 1 to 2 KB each."""
+    from llguidance._lib import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000)
 
 
 class _MatcherConstraint:
@@ -93,7 +104,7 @@ class _MatcherConstraint:
         tokens = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: self._size])
         if self._matcher.is_error() or not tokens.size:
             why = _short(self._matcher.get_error() or "no token fits")
-            raise SvdEngineError(f"the grammar of this request could not be followed: {why}")
+            raise RequestError(f"the grammar of this request could not be followed: {why}")
         return tokens
 
     def accept(self, token: int) -> None:

@@ -59,7 +59,7 @@ class ChatJob:
         each = [choice_params(params, i) for i in range(self._choices)]
         self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
         self._head = Head("chat.completion", name)
-        self._readers = [ToolCallReader() if use.grammar is not None else None for _ in self.requests]
+        self._readers = [ToolCallReader() if use.allowed else None for _ in self.requests]
         self._trails = [_trail(llm, params) for _ in self.requests]
 
     def opening(self) -> list[Object]:

@@ -22,10 +22,16 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools that the model is told of, and the grammar of its answer."""
+    """The tools that the model is told of, those that it may call, and whether it must, or may more than once."""
 
     tools: Sequence[Tool] = ()
-    grammar: Grammar | None = None
+    allowed: Sequence[Tool] = ()
+    required: bool = False
+    several: bool = False
+
+    def grammar(self, answer: Grammar | None) -> Grammar:
+        """What the model may write, where an answer that is no call must keep to `answer`."""
+        return tool_grammar(self.allowed, required=self.required, several=self.several, answer=answer)
 
 
 def take_tools(body: Body) -> ToolUse:
@@ -42,22 +48,19 @@ def take_tools(body: Body) -> ToolUse:
     if choice == "none":
         return ToolUse()
     if choice in (None, "auto", "required"):
-        return ToolUse(tools, tool_grammar(tools, required=choice == "required", several=several))
-    named = _named(choice, tools)
-    return ToolUse(tools, tool_grammar([named], required=True, several=False))
+        return ToolUse(tools, tools, choice == "required", several)
+    return ToolUse(tools, [_named(choice, tools)], required=True)
 
 
 def take_answer_form(body: Body, params: SamplingParams, use: ToolUse) -> SamplingParams:
-    """`response_format`, or the grammar of the tools."""
+    """`response_format`, the grammar of the tools, or both: a call, or an answer that fits."""
     form = body.take_any("response_format")
     params = changed(params, "response_format", form)
-    if use.grammar is None:
+    if not use.allowed:
         return params
-    if params.grammar is not None:
-        raise unsupported("response_format", " together with tools, but with tool_choice none")
     if params.logprobs is not None:
         raise unsupported("logprobs", " together with tools, but with tool_choice none")
-    return changed(params, "response_format", use.grammar, "tools")
+    return changed(params, "response_format", use.grammar(params.grammar), "tools")
 
 
 def _tool(value: Any, where: str) -> Tool:
