@@ -16,27 +16,8 @@ WHITE_SPACE = r"(\n {0,32}| )?"
 
 # What the standard defines. Any other format is a note to people, such as OpenAPI's int32 and password.
 _FORMATS = frozenset(
-    [
-        "date-time",
-        "date",
-        "time",
-        "duration",
-        "email",
-        "idn-email",
-        "hostname",
-        "idn-hostname",
-        "ipv4",
-        "ipv6",
-        "uri",
-        "uri-reference",
-        "iri",
-        "iri-reference",
-        "uuid",
-        "uri-template",
-        "json-pointer",
-        "relative-json-pointer",
-        "regex",
-    ]
+    ("date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname", "ipv4", "ipv6", "uri")
+    + ("uri-reference", "iri", "iri-reference", "uri-template", "uuid", "json-pointer", "relative-json-pointer", "regex")
 )
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # schemas under any names
 _DATA = ("const", "enum", "default", "examples", "x-guidance")  # values, not schemas

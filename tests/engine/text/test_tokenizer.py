@@ -20,9 +20,9 @@ from svdengine.text.tokenizer_info import TokenizerInfo
 
 PRECOMPILED = base64.b64encode(bytes(4) + b"a" * 10_000 + b"\0").decode()
 PUBLISHED = [
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\s+",
-    r" ?[^(\s|[.,!?…。,、।۔،])]+",
+    r" ?[^(\s|[.,!?…。,、।])]+",
     r"(?<=\d)(?=(?:\d{3})+(?!\d))|[0-9][0-9][0-9]",
     r"<sentinel:[0-9]+>|(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z|[\p{P}!-/:-@\[-`{-~]",
     r"[\p{Lu}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+|\s+",
