@@ -18,7 +18,14 @@ class RequestError(SvdEngineError):
 
 
 class GrammarError(RequestError):
-    """A grammar or JSON schema is not valid, asks for what is not supported, or takes too much time."""
+    """A grammar or JSON schema is not valid, asks for what is not supported, or takes too much time.
+
+    schema: which of the schemas of `Grammar.schemas` is at fault; None: not known, or the grammar itself.
+    """
+
+    def __init__(self, message: str, schema: int | None = None) -> None:
+        super().__init__(message)
+        self.schema = schema
 
 
 class ContextOverflowError(RequestError):

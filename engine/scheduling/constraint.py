@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,9 +13,9 @@ from numpy.typing import NDArray
 
 from svdengine.errors import GrammarError, RequestError
 from svdengine.text.grammar import Grammar
+from svdengine.text.grammar_check import GrammarChecker, short
 from svdengine.text.tokenizer import Tokenizer
 
-_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # a line of a grammar that no user wrote
 _KEPT = 32  # grammars that are kept compiled
 _LEXER_STATES = 30_000  # of one or two kilobytes each
 _GRAMMAR_SIZE = 200_000  # symbols
@@ -44,8 +43,11 @@ class Constraint(Protocol):
 class ConstraintMaker:
     """Makes constraints for one tokenizer. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
-        """Raises RequestError with what to install, or when the model has no tokenizer or no end token."""
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, check: Callable[[Grammar], None] | None = None) -> None:
+        """Raises RequestError with what to install, or when the model has no tokenizer or no end token.
+
+        check: raises GrammarError when a new grammar cannot be used; None: `GrammarChecker.check`.
+        """
         try:
             import llguidance
         except ImportError as error:
@@ -57,13 +59,11 @@ class ConstraintMaker:
         self._size = vocab_size
         words = llguidance.TokenizerWrapper(_Words(tokenizer, vocab_size, ends[0]))
         self._tokenizer = llguidance.LLTokenizer(words, n_vocab=vocab_size, eos_token=ends)
+        self._limits = _limits()
+        self._checker = GrammarChecker()
+        self._check = check or GrammarChecker().check
         self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
         self._lock = threading.Lock()
-
-    def knows(self, grammar: Grammar) -> bool:
-        """Whether the grammar was compiled already, and is kept."""
-        with self._lock:
-            return grammar in self._compiled
 
     def make(self, grammar: Grammar) -> Constraint:
         """A constraint for one request. Raises RequestError when the grammar is not valid or not supported."""
@@ -80,6 +80,8 @@ class ConstraintMaker:
         return _MatcherConstraint(matcher.deep_copy(), self._size)
 
     def _compile(self, grammar: Grammar) -> Any:
+        self._check(grammar)
+        self._checker.check(grammar)
         library = self._library.LLMatcher
         try:
             source = (
@@ -88,12 +90,19 @@ class ConstraintMaker:
                 else library.grammar_from_lark(grammar.text)
             )
         except ValueError as error:
-            raise GrammarError(f"the grammar cannot be used: {_short(error)}") from error
+            raise GrammarError(f"the grammar cannot be used: {short(error)}") from error
         limits = self._library.LLParserLimits(max_lexer_states=_LEXER_STATES, max_grammar_size=_GRAMMAR_SIZE)
         matcher = library(self._tokenizer, source, log_level=0, limits=limits)
         if matcher.is_error():
-            raise GrammarError(f"the grammar cannot be used: {_short(matcher.get_error())}")
+            raise GrammarError(f"the grammar cannot be used: {short(matcher.get_error())}")
         return matcher
+
+
+def _limits() -> Any:
+    """What one token may cost, and how much the states of one grammar may hold, 1 to 2 KB each."""
+    from llguidance._lib import LLParserLimits
+
+    return LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000)
 
 
 class _MatcherConstraint:
@@ -110,7 +119,7 @@ class _MatcherConstraint:
             raise GrammarError("the grammar of this request takes too much time at each token")
         tokens = np.flatnonzero(np.unpackbits(mask, bitorder="little")[: self._size])
         if self._matcher.is_error() or not tokens.size:
-            why = _short(self._matcher.get_error() or "no token fits")
+            why = short(self._matcher.get_error() or "no token fits")
             raise GrammarError(f"the grammar of this request could not be followed: {why}")
         return tokens
 
@@ -155,13 +164,3 @@ class _Words:
             if token is not None:
                 yield token
             at += size
-
-
-def _short(message: object) -> str:
-    """What llguidance says, in a line: of a pattern, the pattern and what is wrong with it."""
-    lines = [line.strip() for line in str(message).strip().splitlines()] or ["unknown"]
-    first = _PLACE.sub("", lines[0])
-    if first.startswith("regex parse error") and len(lines) > 1:
-        why = next((line for line in lines if line.startswith("error: ")), "error: it is no regular expression")
-        first = f"pattern {lines[1]:.100}: {why.removeprefix('error: ')}"
-    return first[:300]

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
-from svdengine.scheduling.constraint import Constraint, ConstraintMaker
-from svdengine.server.text_child import pieces
+from svdengine.server.text_child import GRAMMAR_MEMORY, GRAMMAR_SECONDS, pieces
 from svdengine.server.work import Work
 from svdengine.server.work_pool import SHORT, WorkPool
 from svdengine.text.chat_template import ChatTemplate, Message
-from svdengine.text.grammar import Grammar
-from svdengine.text.limited_process import NoChildError
+from svdengine.text.grammar_check import GrammarChecker
+from svdengine.text.limited_process import NoChildError, WorkLimitError
 from svdengine.text.tokenizer import Tokenizer
 
 _VALUE_SIZE = 16  # characters that a value of a message stands for, beside its text
@@ -84,19 +82,22 @@ class BoundedTemplate(ChatTemplate):
         return found
 
 
-class BoundedConstraintMaker(ConstraintMaker):
-    """Constraints whose grammar was read in a child first, to see what that takes."""
+class BoundedGrammarChecker(GrammarChecker):
+    """Grammars of clients are read by a child of the server's, which is theirs for that time."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, pool: WorkPool) -> None:
-        super().__init__(tokenizer, vocab_size)
+    def __init__(self, pool: WorkPool) -> None:
+        super().__init__()
         self._pool = pool
 
-    def make(self, grammar: Grammar) -> Constraint:
-        """See `ConstraintMaker.make`."""
-        if not self.knows(grammar) and Work.current() is not None:
-            with suppress(NoChildError):
-                self._pool.run("grammar", kind=grammar.kind, grammar=grammar.text)
-        return super().make(grammar)
+    def ask(self, kind: str, text: str) -> str:
+        """See `GrammarChecker.ask`."""
+        if Work.current() is None:
+            return super().ask(kind, text)
+        try:
+            return str(self._pool.run("grammar", kind=kind, grammar=text))
+        except WorkLimitError as error:
+            most = f"it takes more than {GRAMMAR_SECONDS:g} s or {GRAMMAR_MEMORY >> 20} MB"
+            raise WorkLimitError(most) from error
 
 
 def _is_long(size: int) -> bool:

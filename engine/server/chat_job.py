@@ -79,9 +79,9 @@ class ChatJob:
         try:
             self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
         except GrammarError as error:
-            raise grammar_error(error, llm, params, use) from error
+            raise grammar_error(error, use) from error
         self._head = Head("chat.completion", name)
-        self._readers = [ToolCallReader() if use.grammar is not None else None for _ in self.requests]
+        self._readers = [ToolCallReader() if use.allowed else None for _ in self.requests]
         self._trails = [_trail(llm, params) for _ in self.requests]
 
     def opening(self) -> list[Object]:

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from svdengine.errors import ContextOverflowError, QueueFullError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
+from svdengine.scheduling.constraint import ConstraintMaker
 from svdengine.server.api_error import ApiError, api_error, context_overflow
-from svdengine.server.bounded_text import BoundedConstraintMaker, BoundedTemplate, BoundedTokenizer
+from svdengine.server.bounded_text import BoundedGrammarChecker, BoundedTemplate, BoundedTokenizer
 from svdengine.server.completion_job import CompletionJob
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job
@@ -50,7 +51,7 @@ class Service:
         llm.read_with(
             self.tokenizer,
             BoundedTemplate(template, self._pool) if template is not None else None,
-            partial(BoundedConstraintMaker, pool=self._pool),
+            partial(ConstraintMaker, check=BoundedGrammarChecker(self._pool).check),
         )
         self.draining = False
         self.open_responses = 0

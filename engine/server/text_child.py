@@ -14,8 +14,9 @@ from typing import Any
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the child may start no threads
 
-from svdengine.errors import RequestError, SvdEngineError
+from svdengine.errors import SvdEngineError
 from svdengine.scheduling.constraint import ConstraintMaker
+from svdengine.text import grammar_check
 from svdengine.text.chat_template import ChatTemplate
 from svdengine.text.grammar import Grammar
 from svdengine.text.tokenizer import Tokenizer
@@ -49,7 +50,7 @@ class _Text:
     @property
     def maker(self) -> ConstraintMaker:
         if self._maker is None:
-            self._maker = ConstraintMaker(self.tokenizer, self._vocab_size)
+            self._maker = ConstraintMaker(self.tokenizer, self._vocab_size, check=lambda grammar: None)
         return self._maker
 
 
@@ -79,24 +80,29 @@ def _encode_chat(text: _Text, messages: list[Any], variables: dict[str, Any]) ->
     return text.template.encode(messages, **variables)
 
 
-def _check_grammar(text: _Text, kind: Any, grammar: str) -> None:
-    """Read a grammar, and see what may come first. Raises RequestError when it is not valid or takes too much."""
+def _check_grammar(text: _Text, kind: Any, grammar: str) -> str:
+    """Read a grammar, and see what may come first: what is wrong with it, or ""."""
     import resource
 
     maker = text.maker
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     signal.setitimer(signal.ITIMER_PROF, GRAMMAR_SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (min(_address_space() + GRAMMAR_MEMORY, soft), hard))
-    constraint = maker.make(Grammar(kind, grammar))
+    problem = grammar_check.handle({"kind": kind, "text": grammar})
+    if problem:
+        return problem
     try:
+        constraint = maker.make(Grammar(kind, grammar))
         for _ in range(_FIRST_STEPS):
             allowed = constraint.allowed()
             constraint.accept(int(allowed[len(allowed) // 2]))
             if constraint.complete:
                 break
     except SvdEngineError as error:
-        raise RequestError(str(error)) from error
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        return str(error).removeprefix("the grammar cannot be used: ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return ""
 
 
 def _address_space() -> int:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from svdengine.errors import GrammarError
-from svdengine.llm import LLM
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.server.api_error import ApiError, unsupported
 from svdengine.server.body import Body
@@ -25,10 +24,16 @@ _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": Fa
 
 @dataclass(frozen=True)
 class ToolUse:
-    """The tools that the model is told of, and the grammar of its answer."""
+    """The tools that the model is told of, those that it may call, and whether it must, or may more than once."""
 
     tools: Sequence[Tool] = ()
-    grammar: Grammar | None = None
+    allowed: Sequence[Tool] = ()
+    required: bool = False
+    several: bool = False
+
+    def grammar(self, answer: Grammar | None) -> Grammar:
+        """What the model may write, where an answer that is no call must keep to `answer`."""
+        return tool_grammar(self.allowed, required=self.required, several=self.several, answer=answer)
 
 
 def take_tools(body: Body) -> ToolUse:
@@ -45,34 +50,29 @@ def take_tools(body: Body) -> ToolUse:
     if choice == "none":
         return ToolUse()
     if choice in (None, "auto", "required", "any"):
-        return ToolUse(tools, tool_grammar(tools, required=choice in ("required", "any"), several=several))
-    named = _named(choice, tools)
-    return ToolUse(tools, tool_grammar([named], required=True, several=False))
+        return ToolUse(tools, tools, choice in ("required", "any"), several)
+    return ToolUse(tools, [_named(choice, tools)], required=True)
 
 
 def take_answer_form(body: Body, params: SamplingParams, use: ToolUse) -> SamplingParams:
-    """`response_format`, or the grammar of the tools."""
+    """`response_format`, the grammar of the tools, or both: a call, or an answer that fits."""
     form = body.take_any("response_format")
     params = changed(params, "response_format", form)
-    if use.grammar is None:
+    if not use.allowed:
         return params
-    if params.grammar is not None:
-        raise unsupported("response_format", " together with tools, but with tool_choice none")
     if params.logprobs is not None:
         raise unsupported("logprobs", " together with tools, but with tool_choice none")
-    return changed(params, "response_format", use.grammar, "tools")
+    return changed(params, "response_format", use.grammar(params.grammar), "tools")
 
 
-def grammar_error(error: GrammarError, llm: LLM, params: SamplingParams, use: ToolUse) -> ApiError:
-    """How a form that no answer can be held to is told: by the first tool with such parameters, if there is one."""
-    for i, tool in enumerate(use.tools if use.grammar is not None else ()):
-        grammar = tool_grammar([tool], required=True, several=False)
-        try:
-            llm.prepare([0], changed(params, "response_format", grammar))
-        except GrammarError as found:
-            message = f"the parameters of the tool {tool.name!r} cannot be held to: {found}"
-            return ApiError(400, message, f"tools[{i}].function.parameters", "invalid_value")
-    return ApiError(400, str(error), "tools" if use.grammar is not None else "response_format", "invalid_value")
+def grammar_error(error: GrammarError, use: ToolUse) -> ApiError:
+    """How a form that no answer can be held to is told: with the field that asked for it."""
+    field = "tools" if use.allowed else "response_format"
+    if error.schema is not None and use.allowed:
+        field = "response_format"
+        if error.schema < len(use.allowed):
+            field = f"tools[{list(use.tools).index(use.allowed[error.schema])}].function.parameters"
+    return ApiError(400, str(error), field, "invalid_value")
 
 
 def _tool(value: Any, where: str) -> Tool:

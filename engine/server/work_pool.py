@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from svdengine import errors
-from svdengine.errors import GrammarError, QueueFullError, RequestError, SvdEngineError
+from svdengine.errors import QueueFullError, RequestError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.server.work import Work
 from svdengine.text.limited_process import LimitedProcess, Limits, WorkLimitError
@@ -56,16 +56,17 @@ class WorkPool:
     def run(self, name: str, **arguments: Any) -> Any:
         """The result of a function of `text_child`.
 
-        Raises what it raises, RequestError when it took too much, QueueFullError when no child was free in time, and
-        NoChildError where there are none.
+        Raises what it raises, RequestError when it took too much (of grammars WorkLimitError), QueueFullError when no
+        child was free in time, and NoChildError where there are none.
         """
         work = Work.current() or Work("")
         child = self._take(work)
         try:
             return _result(self._ask(child, [name, arguments]))
         except WorkLimitError as error:
-            stopped = GrammarError if name == "grammar" else RequestError
-            raise stopped(f"{_WHAT[name]} takes too much time or memory; it was stopped") from error
+            if name == "grammar":
+                raise
+            raise RequestError(f"{_WHAT[name]} takes too much time or memory; it was stopped") from error
         finally:
             self._give_back(child, work)
 
@@ -109,7 +110,6 @@ class WorkPool:
 _WHAT = {
     "encode": "reading the prompt",
     "encode_chat": "reading the messages",
-    "grammar": "reading the grammar or JSON schema",
     "decode": "writing the tokens",
     "pieces": "writing the tokens",
 }

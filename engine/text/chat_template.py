@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-from jinja2 import meta
-
 from svdengine.errors import ModelFileError, RequestError
 from svdengine.text.null_content import with_content
-from svdengine.text.template_sandbox import BoundedSandbox, TemplateLimitError
+from svdengine.text.template_bounds import MAX_BITS
+from svdengine.text.template_program import TemplateProgram
 from svdengine.text.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]  # role, content and whatever else the template reads
@@ -20,7 +17,6 @@ Message = Mapping[str, Any]  # role, content and whatever else the template read
 MAX_TEMPLATE = 256 * 1024  # characters
 MAX_DEPTH = 32  # of lists and objects inside a message
 
-_TEMPLATE_FAILURES = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
 _END_MARK = "\U0010fffd"  # the last private-use character, far from the others
 _MARKS = range(0xE000, 0xF900)  # the private use area: no meaning of their own, no case, no white space
 
@@ -43,24 +39,22 @@ class RenderedPrompt:
 
 
 class ChatTemplate:
-    """A compiled template. Raises ModelFileError when it is too long or does not compile."""
+    """A compiled template. Raises ModelFileError when it is too long or does not compile.
+
+    source: the template.
+    variables: names that it reads and does not set itself, such as messages or tools.
+    """
 
     def __init__(self, source: str, tokenizer: Tokenizer) -> None:
         if len(source) > MAX_TEMPLATE:
             raise ModelFileError(f"the chat template has {len(source)} characters; at most {MAX_TEMPLATE} are taken")
         self._tokenizer = tokenizer
         self.source = source
-        self._sandbox = BoundedSandbox()
-        self._lock = threading.Lock()
-        try:
-            self._template = self._sandbox.from_string(source)
-        except (jinja2.TemplateError, SyntaxError, RecursionError, ValueError) as error:
-            raise ModelFileError(f"the model's chat template does not compile: {_first_line(error)}") from error
-
-    @property
-    def variables(self) -> frozenset[str]:
-        """Names that the template reads and does not set itself, such as messages or tools."""
-        return frozenset(meta.find_undeclared_variables(self._sandbox.parse(self.source)))
+        self._program = TemplateProgram(source)
+        compiled = self._program.compile()
+        if compiled.kind != "text":
+            raise ModelFileError(f"the model's chat template does not compile: {compiled.text}")
+        self.variables = frozenset(compiled.variables)
 
     def render(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
@@ -73,21 +67,18 @@ class ChatTemplate:
         """
         check_messages(messages)
         messages = with_content(messages, self.source)
-        marked, literals = self._mark([dict(m) for m in messages], _without_none(extra))
+        marked, literals = self._mark(_plain(messages), _plain(_without_none(extra)))
         values = {"messages": marked[0], **marked[1]}
         # Templates are written for transformers, where tools and documents that are not given are none.
         values = {"tools": None, "documents": None, **values, "add_generation_prompt": add_generation_prompt}
         values |= {name: self._tokenizer.special_text(id_) for name, id_ in self._named_tokens()}
-        try:
-            with self._lock:
-                return RenderedPrompt(self._sandbox.render(self._template, values), literals)
-        except TemplateLimitError as error:
-            raise ModelFileError(f"the model's chat template was stopped: {_first_line(error)}") from error
-        except jinja2.TemplateError as error:
-            raise RequestError(f"the model's chat template refused the messages: {_first_line(error)}") from error
-        except _TEMPLATE_FAILURES as error:
-            what = f"{type(error).__name__}: {_first_line(error)}"
-            raise RequestError(f"the model's chat template failed on the messages: {what}") from error
+        done = self._program.render(values)
+        if done.kind == "text":
+            return RenderedPrompt(done.text, literals)
+        if done.kind in ("broken", "stopped"):
+            raise ModelFileError(f"the model's chat template was stopped: {done.text}")
+        what = "refused" if done.kind == "refused" else "failed on"
+        raise RequestError(f"the model's chat template {what} the messages: {done.text}")
 
     def encode(
         self,
@@ -152,6 +143,28 @@ def check_messages(messages: Any) -> None:
             raise RequestError(f"the content of message {i} must be a string")
 
 
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A value of JSON's kinds, which is all that a template gets: an object of a program would bring its methods.
+
+    Raises RequestError when there is none, or it is nested too deeply.
+    """
+    if depth > MAX_DEPTH:
+        raise RequestError(f"a message is nested more than {MAX_DEPTH} deep")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, int | float):
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise RequestError(f"a number in the chat template's messages or variables has over {MAX_BITS} bits")
+        return value
+    raise RequestError(f"messages and variables of a chat template are JSON, which {type(value).__name__} is not")
+
+
 def _strings(value: Any, depth: int = 0) -> Iterable[str]:
     if depth > MAX_DEPTH:
         raise RequestError(f"a message is nested more than {MAX_DEPTH} deep")
@@ -180,7 +193,3 @@ def _replaced(value: Any, marks: Mapping[str, str]) -> Any:
 
 def _without_none(extra: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in extra.items() if value is not None}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -26,6 +26,8 @@ _HEADER = 8  # bytes of the length that stands before each message
 _START_SECONDS = 30.0  # a cold disk is slow; nothing of the request was read then
 _KEPT_VARIABLES = ("TZ", "LANG", "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH")
 
+_in_child = False
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -118,6 +120,8 @@ class LimitedProcess:
 
 def serve(module: str, cpu_seconds: float, memory: int) -> None:
     """The child: answer requests from standard input until it ends."""
+    global _in_child
+    _in_child = True
     handle = import_module(module).handle
     source, target = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
@@ -152,6 +156,8 @@ def _start(module: str, limits: Limits, packages: Sequence[str]) -> subprocess.P
     """A child in a session of its own, where no Ctrl-C reaches it, with little of our environment."""
     if os.name != "posix" or not sys.executable:
         raise NoChildError("this platform has no limits for processes")
+    if _in_child:
+        raise NoChildError("this process has limits already")
     folders = dict.fromkeys(_folder(name) for name in (__package__.partition(".")[0], *packages))
     run = f"serve({module!r}, {limits.cpu_seconds!r}, {limits.memory!r})"
     code = f"import sys; sys.path[:0] = {list(folders)!r}; from {__name__} import serve; {run}"

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple, Protocol
 
 from svdengine.errors import ModelFileError
+from svdengine.text.tokenizer_bounds import check_tokenizer
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _explained(what: str) -> Iterator[None]:
     """Turn whatever the library raises on a damaged file, a Rust panic included, into ModelFileError."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
+    except (KeyboardInterrupt, SystemExit, MemoryError, ModelFileError):
         raise
     except BaseException as error:
         raise ModelFileError(f"the model's tokenizer cannot be read ({what}): {str(error)[:200]}") from error
@@ -78,6 +79,8 @@ class JsonBackend:
         import tokenizers
 
         with _explained("tokenizer.json"):
+            settings = json.loads(data)
+            check_tokenizer(settings)
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
             self._tokenizer.no_truncation()
             self._tokenizer.no_padding()
@@ -93,7 +96,7 @@ class JsonBackend:
         self._normalized = self._tokenizer.normalizer is not None and any(t.normalized for t in added.values())
         self._data = data
         self._added = frozenset(added)  # written as they are, whatever the alphabet
-        self._byte_level = any(step.get("type") == "ByteLevel" for step in _steps(json.loads(data).get("decoder")))
+        self._byte_level = any(step.get("type") == "ByteLevel" for step in _steps(settings.get("decoder")))
         self._inner: Any = None  # for text that does not stand first; made when it is needed
         self._lock = threading.Lock()
 

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from svdengine.errors import RequestError
 from svdengine.text.chat_template import ChatTemplate, Message
-from svdengine.text.grammar import Grammar, schema_text
+from svdengine.text.grammar import Grammar
+from svdengine.text.json_schema import schema_text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -62,24 +64,33 @@ def tool_prompt(
     return [{"role": "system", "content": instruction}, *plain], {}
 
 
-def tool_grammar(tools: Sequence[Tool], *, required: bool, several: bool) -> Grammar:
-    """What the model may write: calls of these tools, with arguments that fit, or any text unless `required`."""
+def tool_grammar(tools: Sequence[Tool], *, required: bool, several: bool, answer: Grammar | None = None) -> Grammar:
+    """What the model may write: calls of these tools, with arguments that fit, or any text unless `required`.
+
+    answer: what a text must keep to that is no call. Raises RequestError when it is not a JSON schema.
+    """
+    schemas = [schema_text({"type": "object", **tool.parameters}) for tool in tools]
+    labels = [f"the parameters of the tool {tool.name!r}" for tool in tools]
     calls = "call (NEXT call)*" if several else "call"
-    start = calls if required else "text | " + calls.replace("call", "first", 1)
-    objects = [_call_schema(tool) for tool in tools]
-    lines = [
-        "%llguidance {}",
-        f"start: {start}",
-        "text: TEXT",
-        "first: head body",
-        f'head[lazy]: TEXT "{OPEN}"',
+    lines = ["%llguidance {}"]
+    named = list(zip(labels, schemas, strict=True))
+    if required:
+        lines.append(f"start: {calls}")
+    elif answer is None:
+        lines += ["start: text | " + calls.replace("call", "first", 1), "text: TEXT", "first: head body"]
+        lines += [f'head[lazy]: TEXT "{OPEN}"', "TEXT: /(.|\\n)*/"]
+    else:
+        lines += [f"start: answer | {calls}", f"answer: %json {_json_schema(answer)}"]
+        named += answer.schemas
+    lines += [
         f'call: "{OPEN}" body',
-        f'body: "\\n" ({" | ".join(f"object_{i}" for i in range(len(objects)))}) "\\n{CLOSE}"',
-        *(f"object_{i}: %json {text}" for i, text in enumerate(objects)),
+        f'body: "\\n" ({" | ".join(f"object_{i}" for i in range(len(tools)))}) "\\n{CLOSE}"',
+        *(line for i, tool in enumerate(tools) for line in _call_rules(i, tool.name, schemas[i])),
+        "space: SPACE?",
+        "SPACE: /\\n {0,32}| /",
         'NEXT: "\\n"',
-        "TEXT: /(.|\\n)*/",
     ]
-    return Grammar("lark", "\n".join(lines))
+    return Grammar("lark", "\n".join(lines), tuple(named))
 
 
 @dataclass
@@ -95,15 +106,18 @@ class ToolCallReader:
         said = ""
         found: list[ToolCall] = []
         while (start := self._held.find(OPEN)) >= 0:
-            said += self._held[:start].rstrip() if not self.calls else ""
+            before = self._held[:start]
             end = self._held.find(CLOSE, start)
             if end < 0:
-                self._held = self._held[start:]
+                kept = len(before.rstrip())
+                said += before[:kept] if not self.calls else ""
+                self._held = self._held[kept:]
                 return said, found
             call = _read_call(self._held[start + len(OPEN) : end])
             if call is None:
-                said += self._held[start : end + len(CLOSE)]
+                said += self._held[: end + len(CLOSE)]
             else:
+                said += before.rstrip() if not self.calls else ""
                 self.calls.append(call)
                 found.append(call)
             self._held = self._held[end + len(CLOSE) :]
@@ -126,15 +140,17 @@ class ToolCallReader:
         return len(text[: len(text) - cut].rstrip())
 
 
-def _call_schema(tool: Tool) -> str:
-    return schema_text(
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool.name}, "arguments": tool.parameters},
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-    )
+def _call_rules(i: int, name: str, schema: str) -> list[str]:
+    """The object of a call. The schema of its arguments stands alone, so that pointers into it keep their meaning."""
+    fields = ["{", '"name"', ":", json.dumps(name), ",", '"arguments"', ":", f"arguments_{i}", "}"]
+    words = [word if word.startswith("arguments_") else json.dumps(word) for word in fields]
+    return [f"object_{i}: {' space '.join(words)}", f"arguments_{i}: %json {schema}"]
+
+
+def _json_schema(answer: Grammar) -> str:
+    if answer.kind != "json_schema":
+        raise RequestError("an answer beside tools can be held to a JSON schema only, not to another grammar")
+    return answer.text
 
 
 def _read_call(text: str) -> ToolCall | None:

@@ -1,7 +1,10 @@
 """Constrained decoding: whatever the model, the text fits the grammar."""
 
 import json
+import re
+import resource
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from svdengine import LLM, RequestError, SamplingParams
 from svdengine.scheduling.constraint import ConstraintMaker
 from svdengine.scheduling.sampler import Sampler
 from svdengine.text.grammar import Grammar, json_grammar, read_response_format
+from svdengine.text.tool_calls import Tool, tool_grammar
 
 pytest.importorskip("llguidance", reason="llguidance, which follows grammars, is not installed")
 
@@ -110,6 +114,8 @@ def test_other_grammars(llm: LLM) -> None:
         ("json", "must have the type"),
         ({"type": "xml"}, "must have the type"),
         ({"type": "json_schema"}, "must be a JSON schema"),
+        ({"type": "json_object", "schema": 3}, "must be a JSON schema"),
+        ({"type": "json_object", "schemas": {}}, "has the field 'schemas'"),
         ({"type": "json_schema", "json_schema": {"schema": "x"}}, "must be a JSON schema"),
         ({"type": "json_schema", "json_schema": {"schema": {"x": {1, 2}}}}, "cannot be written as JSON"),
     ],
@@ -117,6 +123,97 @@ def test_other_grammars(llm: LLM) -> None:
 def test_unusable_formats(value: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         SamplingParams(response_format=value)
+
+
+def test_json_objects_keep_to_their_schema() -> None:
+    asked = {"type": "json_object", "schema": SCHEMA}
+    assert read_response_format(asked) == read_response_format(FORMAT)
+    assert read_response_format({"type": "json_schema", "schema": SCHEMA}) == read_response_format(FORMAT)
+    assert read_response_format({"type": "json_object"}) == json_grammar({"type": "object"})
+
+
+@pytest.mark.parametrize(
+    ("part", "keyword", "place"),
+    [
+        ({"type": "array", "uniqueItems": True}, "uniqueItems", "/properties/a"),
+        ({"not": {"type": "string"}}, "not", "/properties/a"),
+        ({"if": {"type": "string"}, "then": False}, "if|then", "/properties/a"),
+        ({"type": "array", "contains": {"const": 1}}, "contains", "/properties/a"),
+        ({"type": "object", "propertyNames": {"maxLength": 3}}, "propertyNames", "/properties/a"),
+        ({"type": "object", "dependentRequired": {"a": ["b"]}}, "dependentRequired", "/properties/a"),
+        ({"type": "string", "pattern": "(?=a)b"}, "pattern", "/properties/a"),
+        ({"type": "string", "pattern": "("}, "pattern", "/properties/a"),
+        ({"type": "string", "format": "idn-hostname"}, "format", "/properties/a"),
+        ({"type": "array", "items": {"type": "string", "pattern": "(a)\\1"}}, "pattern", "/properties/a/items"),
+        ({"$ref": "#/$defs/A"}, "uniqueItems", "/$defs/A"),
+    ],
+)
+def test_keywords_that_cannot_be_held_are_named(part: Any, keyword: str, place: str) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"fine": {"type": "string", "pattern": "a+"}, "a": part},
+        "$defs": {"A": {"type": "array", "uniqueItems": True}},
+        "required": ["a"],
+    }
+    tools = [Tool("fine", SCHEMA, {}), Tool("odd", schema, {})]
+    named = f"has the keyword '({keyword})' at {re.escape(place)}, which cannot be held"
+    for grammar, whose in (
+        (json_grammar(schema), "response_format"),
+        (tool_grammar(tools, required=True, several=True), "the parameters of the tool 'odd'"),
+        (tool_grammar(tools[:1], required=False, several=True, answer=json_grammar(schema)), "response_format"),
+    ):
+        with pytest.raises(RequestError, match=f"{whose} {named}"):
+            MAKERS["byte_level"][1].make(grammar)
+
+
+def test_what_changes_nothing_is_left_out() -> None:
+    parts = [{"type": "string", "format": name} for name in ("password", "binary", "int32", "path")]
+    parts += [{"type": "array", "uniqueItems": False}, {"deprecated": True, "type": "null"}, {"default": {"format": 1}}]
+    parts += [{"type": "object", "properties": {"format": {"type": "null"}, "uniqueItems": {"type": "null"}}}]
+    schema = {"type": "object", "properties": {f"p{i}": part for i, part in enumerate(parts)}}
+    MAKERS["byte_level"][1].make(json_grammar(schema))
+    assert '"format": {"type": "null"}' in json_grammar(schema).text
+
+
+def hostile_schemas() -> dict[str, dict[str, Any]]:
+    letters = "abcdefghijklmnopqrst"
+    choice = {"anyOf": [{"type": "object", "properties": {c: {"type": "string"}}} for c in letters]}
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(60):
+        deep = {"anyOf": [deep, {"type": "array", "items": deep}]}
+    return {
+        "patterns": {"allOf": [{"type": "string", "pattern": f".*{c}.*"} for c in letters]},
+        "properties": {"allOf": [{"properties": {"x": {"type": "string", "pattern": f".*{c}.*"}}} for c in letters]},
+        "negated": {"allOf": [{"type": "string", "pattern": f"[^{c}]*{c}[^{c}]*{c}.*"} for c in letters]},
+        "choices": {"allOf": [choice] * 8},
+        "one of": {"allOf": [{**choice, "oneOf": choice["anyOf"]}] * 6},
+        "long": {"type": "string", "pattern": "(a|b)*a(a|b){40000}"},
+        "states": {"type": "string", "pattern": "(a|b)*a(a|b){18}"},
+        "counted": {"type": "string", "pattern": "((a{1000}){1000}){1000}"},
+        "many items": {"type": "array", "items": {"type": "string", "minLength": 3}, "minItems": 10**9},
+        "deep": deep,
+    }
+
+
+@pytest.mark.parametrize("name", hostile_schemas())
+def test_the_work_of_a_grammar_is_bounded(name: str) -> None:
+    _, maker = MAKERS["byte_level"]
+    begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        constraint = maker.make(json_grammar(hostile_schemas()[name]))
+        random = np.random.default_rng(3)
+        for _ in range(60):
+            allowed = constraint.allowed()
+            constraint.accept(int(random.choice(allowed)))
+    except RequestError as error:
+        assert "grammar" in str(error) or "nested" in str(error)
+    assert time.process_time() - begin < 8
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000  # kB
+
+
+def test_twenty_patterns_at_once_are_refused_with_the_limit() -> None:
+    with pytest.raises(RequestError, match=r"compiling it was stopped, it (took|needs) more than"):
+        MAKERS["byte_level"][1].make(json_grammar(hostile_schemas()["patterns"]))
 
 
 def test_unusable_grammars(llm: LLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The chat template: what users type stays text, and a hostile template is stopped."""
 
-import time
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -24,6 +24,17 @@ TEMPLATES = {
     "{% for m in messages[::-1] %}{% if loop.last %}{% continue %}{% endif %}{{ show(m) }}{% endfor %}",
     "tojson": "{{ bos_token }}{{ messages | tojson }}{{ eos_token }}",
     "generation": HEADER + "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
+    "replace": "{% for m in messages %}{% set c = m.content.replace('o', '0') %}{{ c|replace('l', 'L') }}{% endfor %}"
+    "{% block b %}{% set x = 'abc'.replace('b', '-') %}{{ x }}{{ 'a'.center(5).replace(' ', '.') }}{% endblock %}",
+    "formats": "{% for m in messages %}{{ '%-9s|' % m.role }}{{ '{:>9}|{}'.format(m.role, m.content) }}{% endfor %}"
+    "{{ '%s is %03d' | format('x', 7) }}{{ 2 ** 10 }}{{ 2 ** -1 }}{{ '%d%%' % 5 }}{{ '%(a)s' % {'a': 1} }}"
+    "{{ '{0[a]} {b}'.format({'a': 1}, b=2) }}{{ '{x}'.format_map({'x': 3}) }}{{ 7 % 3 }}{{ ('<b>'|e).format(1) }}",
+    "filters": "{{ messages | map(attribute='role') | batch(3, '-') | list }}{{ [1, 2, 3] | slice(2) | list }}"
+    "{{ 'some words to wrap' | wordwrap(9) }}{{ 'a' | center(9) }}{{ [{'a': {'b': 1}}, {'a': {'b': 2}}] "
+    "| join(', ', attribute='a.b') }}{{ [[1, 2], [3]] | join('+', attribute=0) }}{{ 3.14159 | round(2) }}"
+    "{{ ['b', 'a'] | sort | join }}{{ {'a': 1} | dictsort }}{{ 'x\ny' | indent(2) }}{{ {'a': 1} | xmlattr }}",
+    "named": "{% macro f(context, obj) %}{{ context }}{{ obj }}{% endmacro %}{{ f(context='<', obj=3) }}",
+    "recursive": "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }},{% endfor %}",
     "loop": "{% for m in messages if m.role == 'user' %}{{ loop.index }}/{{ loop.length }}:{{ m.content }}"
     "{{ ',' if not loop.last }}{% endfor %}{{ 'a' + 'b' * 3 }}{{ 'x%'.replace('%', '<s>') }}",
 }
@@ -46,6 +57,11 @@ def messages_of(content: str) -> list[dict[str, Any]]:
     ]
 
 
+@cache
+def template(name: str) -> ChatTemplate:
+    return ChatTemplate(TEMPLATES[name], TOKENIZER)
+
+
 def plain_rendering(source: str, messages: list[dict[str, Any]]) -> str:
     """The template without any of our precautions."""
     source = source.replace("{% generation %}", "").replace("{% endgeneration %}", "")
@@ -61,17 +77,15 @@ def plain_rendering(source: str, messages: list[dict[str, Any]]) -> str:
 def test_the_text_is_that_of_plain_rendering(name: str, content: str) -> None:
     if name == "macro" and "<" in content:
         content = content.upper()  # a filter that rewrites a control token's name is the one thing that shows
-    rendered = ChatTemplate(TEMPLATES[name], TOKENIZER).render(messages_of(content))
+    rendered = template(name).render(messages_of(content))
     assert rendered.plain == plain_rendering(TEMPLATES[name], messages_of(content))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("content", CONTENTS)
 def test_contents_add_no_control_token(name: str, content: str) -> None:
-    template = ChatTemplate(TEMPLATES[name], TOKENIZER)
-
     def controls(content: str) -> list[int]:
-        return [t for t in template.encode(messages_of(content)) if TOKENIZER.is_silent(t)]
+        return [t for t in template(name).encode(messages_of(content)) if TOKENIZER.is_silent(t)]
 
     assert controls(content) == controls("harmless")
 
@@ -79,7 +93,7 @@ def test_contents_add_no_control_token(name: str, content: str) -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_harmless_contents_are_encoded_in_one_piece(name: str) -> None:
     messages = messages_of("hello world")
-    ids = ChatTemplate(TEMPLATES[name], TOKENIZER).encode(messages)
+    ids = template(name).encode(messages)
     assert ids == TOKENIZER.encode(plain_rendering(TEMPLATES[name], messages), special=True)
 
 
@@ -93,37 +107,8 @@ def test_other_tokenizers(kind: str) -> None:
 
 
 def test_roles_and_keys_are_text_too() -> None:
-    template = ChatTemplate(CHATML, TOKENIZER)
-    ids = template.encode([{"role": "user<|im_end|>", "content": "x"}])
+    ids = template("chatml").encode([{"role": "user<|im_end|>", "content": "x"}])
     assert ids.count(3) == 2  # the default system prompt's and the message's
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "loops too often"),
-        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "too long"),
-        ("{% set n = namespace(x='aa') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}", "too long"),
-        ("{{ 'a' * 1000000000 }}", "too long"),
-        ("{{ [1] * 1000000000 }}", "too long"),
-        ("{{ 10 ** 10 ** 10 }}", "not available"),
-        ("{{ '%1000000000d' % 1 }}", "not available"),
-        ("{{ 'a'.center(1000000000) }}", "not available"),
-        ("{{ '{:>1000000000}'.format(1) }}", "not available"),
-        ("{{ 'aaaa'|replace('a', 'b' * 3000000) }}", "too long"),
-        ("{{ ('a' * 100000).replace('', 'b' * 100000) }}", "too long"),
-        ("{{ range(99999) | list | join('x' * 100000) }}", "too long"),
-        ("{{ 'a' | indent(1000000000, true) }}", "indent"),
-        ("{{ [1] | tojson(indent=1000000000) }}", "indent"),
-        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(99) }}", "loops too often"),
-        ("{% for i in range(99999) %}{{ 'x' * 1000 }}{% endfor %}", "too long"),
-    ],
-)
-def test_work_is_bounded(source: str, message: str) -> None:
-    begin = time.perf_counter()
-    with pytest.raises(ModelFileError, match=message):
-        ChatTemplate(source, TOKENIZER).render([{"role": "user", "content": "x"}])
-    assert time.perf_counter() - begin < 5
 
 
 @pytest.mark.parametrize(
@@ -180,7 +165,19 @@ def test_nesting_is_bounded() -> None:
 
 
 def test_variables_reach_the_template() -> None:
-    template = ChatTemplate("{{ tools[0].name }} {{ strftime_now('%Y')|length }}{{ thinking is defined }}", TOKENIZER)
-    rendered = template.render([{"role": "user", "content": "x"}], tools=[{"name": "f<s>"}], thinking=None)
+    reads = ChatTemplate("{{ tools[0].name }} {{ strftime_now('%Y')|length }}{{ thinking is defined }}", TOKENIZER)
+    rendered = reads.render([{"role": "user", "content": "x"}], tools=[{"name": "f<s>"}], thinking=None)
     assert rendered.plain == "f<s> 4False"
     assert "<s>" not in rendered.text
+
+
+def test_only_data_reaches_the_template() -> None:
+    class Spy:
+        def touch(self) -> str:
+            return "touched"
+
+    for value in (Spy(), b"bytes", {1, 2}, [Spy()]):
+        with pytest.raises(RequestError, match="are JSON, which"):
+            ChatTemplate("{{ x.touch() }}", TOKENIZER).render([{"role": "user", "content": "x"}], x=value)
+    with pytest.raises(RequestError, match="chat template"):
+        template("chatml").render([{"role": "user", "content": "x"}], x=10**5000)

@@ -1,12 +1,32 @@
 """The tokenizer: control tokens only where they are meant, and damaged files refused."""
 
+import base64
+import contextlib
+import json
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_model import byte_level_json, make_tokenizer
 
+from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS
 from svdengine.errors import ModelFileError, RequestError
 from svdengine.text.tokenizer import Tokenizer
+from svdengine.text.tokenizer_bounds import check_pattern
 from svdengine.text.tokenizer_info import TokenizerInfo
+
+PRECOMPILED = base64.b64encode(bytes(4) + b"a" * 10_000 + b"\0").decode()
+PUBLISHED = [
+    r"(?i:'s|'t|'re|'ve|'m)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\s+",
+    r" ?[^(\s|[.,!?…。,、।])]+",
+    r"(?<=\d)(?=(?:\d{3})+(?!\d))|[0-9][0-9][0-9]",
+    r"<sentinel:[0-9]+>|(IMGIMG)((A|B|C|D|E|F|G|H|I){1,4})Z|[\p{P}!-/:-@\[-`{-~]",
+    r"[\p{Lu}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{M}&&[^\p{Han}]]+|\s+",
+]
 
 KINDS = ("byte_level", "llama", "llama_first", "sentencepiece")
 
@@ -107,3 +127,66 @@ def test_a_model_without_tokenizer() -> None:
     tokenizer = Tokenizer(TokenizerInfo("none"), b"")
     with pytest.raises(ModelFileError, match="has no tokenizer"):
         tokenizer.encode("hello")
+
+
+def changed_json(change: Callable[[dict[str, Any]], object]) -> bytes:
+    settings = json.loads(byte_level_json())
+    change(settings)
+    return json.dumps(settings).encode()
+
+
+def steps(name: str, *parts: dict[str, Any]) -> Callable[[dict[str, Any]], object]:
+    inner = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}[name]
+    return lambda settings: settings.update({name: {"type": "Sequence", inner: list(parts)}})
+
+
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+MORE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aaaaaaaaaa"}
+BETWEEN = {"type": "Replace", "pattern": {"Regex": "x*"}, "content": "y" * 100}
+
+
+def split(pattern: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (steps("pre_tokenizer", *[LEVEL] * 200), "steps|as long"),
+        (steps("pre_tokenizer", *[LEVEL] * 20), "as long"),
+        (steps("normalizer", *[LEVEL] * 20), "as long"),
+        (steps("normalizer", *[MORE] * 9), "as long"),
+        (steps("normalizer", BETWEEN), "as long"),
+        (steps("decoder", *[MORE] * 9), "as long"),
+        (steps("normalizer", *[{"type": "Lowercase"}] * 1000), "steps"),
+        (steps("normalizer", {"type": "Precompiled", "precompiled_charsmap": PRECOMPILED}), "of one character"),
+        (lambda s: s["model"]["vocab"].update({"a" * 100_000: 5000}), "entry of more than"),
+        (lambda s: s["model"].update(max_input_chars_per_word=10**9), "max_input_chars_per_word"),
+        (steps("pre_tokenizer", split("(a+)+$")), "repeats what holds"),
+        (steps("pre_tokenizer", split("(?:a|a)*$")), "repeats what holds"),
+        (steps("pre_tokenizer", split("(?:(?:a?)b){70,}")), "repeats what holds"),
+        (steps("pre_tokenizer", split("(?:a|aa){2}+$")), "repeats what holds"),
+        (steps("pre_tokenizer", split("(?:[)]|[^]]a*)+$")), "repeats what holds"),
+        (steps("pre_tokenizer", split("((a{1000}){1000}){1000}")), "repeats what holds"),
+        (steps("pre_tokenizer", split(r"(a|b)\1")), "refers to another part"),
+        (steps("pre_tokenizer", split(r"(?<x>a\g<x>?b)")), "refers to another part"),
+        (steps("pre_tokenizer", split("a" * 30_000)), "30000 characters"),
+    ],
+)
+def test_tokenizers_without_bounds_are_refused(change: Callable[[dict[str, Any]], object], message: str) -> None:
+    with pytest.raises(ModelFileError, match=f"the model's tokenizer is refused .*({message})"):
+        Tokenizer(TokenizerInfo("tokenizer.json"), changed_json(change))
+
+
+@pytest.mark.parametrize("pattern", [p for pre in PRE_TOKENIZERS.values() for p in pre.patterns] + PUBLISHED)
+def test_published_patterns_are_taken(pattern: str) -> None:
+    check_pattern(pattern)
+    tokenizer = Tokenizer(TokenizerInfo("tokenizer.json"), changed_json(steps("pre_tokenizer", split(pattern), LEVEL)))
+    assert tokenizer.decode(tokenizer.encode("hello  World 12345")) == "hello  World 12345"
+
+
+@settings(max_examples=200, deadline=None)
+@given(pattern=st.text(alphabet="a[]()|*+?{}2,^\\\\", max_size=12))
+def test_looking_at_any_pattern_ends(pattern: str) -> None:
+    with contextlib.suppress(ModelFileError):
+        check_pattern(pattern)
