@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnMode
     from svdengine.llm import LLM
     from svdengine.measuring.evaluation import Measurements
+    from svdengine.measuring.task_scores import Outcome
     from svdengine.measuring.tasks import Task
 
 REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of error against speed
@@ -28,7 +29,21 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of erro
 @measuring_options
 @click.option("--perplexity", "text_file", type=click.Path(path_type=Path), metavar="FILE", help="Score this text.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens scored at a time.")
-@click.option("--tasks", "task_file", type=click.Path(path_type=Path), metavar="FILE", help="Tasks, one JSON a line.")
+@click.option(
+    "--tasks",
+    "task_files",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    multiple=True,
+    help="Tasks, one JSON a line, or one of arithmetic, choices, code. May be repeated.",
+)
+@click.option("--run-code", is_flag=True, help="Run the programs that the model writes for tasks of code.")
+@click.option(
+    "--against",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="MODEL2",
+    help="Score the tasks with this model too, and compare them task by task.",
+)
 @click.option("--predictors", is_flag=True, help="Compare predictors, layer by layer, on the text of --perplexity.")
 @click.option(
     "--report",
@@ -40,7 +55,9 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of erro
 def command(
     text_file: Path | None,
     window: int,
-    task_file: Path | None,
+    task_files: tuple[Path, ...],
+    run_code: bool,
+    against: Path | None,
     predictors: bool,
     report: Path | None,
     as_json: bool,
@@ -49,23 +66,24 @@ def command(
     """Measure MODEL, a .svdp file: perplexity on a UTF-8 text, and the share of tasks that it gets right.
 
     \b
-    A task is one line of JSON, of either kind:
+    A task is one line of JSON, of one of three kinds:
       {"prompt": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
       {"prompt": "What is 6 times 7?", "match": 42, "chat": true, "max_tokens": 100}
+      {"prompt": "Write f(n), which returns n + 1.", "tests": "assert f(1) == 2", "chat": true}
 
     --ffn both runs dense and sparse, and says how often they agree on the likeliest next token and how far their
     distributions are apart. With --json, `perplexity` is then that of the sparse path, and `dense` holds the other.
     """
-    from svdengine.measuring.tasks import read_tasks
-
-    if text_file is None and task_file is None:
+    if text_file is None and not task_files:
         raise click.UsageError("there is nothing to measure: give --perplexity FILE or --tasks FILE")
     if (predictors or report is not None) and text_file is None:
         raise click.UsageError("--predictors and --report need a text: --perplexity FILE")
+    if against is not None and (not task_files or options["ffn"] == "both"):
+        raise click.UsageError("--against compares the tasks of --tasks, and does not go together with --ffn both")
     if report is not None:
         check_writable(report)
     text = read_text(text_file) if text_file is not None else ""
-    tasks = read_tasks(task_file) if task_file is not None else []
+    tasks = _tasks(task_files, run_code)
     with open_model(options) as llm:
         if report is not None and llm.predictor is not None:
             options["ffn"] = "both"
@@ -74,8 +92,39 @@ def command(
         )
         if report is not None:
             _write_report(llm, report, found)
+    if against is not None:
+        _compare(found, tasks, against, options)
     record = _record(found)
     click.echo(json.dumps(record) if as_json else "\n".join(_lines(record)))
+
+
+def _tasks(files: Sequence[Path], run_code: bool) -> list[Task]:
+    from svdengine.measuring.tasks import CodeTask, read_tasks
+
+    tasks = [task for file in files for task in read_tasks(file)]
+    if not run_code and any(isinstance(task, CodeTask) for task in tasks):
+        raise click.UsageError(
+            "these tasks run programs that the model writes, in a process with limits; allow it with --run-code"
+        )
+    return tasks
+
+
+def _compare(found: Measurements, tasks: list[Task], against: Path, options: dict[str, Any]) -> None:
+    """Score the tasks with another model too. The predictor of --predictor is not its own."""
+    from svdengine.measuring.task_scores import pair, score
+
+    with open_model({**options, "model": against, "predictor": None}) as other:
+        answered = _answers(other, tasks, options)[other.ffn]
+        found.tasks += score(tasks, answered, f"{other.ffn} {against.name}")
+    found.pairs += pair(tasks, (found.ffn, found.answers), (against.name, answered))
+
+
+def _answers(llm: LLM, tasks: list[Task], options: dict[str, Any]) -> dict[FfnMode, list[Outcome]]:
+    from svdengine.measuring.task_scores import answer_tasks
+
+    paths: tuple[FfnMode, ...] = ("dense", "sparse") if options["ffn"] == "both" else (llm.ffn,)
+    report = partial(_progress, "tasks") if sys.stderr.isatty() else None
+    return answer_tasks(llm, tasks, paths, options["sparsity_bias"] or 0.0, report)
 
 
 def _measure(
@@ -85,7 +134,7 @@ def _measure(
     from svdengine.measuring.evaluation import Measurements, compare_paths
     from svdengine.measuring.perplexity import measure_perplexity
     from svdengine.measuring.predictor_study import study_predictors
-    from svdengine.measuring.task_scores import score_tasks
+    from svdengine.measuring.task_scores import pair, score
 
     shown, bias, both = sys.stderr.isatty(), options["sparsity_bias"] or 0.0, options["ffn"] == "both"
     found = Measurements(ffn="both" if both else llm.ffn, sparsity_bias=bias)
@@ -97,9 +146,12 @@ def _measure(
     if study:
         found.study = study_predictors(llm, text, _progress if shown else None)
     if tasks:
-        paths: tuple[FfnMode, ...] = ("dense", "sparse") if both else (llm.ffn,)
-        report = partial(_progress, "tasks") if shown else None
-        found.tasks, found.pairs = score_tasks(llm, tasks, paths, bias, report)
+        answers = _answers(llm, tasks, options)
+        lines = [line for path, outcomes in answers.items() for line in score(tasks, outcomes, path)]
+        found.tasks = sorted(lines, key=lambda line: line.task)
+        found.answers = answers[next(iter(answers))]
+        if both:
+            found.pairs = pair(tasks, ("dense", answers["dense"]), ("sparse", answers["sparse"]))
     return found
 
 
@@ -162,8 +214,8 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
         )
     for pair in record.get("paired", ()):
         yield (
-            f"{pair['task']}: {pair['both']} right on both paths, {pair['only_dense']} only dense, "
-            f"{pair['only_sparse']} only sparse, {pair['neither']} on neither"
+            f"{pair['task']}: {pair['both']} right in both, {pair['only_first']} only {pair['first']}, "
+            f"{pair['only_second']} only {pair['second']}, {pair['neither']} in neither; McNemar p = {pair['p']:.3g}"
         )
     if "predictors" in record:
         yield from _study_lines(record["predictors"])

@@ -18,7 +18,7 @@ from svdengine.scheduling.sampler import log_softmax
 if TYPE_CHECKING:
     from svdengine.llm import LLM
     from svdengine.measuring.predictor_study import PredictorStudy
-    from svdengine.measuring.task_scores import PairedScore, TaskScore
+    from svdengine.measuring.task_scores import Outcome, PairedScore, TaskScore
 
 Progress = Callable[[int, int, float], None]  # windows done, windows in all, dense perplexity so far
 
@@ -55,6 +55,7 @@ class Measurements:
     comparison: PathComparison | None = None  # of both
     study: PredictorStudy | None = None
     tasks: list[TaskScore] = field(default_factory=list)
+    answers: list[Outcome] = field(default_factory=list)  # to each task, on the first path
     pairs: list[PairedScore] = field(default_factory=list)
 
 

@@ -1,14 +1,16 @@
-"""How many tasks a model gets right, on each path of its FFN."""
+"""How many tasks a model gets right, on each path of its FFN or beside another model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from svdengine.errors import RequestError
 from svdengine.kernels.executor import FfnMode
-from svdengine.measuring.tasks import ChoiceTask, GenerateTask, Task
+from svdengine.measuring.code_runner import run_program
+from svdengine.measuring.tasks import ChoiceTask, CodeTask, GenerateTask, Task
 from svdengine.scheduling.sampler import negative_log_likelihood
 from svdengine.scheduling.sampling import SamplingParams
 
@@ -32,36 +34,46 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class PairedScore:
-    """Tasks of one name that two paths answer differently."""
+    """The same tasks answered twice: by a dense and a sparse path, or by two models.
+
+    p: how likely it is, if both were equally good, that one of them is alone right at least so much more often than
+        the other: the exact McNemar test, two-sided. Small values mean that the difference is no chance.
+    """
 
     task: str
-    both: int  # right on both paths
-    only_dense: int
-    only_sparse: int
+    first: str
+    second: str
+    both: int  # right in both
+    only_first: int
+    only_second: int
     neither: int
+    p: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One task on one path."""
+    """One task, answered once.
+
+    normalized: whether it is right by likelihood per byte; None where nothing was to choose.
+    """
 
     correct: bool
-    normalized: bool | None = None  # whether it is right by likelihood per byte
+    normalized: bool | None = None
 
 
-def score_tasks(
+def answer_tasks(
     llm: LLM,
     tasks: Sequence[Task],
     paths: Sequence[FfnMode],
     sparsity_bias: float = 0.0,
     progress: Progress | None = None,
-) -> tuple[list[TaskScore], list[PairedScore]]:
-    """Run every task on every path; pairs are counted where both dense and sparse are among them. `llm` must be idle.
+) -> dict[FfnMode, list[Outcome]]:
+    """Run every task on every path. `llm` must be idle.
 
     Raises RequestError, with the task's line, where a task does not fit the model.
     """
     before = llm.ffn
-    outcomes: dict[str, list[Outcome]] = {path: [] for path in paths}
+    outcomes: dict[FfnMode, list[Outcome]] = {path: [] for path in paths}
     try:
         for done, task in enumerate(tasks, 1):
             for path in paths:
@@ -74,11 +86,19 @@ def score_tasks(
                 progress(done, len(tasks))
     finally:
         llm.ffn = before
-    names = sorted({task.task for task in tasks})
-    scores = [_score(tasks, outcomes[path], name, path) for name in names for path in paths]
-    if not {"dense", "sparse"} <= set(paths):
-        return scores, []
-    return scores, [_pairs(tasks, outcomes["dense"], outcomes["sparse"], name) for name in names]
+    return outcomes
+
+
+def score(tasks: Sequence[Task], outcomes: Sequence[Outcome], ffn: str) -> list[TaskScore]:
+    """How many tasks of each name are right."""
+    return [_score(tasks, outcomes, name, ffn) for name in _names(tasks)]
+
+
+def pair(
+    tasks: Sequence[Task], first: tuple[str, Sequence[Outcome]], second: tuple[str, Sequence[Outcome]]
+) -> list[PairedScore]:
+    """The tasks of each name, answered by two that have names."""
+    return [_pair(tasks, first, second, name) for name in _names(tasks)]
 
 
 def run_task(llm: LLM, task: Task, sparsity_bias: float = 0.0) -> Outcome:
@@ -87,7 +107,10 @@ def run_task(llm: LLM, task: Task, sparsity_bias: float = 0.0) -> Outcome:
         likelihoods = [_likelihood(llm, task, choice, sparsity_bias) for choice in task.choices]
         per_byte = [value / len(c.encode()) for value, c in zip(likelihoods, task.choices, strict=True)]
         return Outcome(_best(likelihoods) == task.answer, _best(per_byte) == task.answer)
-    return Outcome(task.matches(_generate(llm, task, sparsity_bias)))
+    text = _generate(llm, task, sparsity_bias)
+    if isinstance(task, CodeTask):
+        return Outcome(not run_program(task.program(text), task.tests))
+    return Outcome(task.matches(text))
 
 
 def _best(values: Sequence[float]) -> int:
@@ -111,7 +134,7 @@ def _likelihood(llm: LLM, task: ChoiceTask, choice: str, bias: float) -> float:
     return -negative_log_likelihood(logits[start - 1 :], tokens[start:])
 
 
-def _generate(llm: LLM, task: GenerateTask, bias: float) -> str:
+def _generate(llm: LLM, task: GenerateTask | CodeTask, bias: float) -> str:
     params = SamplingParams(temperature=0.0, max_tokens=task.max_tokens, stop=task.stop, sparsity_bias=bias)
     prompt = _message_tokens(llm, task) if task.chat else task.prompt
     return llm.generate(prompt, params)[0].text
@@ -134,12 +157,30 @@ def _score(tasks: Sequence[Task], outcomes: Sequence[Outcome], name: str, path: 
     )
 
 
-def _pairs(tasks: Sequence[Task], dense: Sequence[Outcome], sparse: Sequence[Outcome], name: str) -> PairedScore:
-    pairs = [(d.correct, s.correct) for task, d, s in zip(tasks, dense, sparse, strict=True) if task.task == name]
+def _pair(
+    tasks: Sequence[Task], first: tuple[str, Sequence[Outcome]], second: tuple[str, Sequence[Outcome]], name: str
+) -> PairedScore:
+    answered = zip(tasks, first[1], second[1], strict=True)
+    pairs = [(a.correct, b.correct) for task, a, b in answered if task.task == name]
+    only_first, only_second = pairs.count((True, False)), pairs.count((False, True))
     return PairedScore(
         task=name,
+        first=first[0],
+        second=second[0],
         both=pairs.count((True, True)),
-        only_dense=pairs.count((True, False)),
-        only_sparse=pairs.count((False, True)),
+        only_first=only_first,
+        only_second=only_second,
         neither=pairs.count((False, False)),
+        p=mcnemar(only_first, only_second),
     )
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Two-sided p of the exact McNemar test: a fair coin, thrown for each task that just one of two gets right."""
+    thrown = only_first + only_second
+    tail = sum(math.comb(thrown, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**thrown)
+
+
+def _names(tasks: Sequence[Task]) -> list[str]:
+    return sorted({task.task for task in tasks})

@@ -187,7 +187,7 @@ def test_eval_of_tasks(folder: Path, tmp_path: Path) -> None:
     record = json.loads(done(*common, "--ffn", "both", "--json").stdout)
     assert [(score["ffn"], score["count"]) for score in record["tasks"]] == [("dense", 2), ("sparse", 2)]
     lines = done(*common, "--ffn", "both").stdout.splitlines()
-    assert lines[0].startswith("choice, dense: ") and "right on both paths" in lines[2]
+    assert lines[0].startswith("choice, dense: ") and "right in both" in lines[2] and "McNemar p = " in lines[2]
     assert json.loads(done(*common, "--json").stdout)["paired"] == []
     tasks.write_text('{"prompt": "hello"}\n', encoding="utf-8")
     assert "tasks.jsonl, line 1: expected either" in error_of(*common)
