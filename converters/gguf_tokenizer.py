@@ -27,6 +27,14 @@ _END_TEXTS = frozenset(
         *("<|end_of_text|>", "<|end_of_turn|>", "<end_of_turn>", "<EOT>", "_<EOT>"),
     )
 )
+# Variables of chat templates besides bos_token and eos_token; the separator is spelled as in the format.
+_TEMPLATE_FIELDS = {
+    "unk_token": "unknown",
+    "sep_token": "seperator",
+    "pad_token": "padding",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -154,6 +162,7 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
     first: dict[str, int] = {}
     for index, text in enumerate(vocabulary.texts):
         first.setdefault(text, index)
+    roles = {name: token(f"{field}_token_id") for name, field in _TEMPLATE_FIELDS.items()}
     return TokenizerInfo(
         kind="tokenizer.json",
         bos_id=bos,
@@ -168,6 +177,7 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
             if kind in special
         },
         added_tokens={text: index for index, text in enumerate(vocabulary.texts) if text and first[text] != index},
+        template_tokens={name: vocabulary.texts[i] for name, i in roles.items() if i is not None},
     )
 
 

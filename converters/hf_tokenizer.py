@@ -18,11 +18,12 @@ from svdengine.text.tokenizer_info import TokenizerInfo, TokenizerKind
 
 # What a class takes where tokenizer_config.json does not name a token, and the class of models that have their own.
 _DEFAULTS = {
-    "GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>"},
-    "Qwen2Tokenizer": {"eos": "<|endoftext|>", "pad": "<|endoftext|>"},
-    "LlamaTokenizer": {"bos": "<s>", "eos": "</s>"},
+    "GPT2Tokenizer": {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "unk": "<|endoftext|>"},
+    "Qwen2Tokenizer": {"eos": "<|endoftext|>", "pad": "<|endoftext|>", "unk": "<|endoftext|>"},
+    "LlamaTokenizer": {"bos": "<s>", "eos": "</s>", "unk": "<unk>"},
 }
 _CLASS_OF_MODEL = {"qwen2": "Qwen2Tokenizer", "qwen3": "Qwen2Tokenizer", "opt": "GPT2Tokenizer"}
+_TEMPLATE_ROLES = ("unk", "sep", "pad", "cls", "mask")  # besides bos and eos
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _PRE_OF_CLASS = {"GPT2Tokenizer": "gpt-2", "OPTTokenizer": "gpt-2", "Qwen2Tokenizer": "qwen2"}
 _BOS_CLASSES = ("LlamaTokenizer", "CodeLlamaTokenizer", "MiniCPMTokenizer")  # begin with BOS unless told not to
@@ -197,11 +198,14 @@ def _info(
     if loaded.kind == "tokenizer.model":
         defaults = _DEFAULTS["LlamaTokenizer"]
 
+    def text_of(role: str) -> str:
+        """How the token that the tokenizer has for a role is written; "" when it has none."""
+        key = f"{role}_token"
+        return _content(settings[key]) if key in settings else defaults.get(role, "")
+
     def named(role: str) -> int | None:
         """The id of the token that the tokenizer has for bos, eos or pad."""
-        key = f"{role}_token"
-        text = _content(settings[key]) if key in settings else defaults.get(role, "")
-        return loaded.vocabulary.get(text)
+        return loaded.vocabulary.get(text_of(role))
 
     def of_model(role: str) -> list[int]:
         """The ids that the model has for it."""
@@ -227,6 +231,7 @@ def _info(
         add_eos=eos is not None and bool(loaded.adds_eos),
         special_tokens=dict(loaded.special_tokens),
         added_tokens=dict(loaded.added_tokens),
+        template_tokens={f"{role}_token": text_of(role) for role in _TEMPLATE_ROLES if text_of(role)},
         unnamed=tuple(role for role, id_ in (("bos", bos), ("eos", eos)) if id_ is not None and named(role) is None),
     )
 

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from svdengine.scheduling.completion import Completion as Completion
     from svdengine.scheduling.completion import FinishReason as FinishReason
     from svdengine.scheduling.completion import Stats as Stats
+    from svdengine.scheduling.embedding import Embedding as Embedding
+    from svdengine.scheduling.embedding import Pooling as Pooling
     from svdengine.scheduling.engine_loop import EngineStats as EngineStats
     from svdengine.scheduling.request import Generation as Generation
     from svdengine.scheduling.sampler import TokenLogprobs as TokenLogprobs
@@ -60,6 +62,7 @@ else:
         "ConversionError": "errors",
         "Device": "executors",
         "DeviceError": "errors",
+        "Embedding": "scheduling.embedding",
         "EngineStats": "scheduling.engine_loop",
         "FfnMode": "kernels.executor",
         "FfnPath": "kernels.executor",
@@ -71,6 +74,7 @@ else:
         "Message": "text.chat_template",
         "ModelConfig": "models.config",
         "ModelFileError": "errors",
+        "Pooling": "scheduling.embedding",
         "Prompt": "text.tokenizer",
         "QueueFullError": "errors",
         "RenderedPrompt": "text.chat_template",

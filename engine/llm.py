@@ -23,12 +23,13 @@ from svdengine.files.file_watch import FileWatch, check_files
 from svdengine.files.kv_file import KvFile, KvOrigin, restore, write_kv_file
 from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import model_fingerprint, predictor_fingerprint, require_predictor
-from svdengine.kernels.executor import BlockStore, Executor, FfnMode
+from svdengine.kernels.executor import BlockStore, Executor, FfnMode, HiddenStates
 from svdengine.kernels.predictor import Predictor
 from svdengine.models.config import ModelConfig
 from svdengine.request_maker import RequestMaker
 from svdengine.scheduling.completion import Completion, FinishReason
 from svdengine.scheduling.constraint import ConstraintMaker
+from svdengine.scheduling.embedding import Embedding, Pooling
 from svdengine.scheduling.engine_loop import Engine, EngineStats
 from svdengine.scheduling.request import Generation, ScoredGeneration, Scoring
 from svdengine.scheduling.sampling import (
@@ -285,16 +286,24 @@ class LLM:
         """
         check_sparsity_bias(sparsity_bias)
         request = Scoring(token_list(token_ids), self.config.vocab_size, self.context, sparsity_bias)
-        self.add(request)
-        try:
-            while not request.done and request.error is None:
-                self._advance(request)
-        finally:
-            if not request.done:
-                self.abort(request)
-        if request.error is not None:
-            raise request.error
+        self._run_all([request])
         return request.logits
+
+    def embed(self, texts: Prompt | Sequence[Prompt], *, pooling: Pooling = "mean") -> NDArray[np.float32]:
+        """Vectors of length 1 that stand for texts: (n, hidden) float32.
+
+        They are what this model, which was made to generate, computes on its way: not those of a model that was trained
+        to embed, which finds what is alike much better.
+
+        texts: a text or token ids, or several of these.
+        pooling: "mean", of the last hidden states of all tokens, after the final norm; or "last", that of the last.
+
+        Raises RequestError when a text is unusable, or the device gives no hidden states, ContextOverflowError when one
+        is too long, SvdEngineError when the model was closed.
+        """
+        requests = [self.prepare_embedding(text, pooling=pooling) for text in as_prompts(texts)]
+        self._run_all(requests)
+        return np.stack([request.vector for request in requests if request.vector is not None])
 
     def prepare(
         self,
@@ -322,6 +331,17 @@ class LLM:
         Errors are those of `stream`.
         """
         return self._requests.score(prompt, self._params(params, {}), generate=generate)
+
+    def prepare_embedding(self, text: Prompt, *, pooling: Pooling = "mean", cut: bool = False) -> Embedding:
+        """The request for one text of `embed`, for a program that drives the model itself with `add` and `step`.
+
+        cut: a text that is too long loses its end, instead of being refused. Else arguments and errors are as there.
+        """
+        if not isinstance(self._device(), HiddenStates):
+            raise RequestError(
+                f"the device {self.executor.name} gives no hidden states to embed with; use --device cpu"
+            )
+        return self._requests.embed(text, pooling, cut=cut)
 
     def prepare_chat(
         self,
@@ -443,8 +463,13 @@ class LLM:
         with self._lock:
             yield
 
+    def _device(self) -> Executor:
+        """What runs the model, without what is around it."""
+        executor = self.executor
+        return executor.inner if isinstance(executor, AdvisingExecutor) else executor
+
     def _block_store(self) -> BlockStore:
-        executor = self.executor.inner if isinstance(self.executor, AdvisingExecutor) else self.executor
+        executor = self._device()
         if not isinstance(executor, BlockStore):
             raise RequestError(f"KV blocks cannot be saved or loaded on the device {executor.name}; use --device cpu")
         return executor
@@ -478,6 +503,21 @@ class LLM:
             self._end_abandoned()
             if not request.done and request.error is None:  # another thread may have taken the step meanwhile
                 self._engine.step()
+
+    def _run_all(self, requests: Sequence[Generation | Scoring]) -> None:
+        """Run requests together. Raises the error of one, which ends them all."""
+        try:
+            for request in requests:
+                self.add(request)
+            for request in requests:
+                while not request.done and request.error is None:
+                    self._advance(request)
+                if request.error is not None:
+                    raise request.error
+        finally:
+            for request in requests:
+                if not request.done:
+                    self.abort(request)
 
     def _end_abandoned(self) -> None:
         while self._abandoned:

@@ -9,6 +9,7 @@ from typing import Any
 from svdengine.errors import RequestError, SvdEngineError, shown
 from svdengine.files.model_file import ModelFile
 from svdengine.scheduling.constraint import Constraint, ConstraintMaker
+from svdengine.scheduling.embedding import Embedding, Pooling
 from svdengine.scheduling.request import ContextLimit, Generation, ScoredGeneration
 from svdengine.scheduling.sampling import SamplingParams
 from svdengine.text.chat_template import ChatTemplate, Message, check_messages
@@ -69,6 +70,20 @@ class RequestMaker:
         """A completion with the log-probabilities of the prompt's tokens. Raises RequestError."""
         tokens = self._prompt_tokens(prompt, False)
         return ScoredGeneration(tokens, params, generate=generate, **self._options(params, False, 0, tokens))
+
+    def embed(self, text: Prompt, pooling: Pooling, *, cut: bool) -> Embedding:
+        """The embedding of a text; `cut`: what exceeds the context is left out. Raises RequestError."""
+        tokens = self._prompt_tokens(text, False)
+        if cut:
+            tokens = tokens[: self._context]
+        return Embedding(
+            tokens,
+            pooling,
+            context=self._context,
+            vocab_size=self._file.config.vocab_size,
+            end_tokens=frozenset(),
+            decoder=None,
+        )
 
     def _prompt_tokens(self, prompt: Prompt, special: bool) -> list[int]:
         if not isinstance(special, bool):

@@ -13,6 +13,7 @@ from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
 from svdengine.kernels.ffn_times import FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.formats import WeightFormat, gather_parts
+from svdengine.kernels.norm import normalize
 from svdengine.kernels.predictor import Predictor, check_predictor
 from svdengine.models import ModelConfig
 
@@ -54,6 +55,8 @@ class BaseExecutor(ABC):
         self._times: FfnTimes | None = None
         self._measured_layers: int | None = None  # that times are measured on; None: enough
         self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.layer_count  # as they lie on the device
+        norm = {name: array for name, array in setup.arrays.items() if name.startswith("output_norm.")}
+        self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
         self._counted = NO_NEURONS
         self._closed = False
         self._common = {*vars(self), "_common"}
@@ -193,6 +196,10 @@ class BaseExecutor(ABC):
         ):
             if values.size and not (values.min() >= 0 and values.max() < limit):
                 raise ValueError(f"a {name} lies outside 0..{limit - 1}")
+
+    def _normed(self, residual: NDArray[np.float32]) -> NDArray[np.float32]:
+        """What the head reads of rows (n, hidden) of the residual stream, in a new array of that shape."""
+        return normalize(self.config, self._output_norm, "output_norm", residual)
 
     def _check_open(self) -> None:
         if self._closed:

@@ -110,6 +110,19 @@ class SamplingExecutor(Executor, Protocol):
 
 
 @runtime_checkable
+class HiddenStates(Protocol):
+    """An executor that can also tell the hidden states of the step that it ran last."""
+
+    def hidden_states(self) -> NDArray[np.float32]:
+        """Of every row of the latest batch: what the last layer leaves, after the final norm, (n, hidden) float32.
+
+        It is the `last_hidden_state` of transformers, in an array of the caller's own. Nothing but `forward` or
+        `forward_and_sample` may come between the step and this.
+        """
+        ...
+
+
+@runtime_checkable
 class BlockStore(Protocol):
     """An executor whose KV blocks can be taken out and put back. Between steps only."""
 

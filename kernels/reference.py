@@ -16,6 +16,7 @@ from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
+from svdengine.kernels.norm import normalize, rms_norm
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
 from svdengine.models.config import Activation, ModelConfig
@@ -52,6 +53,7 @@ class ReferenceExecutor(BaseExecutor):
         super().__init__(ExecutorSetup(config, weights, {}, block_count, max_batch_rows, ffn=ffn))
         self.predictor = predictor
         self._kept: list[Array] | None = None  # what the FFNs of a step read, where it is wanted
+        self._residual = np.empty((0, config.hidden_size), np.float32)  # of the latest step
         self.weights, self.layers = _by_layer(config, weights)
         slots = (config.layer_count, block_count * BLOCK_SIZE, config.kv_head_count, config.head_dim)
         self.keys = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim), after rope
@@ -81,9 +83,15 @@ class ReferenceExecutor(BaseExecutor):
                 x = x + scale * self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
 
         # Only the rows that are asked for are projected on the vocabulary.
+        self._residual = x
         x = normalize(config, w, "output_norm", x[batch.logit_rows])
         head = w["embedding"] if config.tied_embeddings else w["lm_head"]
         return x @ head.T * np.float32(config.logit_scale)
+
+    def hidden_states(self) -> Array:
+        """See `HiddenStates`."""
+        self._check_open()
+        return self._normed(self._residual)
 
     def ffn_path(self, n: int) -> FfnPath:
         """How a step runs its FFNs; see `Executor`."""
@@ -243,19 +251,6 @@ def linear(x: Array, matrix: Array, bias: Array | None) -> Array:
     """Multiply x (n, columns) by the matrix (rows, columns) and add the bias (rows,): (n, rows)."""
     product = x @ matrix.T
     return product if bias is None else product + bias
-
-
-def normalize(config: ModelConfig, weights: Weights, name: str, x: Array) -> Array:
-    """The model's kind of norm over the last axis of x."""
-    if config.norm == "rms":
-        return rms_norm(x, weights[f"{name}.weight"], config.norm_eps)
-    centred = x - x.mean(-1, keepdims=True)
-    return rms_norm(centred, weights[f"{name}.weight"], config.norm_eps) + weights[f"{name}.bias"]
-
-
-def rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    """Divide by the root of the mean square over the last axis, times weight."""
-    return x / np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(eps)) * weight
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

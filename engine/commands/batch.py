@@ -26,9 +26,10 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @model_options
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.jsonl")
 @click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Lines at a time.")
+@click.option("--special", is_flag=True, help="Control tokens that are written in a prompt are tokens, not text.")
 @prefill_rows_option
 @sampling_options
-def command(requests: Path, output: Path, parallel: int, **options: Any) -> None:
+def command(requests: Path, output: Path, parallel: int, special: bool, **options: Any) -> None:
     """Answer the requests in IN.jsonl with MODEL, a .svdp file.
 
     A line is an object with "messages" or "prompt" and other fields as `svdengine serve` takes them, or a line of
@@ -50,7 +51,9 @@ def command(requests: Path, output: Path, parallel: int, **options: Any) -> None
     name = options["model"].stem if options["model"] else "smollm2"
     failed = 0
     with open_shared_model(options) as llm, output.open("ab") as file:
-        results = BatchRun(llm, name, defaults, parallel).results(islice(read_lines(requests), finished, None))
+        results = BatchRun(llm, name, defaults, parallel, special=special).results(
+            islice(read_lines(requests), finished, None)
+        )
         with click.progressbar(length=total, file=sys.stderr, label="answered", show_pos=True) as bar:
             bar.update(finished)
             for result in results:

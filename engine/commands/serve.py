@@ -35,6 +35,11 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
 @click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
 @click.option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
 @click.option(
+    "--embeddings",
+    is_flag=True,
+    help="Answer /v1/embeddings, by the mean of the model's last hidden states. It is no trained embedding model.",
+)
+@click.option(
     "--max-requests",
     type=click.IntRange(1, 4096),
     default=64,
@@ -111,6 +116,7 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
         port=options["port"],
         api_keys=read_api_keys(api_key, api_key_file),
         cors_origins=options["cors_origin"],
+        embeddings=options["embeddings"],
         capacity=options["max_requests"],
         max_body=options["max_body"] << 20,
         max_connections=options["max_connections"],

@@ -16,7 +16,7 @@ from svdengine.files.memory_advice import Advice
 from svdengine.files.residency import ffn_row_names
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import Batch
-from svdengine.kernels.executor import FfnMode, Logits
+from svdengine.kernels.executor import FfnMode, HiddenStates, Logits
 
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
@@ -64,6 +64,12 @@ class AdvisingExecutor:
         self._advise(scattered)
         self.inner.read_ahead(_GAP if scattered else 0)
         return self.inner.forward(batch)
+
+    def hidden_states(self) -> NDArray[np.float32]:
+        """See HiddenStates. Raises ValueError where the executor inside has none."""
+        if not isinstance(self.inner, HiddenStates):
+            raise ValueError(f"the executor {self.inner.name} gives no hidden states")
+        return self.inner.hidden_states()
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         """See BaseExecutor."""

@@ -5,14 +5,23 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import SvdEngineError
-from svdengine.kernels.executor import Choice, Executor, FfnMode, FfnPath, Logits, NeuronCounts, SamplingExecutor
+from svdengine.kernels.executor import (
+    Choice,
+    Executor,
+    FfnMode,
+    FfnPath,
+    HiddenStates,
+    Logits,
+    NeuronCounts,
+    SamplingExecutor,
+)
 from svdengine.scheduling.block_pool import BlockPool
 from svdengine.scheduling.prefix_cache import PrefixCache
 from svdengine.scheduling.request import Request
@@ -62,6 +71,7 @@ class Outputs:
     choices: list[Choice | None]  # of each row; None: its logits are there
     tokens: NDArray[np.int32]  # (rows,), read where there is a choice
     logits: Logits  # (rows without a choice, vocabulary)
+    hidden: NDArray[np.float32] | None = None  # (rows of the step, hidden), where a sequence wants its own
 
 
 class Engine:
@@ -120,11 +130,14 @@ class Engine:
 
     def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts | None) -> None:
         """Hand each request its token or rows of the logits, and the neurons of the whole step if any were counted."""
-        row = logit = 0
+        row = logit = first = 0
         for chunk in step.chunks:
             request, count = self._requests[chunk.sequence], chunk.logit_rows
+            start, first = first, first + chunk.rows
             if neurons is not None:
                 request.note_neurons(neurons)
+            if chunk.sequence.hidden and outputs.hidden is not None:
+                self._hand_over(request, partial(request.accept, outputs.hidden[start:first]))
             if not count:
                 continue
             if outputs.choices[row] is None:
@@ -177,6 +190,15 @@ class Engine:
         return self.scheduler.with_draft(step, draft)
 
     def _forward(self, step: Step) -> Outputs:
+        """Run a step, and fetch hidden states where they are wanted."""
+        outputs = self._logits_or_tokens(step)
+        if not any(chunk.sequence.hidden for chunk in step.chunks):
+            return outputs
+        if not isinstance(self.executor, HiddenStates):
+            raise SvdEngineError(f"the device {self.executor.name} gives no hidden states")
+        return replace(outputs, hidden=self.executor.hidden_states())
+
+    def _logits_or_tokens(self, step: Step) -> Outputs:
         """Run a step. An executor that can chooses the tokens of those requests that leave it to do so."""
         rows = len(step.batch.logit_rows)
         if isinstance(self.executor, SamplingExecutor):

@@ -63,7 +63,7 @@ class PrefixCache:
         released. A block that is not full is taken out of the cache, because the sequence will write to it; so this
         is done only where at least half of what it holds is wanted.
         """
-        if not self._enabled or sequence.all_logits:
+        if not self._enabled or sequence.every_row:
             return 0
         before, limit = sequence.cached, len(sequence) - 1
         while (len(sequence.digests) + 1) * BLOCK_SIZE <= limit:
@@ -79,7 +79,7 @@ class PrefixCache:
 
     def register(self, sequence: Sequence) -> None:
         """Make the sequence's blocks known that are full by now. One that is known already replaces its own."""
-        if not self._enabled or sequence.all_logits:
+        if not self._enabled or sequence.every_row:
             return
         while (len(sequence.digests) + 1) * BLOCK_SIZE <= sequence.cached:
             digest, at = _next_digest(sequence), len(sequence.digests)
@@ -93,7 +93,7 @@ class PrefixCache:
     def retire(self, sequence: Sequence) -> None:
         """Take back all blocks of a sequence, which holds nothing afterwards. What they hold stays known."""
         count = sequence.cached % BLOCK_SIZE
-        if self._enabled and not sequence.all_logits and count:
+        if self._enabled and not sequence.every_row and count:
             block = sequence.block_table[sequence.cached // BLOCK_SIZE]
             self._add(_block_of(sequence, b"", block, count))
         self.release(reversed(sequence.block_table))  # the last is given out first: others build on those before it

@@ -44,7 +44,10 @@ class Request(Protocol):
         ...
 
     def accept(self, logits: Logits) -> bool:
-        """Take the logits of the step just computed (rows, vocabulary); true when the context must be shifted."""
+        """Take the logits of the step just computed (rows, vocabulary); true when the context must be shifted.
+
+        Where the sequence wants hidden states they are these, (rows, hidden).
+        """
         ...
 
     def accept_token(self, token: int) -> bool:

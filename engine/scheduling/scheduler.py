@@ -162,7 +162,7 @@ class Scheduler:
 
     def confirm(self, sequence: Sequence) -> None:
         """Note the tokens that a sequence was given by a step with drafts: all but the last one were computed."""
-        if self.drafter is None or sequence.all_logits:
+        if self.drafter is None or sequence.every_row:
             return
         self.drafter.note(sequence)
         self.generated_tokens += sequence.pending - 1
@@ -241,7 +241,7 @@ class Scheduler:
         alone = all(sequence.pending == 1 for sequence in rows)
         for sequence in rows:
             sequence.draft = []
-            if self.drafter is None or not alone or sequence.all_logits:
+            if self.drafter is None or not alone or sequence.every_row:
                 continue
             draft = self.drafter.draft(sequence, len(rows))
             sequence.draft = draft[: self._make_room(sequence, min(len(draft), budget))]
@@ -250,7 +250,7 @@ class Scheduler:
     def _own_draft(self, rows: dict[Sequence, int]) -> int:
         """How many tokens the model is to draft itself: only for a sequence that decodes alone, and has no draft."""
         sequence = next(iter(rows))
-        if self.drafter is None or len(rows) > 1 or sequence.pending > 1 or sequence.draft or sequence.all_logits:
+        if self.drafter is None or len(rows) > 1 or sequence.pending > 1 or sequence.draft or sequence.every_row:
             return 0
         return self._make_room(sequence, min(self.drafter.own_draft_length(sequence), self._max_rows - 1))
 
@@ -292,6 +292,8 @@ def _make_step(rows: dict[Sequence, int], to_draft: int = 0) -> Step:
 
 def _logit_rows(sequence: Sequence, rows: int) -> int:
     """Of a chunk of `rows` pending tokens, and its drafted ones."""
+    if sequence.hidden:
+        return 0
     if sequence.all_logits:
         return rows
     return 1 + len(sequence.draft) if rows == sequence.pending else 0

@@ -20,6 +20,7 @@ class Sequence:
         tokens: TokenIds[int],
         *,
         all_logits: bool = False,
+        hidden: bool = False,
         sparsity_bias: float = 0.0,
         priority: int = 0,
         most_tokens: int | None = None,
@@ -28,6 +29,7 @@ class Sequence:
             raise ValueError("a sequence needs at least one token")
         self.tokens = list(tokens)
         self.all_logits = all_logits  # logits of every token are wanted, not only of the last
+        self.hidden = hidden  # hidden states of every token are wanted, and no logits
         self.sparsity_bias = sparsity_bias  # shifts the predictor's thresholds for all of its tokens
         self.priority = priority  # lower numbers go first
         self.most_tokens = most_tokens  # that it may become; None: not said
@@ -45,6 +47,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that a forward pass has yet to read."""
         return len(self.tokens) - self.cached
+
+    @property
+    def every_row(self) -> bool:
+        """Whether all of its tokens must be computed: what they give is wanted, and not only what they leave behind."""
+        return self.all_logits or self.hidden
 
     def append(self, token: int) -> None:
         """Add a sampled token."""

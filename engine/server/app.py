@@ -26,6 +26,7 @@ from svdengine.server.body import encode_json, parse_json
 from svdengine.server.bounded_text import BoundedTokenizer
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
+from svdengine.server.embedding_routes import EmbeddingRoutes
 from svdengine.server.error_form import error_body
 from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
@@ -37,8 +38,6 @@ from svdengine.server.web_files import WEB_FILES, web_routes
 from svdengine.server.work import client
 
 _DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
-
-_NO_EMBEDDINGS = "this server's model generates text; it has no embeddings"
 
 T = TypeVar("T")
 
@@ -126,13 +125,13 @@ class Routes:
         self._service = service
         self._started = int(time.time())
         self._interfaces = InterfaceRoutes(service, self._run, self._body)
+        self._embeddings = EmbeddingRoutes(service, self._body)
 
     def paths(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         """Path, method and endpoint."""
         return [
             ("/v1/chat/completions", "POST", self.chat_completions),
             ("/v1/completions", "POST", self.completions),
-            ("/v1/embeddings", "POST", self.embeddings),
             ("/v1/models", "GET", self.models),
             ("/v1/models/{name:path}", "GET", self.model),
             ("/tokenize", "POST", self.tokenize),
@@ -140,6 +139,7 @@ class Routes:
             ("/tokenizer_info", "GET", self.tokenizer_info),
             ("/health", "GET", self.health),
             ("/metrics", "GET", self.metrics),
+            *self._embeddings.paths(),
             *self._interfaces.paths(),
         ]
 
@@ -155,10 +155,6 @@ class Routes:
     async def completions(self, request: Request) -> Any:
         """Complete text."""
         return await self._run(request, CompletionJob)
-
-    async def embeddings(self, _: Request) -> Any:
-        """Not what this server is for."""
-        raise ApiError(404, _NO_EMBEDDINGS, code="unsupported_endpoint")
 
     async def models(self, _: Request) -> Any:
         """The one model."""

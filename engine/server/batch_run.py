@@ -21,9 +21,10 @@ from svdengine.server.job import Job
 
 _AHEAD = 4  # times the requests at a time that may be begun before the first of them is written
 _MOST_FAILURES = 3  # of steps, one after the other, until it is no line's fault
+_PROMPTS = "/v1/completions"
 _JOBS: Mapping[str, type[ChatJob] | type[CompletionJob]] = {
     "/v1/chat/completions": ChatJob,
-    "/v1/completions": CompletionJob,
+    _PROMPTS: CompletionJob,
 }
 
 
@@ -56,11 +57,17 @@ class _Item:
 class BatchRun:
     """Runs lines, several at a time."""
 
-    def __init__(self, llm: LLM, name: str, defaults: Mapping[str, Any], parallel: int) -> None:
-        """`name`: what the model is called in answers. `defaults`: fields for lines that do not give them."""
+    def __init__(
+        self, llm: LLM, name: str, defaults: Mapping[str, Any], parallel: int, *, special: bool = False
+    ) -> None:
+        """`name`: what the model is called in answers. `defaults`: fields for lines that do not give them.
+
+        special: control tokens that are written in a prompt are tokens, where its line does not say.
+        """
         self._llm = llm
         self._name = name
-        self._defaults = dict(defaults)
+        prompts = {**defaults, "parse_special": True} if special else dict(defaults)
+        self._defaults: Mapping[str, dict[str, Any]] = {url: dict(defaults) for url in _JOBS} | {_PROMPTS: prompts}
         self._parallel = parallel
         self._failures = 0  # of steps, one after the other
 
@@ -123,7 +130,7 @@ class BatchRun:
         url, method, body = line.take("url", str), line.take("method", str), line.take("body", dict)
         if body is None:
             body = {name: item for name, item in value.items() if name not in ("custom_id", "url", "method")}
-            url = url or ("/v1/chat/completions" if "messages" in body else "/v1/completions")
+            url = url or ("/v1/chat/completions" if "messages" in body else _PROMPTS)
         else:
             line.finish()
         if url is None or url not in _JOBS:
@@ -133,7 +140,7 @@ class BatchRun:
         if body.get("stream"):
             raise ApiError(400, "stream is not for a file of requests", "stream")
         given = {name: item for name, item in body.items() if name != "model"}  # there is one, whatever it is called
-        return _JOBS[url](self._llm, self._name, {**self._defaults, **given})
+        return _JOBS[url](self._llm, self._name, {**self._defaults[url], **given})
 
 
 def line_hash(line: bytes) -> str:

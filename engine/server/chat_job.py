@@ -53,6 +53,7 @@ class ChatJob:
     """The answers to one conversation."""
 
     framing = DATA_EVENTS
+    prompt_field = "messages"
 
     def __init__(self, llm: LLM, name: str, value: Any) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""

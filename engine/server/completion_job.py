@@ -37,6 +37,7 @@ class CompletionJob:
     """Completions of one prompt or several."""
 
     framing = DATA_EVENTS
+    prompt_field = "prompt"
 
     def __init__(self, llm: LLM, name: str, value: Any) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""

@@ -53,6 +53,11 @@ class Job(Protocol):
         ...
 
     @property
+    def prompt_field(self) -> str:
+        """The field of the body that holds what may be too long."""
+        ...
+
+    @property
     def options(self) -> StreamOptions:
         """How the answer is sent."""
         ...

@@ -27,6 +27,8 @@ from svdengine.text.tool_calls import tool_prompt
 class MessagesJob:
     """The answer to one request for a message."""
 
+    prompt_field = "messages"
+
     def __init__(self, llm: LLM, name: str, value: Any) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""
         fields = read(value, CREATE)

@@ -24,6 +24,8 @@ from svdengine.server.said import Said, arguments_object, said_in_answer, said_i
 class OllamaJob:
     """The answer to one request. `chat` or not: its text is in a message, or in the field `response`."""
 
+    prompt_field = "messages"
+
     def __init__(self, llm: LLM, name: str, value: Any, *, chat: bool) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""
         fields = read(value, CHAT if chat else GENERATE)

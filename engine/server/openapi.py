@@ -15,10 +15,10 @@ from typing import Any
 from svdengine import __version__
 from svdengine.errors import SvdEngineError
 from svdengine.llm import LLM
-from svdengine.server import messages_fields, ollama_fields, responses_fields
+from svdengine.server import embeddings_fields, messages_fields, ollama_fields, responses_fields
 from svdengine.server.api_error import ApiError
 from svdengine.server.body import NotedFields
-from svdengine.server.body_schema import ANY, Schema, choice, flag, listing, mapping, text, whole
+from svdengine.server.body_schema import ANY, Schema, choice, flag, listing, mapping, number, text, whole
 from svdengine.server.chat_fields import CHAT_DETAILS, COMPLETION_DETAILS, DETOKENIZE, TOKENIZE
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
@@ -26,6 +26,7 @@ from svdengine.server.completion_job import CompletionJob
 _EVENTS = "text/event-stream"
 _LINES = "application/x-ndjson"
 _COUNT = whole(0, 1 << 62)
+_EMBED = "The mean of a chat model's hidden states; only where the server was started with --embeddings."
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,14 @@ def _openai(llm: LLM, name: str) -> Sequence[_Operation]:
         {"id": text(), "object": choice("response"), "status": text(), "output": listing(mapping())}, "usage", "error"
     )
     deleted = _answer({"id": text(), "object": choice("response"), "deleted": flag()})
+    embedded = _answer({"object": choice("list"), "data": listing(mapping()), "model": text(), "usage": mapping()})
     return [
         _Operation("/v1/chat/completions", "post", "Answer a conversation.", told, chat, _EVENTS),
         _Operation("/v1/completions", "post", "Complete text.", told, completion, _EVENTS),
         _Operation("/v1/responses", "post", "Answer, and keep the answer.", response, responses_fields.CREATE, _EVENTS),
         _Operation("/v1/responses/{id}", "get", "An answer that is kept.", response),
         _Operation("/v1/responses/{id}", "delete", "Forget an answer.", deleted),
+        _Operation("/v1/embeddings", "post", _EMBED, embedded, embeddings_fields.EMBEDDINGS),
         _Operation("/v1/models", "get", "The model.", _answer({"object": choice("list"), "data": listing(model)})),
         _Operation("/v1/models/{name}", "get", "The model, by its name.", model),
     ]
@@ -152,10 +155,12 @@ def _anthropic() -> Sequence[_Operation]:
 def _ollama() -> Sequence[_Operation]:
     head = {"model": text(), "created_at": text(), "done": flag()}
     chat, generated = _answer({**head, "message": mapping()}), _answer({**head, "response": text()})
+    embedded = _answer({"model": text(), "embeddings": listing(listing(number(-1, 1)))})
     shown = _answer({"details": mapping(), "model_info": mapping(), "capabilities": listing(text())})
     return [
         _Operation("/api/chat", "post", "Answer by Ollama's interface.", chat, ollama_fields.CHAT, _LINES),
         _Operation("/api/generate", "post", "Answer a prompt.", generated, ollama_fields.GENERATE, _LINES),
+        _Operation("/api/embed", "post", _EMBED, embedded, embeddings_fields.OLLAMA_EMBED),
         _Operation("/api/tags", "get", "The model.", _answer({"models": listing(mapping())})),
         _Operation("/api/show", "post", "More about the model.", shown, ollama_fields.SHOW),
         _Operation("/api/version", "get", "Which Ollama this is like.", _answer({"version": text()})),

@@ -26,6 +26,8 @@ from svdengine.server.said import said_in_answer, said_in_piece
 class ResponsesJob:
     """The answer to one request for a response."""
 
+    prompt_field = "input"
+
     def __init__(self, llm: LLM, name: str, value: Any, *, store: ResponseStore) -> None:
         """`name`: what the model is called; `value`: the body. Raises ApiError or RequestError."""
         fields = read(value, CREATE)

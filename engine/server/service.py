@@ -16,7 +16,6 @@ from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.constraint import ConstraintMaker
 from svdengine.server.api_error import ApiError, api_error, context_overflow
 from svdengine.server.bounded_text import BoundedGrammarChecker, BoundedTemplate, BoundedTokenizer
-from svdengine.server.completion_job import CompletionJob
 from svdengine.server.delivery import Delivery
 from svdengine.server.job import Job
 from svdengine.server.metrics import Metrics
@@ -91,7 +90,7 @@ class Service:
                 news = await delivery.take(QUIET_SECONDS)
                 for update in news.values():
                     if isinstance(update.error, ContextOverflowError):
-                        raise context_overflow(update.error, _prompt_field(job))
+                        raise context_overflow(update.error, job.prompt_field)
                     if update.error is not None:
                         raise update.error
                     if update.completion is not None:
@@ -151,8 +150,3 @@ def _template_of(llm: LLM) -> ChatTemplate | None:
         return llm.chat_template
     except SvdEngineError:  # there is none, or it is damaged: who needs it is told
         return None
-
-
-def _prompt_field(job: Job) -> str:
-    """The field of the body that holds what is too long."""
-    return "prompt" if isinstance(job, CompletionJob) else "messages"

@@ -21,6 +21,7 @@ class Settings:
     port: int = 8080
     api_keys: tuple[str, ...] = ()  # empty: whoever reaches the server may use it
     cors_origins: tuple[str, ...] = ()  # web pages of other servers that may use this one; "*": all
+    embeddings: bool = False  # whether embeddings are made of the model's hidden states
     capacity: int = 64  # completions that run or wait at a time
     max_body: int = 4 << 20  # bytes
     max_connections: int = 1024  # in all

@@ -71,6 +71,7 @@ class ChatTemplate:
         values = {"messages": marked[0], **marked[1]}
         # Templates are written for transformers, where tools and documents that are not given are none.
         values = {"tools": None, "documents": None, **values, "add_generation_prompt": add_generation_prompt}
+        values = {**self._tokenizer.template_tokens, **values}
         values |= {name: self._tokenizer.special_text(id_) for name, id_ in self._named_tokens()}
         done = self._program.render(values)
         if done.kind == "text":

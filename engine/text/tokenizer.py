@@ -61,6 +61,7 @@ class Tokenizer:
         self.bos_id = info.bos_id
         self.eos_id = info.eos_id
         self._unnamed = frozenset(info.unnamed)
+        self.template_tokens = dict(info.template_tokens)
         self.eos_token_ids = frozenset(info.eos_token_ids)
         self.add_bos = info.add_bos and info.bos_id is not None
         self._specials = _by_text(self._backend, info.special_tokens)

@@ -8,6 +8,8 @@ from typing import Any, Literal, get_args
 
 from svdengine.errors import quoted
 
+_RARE = ("added_tokens", "unnamed", "template_tokens")  # left out of a file where there are none
+
 TokenizerKind = Literal["tokenizer.json", "tokenizer.model", "none"]
 
 
@@ -27,10 +29,13 @@ class TokenizerInfo:
     added_tokens: Mapping[str, int] = field(default_factory=dict)
     unnamed: tuple[str, ...] = ()  # of bos and eos: what the tokenizer has no name for, so that templates write nothing
 
+    # What a chat template gets besides bos_token and eos_token, such as unk_token: the text of each
+    template_tokens: Mapping[str, str] = field(default_factory=dict)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types. What few models have is left out where there is none, for programs that do not know it."""
         plain = {**asdict(self), "eos_token_ids": list(self.eos_token_ids), "unnamed": list(self.unnamed)}
-        return {name: value for name, value in plain.items() if value or name not in ("added_tokens", "unnamed")}
+        return {name: value for name, value in plain.items() if value or name not in _RARE}
 
     @classmethod
     def from_dict(cls, data: Any, vocab_size: int) -> TokenizerInfo:
@@ -43,9 +48,13 @@ class TokenizerInfo:
             raise ValueError(f"tokenizer: unknown kind {quoted(str(info.kind))}")
         if type(info.add_bos) is not bool or type(info.add_eos) is not bool:
             raise ValueError("tokenizer: add_bos and add_eos must be true or false")
-        for name in ("special_tokens", "added_tokens"):
+        for name in ("special_tokens", "added_tokens", "template_tokens"):
             if not isinstance(getattr(info, name), dict):
-                raise ValueError(f"tokenizer: {name} must map texts to ids")
+                raise ValueError(
+                    f"tokenizer: {name} must map texts to {'texts' if name == 'template_tokens' else 'ids'}"
+                )
+        if not all(name.isidentifier() and isinstance(text, str) for name, text in info.template_tokens.items()):
+            raise ValueError("tokenizer: template_tokens must map names of variables to texts")
         if any(role not in ("bos", "eos") for role in info.unnamed):
             raise ValueError("tokenizer: unnamed must be some of bos and eos")
         optional = (i for i in (info.bos_id, info.eos_id, info.pad_id) if i is not None)

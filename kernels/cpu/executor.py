@@ -85,6 +85,11 @@ class CpuExecutor(BaseExecutor):
         self._run()
         return self._logits[: len(batch.logit_rows), : self._model.vocabulary]
 
+    def hidden_states(self) -> NDArray[np.float32]:
+        """See `HiddenStates`. A step leaves the residual stream as the last layer made it."""
+        self._check_open()
+        return self._normed(self._residual[: self._inputs.sizes[N_ROWS], : self._model.hidden])
+
     def read_ahead(self, gap: int) -> None:
         """See `BaseExecutor`."""
         self._inputs.sizes[GAP] = gap

@@ -81,6 +81,7 @@ class CudaExecutor(BaseExecutor):
             copies=HalfCopies(*(device.zeros(c, np.float16) for c in copies)) if device.has_blas else None,
         )
         self._graphs: dict[Shape, Graph | None] = {}
+        self._latest_rows = 0  # of the step that ran last
         self._known_counts: NeuronCounts | None = None  # what the device has counted, where that is known
         self.predictor = setup.predictor
 
@@ -99,6 +100,13 @@ class CudaExecutor(BaseExecutor):
         tokens: NDArray[np.int32] = self._state.device.download(self._state.work.chosen[: shape.wanted])
         rows = [self._logits(row, row + 1) for row, choice in enumerate(choices) if choice is None]
         return tokens, np.concatenate([np.empty((0, self.config.vocab_size), np.float32), *rows])
+
+    def hidden_states(self) -> NDArray[np.float32]:
+        """See `HiddenStates`. The residual stream comes to the host, and is normed there."""
+        self._check_open()
+        stride, n = self._state.work.sizes.hidden, self._latest_rows
+        residual = self._state.device.download(self._state.work.x[: n * stride]).reshape(n, stride)
+        return self._normed(residual[:, : self.config.hidden_size])
 
     def _logits(self, first: int, end: int) -> Logits:
         """Some of the rows with logits."""
@@ -194,6 +202,7 @@ class CudaExecutor(BaseExecutor):
         if choices:
             values["choice_numbers"], values["choice_top_k"] = pack_choices(choices, work.sizes.rows)
         device.write(work.inputs, pack_inputs(work.sizes, values))
+        self._latest_rows = n
         return Shape(n, wanted, len(tiles), most, self.ffn_path(n), sample=any(c is not None for c in choices))
 
     def _note_counting(self, path: FfnPath) -> None:

@@ -50,6 +50,26 @@ def ours(path: Path) -> Tokenizer:
     return Tokenizer(TokenizerInfo.from_dict(stored.info.to_dict(), 300), stored.data)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"pad_token": "<pad>", "unk_token": None},
+        {"mask_token": {"__type": "AddedToken", "content": "[M]", **FLAGS}},
+    ],
+)
+@pytest.mark.parametrize("cls", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_special_tokens_are_variables_of_templates(tmp_path: Path, cls: str, settings: dict[str, Any]) -> None:
+    names = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+    template = "".join(f"{{{{ {name} if {name} is defined else 'none' }}}}|" for name in names)
+    path = folder(tmp_path / "hf", tokenizer_class=cls, **settings)
+    rendered = ChatTemplate(template, ours(path)).render([{"role": "user", "content": "a"}]).plain
+    expected = theirs(path).apply_chat_template(
+        [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+    )
+    assert rendered == expected
+
+
 @pytest.mark.parametrize("add", [None, False, True])
 @pytest.mark.parametrize("post", [None, POST])
 @pytest.mark.parametrize("cls", ["PreTrainedTokenizerFast", "LlamaTokenizerFast", "GPT2Tokenizer"])

@@ -118,6 +118,18 @@ def test_same_logits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
+def test_same_last_hidden_state(name: str) -> None:
+    model = random_model(CASES[name])
+    config = config_from_hf(CASES[name])
+    tokens = random_tokens(config, LENGTH)
+    executor = ReferenceExecutor(config, canonical_weights(config, tensors_of(model), hf_source))
+    executor.forward(make_batch([(tokens, 0)], [[4, 1, 9]]))
+    with torch.no_grad():
+        expected = model.base_model(torch.tensor([tokens])).last_hidden_state[0].numpy()
+    assert relative_error(executor.hidden_states(), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_config_as_transformers_saves_it(name: str) -> None:
     """It fills in defaults and moves the rope settings; what it writes means the same to us."""
     saved = random_model(CASES[name]).config.to_dict()

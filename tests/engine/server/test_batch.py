@@ -76,6 +76,18 @@ def test_answers_in_order(model: Path, requests: Path, tmp_path: Path) -> None:
     assert bodies[2]["model"] == "tiny"
 
 
+def test_control_tokens_in_prompts_count_where_that_is_said(model: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    text = "<|im_start|>user"
+    asked: list[Any] = [{"prompt": text}, {"prompt": text, "parse_special": False}, {"messages": LINES[1]["messages"]}]
+    source.write_text("".join(json.dumps(line) + "\n" for line in asked), encoding="utf-8")
+    assert run(source, model, "-o", output, "--special", *GREEDY).exit_code == 0
+    found = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+    lengths = [each["response"]["body"]["usage"]["prompt_tokens"] for each in found]
+    with svdengine.load(model, device="reference") as llm:
+        assert lengths[:2] == [len(llm.tokenizer.encode(text, special)) for special in (True, False)]
+
+
 @pytest.mark.parametrize("kept", [0, 1, 5, 12])
 def test_going_on(model: Path, requests: Path, tmp_path: Path, kept: int) -> None:
     whole, partial = tmp_path / "whole.jsonl", tmp_path / "partial.jsonl"

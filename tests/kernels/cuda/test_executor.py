@@ -136,6 +136,17 @@ def test_sequences_in_one_batch_do_not_see_each_other(device: Any) -> None:
         assert relative_error(mixed, np.concatenate([expected[0][17:], expected[1]])) < BOUND
 
 
+def test_hidden_states_are_those_of_the_latest_step(device: Any) -> None:
+    config = MODELS["falcon_7b"]
+    tokens = random_tokens(config, 6)
+    with executors(device, config) as (cuda, reference):
+        for start, size in ((0, 3), (3, 1), (4, 1), (5, 1)):  # launched, launched, recorded, replayed
+            batch = make_batch([(tokens[start : start + size], start)], [[2]])
+            cuda.forward(batch)
+            reference.forward(batch)
+            assert relative_error(cuda.hidden_states(), reference.hidden_states()) < BOUND
+
+
 def test_only_wanted_rows_have_logits(device: Any) -> None:
     tokens = random_tokens(LLAMA, 3)
     with executors(device, LLAMA) as (cuda, _):
