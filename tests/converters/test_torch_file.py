@@ -121,13 +121,12 @@ def test_a_tensor_with_attributes_is_a_tensor(tmp_path: Path) -> None:
         ({1: torch.ones(3)}, "under the name '1'"),
         ({"a": torch.ones(1).expand(10)}, "repeats its storage of 1 elements 10 times"),
         ({"a": torch.ones(3).to_sparse()}, "'torch._utils._rebuild_sparse_tensor'"),
-        ({"a": torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8)}, "'torch._utils._rebuild_qtensor'|QInt8"),
         ({"a": torch.ones(3, dtype=torch.complex64)}, "'torch.ComplexFloatStorage'"),
         ({"a": torch.ones(3, device="meta")}, "'torch._utils._rebuild_meta_tensor_no_storage'"),
         ({"a": np.ones(3)}, "numpy"),
         (torch.nn.Linear(2, 2), "Linear"),
     ],
-    ids=range(12),
+    ids=range(11),
 )
 def test_what_is_no_list_of_tensors(tmp_path: Path, value: Any, message: str) -> None:
     torch.save(value, tmp_path / "t.bin")
