@@ -155,6 +155,10 @@ def calibrate(
 def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | TrainedPredictors:
     """The shapes that a layer's predictor may have, or what has them all trained. Raises ConversionError."""
     if options.source is not None:
+        if options.source.suffix == ".pt":
+            raise ConversionError(
+                f"{options.source}: is the predictor of one layer; give the folder that holds them all"
+            )
         opens = open_predictor_folder if options.source.is_dir() else open_powerinfer
         return opens(options.source, model_file, options.thresholds == "trained")
     try:

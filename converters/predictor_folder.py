@@ -93,7 +93,7 @@ def open_predictor_folder(path: Path, model_file: ModelFile, trained_thresholds:
     if not all("fc2.bias" in tensors for tensors in layers):
         check_norm(config)
         weights = np.asarray(model_file.arrays["ffn_norm.weight"], np.float32)
-    threshold = read_json(path / "config.json", optional=True).get("sparse_threshold", 0)
+    threshold = read_json(path / "config.json", optional=True).get("sparse_threshold") or 0
     if trained_thresholds and threshold != 0:
         raise ConversionError(
             f"{path / 'config.json'}: sparse_threshold is {quoted(str(threshold))}; only 0 means the same before and"

@@ -168,6 +168,12 @@ def test_folders_with_other_layers_are_refused(model: ModelFile, tmp_path: Path)
             open_predictor_folder(path, model)
 
 
+def test_a_file_in_place_of_the_folder(model: ModelFile, executor: ReferenceExecutor, tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "p", of_paper()) / "model_0.pt"
+    with pytest.raises(ConversionError, match="give the folder that holds them all"):
+        calibrate(model, executor, WINDOWS, CalibrationOptions(kind="powerinfer", source=source))
+
+
 def test_a_threshold_beside_powerinfers(model: ModelFile, tmp_path: Path) -> None:
     path = write_folder(tmp_path / "p", of_powerinfer(model, True))
     (path / "config.json").write_text('{"sparse_threshold": 0.5}')
