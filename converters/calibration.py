@@ -12,8 +12,9 @@ import numpy as np
 
 from svdengine.converters.end_to_end import SparseExecutor, mean_loss, sparse_loss
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
-from svdengine.converters.powerinfer import POWERINFER, PowerInferFile, build_network, open_powerinfer
+from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
+from svdengine.converters.predictor_folder import PredictorFolder, open_predictor_folder
 from svdengine.converters.predictor_quality import mean_auroc, select
 from svdengine.converters.statistics import (
     Statistics,
@@ -27,6 +28,8 @@ from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import model_fingerprint
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, layer_predictor_bytes, scores
+
+TrainedPredictors = PowerInferFile | PredictorFolder
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 
@@ -45,7 +48,7 @@ class CalibrationOptions:
 
     # svd, svd-naive, lowbit, svd+lowbit; auto: whichever reads least in each layer; powerinfer: trained, from `source`
     kind: str = "svd"
-    source: Path | None = None  # the GGUF file of trained predictors
+    source: Path | None = None  # the GGUF file of trained predictors, or the folder with model_0.pt and so on
     rank: int | None = None  # None: chosen for each layer, by modelled bytes a token
     bits: int | None = None  # of the low-bit part, 1 or 2; None: chosen like the rank
     factor_format: FactorFormat = "q8"
@@ -61,7 +64,9 @@ class CalibrationOptions:
         if any(not 0 < b < 1 for b in budgets):
             raise ConversionError(f"a budget is a share between 0 and 1, found {budgets[0]}")
         if (self.kind == POWERINFER) != (self.source is not None):
-            raise ConversionError(f"a {POWERINFER} predictor, and no other, is read from a GGUF file (--from)")
+            raise ConversionError(
+                f"a {POWERINFER} predictor, and no other, is read from a GGUF file or a folder (--from)"
+            )
         if self.kind == POWERINFER and self.rank is not None:
             raise ConversionError(f"the rank of a {POWERINFER} predictor is that of its file: leave --rank out")
         if self.thresholds == "trained" and (self.kind != POWERINFER or budgets):
@@ -147,10 +152,15 @@ def calibrate(
     return Predictor(tuple(layer for layer, _ in measured), about)
 
 
-def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | PowerInferFile:
-    """The shapes that a layer's predictor may have, or the file that has them all. Raises ConversionError."""
+def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | TrainedPredictors:
+    """The shapes that a layer's predictor may have, or what has them all trained. Raises ConversionError."""
     if options.source is not None:
-        return open_powerinfer(options.source, model_file, options.thresholds == "trained")
+        if options.source.suffix == ".pt":
+            raise ConversionError(
+                f"{options.source}: is the predictor of one layer; give the folder that holds them all"
+            )
+        opens = open_predictor_folder if options.source.is_dir() else open_powerinfer
+        return opens(options.source, model_file, options.thresholds == "trained")
     try:
         return candidate_shapes(options.kind, options.rank, options.bits, model_file.config)
     except ValueError as error:
@@ -167,15 +177,16 @@ def _calibrate_layer(
     model_file: ModelFile,
     statistics: Statistics,
     index: int,
-    candidates: Sequence[PredictorShape] | PowerInferFile,
+    candidates: Sequence[PredictorShape] | TrainedPredictors,
     options: CalibrationOptions,
 ) -> _LayerWork:
     layer = read_ffn_layer(model_file, index)
     x, held = layer_sample(statistics, index, held_out=False), layer_sample(statistics, index, held_out=True)
     truth, held_truth = run_neurons(layer, x), run_neurons(layer, held)
-    if isinstance(candidates, PowerInferFile):
-        kind, name = options.kind, f"{candidates.gguf.path}, layer {index}"
-        predictor = build_network(candidates.read_layer(index), x, options.factor_format, name)
+    if isinstance(candidates, PowerInferFile | PredictorFolder):
+        kind, name = options.kind, f"{candidates.path}, layer {index}"
+        network = _better_reading(candidates.readings(index), x, truth)
+        predictor = build_network(network, x, options.factor_format, name)
     else:
         moments, shape = statistics.layers[index], candidates[0]
         if len(candidates) > 1:
@@ -186,6 +197,14 @@ def _calibrate_layer(
         for rows, neurons in ((x, truth), (held, held_truth))
     )
     return _LayerWork(predictor, calibrate_thresholds(options.thresholds, sample, held_sample, layer.row_bytes), kind)
+
+
+def _better_reading(networks: Sequence[Network], x: np.ndarray, truth: Neurons) -> Network:
+    """Of what a trained predictor may mean, what tells best which neurons are active."""
+    if len(networks) == 1:
+        return networks[0]
+    areas = [mean_auroc(network.scores(x), truth.active) for network in networks]
+    return networks[int(np.nanargmax(areas)) if not np.isnan(areas).all() else 0]
 
 
 def _meet_budget(

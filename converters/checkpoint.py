@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from svdengine.errors import ConversionError
 from svdengine.files.model_writer import StoredTokenizer
+from svdengine.files.tensor_file import DTYPES
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
 from svdengine.models.settings import finite
@@ -43,6 +46,31 @@ class Checkpoint(Protocol):
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor of the checkpoint as float32, dequantised. Raises ConversionError."""
         ...
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor that lies uncompressed in a file."""
+
+    file: Path
+    dtype: str  # as safetensors names it
+    shape: tuple[int, ...]
+    start: int  # the byte of the file where its first element begins
+    strides: tuple[int, ...] | None = None  # in elements; None: one after the other
+
+
+def read_stored(tensor: StoredTensor, label: str) -> NDArray[Any]:
+    """A tensor's elements in the type that DTYPES has for it; no more is read than from its first to its last.
+
+    Raises ConversionError, with `label`, when the file ends before.
+    """
+    dtype, shape, strides = DTYPES[tensor.dtype], tensor.shape, tensor.strides
+    if strides is None:
+        return read_bytes(tensor.file, label, dtype, math.prod(shape), tensor.start).reshape(shape)
+    count = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    data = read_bytes(tensor.file, label, dtype, count, tensor.start)
+    view = np.lib.stride_tricks.as_strided(data, shape, [stride * dtype.itemsize for stride in strides])
+    return np.ascontiguousarray(view)
 
 
 def describe_files(files: Iterable[Path]) -> list[dict[str, Any]]:

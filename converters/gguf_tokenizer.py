@@ -17,16 +17,10 @@ from svdengine.converters.sentencepiece_bpe import (
     USER_DEFINED,
     build_sentencepiece,
 )
+from svdengine.converters.turn_end import END_TEXTS, with_turn_end
 from svdengine.files.model_writer import StoredTokenizer
 from svdengine.text.tokenizer_info import TokenizerInfo
 
-# Texts that end a turn or a document whatever the file says of them, as llama.cpp has it.
-_END_TEXTS = frozenset(
-    (
-        *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|eom_id|>", "<|endoftext|>"),
-        *("<|end_of_text|>", "<|end_of_turn|>", "<end_of_turn>", "<EOT>", "_<EOT>"),
-    )
-)
 # Variables of chat templates besides bos_token and eos_token; the separator is spelled as in the format.
 _TEMPLATE_FIELDS = {
     "unk_token": "unknown",
@@ -86,11 +80,12 @@ def read_gguf_tokenizer(fields: Mapping[str, Any], vocab_size: int) -> StoredTok
     else:
         raise ValueError(f"the tokenizer {str(model)[:40]!r} is not supported, only gpt2 and llama")
     template = fields.get("tokenizer.chat_template")
-    return StoredTokenizer(
+    stored = StoredTokenizer(
         _info(fields, vocabulary, add_bos, model == "llama"),
         tokenizer.to_str().encode("utf-8"),
         template if isinstance(template, str) and template else None,
     )
+    return with_turn_end(stored)
 
 
 def _vocabulary(fields: Mapping[str, Any], vocab_size: int) -> _Vocabulary:
@@ -102,7 +97,7 @@ def _vocabulary(fields: Mapping[str, Any], vocab_size: int) -> _Vocabulary:
     types = _list(fields, "token_type", int) or [NORMAL] * len(texts)
     if len(types) != len(texts):
         raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries, expected {len(texts)}")
-    types = [CONTROL if text in _END_TEXTS else kind for text, kind in zip(texts, types, strict=True)]
+    types = [CONTROL if text in END_TEXTS else kind for text, kind in zip(texts, types, strict=True)]
     return _Vocabulary(texts, types)
 
 
@@ -156,7 +151,7 @@ def _info(fields: Mapping[str, Any], vocabulary: _Vocabulary, add_bos: bool, sen
     bos = token("bos_token_id", 1 if sentencepiece else None)
     eos = token("eos_token_id", 2 if sentencepiece else None)
     ends = [eos, *(token(field) for field in _END_FIELDS)]
-    ends += [index for index, text in enumerate(vocabulary.texts) if text in _END_TEXTS]
+    ends += [index for index, text in enumerate(vocabulary.texts) if text in END_TEXTS]
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", add_bos))
     special = (UNKNOWN, CONTROL)
     first: dict[str, int] = {}

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from svdengine.converters.byte_level_bpe import PRE_TOKENIZERS, build_byte_level, split_merges
 from svdengine.converters.checkpoint import explained, read_json, read_text
+from svdengine.converters.turn_end import END_TEXTS, with_turn_end
 from svdengine.errors import quoted
 from svdengine.files.model_writer import StoredTokenizer
 from svdengine.text.tokenizer_info import TokenizerInfo, TokenizerKind
@@ -48,7 +49,8 @@ def read_hf_tokenizer(
     folder: Path, config: Mapping[str, Any], generation: Mapping[str, Any], vocab_size: int
 ) -> tuple[StoredTokenizer, list[Path]]:
     """The tokenizer, and the files that it was read from. Raises ValueError."""
-    settings = _settings(folder)
+    special = read_json(folder / "special_tokens_map.json", optional=True)
+    settings = _settings(folder, special)
     if (folder / "tokenizer.json").exists():
         loaded = _load_json(folder / "tokenizer.json", settings, vocab_size)
     elif (folder / "tokenizer.model").exists():
@@ -58,15 +60,21 @@ def read_hf_tokenizer(
     else:
         raise ValueError("found neither tokenizer.json nor tokenizer.model")
     info = _info(loaded, settings, config, generation, vocab_size)
-    return StoredTokenizer(info, loaded.data, _chat_template(folder, settings)), list(loaded.files)
+    # Of the names that settings, config and the older file have for the end, each ends an answer.
+    more = [loaded.vocabulary.get(_content(special.get("eos_token")))]
+    more += [i for text, i in loaded.special_tokens.items() if text in END_TEXTS]
+    ends = dict.fromkeys([*info.eos_token_ids, *(i for end in more for i in _ids(end, vocab_size))])
+    info = replace(info, eos_token_ids=tuple(ends))
+    return with_turn_end(StoredTokenizer(info, loaded.data, _chat_template(folder, settings))), list(loaded.files)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, and what the older special_tokens_map.json says where it does not list the tokens."""
+def _settings(folder: Path, special: Mapping[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json, and what the older special_tokens_map.json says.
+
+    The latter counts more where the former does not list the tokens, and less where it does.
+    """
     settings = read_json(folder / "tokenizer_config.json", optional=True)
-    if "added_tokens_decoder" in settings:
-        return settings
-    return settings | read_json(folder / "special_tokens_map.json", optional=True)
+    return {**special, **settings} if "added_tokens_decoder" in settings else {**settings, **special}
 
 
 def _load_json(path: Path, settings: Mapping[str, Any], vocab_size: int) -> _Loaded:

@@ -18,7 +18,7 @@ for each token. Of a LayerNorm's input x does not show the mean, so its models a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +44,14 @@ class Network:
 
     first: Array  # (h, d) fc1 diag(1 / w)
     second: Array  # (f, h) fc2
+    bias: Array | None = None  # (f,) which only predictors of the paper have (converters/predictor_folder.py)
+    relu: bool = True  # which these have not
 
     def scores(self, x: Array) -> Array:
         """Scores (n, f) of FFN inputs x (n, d), in float32."""
-        return np.maximum(x @ self.first.T, 0) @ self.second.T
+        hidden = x @ self.first.T
+        found = (np.maximum(hidden, 0) if self.relu else hidden) @ self.second.T
+        return np.asarray(found if self.bias is None else found + self.bias, np.float32)
 
 
 @dataclass(frozen=True)
@@ -58,23 +62,37 @@ class PowerInferFile:
     threshold: float
     norm_weights: Array  # (layers, d) of the norm before each FFN
 
+    @property
+    def path(self) -> Path:
+        """The file."""
+        return self.gguf.path
+
+    def readings(self, layer: int) -> tuple[Network, ...]:
+        """What a layer's predictor may mean: one thing."""
+        return (self.read_layer(layer),)
+
     def read_layer(self, layer: int) -> Network:
         """One layer's predictor. Raises ConversionError when it holds NaN, or reads what the model's norm removes."""
         fc1, fc2 = (self._read(tensor_name(layer, matrix)) for matrix in (1, 2))
-        weights = self.norm_weights[layer]
-        dead = weights == 0
-        if fc1[:, dead].any():
-            raise ConversionError(
-                f"{self.gguf.path}: the predictor of layer {layer} reads channel"
-                f" {int(np.flatnonzero(fc1.any(0) & dead)[0])}, which the model's norm multiplies by 0"
-            )
-        return Network(np.asarray(fc1 / np.where(dead, np.float32(1), weights), np.float32), fc2)
+        return Network(before_norm(fc1, self.norm_weights[layer], f"{self.path}: the predictor of layer {layer}"), fc2)
 
     def _read(self, name: str) -> Array:
         matrix = self.gguf.read(name)
         if not np.isfinite(matrix).all():
             raise ConversionError(f"{self.gguf.path}: tensor {name!r} holds NaN or infinity")
         return matrix
+
+
+def before_norm(fc1: Array, weights: Array, name: str) -> Array:
+    """fc1 (h, d) of what enters a norm with `weights` (d,), in terms of what leaves it: fc1 diag(1 / w).
+
+    Raises ConversionError, with `name`, when it reads what the norm removes.
+    """
+    dead = weights == 0
+    if fc1[:, dead].any():
+        channel = int(np.flatnonzero(fc1.any(0) & dead)[0])
+        raise ConversionError(f"{name} reads channel {channel}, which the model's norm multiplies by 0")
+    return np.asarray(fc1 / np.where(dead, np.float32(1), weights), np.float32)
 
 
 def tensor_name(layer: int, matrix: int) -> str:
@@ -115,7 +133,9 @@ def check_norm(config: ModelConfig) -> None:
 
 
 def build_network(network: Network, x: Array, factor_format: FactorFormat, name: str) -> LayerPredictor:
-    """A network as a predictor with the trained threshold, 0; its unit is the deviation of its scores on x (n, d).
+    """A network as a predictor with the trained thresholds; its unit is the deviation of its scores on x (n, d).
+
+    Without a bias the threshold is 0.
 
     Raises ConversionError, with `name`, when a weight is too large to be stored.
     """
@@ -125,12 +145,12 @@ def build_network(network: Network, x: Array, factor_format: FactorFormat, name:
     except ValueError as error:
         raise ConversionError(f"{name}: {error}") from error
     # PowerInfer computes a neuron at the threshold, and we above 0: of no importance but where all scores are 0.
-    threshold = np.full(f, -np.finfo(np.float32).tiny)
-    predictor = LayerPredictor(rank, factor_format, 0, a, b, {}, threshold, np.ones(f, np.float32), relu=True)
+    bias = np.full(f, np.finfo(np.float32).tiny) if network.bias is None else network.bias
+    predictor = LayerPredictor(rank, factor_format, 0, a, b, {}, -bias, np.ones(f, np.float32), network.relu)
     deviation = scores(predictor, x).std(0)
     floor = 1e-4 * float(deviation.mean()) or 1e-6
     unit = np.maximum(deviation, np.float32(floor)).astype(np.float32)
-    return LayerPredictor(rank, factor_format, 0, a, b, {}, threshold, unit, relu=True)
+    return replace(predictor, unit=unit)
 
 
 def _check_layers(gguf: GgufFile, config: ModelConfig) -> None:

@@ -19,6 +19,7 @@ COMMANDS = {
     "batch": "Answer a file of requests.",
     "convert": "Turn a checkpoint into a model file.",
     "calibrate": "Make the predictor that lets a model run sparse.",
+    "export": "Write a predictor for PowerInfer or the paper's code.",
     "inspect": "Show what is in a model file.",
     "bench": "Measure tokens a second.",
     "eval": "Measure the quality of a model on a text.",

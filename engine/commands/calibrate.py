@@ -66,10 +66,14 @@ class RankOrAuto(click.ParamType):
     type=click.Choice([*KINDS, "powerinfer"]),
     default="lowbit",
     show_default=True,
-    help="Kind of the predictor. powerinfer: trained ones, out of a GGUF file.",
+    help="Kind of the predictor. powerinfer: PowerInfer's or the paper's own, out of files.",
 )
 @click.option(
-    "--from", "source", type=click.Path(path_type=Path), metavar="FILE", help="The GGUF file with trained predictors."
+    "--from",
+    "source",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="The GGUF file with trained predictors, or the folder with model_0.pt and so on.",
 )
 @click.option("--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Rank of the SVD.")
 @click.option(
