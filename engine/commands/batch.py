@@ -11,6 +11,7 @@ import click
 
 from svdengine.commands.options import (
     check_writable,
+    model_label,
     model_options,
     open_shared_model,
     prefill_rows_option,
@@ -29,7 +30,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @prefill_rows_option
 @sampling_options
 def command(requests: Path, output: Path, parallel: int, **options: Any) -> None:
-    """Answer the requests in IN.jsonl with MODEL, a .svdp file.
+    """Answer the requests in IN.jsonl with MODEL, a .svdp file or a name on a hub.
 
     A line is an object with "messages" or "prompt" and other fields as `svdengine serve` takes them, or a line of
     OpenAI's batch files. The answers come in the order of the lines, with an error on the answer of a line that cannot
@@ -47,10 +48,11 @@ def command(requests: Path, output: Path, parallel: int, **options: Any) -> None
     defaults = sampling_fields(options)
     if options["context_shift"]:
         defaults["context_shift"] = True
-    name = options["model"].stem if options["model"] else "smollm2"
     failed = 0
     with open_shared_model(options) as llm, output.open("ab") as file:
-        results = BatchRun(llm, name, defaults, parallel).results(islice(read_lines(requests), finished, None))
+        results = BatchRun(llm, model_label(options), defaults, parallel).results(
+            islice(read_lines(requests), finished, None)
+        )
         with click.progressbar(length=total, file=sys.stderr, label="answered", show_pos=True) as bar:
             bar.update(finished)
             for result in results:

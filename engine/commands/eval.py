@@ -46,7 +46,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure MODEL, a .svdp file: perplexity on a UTF-8 text, and the share of tasks that it gets right.
+    """Measure MODEL, a .svdp file or a name on a hub: perplexity on a text, and the share of tasks it gets right.
 
     \b
     A task is one line of JSON, of either kind:

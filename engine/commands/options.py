@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from svdengine.files.hub_name import HubName, parse_model
+
 if TYPE_CHECKING:
     from svdengine.llm import LLM
 
@@ -47,8 +49,25 @@ class Number(click.FloatRange):
         return number
 
 
+class ModelArgument(click.ParamType):
+    """A model: the path of a file or folder, or a name on a hub."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> HubName | Path:
+        """Tell the two apart."""
+        from svdengine.errors import RequestError
+
+        if isinstance(value, HubName | Path):
+            return value
+        try:
+            return parse_model(str(value))
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+
+
 _MODEL: tuple[Decorator, ...] = (
-    click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]"),
+    click.argument("model", required=False, type=ModelArgument(), metavar="[MODEL]"),
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]),
@@ -166,6 +185,8 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def open_model(options: dict[str, Any], context: int | None = None, sequences: int = 1) -> LLM:
     """Load the model that the options name, or the demo model. `context` counts where --context was not given.
 
+    A name on a hub is downloaded and converted the first time.
+
     `sequences`: how many of that length are to fit at once.
 
     With --ffn both, the model is one that can run sparse.
@@ -178,9 +199,8 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.scheduling.sequence import blocks_for
 
     check_sparsity_bias(options.get("sparsity_bias") or 0.0)
-    path = options["model"] if options["model"] is not None else _demo_model()
     llm = load(
-        path,
+        _model_path(options["model"]),
         options["device"],
         "sparse" if options["ffn"] == "both" else options["ffn"],
         options["threads"],
@@ -207,6 +227,18 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
 def open_shared_model(options: dict[str, Any]) -> LLM:
     """Load the model for many requests at a time: its KV cache holds two contexts, or what --kv-memory says."""
     return open_model(options, sequences=1 if options["kv_memory"] else _SHARED_CONTEXTS)
+
+
+def model_label(options: dict[str, Any]) -> str:
+    """What the model is called where it has no other name: as its file or repository."""
+    return options["model"].stem if options["model"] else "smollm2"
+
+
+def kept_file(model: HubName | Path) -> Path:
+    """The file of a model that is here. Raises ModelFileError on a name of which nothing was converted."""
+    from svdengine.files.models_folder import kept_path
+
+    return kept_path(model) if isinstance(model, HubName) else model
 
 
 def check_extra(extra: str, *modules: str) -> None:
@@ -304,6 +336,16 @@ def printable(text: str) -> str:
     if not sys.stdout.isatty():
         return text
     return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+
+
+def _model_path(model: HubName | Path | None) -> Path:
+    if model is None:
+        return _demo_model()
+    if isinstance(model, Path):
+        return model
+    from svdengine.commands.named_model import named_model
+
+    return named_model(model)
 
 
 def _demo_model() -> Path:
