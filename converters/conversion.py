@@ -31,14 +31,14 @@ def convert(
     *,
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
-    origin: Mapping[str, Any] | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
     `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4; `down_dtype` that
     of the FFNs' down projections, by default `dtype`.
-    `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. `origin` says what
-    the checkpoint is on a hub (engine/files/models_folder.py), and is kept in the provenance. An existing
+    `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. `hub` says what the
+    checkpoint is on a hub (engine/files/models_folder.py), and is kept in the provenance. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
     converted and ModelFileError when `output` cannot be written; nothing is left behind then.
     """
@@ -62,8 +62,8 @@ def convert(
         provenance["down_dtype"] = down_dtype
     if activation is not None:
         provenance["activation"] = activation
-    if origin is not None:
-        provenance[HUB] = dict(origin)
+    if hub is not None:
+        provenance[HUB] = dict(hub)
     with ModelWriter(
         output,
         checkpoint.config,

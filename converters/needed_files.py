@@ -38,9 +38,13 @@ _MOST_LISTED = 12
 def settings_files(files: Iterable[str]) -> list[str]:
     """The small files of a checkpoint folder: settings, tokenizer, and the index of its weights."""
     there = set(files)
-    index = next((index for whole, index in _WEIGHTS if whole in there or index in there), "")
-    whole = index.removesuffix(".index.json")
-    return [name for name in (*_TEXTS, index) if name in there and not (name == index and whole in there)]
+    names = [name for name in _TEXTS if name in there]
+    for whole, index in _WEIGHTS:
+        if whole in there:
+            break
+        if index in there:
+            return [*names, index]
+    return names
 
 
 def weight_files(files: Iterable[str], folder: Path) -> list[str]:
@@ -83,7 +87,8 @@ def gguf_files(files: Mapping[str, int], name: HubName) -> list[str]:
     if name.file is None:
         problem = f"{name} has {len(models)} GGUF files"
     else:
-        problem = f"{len(found) or 'none'} of the GGUF files of {name.repository} are like {quoted(name.file)}"
+        count = f"{len(found)} GGUF files are" if found else "no GGUF file is"
+        problem = f"{name.repository}: {count} like {quoted(name.file)}"
     choices = ", ".join(f"{Path(m).name} ({_size(sum(files[f] for f in models[m]))})" for m in some)
     left = len(found or models) - len(some)
     more = f" and {left} more" if left else ""

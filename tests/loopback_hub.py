@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import os
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
 
 LFS = 1 << 20  # bytes from which on a file has its SHA-256 as its tag, as large files have on a hub
 
@@ -32,7 +35,7 @@ class Hub:
     asked: list[str] = field(default_factory=list)  # "GET /path", and " bytes=10-" where a range was asked for
     sent: int = 0  # bytes of files
     break_after: int | None = None  # bytes of one answer after which the connection is cut, once
-    broken_for_good: bool = False  # cut each answer there
+    down_after: bool = False  # be down (status 503) after that
     status: int | None = None  # answer everything with it
 
     def add(self, name: str, files: dict[str, Path | bytes], revision: str = "main", **access: bool) -> str:
@@ -137,8 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         data = content[start:] if isinstance(content, bytes) else _read(content, start)
         limit = self.hub.break_after if count and len(data) > (self.hub.break_after or len(data)) else None
         if limit is not None:
-            if not self.hub.broken_for_good:
-                self.hub.break_after = None
+            self.hub.break_after = None
+            self.hub.status = 503 if self.hub.down_after else None
             data, self.close_connection = data[:limit], True
         self.wfile.write(data)
         if count:
@@ -188,3 +191,31 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
         self._thread.join(10)
+
+
+def use_hub(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub in this process speak with the server, with an empty cache, and without a token."""
+    from huggingface_hub import constants
+
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SVDENGINE_MODELS", str(folder / "models"))
+    # What the library makes of HF_ENDPOINT and HF_HOME when it is imported.
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1 << 16)
+
+
+def environment_of(hub: Hub, folder: Path) -> dict[str, str]:
+    """The same for another process."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    return {
+        **kept,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(folder),
+        "SVDENGINE_MODELS": str(folder / "models"),
+        "SVDENGINE_DEVICE": "reference",
+    }

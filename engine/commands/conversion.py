@@ -69,17 +69,17 @@ def convert_file(
     kind: str | None,
     *,
     weights: Path | None = None,
-    origin: Mapping[str, Any] | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the model file `output`, and then a predictor of that kind into it.
 
     With `weights`, the file without a predictor has that name until the predictor is made, so that whatever is called
-    `output` is whole; one that is there already is taken. `origin` is kept in the file (models_folder.py).
+    `output` is whole; one that is there already is taken. `hub` is kept in the file (models_folder.py).
     Raises ConversionError.
     """
     first = output if weights is None or kind is None else weights
     if weights is None or not first.exists():
-        _convert_weights(source, first, wanted, origin)
+        _convert_weights(source, first, wanted, hub)
     if kind is not None:
         _calibrate(first, output, kind, wanted)
 
@@ -87,6 +87,7 @@ def convert_file(
 def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
     """What a conversion will come to on this machine."""
     from svdengine.converters.forecast import forecast
+    from svdengine.measuring.machine import usable_cores
 
     return forecast(
         config,
@@ -94,6 +95,7 @@ def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
         cast("WeightFormat | None", wanted.embedding_dtype),
         cast("WeightFormat | None", wanted.down_dtype),
         predictor=wanted.predictor_kind(config) is not None,
+        cores=usable_cores(),
     )
 
 
@@ -104,10 +106,10 @@ def announce(config: ModelConfig, wanted: Wanted) -> None:
     told, memory = forecast_of(config, wanted), usable_memory()
     short = ""
     if memory is not None and told.memory_bytes > memory:
-        short = f", and {shown_bytes(memory)} are free: it will be read from storage again and again"
+        short = f"; {shown_bytes(memory)} are free, so it will be slow: parts are read from storage for every token"
     _say(
-        f"{config.family}, {told.parameters / 1e6:,.0f} M parameters; in {wanted.dtype} a file of"
-        f" {shown_bytes(told.file_bytes)}, and {shown_bytes(told.memory_bytes)} of memory to run it{short}"
+        f"{config.family}, {_shown_count(told.parameters)} parameters: in {wanted.dtype} a file of"
+        f" {shown_bytes(told.file_bytes)}, which takes {shown_bytes(told.memory_bytes)} of memory to run{short}"
     )
     _say(f"runs {'sparse' if told.sparse else 'dense'}: {told.why}")
     if told.calibration_seconds is not None:
@@ -151,7 +153,14 @@ def shown_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _convert_weights(source: Path, output: Path, wanted: Wanted, origin: Mapping[str, Any] | None) -> None:
+def _shown_count(count: int) -> str:
+    for word, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,}"
+
+
+def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[str, Any] | None) -> None:
     from svdengine.converters import convert
 
     with click.progressbar(length=1, label=f"Converting to {wanted.dtype}", file=sys.stderr) as bar:
@@ -168,7 +177,7 @@ def _convert_weights(source: Path, output: Path, wanted: Wanted, origin: Mapping
             progress,
             embedding_dtype=cast("WeightFormat | None", wanted.embedding_dtype),
             down_dtype=cast("WeightFormat | None", wanted.down_dtype),
-            origin=origin,
+            hub=hub,
         )
         bar.update(max(0, (bar.length or 0) - bar.pos))
 

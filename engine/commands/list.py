@@ -44,7 +44,7 @@ def _record(model: KeptModel) -> dict[str, Any]:
 
 
 def _table(models: list[KeptModel]) -> list[str]:
-    rows = [("name", "commit", "format", "predictor", "GB", "made")]
+    rows: list[tuple[str, ...]] = [("name", "commit", "format", "predictor", "GB", "made")]
     for model in models:
         name = str(model.name) if model.name else model.path.name
         predictor = model.predictor or ("-" if model.finished else "unfinished")

@@ -128,7 +128,7 @@ def _convert(repository: Repository, source: Path, file: str | None, wanted: Wan
     path = path_of(wanted.variant(kind))
     if path.exists():
         return path
-    origin = {
+    hub = {
         "repository": name.repository,
         "revision": name.revision,
         "asked": name.file,
@@ -137,7 +137,7 @@ def _convert(repository: Repository, source: Path, file: str | None, wanted: Wan
     }
     weights = path.with_name(f"{path.stem}{UNFINISHED}{path.suffix}")
     try:
-        convert_file(source, path, wanted, kind, weights=weights, origin=origin)
+        convert_file(source, path, wanted, kind, weights=weights, hub=hub)
     except ConversionError as error:
         if wanted.kind is not None or not weights.exists():
             raise

@@ -100,6 +100,8 @@ def download(repository: Repository, files: list[str]) -> Path:
         with _explained(repository.name, file):
             if _cached(repository, file) is None:
                 _fetch(repository, file)
+    if not repository.offline:
+        _note_revision(repository)
     return _snapshot(repository)
 
 
@@ -178,6 +180,15 @@ def _fetch_blob(repository: Repository, file: str) -> None:
         partial.replace(blob)
 
 
+def _note_revision(repository: Repository) -> None:
+    """Write down which commit the revision is, for a time without a network. The library does so for names alone."""
+    revision = repository.name.revision
+    reference = _repository_folder(repository.name.repository) / "refs" / revision
+    if ".." not in revision and revision != repository.commit:
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(repository.commit, encoding="utf-8")
+
+
 def _begin_of(stream: IO[bytes], size: int) -> int:
     """Go to the end of what is there already; nothing where it is more than the whole."""
     kept = stream.seek(0, os.SEEK_END)
@@ -228,10 +239,11 @@ def _cached_repository(name: HubName) -> Repository | None:
     """What the cache knows of a name: the files of the commit that was downloaded last."""
     folder = _repository_folder(name.repository)
     reference = folder / "refs" / name.revision
-    commits = [path.name for path in folder.glob("snapshots/*") if path.name.startswith(name.revision)]
     if reference.is_file():
         commits = [reference.read_text(encoding="utf-8").strip()]
-    if len(commits) != 1 or len(name.revision) < 4:
+    else:
+        commits = [path.name for path in folder.glob("snapshots/*") if path.name.startswith(name.revision)]
+    if len(commits) != 1:
         return None
     snapshot = folder / "snapshots" / commits[0]
     paths = [path for path in snapshot.rglob("*") if path.is_file()]

@@ -55,13 +55,14 @@ def parse_model(text: str) -> HubName | Path:
 
 
 def _parse_address(text: str) -> HubName:
-    """Of hf://org/name, with a file after a slash or a colon."""
+    """Of hf://org/name, with a file after a colon or, where it ends like a GGUF file, after a slash."""
     rest = text.removeprefix(SCHEME).removeprefix("models/")
+    organisation, _, more = rest.partition("/")
+    repository, _, file = more.partition("/")
     found = _parse(rest)
-    if found is None and (parts := rest.split("/", 2))[2:]:
-        beginning = _parse("/".join(parts[:2]))
-        if beginning is not None and beginning.file is None:
-            found = HubName(beginning.repository, parts[2], beginning.revision)
+    if file.endswith(".gguf") and ":" not in rest:
+        beginning = _parse(f"{organisation}/{repository}")
+        found = HubName(beginning.repository, file, beginning.revision) if beginning is not None else None
     if found is None:
         raise RequestError(f"{quoted(text)} is not the name of a model; expected hf://ORG/NAME, such as hf://org/model")
     return found
