@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from svdengine.commands.arguments import check_writable
 from svdengine.commands.options import (
-    check_writable,
     model_label,
     model_options,
     open_shared_model,

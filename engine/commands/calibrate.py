@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import ModelArgument, Number, check_writable, kept_file
+from svdengine.commands.arguments import ModelArgument, Number, check_writable, kept_file
 from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:

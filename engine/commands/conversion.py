@@ -185,7 +185,7 @@ def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[st
 def _calibrate(model: Path, output: Path, kind: str, wanted: Wanted) -> None:
     from svdengine.errors import ConversionError, SvdEngineError
 
-    _say(f"Calibrating a predictor ({kind}); --predictor none leaves it out")
+    _say(f"Calibrating a predictor ({kind}); svdengine convert --predictor none leaves it out")
     chosen = {name: value for name, value in asdict(wanted).items() if name in ("rank", "thresholds", "text")}
     try:
         calibrate_file(model, output, kind=kind, **chosen)

@@ -8,9 +8,9 @@ from typing import Any
 
 import click
 
+from svdengine.commands.arguments import ModelArgument, check_writable
 from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto
 from svdengine.commands.conversion import Wanted, announce, convert_file
-from svdengine.commands.options import ModelArgument, check_writable
 from svdengine.files.hub_name import HubName
 
 DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without NumPy: help comes at once

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import check_writable, measuring_options, open_model, read_text
+from svdengine.commands.arguments import check_writable
+from svdengine.commands.options import measuring_options, open_model, read_text
 
 if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnMode

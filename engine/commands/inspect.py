@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import ModelArgument, kept_file
+from svdengine.commands.arguments import ModelArgument, kept_file
 from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:

@@ -100,7 +100,7 @@ def _download_folder(repository: Repository, wanted: Wanted) -> Path:
 
 def _download_gguf(repository: Repository) -> tuple[Path, str]:
     """A GGUF file, with all its parts."""
-    from svdengine.commands.options import check_extra
+    from svdengine.commands.arguments import check_extra
     from svdengine.converters.needed_files import gguf_files
     from svdengine.files.hub import download
 

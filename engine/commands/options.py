@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.files.hub_name import HubName, parse_model
+from svdengine.commands.arguments import ModelArgument, Number
+from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
@@ -34,36 +32,6 @@ class Size(click.ParamType):
         if not 0 < size < 1 << 62:
             self.fail(f"expected a size such as 512M or 4G, found {value!r}", param, ctx)
         return size
-
-
-class Number(click.FloatRange):
-    """A finite number; click takes "nan" for one that lies in any range."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, in its range."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"expected a finite number, found {value!r}", param, ctx)
-        return number
-
-
-class ModelArgument(click.ParamType):
-    """A model: the path of a file or folder, or a name on a hub."""
-
-    name = "model"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> HubName | Path:
-        """Tell the two apart."""
-        from svdengine.errors import RequestError
-
-        if isinstance(value, HubName | Path):
-            return value
-        try:
-            return parse_model(str(value))
-        except RequestError as error:
-            self.fail(str(error), param, ctx)
 
 
 _MODEL: tuple[Decorator, ...] = (
@@ -234,22 +202,6 @@ def model_label(options: dict[str, Any]) -> str:
     return options["model"].stem if options["model"] else "smollm2"
 
 
-def kept_file(model: HubName | Path) -> Path:
-    """The file of a model that is here. Raises ModelFileError on a name of which nothing was converted."""
-    from svdengine.files.models_folder import kept_path
-
-    return kept_path(model) if isinstance(model, HubName) else model
-
-
-def check_extra(extra: str, *modules: str) -> None:
-    """Raise SvdEngineError with what to install when a module of an optional part is missing."""
-    from svdengine.errors import SvdEngineError
-
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise SvdEngineError(f'this needs {" and ".join(missing)}; run: pip install "svdengine[{extra}]"')
-
-
 def prefill_rows_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --prefill-rows, which `open_model` reads."""
     return click.option(
@@ -319,16 +271,6 @@ def read_text(path: Path) -> str:
     if not text.strip():
         raise RequestError(f"{path} is empty")
     return text
-
-
-def check_writable(output: Path) -> None:
-    """Find out before the work whether there is a folder to write to. Raises RequestError."""
-    from svdengine.errors import RequestError
-
-    if not output.parent.is_dir():
-        raise RequestError(f"{output}: there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise RequestError(f"{output}: the folder {output.parent} cannot be written to")
 
 
 def printable(text: str) -> str:

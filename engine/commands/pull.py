@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from svdengine.commands.options import ModelArgument
+from svdengine.commands.arguments import ModelArgument
 from svdengine.files.hub_name import HubName
 
 

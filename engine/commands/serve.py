@@ -8,9 +8,8 @@ from typing import Any
 
 import click
 
+from svdengine.commands.arguments import Number, check_extra
 from svdengine.commands.options import (
-    Number,
-    check_extra,
     kept_kv,
     kv_save_option,
     model_label,
