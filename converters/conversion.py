@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.errors import ConversionError
 from svdengine.files.model_writer import ModelWriter
+from svdengine.files.models_folder import HUB
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.models import refuse_unread_tensors
 from svdengine.models.family import Source
@@ -29,12 +31,14 @@ def convert(
     *,
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
     `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4; `down_dtype` that
     of the FFNs' down projections, by default `dtype`.
-    `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
+    `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. `hub` says what the
+    checkpoint is on a hub (engine/files/models_folder.py), and is kept in the provenance. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
     converted and ModelFileError when `output` cannot be written; nothing is left behind then.
     """
@@ -46,7 +50,7 @@ def convert(
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
     sources = list(find_sources(checkpoint))
-    provenance = {
+    provenance: dict[str, Any] = {
         "source": source.resolve().name,
         "files": describe_files(checkpoint.files),
         "tool": f"svdengine {metadata.version('svdengine')}",
@@ -58,6 +62,8 @@ def convert(
         provenance["down_dtype"] = down_dtype
     if activation is not None:
         provenance["activation"] = activation
+    if hub is not None:
+        provenance[HUB] = dict(hub)
     with ModelWriter(
         output,
         checkpoint.config,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,12 +28,7 @@ class HfCheckpoint:
     def __init__(self, folder: Path, activation: str | None = None) -> None:
         """Read everything but the tensors. Raises ConversionError."""
         self.path = folder
-        settings = read_json(folder / "config.json")
-        if quantization := settings.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise ConversionError(
-                f"{folder}: the weights are quantised ({quoted(str(method))}); convert the original checkpoint"
-            )
+        settings = _read_settings(folder)
         generation = read_json(folder / "generation_config.json", optional=True)
         self._tensors = find_tensors(folder)
         shards = sorted({tensor.file for tensor in self._tensors.values()})
@@ -90,3 +86,22 @@ class HfCheckpoint:
         if len(shape) != 2:
             raise ValueError(f"tensor {quoted(embedding.names[0])}: found the shape {shape}, expected a matrix")
         return shape[0]
+
+
+def read_hf_config(folder: Path, activation: str | None = None) -> ModelConfig:
+    """What config.json says, before the weights are there. Raises ConversionError on what cannot be converted."""
+    try:
+        config = config_from_hf(_read_settings(folder))
+        return config if activation is None else with_activation(config, activation)
+    except ValueError as error:
+        raise ConversionError(f"{folder}: {error}") from error
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    settings = read_json(folder / "config.json")
+    if quantization := settings.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        raise ConversionError(
+            f"{folder}: the weights are quantised ({quoted(str(method))}); convert the original checkpoint"
+        )
+    return settings

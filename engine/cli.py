@@ -17,6 +17,9 @@ COMMANDS = {
     "generate": "Complete prompts.",
     "serve": "Serve OpenAI's interface, and a chat page.",
     "batch": "Answer a file of requests.",
+    "pull": "Download and convert models by name.",
+    "list": "Show the models that were converted by name.",
+    "rm": "Remove such models.",
     "convert": "Turn a checkpoint into a model file.",
     "calibrate": "Make the predictor that lets a model run sparse.",
     "export": "Write a predictor for PowerInfer or the paper's code.",
@@ -76,7 +79,8 @@ class LazyGroup(click.Group):
 def main() -> None:
     """Run language models on this machine.
 
-    Without a MODEL, a small demo model is fetched once (94 MB) and used.
+    MODEL is a .svdp file, or the name of a model on Hugging Face's hub (org/name), which is downloaded and converted
+    once. Without a MODEL, a small demo model is fetched once (94 MB) and used.
     """
 
 

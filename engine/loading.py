@@ -8,7 +8,9 @@ from svdengine.errors import DeviceError
 from svdengine.executors import Device, KvDtype, check_ffn, create_executor
 from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.files.file_watch import FileWatch
+from svdengine.files.hub_name import HubName, parse_model
 from svdengine.files.model_file import read_model_file
+from svdengine.files.models_folder import kept_path
 from svdengine.files.predictor_file import find_predictor, require_predictor
 from svdengine.files.residency import arrange_memory
 from svdengine.kernels.batch import BLOCK_SIZE
@@ -43,7 +45,8 @@ def load(
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
-    path: the model file, as `svdengine convert` writes it.
+    path: the model file, as `svdengine convert` writes it, or the name of a model on a hub (org/name) that
+        `svdengine pull` has made one of. Nothing is downloaded here.
     device: cpu, cuda (an NVIDIA GPU), ascend (a Huawei NPU), reference (NumPy: slow, and the definition of correct), or
         auto: what the environment variable SVDENGINE_DEVICE names, else a GPU or NPU that can be used, else the CPU.
     ffn: how FFNs run: dense, sparse, which needs a predictor, or auto, which takes for each step what costs less.
@@ -70,6 +73,8 @@ def load(
     mode = check_ffn(ffn)
     check_integer("prefill_rows", prefill_rows, 1, _MOST)
     check_integer("sequences", sequences, 1, _MOST)
+    named = parse_model(str(path))
+    path = kept_path(named) if isinstance(named, HubName) else path
     model_file = read_model_file(path)
     watches: list[FileWatch] = []
     try:

@@ -9,8 +9,9 @@ from typing import Any
 
 import click
 
+from svdengine.commands.arguments import check_writable
 from svdengine.commands.options import (
-    check_writable,
+    model_label,
     model_options,
     open_shared_model,
     prefill_rows_option,
@@ -30,7 +31,7 @@ _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 @prefill_rows_option
 @sampling_options
 def command(requests: Path, output: Path, parallel: int, special: bool, **options: Any) -> None:
-    """Answer the requests in IN.jsonl with MODEL, a .svdp file.
+    """Answer the requests in IN.jsonl with MODEL, a .svdp file or a name on a hub.
 
     A line is an object with "messages" or "prompt" and other fields as `svdengine serve` takes them, or a line of
     OpenAI's batch files. The answers come in the order of the lines, with an error on the answer of a line that cannot
@@ -48,10 +49,9 @@ def command(requests: Path, output: Path, parallel: int, special: bool, **option
     defaults = sampling_fields(options)
     if options["context_shift"]:
         defaults["context_shift"] = True
-    name = options["model"].stem if options["model"] else "smollm2"
     failed = 0
     with open_shared_model(options) as llm, output.open("ab") as file:
-        results = BatchRun(llm, name, defaults, parallel, special=special).results(
+        results = BatchRun(llm, model_label(options), defaults, parallel, special=special).results(
             islice(read_lines(requests), finished, None)
         )
         with click.progressbar(length=total, file=sys.stderr, label="answered", show_pos=True) as bar:

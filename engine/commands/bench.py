@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 def command(
     pp: int, tg: int, parallel: tuple[int, ...], repetitions: int, faults: bool, as_json: bool, **options: Any
 ) -> None:
-    """Measure MODEL, a .svdp file: reading a prompt (pp) and decoding (tg).
+    """Measure MODEL, a .svdp file or a name on a hub: reading a prompt (pp) and decoding (tg).
 
     --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
     what a token reads of weights, predictor and KV cache. On the sparse path it counts the neurons that the measured

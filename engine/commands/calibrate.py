@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import Number, check_writable
+from svdengine.commands.arguments import ModelArgument, Number, check_writable, kept_file
+from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:
     from svdengine.converters.calibration import CalibrationOptions
@@ -42,7 +43,7 @@ class RankOrAuto(click.ParamType):
 
 
 @click.command("calibrate")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelArgument())
 @click.option(
     "-o",
     "--output",
@@ -117,8 +118,8 @@ class RankOrAuto(click.ParamType):
 )
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path, output: Path | None, as_json: bool, **options: Any) -> None:
-    """Make a predictor for MODEL, a .svdp file, and write it into that file.
+def command(model: HubName | Path, output: Path | None, as_json: bool, **options: Any) -> None:
+    """Make a predictor for MODEL, a .svdp file or a name of `list`, and write it into that file.
 
     The text should be like what the model will read and write; without --text, the model writes it itself. One
     window of text in five is held out, and the table that is printed is measured on it. At most one budget may be
@@ -128,13 +129,15 @@ def command(model: Path, output: Path | None, as_json: bool, **options: Any) -> 
 
     if sum(options[name] is not None for name in _BUDGETS) > 1:
         raise click.UsageError("give one budget: --max-loss, --max-error or --density")
-    predictor = calibrate_file(model, output or model, **options)
+    path = kept_file(model)
+    output = output or path
+    predictor = calibrate_file(path, output, **options)
     report = predictor_report(predictor)
     if as_json:
-        click.echo(json.dumps({"file": str(output or model), **report}, indent=2))
+        click.echo(json.dumps({"file": str(output), **report}, indent=2))
         return
     click.echo("\n".join(predictor_lines(report)))
-    click.echo(f"written to {output or model}", err=True)
+    click.echo(f"written to {output}", err=True)
 
 
 def calibrate_file(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @kv_save_option
 @click.option("--system", metavar="TEXT", help="The system prompt; by default the model's own.")
 def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
-    """Talk with MODEL, a .svdp file. /help lists what can be typed besides messages."""
+    """Talk with MODEL, a .svdp file or a name on a hub (org/name). /help lists what can be typed besides messages."""
     from svdengine.commands.chat_session import ChatSession
     from svdengine.scheduling.sampling import merge_params
 

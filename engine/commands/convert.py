@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, calibrate_file
+from svdengine.commands.arguments import ModelArgument, check_writable
+from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto
+from svdengine.commands.conversion import Wanted, announce, convert_file
+from svdengine.files.hub_name import HubName
 
 DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without NumPy: help comes at once
 
 
 @click.command("convert")
-@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The .svdp file.")
+@click.argument("source", type=ModelArgument(), metavar="SRC")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="The .svdp file; by default beside SRC, or in the models folder.",
+)
 @click.option("--dtype", type=click.Choice(DTYPES), default="q8", show_default=True, help="How weights are stored.")
 @click.option(
     "--embedding-dtype",
@@ -53,59 +61,40 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     metavar="FILE",
     help="Text to calibrate on; see `calibrate`.",
 )
-def command(
-    source: Path,
-    output: Path,
-    dtype: str,
-    embedding_dtype: str | None,
-    down_dtype: str | None,
-    activation: str | None,
-    kind: str | None,
-    **options: Any,
-) -> None:
-    """Convert SRC, a Hugging Face folder or a .gguf file, into a model file.
+def command(source: HubName | Path, output: Path | None, **options: Any) -> None:
+    """Convert SRC into a model file: a Hugging Face folder, a .gguf file, or the name of a model on a hub.
 
-    A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with its own defaults, once the
-    weights are written. If that is interrupted, the model file is complete without one.
+    Without -o the model file is written beside the source, and that of a name into the models folder, where other
+    commands find it by the name. A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with
+    its own defaults, once the weights are written. If that is interrupted, the model file is complete without one.
     """
-    from typing import cast
+    from svdengine.commands.named_model import download_model, make_model
 
-    from svdengine.converters import convert
+    wanted = Wanted(**options)
+    if isinstance(source, HubName):
+        if output is None:
+            make_model(source, wanted)
+            return
+        check_writable(output)
+        source = download_model(source, wanted)
+    _convert_path(source, output, wanted)
+
+
+def _convert_path(source: Path, output: Path | None, wanted: Wanted) -> None:
     from svdengine.converters.conversion import open_checkpoint
-    from svdengine.files.predictor_file import why_not_sparse
-    from svdengine.kernels.formats import WeightFormat
+    from svdengine.errors import RequestError
 
     begin = time.perf_counter()
-    config = open_checkpoint(source, activation).config
-    if kind not in (None, "none") and not config.sparse_ffn:
-        raise click.UsageError(f"--predictor {kind}: {why_not_sparse(config)}")
-    with click.progressbar(length=1, label=f"Converting to {dtype}", file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        convert(
-            source,
-            output,
-            cast(WeightFormat, dtype),
-            activation,
-            progress,
-            embedding_dtype=cast("WeightFormat | None", embedding_dtype),
-            down_dtype=cast("WeightFormat | None", down_dtype),
-        )
-        bar.update(max(0, (bar.length or 0) - bar.pos))
-    if config.sparse_ffn and kind != "none":
-        _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)
+    config = open_checkpoint(source, wanted.activation).config
+    kind = wanted.predictor_kind(config)
+    if output is None:
+        full = source.resolve()
+        stem = full.name if full.is_dir() else full.stem
+        output = full.with_name(f"{stem}-{wanted.variant(None)}.svdp")
+        if output.exists():
+            raise RequestError(f"{output} is there already; name it with -o to replace it")
+        check_writable(output)
+    announce(config, wanted)
+    convert_file(source, output, wanted, kind)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)
-
-
-def _calibrate(output: Path, kind: str, options: dict[str, Any]) -> None:
-    from svdengine.errors import ConversionError, SvdEngineError
-
-    click.echo(f"Calibrating a predictor ({kind}); --predictor none leaves it out", err=True)
-    try:
-        calibrate_file(output, output, kind=kind, **options)
-    except SvdEngineError as error:
-        raise ConversionError(f"{output} is complete, but has no predictor: {error}") from error

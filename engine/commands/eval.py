@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import check_writable, measuring_options, open_model, read_text
+from svdengine.commands.arguments import check_writable
+from svdengine.commands.options import measuring_options, open_model, read_text
 
 if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnMode
@@ -63,7 +64,7 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Measure MODEL, a .svdp file: perplexity on a UTF-8 text, and the share of tasks that it gets right.
+    """Measure MODEL, a .svdp file or a name on a hub: perplexity on a text, and the share of tasks it gets right.
 
     \b
     A task is one line of JSON, of one of three kinds:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from svdengine.commands.options import check_writable
+from svdengine.commands.arguments import check_writable
 
 LAYOUTS = ("paper", "powerinfer")
 

@@ -49,7 +49,7 @@ def command(
     logprobs: int | None,
     **options: Any,
 ) -> None:
-    """Complete prompts with MODEL, a .svdp file; without -p and -f, the text of standard input."""
+    """Complete prompts with MODEL, a .svdp file or a name on a hub; without -p and -f, the text of standard input."""
     from svdengine.errors import RequestError
     from svdengine.scheduling.sampling import merge_params
 

@@ -9,18 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from svdengine.commands.arguments import ModelArgument, kept_file
+from svdengine.files.hub_name import HubName
+
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
 
 
 @click.command("inspect")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=ModelArgument())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: Path, as_json: bool) -> None:
-    """Show the config, the tokenizer, the tensors and the predictor of MODEL, a .svdp file."""
+def command(model: HubName | Path, as_json: bool) -> None:
+    """Show the config, the tokenizer, the tensors and the predictor of MODEL, a .svdp file or a name of `list`."""
     from svdengine.files.model_file import read_model_file
 
-    with read_model_file(model) as file:
+    with read_model_file(kept_file(model)) as file:
         report = _report(file)
     if as_json:
         click.echo(json.dumps(report, indent=2))

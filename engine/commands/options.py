@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import os
 import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from svdengine.commands.arguments import ModelArgument, Number
+from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
@@ -34,21 +34,8 @@ class Size(click.ParamType):
         return size
 
 
-class Number(click.FloatRange):
-    """A finite number; click takes "nan" for one that lies in any range."""
-
-    name = "number"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """The number, in its range."""
-        number = float(super().convert(value, param, ctx))
-        if not math.isfinite(number):
-            self.fail(f"expected a finite number, found {value!r}", param, ctx)
-        return number
-
-
 _MODEL: tuple[Decorator, ...] = (
-    click.argument("model", required=False, type=click.Path(path_type=Path), metavar="[MODEL]"),
+    click.argument("model", required=False, type=ModelArgument(), metavar="[MODEL]"),
     click.option(
         "--device",
         type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]),
@@ -166,6 +153,8 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def open_model(options: dict[str, Any], context: int | None = None, sequences: int = 1) -> LLM:
     """Load the model that the options name, or the demo model. `context` counts where --context was not given.
 
+    A name on a hub is downloaded and converted the first time.
+
     `sequences`: how many of that length are to fit at once.
 
     With --ffn both, the model is one that can run sparse.
@@ -178,9 +167,8 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.scheduling.sequence import blocks_for
 
     check_sparsity_bias(options.get("sparsity_bias") or 0.0)
-    path = options["model"] if options["model"] is not None else _demo_model()
     llm = load(
-        path,
+        _model_path(options["model"]),
         options["device"],
         "sparse" if options["ffn"] == "both" else options["ffn"],
         options["threads"],
@@ -209,13 +197,9 @@ def open_shared_model(options: dict[str, Any]) -> LLM:
     return open_model(options, sequences=1 if options["kv_memory"] else _SHARED_CONTEXTS)
 
 
-def check_extra(extra: str, *modules: str) -> None:
-    """Raise SvdEngineError with what to install when a module of an optional part is missing."""
-    from svdengine.errors import SvdEngineError
-
-    missing = [name for name in modules if find_spec(name) is None]
-    if missing:
-        raise SvdEngineError(f'this needs {" and ".join(missing)}; run: pip install "svdengine[{extra}]"')
+def model_label(options: dict[str, Any]) -> str:
+    """What the model is called where it has no other name: as its file or repository."""
+    return options["model"].stem if options["model"] else "smollm2"
 
 
 def prefill_rows_option(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -289,21 +273,21 @@ def read_text(path: Path) -> str:
     return text
 
 
-def check_writable(output: Path) -> None:
-    """Find out before the work whether there is a folder to write to. Raises RequestError."""
-    from svdengine.errors import RequestError
-
-    if not output.parent.is_dir():
-        raise RequestError(f"{output}: there is no folder {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise RequestError(f"{output}: the folder {output.parent} cannot be written to")
-
-
 def printable(text: str) -> str:
     """Text without characters that would steer the terminal, when standard output is one."""
     if not sys.stdout.isatty():
         return text
     return "".join(c for c in text if c in "\n\t" or (c >= " " and not "\x7f" <= c <= "\x9f"))
+
+
+def _model_path(model: HubName | Path | None) -> Path:
+    if model is None:
+        return _demo_model()
+    if isinstance(model, Path):
+        return model
+    from svdengine.commands.named_model import named_model
+
+    return named_model(model)
 
 
 def _demo_model() -> Path:

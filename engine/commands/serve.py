@@ -8,11 +8,11 @@ from typing import Any
 
 import click
 
+from svdengine.commands.arguments import Number, check_extra
 from svdengine.commands.options import (
-    Number,
-    check_extra,
     kept_kv,
     kv_save_option,
+    model_label,
     model_options,
     open_shared_model,
     prefill_rows_option,
@@ -101,7 +101,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
 @prefill_rows_option
 @kv_save_option
 def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path | None, **options: Any) -> None:
-    """Serve MODEL, a .svdp file, to programs that speak OpenAI's interface, and to browsers.
+    """Serve MODEL, a .svdp file or a name on a hub, to programs that speak OpenAI's interface, and to browsers.
 
     API keys are also read from the environment variable SVDENGINE_API_KEY.
     """
@@ -111,7 +111,7 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
     from svdengine.server.settings import Settings, read_api_keys
 
     settings = Settings(
-        name=options["name"] or (options["model"].stem if options["model"] else "smollm2"),
+        name=options["name"] or model_label(options),
         host=options["host"],
         port=options["port"],
         api_keys=read_api_keys(api_key, api_key_file),

@@ -10,7 +10,7 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -61,15 +61,23 @@ def remove_leftovers(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[bool]:
-    """Wait until no other program is in such a block for the folder. False: the system cannot say, so some may be."""
+def alone_in(folder: Path, waits: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Wait until no other program is in such a block for the folder. False: the system cannot say, so some may be.
+
+    `waits` is called where there is another one.
+    """
     if fcntl is None:
         yield False
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waits is not None:
+                    waits()
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
             alone = True
         except OSError:
             alone = False

@@ -67,7 +67,7 @@ def test_a_model_outside_the_relu_family_gets_none(tmp_path: Path) -> None:
 
 
 def test_wrong_usage_and_errors(tmp_path: Path) -> None:
-    assert CliRunner().invoke(convert_command, [str(tmp_path)]).exit_code == 2
+    assert CliRunner().invoke(convert_command, []).exit_code == 2
     assert CliRunner().invoke(convert_command, [str(tmp_path), "-o", "x", "--dtype", "q3"]).exit_code == 2
     with pytest.raises(SvdEngineError):
         CliRunner().invoke(convert_command, [str(tmp_path), "-o", str(tmp_path / "x")], catch_exceptions=False)

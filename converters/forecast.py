@@ -1,0 +1,73 @@
+"""What a conversion will come to, told from the config alone, before any of the work is done."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from svdengine.files.model_file import stored_tensors
+from svdengine.files.model_writer import format_for
+from svdengine.files.predictor_file import why_not_sparse
+from svdengine.files.tensor_writer import size_of
+from svdengine.kernels.formats import WeightFormat
+from svdengine.models.config import ModelConfig
+from svdengine.models.tensors import tensor_specs
+from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_token
+
+_PROGRAM_BYTES = 200 << 20  # Python, its libraries, the compiled kernels and a step's workspace
+_PREDICTOR_BITS = 2.2  # a weight of the gate, of the default predictor: two bits, and scales
+
+# Seconds of one core, of a model with 135 M parameters, and of one layer of Llama-2-7B's shape (98 s on two cores).
+_PARAMETER_SECONDS = 1.5e-6
+_FIT_SECONDS = 1.06e-9
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Sizes in bytes, times in seconds."""
+
+    parameters: int
+    file_bytes: int  # with the predictor
+    memory_bytes: int  # to run it with a KV cache of one default context
+    sparse: bool
+    why: str  # it runs sparse, or does not
+    calibration_seconds: float | None  # roughly; None: there is nothing to calibrate
+
+
+def forecast(
+    config: ModelConfig,
+    dtype: WeightFormat,
+    embedding_dtype: WeightFormat | None = None,
+    down_dtype: WeightFormat | None = None,
+    *,
+    predictor: bool = True,
+    cores: int = 1,
+) -> Forecast:
+    """What a model of this config becomes; `predictor`: one is made where the model has zeros to skip."""
+    weights = 0
+    for spec in tensor_specs(config):
+        stored = stored_tensors(spec, format_for(spec.name, dtype, embedding_dtype, down_dtype))
+        weights += sum(map(size_of, stored.values()))
+    made = predictor and config.sparse_ffn
+    gates = config.layer_count * config.ffn_size * config.hidden_size
+    file_bytes = weights + (int(gates * _PREDICTOR_BITS / 8) if made else 0)
+    kv_bytes = context_limit(config, None) * kv_pool_bytes_per_token(config)
+    return Forecast(
+        parameters=sum(math.prod(spec.shape) for spec in tensor_specs(config)),
+        file_bytes=file_bytes,
+        memory_bytes=file_bytes + kv_bytes + _PROGRAM_BYTES,
+        sparse=config.sparse_ffn,
+        why=f"its FFNs have the activation {config.activation}" if config.sparse_ffn else why_not_sparse(config),
+        calibration_seconds=calibration_seconds(config, cores) if made else None,
+    )
+
+
+def calibration_seconds(config: ModelConfig, cores: int) -> float:
+    """Roughly how long the default calibration takes.
+
+    The whole model writes the text and reads it ten times or so; each layer's fit multiplies its gate with the
+    covariance of the inputs.
+    """
+    parameters = sum(math.prod(spec.shape) for spec in tensor_specs(config))
+    fits = config.layer_count * config.ffn_size * config.hidden_size**2
+    return (parameters * _PARAMETER_SECONDS + fits * _FIT_SECONDS) / cores

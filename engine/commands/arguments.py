@@ -1,0 +1,69 @@
+"""Kinds of values that commands take, and checks of them before any work."""
+
+from __future__ import annotations
+
+import math
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+
+from svdengine.files.hub_name import HubName, parse_model
+
+
+class Number(click.FloatRange):
+    """A finite number; click takes "nan" for one that lies in any range."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number, in its range."""
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"expected a finite number, found {value!r}", param, ctx)
+        return number
+
+
+class ModelArgument(click.ParamType):
+    """A model: the path of a file or folder, or a name on a hub."""
+
+    name = "model"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> HubName | Path:
+        """Tell the two apart."""
+        from svdengine.errors import RequestError
+
+        if isinstance(value, HubName | Path):
+            return value
+        try:
+            return parse_model(str(value))
+        except RequestError as error:
+            self.fail(str(error), param, ctx)
+
+
+def kept_file(model: HubName | Path) -> Path:
+    """The file of a model that is here. Raises ModelFileError on a name of which nothing was converted."""
+    from svdengine.files.models_folder import kept_path
+
+    return kept_path(model) if isinstance(model, HubName) else model
+
+
+def check_extra(extra: str, *modules: str) -> None:
+    """Raise SvdEngineError with what to install when a module of an optional part is missing."""
+    from svdengine.errors import SvdEngineError
+
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        raise SvdEngineError(f'this needs {" and ".join(missing)}; run: pip install "svdengine[{extra}]"')
+
+
+def check_writable(output: Path) -> None:
+    """Find out before the work whether there is a folder to write to. Raises RequestError."""
+    from svdengine.errors import RequestError
+
+    if not output.parent.is_dir():
+        raise RequestError(f"{output}: there is no folder {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise RequestError(f"{output}: the folder {output.parent} cannot be written to")

@@ -1,0 +1,204 @@
+"""How commands convert: what is wanted, what is said before the work, the weights, and the predictor after them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from svdengine.commands.calibrate import calibrate_file
+
+if TYPE_CHECKING:
+    from svdengine.converters.forecast import Forecast
+    from svdengine.kernels.formats import WeightFormat
+    from svdengine.models.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a checkpoint is to become; the options of `svdengine convert`."""
+
+    dtype: str = "q8"
+    embedding_dtype: str | None = None
+    down_dtype: str | None = None
+    activation: str | None = None
+    kind: str | None = None  # of the predictor; None: the default one, where the model has zeros to skip
+    rank: int | None = None
+    thresholds: str = "error"
+    text: tuple[Path, ...] = ()
+
+    def predictor_kind(self, config: ModelConfig) -> str | None:
+        """The kind of predictor that a model gets. Raises UsageError on one that it has no use for."""
+        from svdengine.files.predictor_file import why_not_sparse
+
+        if self.kind == "none":
+            return None
+        if config.sparse_ffn:
+            return self.kind or ("lowbit" if self.rank is None else "svd")
+        if self.kind is not None:
+            raise click.UsageError(f"--predictor {self.kind}: {why_not_sparse(config)}")
+        return None
+
+    def variant(self, kind: str | None) -> str:
+        """A short name that tells conversions of one checkpoint apart: q8-lowbit, q4-down-q8."""
+        parts = [self.dtype]
+        parts += [f"embedding-{self.embedding_dtype}"] if self.embedding_dtype else []
+        parts += [f"down-{self.down_dtype}"] if self.down_dtype else []
+        parts += [self.activation] if self.activation else []
+        if kind is not None:
+            parts.append(kind)
+            parts += [str(self.rank)] if self.rank is not None else []
+            parts += [self.thresholds] if self.thresholds != "error" else []
+            if self.text:
+                parts.append(hashlib.sha256(json.dumps([str(t) for t in self.text]).encode()).hexdigest()[:6])
+        return "-".join(parts)
+
+
+def convert_file(
+    source: Path,
+    output: Path,
+    wanted: Wanted,
+    kind: str | None,
+    *,
+    weights: Path | None = None,
+    hub: Mapping[str, Any] | None = None,
+) -> None:
+    """Write the model file `output`, and then a predictor of that kind into it.
+
+    With `weights`, the file without a predictor has that name until the predictor is made, so that whatever is called
+    `output` is whole; one that is there already is taken. `hub` is kept in the file (models_folder.py).
+    Raises ConversionError.
+    """
+    first = output if weights is None or kind is None else weights
+    if weights is None or not first.exists():
+        _convert_weights(source, first, wanted, hub)
+    if kind is not None:
+        _calibrate(first, output, kind, wanted)
+
+
+def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
+    """What a conversion will come to on this machine."""
+    from svdengine.converters.forecast import forecast
+    from svdengine.measuring.machine import usable_cores
+
+    return forecast(
+        config,
+        cast("WeightFormat", wanted.dtype),
+        cast("WeightFormat | None", wanted.embedding_dtype),
+        cast("WeightFormat | None", wanted.down_dtype),
+        predictor=wanted.predictor_kind(config) is not None,
+        cores=usable_cores(),
+    )
+
+
+def announce(config: ModelConfig, wanted: Wanted) -> None:
+    """Say what will come: the file, the memory to run it, whether it runs sparse and why, and how long that takes."""
+    from svdengine.files.residency import usable_memory
+
+    told, memory = forecast_of(config, wanted), usable_memory()
+    short = ""
+    if memory is not None and told.memory_bytes > memory:
+        short = f"; {shown_bytes(memory)} are free, so it will be slow: parts are read from storage for every token"
+    _say(
+        f"{config.family}, {_shown_count(told.parameters)} parameters: in {wanted.dtype} a file of"
+        f" {shown_bytes(told.file_bytes)}, which takes {shown_bytes(told.memory_bytes)} of memory to run{short}"
+    )
+    _say(f"runs {'sparse' if told.sparse else 'dense'}: {told.why}")
+    if told.calibration_seconds is not None:
+        _say(f"calibrating its predictor takes about {shown_time(told.calibration_seconds)}")
+
+
+def check_room(*needs: tuple[Path, int]) -> None:
+    """Raise SvdEngineError when what is to be written into folders has no room on their disks, together."""
+    from svdengine.errors import SvdEngineError
+
+    wanted: dict[int, int] = {}
+    for folder, count in needs:
+        folder = _existing(folder)
+        disk = folder.stat().st_dev
+        wanted[disk] = wanted.get(disk, 0) + count
+        free = shutil.disk_usage(folder).free
+        if wanted[disk] > free:
+            raise SvdEngineError(
+                f"no room for it on the disk of {folder}: {shown_bytes(wanted[disk])} are needed for download and model"
+                f" file, and {shown_bytes(free)} are free; free some, or set HF_HOME and SVDENGINE_MODELS to another"
+            )
+
+
+def free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, which need not be there yet."""
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def shown_bytes(count: float) -> str:
+    """A size for people, in the units in which disks are sold."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def shown_time(seconds: float) -> str:
+    """A rough time for people."""
+    if seconds < 90:
+        return f"{max(5, 5 * round(seconds / 5))} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _shown_count(count: int) -> str:
+    for word, size in (("billion", 1e9), ("million", 1e6)):
+        if count >= size:
+            return f"{count / size:.3g} {word}"
+    return f"{count:,}"
+
+
+def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[str, Any] | None) -> None:
+    from svdengine.converters import convert
+
+    with click.progressbar(length=1, label=f"Converting to {wanted.dtype}", file=sys.stderr) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.length = total
+            bar.update(done - bar.pos)
+
+        convert(
+            source,
+            output,
+            cast("WeightFormat", wanted.dtype),
+            wanted.activation,
+            progress,
+            embedding_dtype=cast("WeightFormat | None", wanted.embedding_dtype),
+            down_dtype=cast("WeightFormat | None", wanted.down_dtype),
+            hub=hub,
+        )
+        bar.update(max(0, (bar.length or 0) - bar.pos))
+
+
+def _calibrate(model: Path, output: Path, kind: str, wanted: Wanted) -> None:
+    from svdengine.errors import ConversionError, SvdEngineError
+
+    _say(f"Calibrating a predictor ({kind}); svdengine convert --predictor none leaves it out")
+    chosen = {name: value for name, value in asdict(wanted).items() if name in ("rank", "thresholds", "text")}
+    try:
+        calibrate_file(model, output, kind=kind, **chosen)
+    except SvdEngineError as error:
+        raise ConversionError(f"{model} is complete, but has no predictor: {error}") from error
+    if model != output:
+        model.unlink()
+
+
+def _existing(folder: Path) -> Path:
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - without following links
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
