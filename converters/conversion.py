@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.errors import ConversionError
+from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.model_writer import ModelWriter
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.models import refuse_unread_tensors
@@ -29,6 +30,7 @@ def convert(
     *,
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
+    look: Callable[[ModelFile], None] | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
@@ -36,7 +38,8 @@ def convert(
     of the FFNs' down projections, by default `dtype`.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
-    converted and ModelFileError when `output` cannot be written; nothing is left behind then.
+    converted and ModelFileError when `output` cannot be written; nothing is left behind then. `look` is shown the
+    whole model before it takes the name `output`, which it does not where that raises.
     """
     source, output = Path(source), Path(output)
     for wanted in (dtype, embedding_dtype or dtype, down_dtype or dtype):
@@ -58,6 +61,8 @@ def convert(
         provenance["down_dtype"] = down_dtype
     if activation is not None:
         provenance["activation"] = activation
+    if checkpoint.notes:
+        provenance["notes"] = checkpoint.notes
     with ModelWriter(
         output,
         checkpoint.config,
@@ -76,6 +81,9 @@ def convert(
                 raise ConversionError(f"{source}: tensor {', '.join(origin.names)}: {error}") from error
             if progress is not None:
                 progress(writer.written_bytes, writer.size_bytes)
+        if look is not None:
+            with read_model_file(writer.temporary) as file:
+                look(file)
 
 
 def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:

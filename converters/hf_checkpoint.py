@@ -16,7 +16,7 @@ from svdengine.converters.hf_tokenizer import read_hf_tokenizer
 from svdengine.errors import ConversionError, ModelFileError, quoted
 from svdengine.files.tensor_file import DTYPES, TensorEntry, read_header
 from svdengine.kernels.formats import from_bfloat16
-from svdengine.models import config_from_hf, hf_source, with_activation
+from svdengine.models import config_from_hf, hf_source
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
 
@@ -32,6 +32,7 @@ class HfCheckpoint:
     def __init__(self, folder: Path, activation: str | None = None) -> None:
         """Read everything but the tensors. Raises ConversionError."""
         self.path = folder
+        self.notes: list[str] = []
         settings = read_json(folder / "config.json")
         if quantization := settings.get("quantization_config"):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
@@ -41,9 +42,7 @@ class HfCheckpoint:
         generation = read_json(folder / "generation_config.json", optional=True)
         self._tensors, shards = _find_tensors(folder)
         try:
-            config = config_from_hf(settings)
-            if activation is not None:
-                config = with_activation(config, activation)
+            config = config_from_hf(settings, activation, [folder.resolve().name], self.notes)
             # Checkpoints often have more rows than tokens; logits have as many as there are rows.
             embedding = hf_source(config, "embedding", None, self._tensors)
             self.config = replace(

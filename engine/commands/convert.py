@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, calibrate_file
+
+if TYPE_CHECKING:
+    from svdengine.files.model_file import ModelFile
 
 DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without NumPy: help comes at once
 
@@ -28,7 +31,17 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     type=click.Choice(DTYPES),
     help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
 )
-@click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
+@click.option(
+    "--activation",
+    metavar="NAME",
+    help="The FFN's activation, where the checkpoint names it wrongly; fatrelu:0.03 has a threshold.",
+)
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Measure whether the weights were trained with another activation, and stop if so.",
+)
 @click.option(
     "--predictor",
     "kind",
@@ -60,6 +73,7 @@ def command(
     embedding_dtype: str | None,
     down_dtype: str | None,
     activation: str | None,
+    check: bool,
     kind: str | None,
     **options: Any,
 ) -> None:
@@ -67,6 +81,9 @@ def command(
 
     A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with its own defaults, once the
     weights are written. If that is interrupted, the model file is complete without one.
+
+    Before the file is put in place, a short text is run through it under each activation that its weights could mean.
+    Where another one than the stated predicts the text far better, the conversion stops with both figures.
     """
     from typing import cast
 
@@ -76,7 +93,10 @@ def command(
     from svdengine.kernels.formats import WeightFormat
 
     begin = time.perf_counter()
-    config = open_checkpoint(source, activation).config
+    checkpoint = open_checkpoint(source, activation)
+    config = checkpoint.config
+    for note in checkpoint.notes:
+        click.echo(f"note: {note}", err=True)
     if kind not in (None, "none") and not config.sparse_ffn:
         raise click.UsageError(f"--predictor {kind}: {why_not_sparse(config)}")
     with click.progressbar(length=1, label=f"Converting to {dtype}", file=sys.stderr) as bar:
@@ -93,12 +113,33 @@ def command(
             progress,
             embedding_dtype=cast("WeightFormat | None", embedding_dtype),
             down_dtype=cast("WeightFormat | None", down_dtype),
+            look=_check if check else None,
         )
         bar.update(max(0, (bar.length or 0) - bar.pos))
     if config.sparse_ffn and kind != "none":
         _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)
+
+
+def _check(file: ModelFile) -> None:
+    """Raise ConversionError where measuring says that the activation is another one."""
+    from svdengine.converters.activation_check import check_activation
+    from svdengine.errors import ConversionError, SvdEngineError
+
+    newline = "\n" if sys.stderr.isatty() else ""  # after the bar
+    click.echo(f"{newline}Checking the activation; --no-check leaves it out", err=True)
+    try:
+        found = check_activation(file)
+    except SvdEngineError as error:  # of the device: the file is as good as before
+        click.echo(f"warning: the activation was not checked: {error}", err=True)
+        return
+    if found is None:
+        click.echo("warning: the activation was not checked: the checkpoint has no tokenizer", err=True)
+    elif found.better is not None:
+        raise ConversionError(f"{found.verdict()}, or go on with --no-check")
+    else:
+        click.echo(found.verdict(), err=True)
 
 
 def _calibrate(output: Path, kind: str, options: dict[str, Any]) -> None:
