@@ -204,12 +204,14 @@ def _turned(file: ModelFile) -> ModelFile:
     found, columns = file.formats[old], file.config.hidden_size if file.config.sparse_ffn else file.config.ffn_size
     # Few bits were fitted to the other direction; 8 more would lose nothing that shows.
     wanted: WeightFormat = "q8" if FORMATS[found].activation_bits < 32 else found
-    layers: list[Parts] = []
+    stacks: Parts = {}
     for layer in range(file.config.layer_count):
         parts = {suffix: array[layer] for suffix, array in gather_parts(file.arrays, old).items()}
-        layers.append(quantize(dequantize(parts, found, columns).T, wanted))
+        for suffix, part in quantize(dequantize(parts, found, columns).T, wanted).items():
+            stack = stacks.setdefault(suffix, np.empty((file.config.layer_count, *part.shape), part.dtype))
+            stack[layer] = part
     gone = {old + suffix for suffix in PART_SUFFIXES}
     arrays = {name: array for name, array in file.arrays.items() if name not in gone}
-    arrays |= {new + suffix: np.stack([parts.pop(suffix) for parts in layers]) for suffix in list(layers[0])}
+    arrays |= {new + suffix: stack for suffix, stack in stacks.items()}
     formats = {name: kept for name, kept in file.formats.items() if name != old} | {new: wanted}
     return replace(file, arrays=MappingProxyType(arrays), formats=MappingProxyType(formats))

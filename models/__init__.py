@@ -58,10 +58,8 @@ def config_from_hf(
     found = family.config_from_hf(settings)
     found.validate()
     refuse_unread(settings.unread(), found, family.harmless, gguf=False)
-    if activation is not None:
-        return with_activation(found, activation)
     called = config.get("_name_or_path")
-    return settled(found, config, [*names, called] if isinstance(called, str) else names, notes)
+    return settled(found, config, [*names, called] if isinstance(called, str) else names, activation, notes)
 
 
 def hf_source(config: ModelConfig, tensor: str, layer: int | None, available: Container[str]) -> Source:
@@ -92,13 +90,11 @@ def config_from_gguf(
         if family.gguf is not None and family.gguf.architecture == architecture:
             stripped = Noted(strip_architecture(fields, family.gguf.architecture))
             config = gguf_config(family.name, family.gguf, stripped, tensor_names, vocab_size, rope_factors)
-            chosen = with_activation(config, activation) if activation else config
-            chosen.validate()
-            refuse_unread(stripped.unread(), chosen, family.harmless, gguf=True)
-            if activation:
-                return chosen
             plain = strip_architecture(fields, family.gguf.architecture)
-            return settled(config, plain, [*names, *_names_in(fields)], notes)
+            config = settled(config, plain, [*names, *_names_in(fields)], activation, notes)
+            config.validate()
+            refuse_unread(stripped.unread(), config, family.harmless, gguf=True)
+            return config
     known = ", ".join(family.gguf.architecture for family in FAMILIES.values() if family.gguf)
     raise ValueError(f"the GGUF architecture {str(architecture)[:100]!r} is not supported; supported: {known}")
 

@@ -181,14 +181,23 @@ CASES: tuple[KnownCase, ...] = (
 
 
 def settled(
-    config: ModelConfig, settings: Settings, names: Iterable[str], notes: list[str] | None = None
+    config: ModelConfig,
+    settings: Settings,
+    names: Iterable[str],
+    activation: str | None = None,
+    notes: list[str] | None = None,
 ) -> ModelConfig:
     """The config with the activation that its weights were trained with, as far as that is known.
 
-    `settings` are those of the file, `names` whatever it is called. `notes` takes a line where the activation is
-    another than the settings say. Raises ValueError, with what to add, where two published models look alike.
+    `settings` are those of the file, `names` whatever it is called. `activation` is what the user says, and goes before
+    all; a known model's threshold of fatrelu is kept where the user names none. `notes` takes a line where the
+    activation is another than the settings say. Raises ValueError, with what to add, where two published models look
+    alike.
     """
     case = find_case(config, settings, names)
+    if activation is not None:
+        known = [text for text in case.computes if text.startswith("fatrelu:")] if case is not None else []
+        return with_activation(with_activation(config, known[0]) if known else config, activation)
     if case is None:
         return config
     if len(case.computes) > 1:
