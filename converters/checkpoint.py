@@ -33,6 +33,7 @@ class Checkpoint(Protocol):
     tokenizer: StoredTokenizer
     generation: dict[str, Any]  # sampling defaults
     files: list[Path]  # all that was or will be read
+    notes: list[str]  # lines for people: what was settled otherwise than the checkpoint says
 
     @property
     def tensor_names(self) -> Collection[str]:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.errors import ConversionError
+from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.model_writer import ModelWriter
 from svdengine.files.models_folder import HUB
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
@@ -32,6 +33,7 @@ def convert(
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
     hub: Mapping[str, Any] | None = None,
+    look: Callable[[ModelFile], None] | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
@@ -40,7 +42,8 @@ def convert(
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. `hub` says what the
     checkpoint is on a hub (engine/files/models_folder.py), and is kept in the provenance. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
-    converted and ModelFileError when `output` cannot be written; nothing is left behind then.
+    converted and ModelFileError when `output` cannot be written; nothing is left behind then. `look` is shown the
+    whole model before it takes the name `output`, which it does not where that raises.
     """
     source, output = Path(source), Path(output)
     for wanted in (dtype, embedding_dtype or dtype, down_dtype or dtype):
@@ -64,6 +67,8 @@ def convert(
         provenance["activation"] = activation
     if hub is not None:
         provenance[HUB] = dict(hub)
+    if checkpoint.notes:
+        provenance["notes"] = checkpoint.notes
     with ModelWriter(
         output,
         checkpoint.config,
@@ -82,6 +87,9 @@ def convert(
                 raise ConversionError(f"{source}: tensor {', '.join(origin.names)}: {error}") from error
             if progress is not None:
                 progress(writer.written_bytes, writer.size_bytes)
+        if look is not None:
+            with read_model_file(writer.temporary) as file:
+                look(file)
 
 
 def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:

@@ -34,6 +34,7 @@ class GgufCheckpoint:
     def __init__(self, path: Path, activation: str | None = None) -> None:
         """Read the header and the tokenizer. Raises ConversionError."""
         self.path = path
+        self.notes: list[str] = []
         self._gguf = read_gguf(path)
         self.files = list(self._gguf.files)
         if "token_embd.weight" not in self._gguf.tensors:
@@ -41,7 +42,9 @@ class GgufCheckpoint:
         vocab_size = self._gguf.tensors["token_embd.weight"].shape[0]
         factors = self.read(_ROPE_FACTORS).reshape(-1) if _ROPE_FACTORS in self._gguf.tensors else None
         try:
-            self.config = config_from_gguf(self._gguf.fields, self.tensor_names, vocab_size, activation, factors)
+            self.config = config_from_gguf(
+                self._gguf.fields, self.tensor_names, vocab_size, activation, factors, [path.name], self.notes
+            )
             self.tokenizer = read_gguf_tokenizer(self._gguf.fields, vocab_size)
         except ValueError as error:
             raise ConversionError(f"{path}: {error}") from error

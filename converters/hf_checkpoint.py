@@ -15,7 +15,7 @@ from svdengine.converters.hf_tokenizer import read_hf_tokenizer
 from svdengine.converters.weight_files import find_tensors
 from svdengine.errors import ConversionError, quoted
 from svdengine.kernels.formats import from_bfloat16
-from svdengine.models import config_from_hf, hf_source, with_activation
+from svdengine.models import config_from_hf, hf_source
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
 
@@ -28,14 +28,13 @@ class HfCheckpoint:
     def __init__(self, folder: Path, activation: str | None = None) -> None:
         """Read everything but the tensors. Raises ConversionError."""
         self.path = folder
+        self.notes: list[str] = []
         settings = _read_settings(folder)
         generation = read_json(folder / "generation_config.json", optional=True)
         self._tensors = find_tensors(folder)
         shards = sorted({tensor.file for tensor in self._tensors.values()})
         try:
-            config = config_from_hf(settings)
-            if activation is not None:
-                config = with_activation(config, activation)
+            config = config_from_hf(settings, activation, _names(folder), self.notes)
             # Checkpoints often have more rows than tokens; logits have as many as there are rows.
             embedding = hf_source(config, "embedding", None, self._tensors)
             self.config = replace(
@@ -88,13 +87,24 @@ class HfCheckpoint:
         return shape[0]
 
 
-def read_hf_config(folder: Path, activation: str | None = None) -> ModelConfig:
-    """What config.json says, before the weights are there. Raises ConversionError on what cannot be converted."""
+def read_hf_config(folder: Path, activation: str | None = None) -> tuple[ModelConfig, list[str]]:
+    """What config.json says, before the weights are there, and lines for people: see `Checkpoint.notes`.
+
+    Raises ConversionError on what cannot be converted.
+    """
+    notes: list[str] = []
     try:
-        config = config_from_hf(_read_settings(folder))
-        return config if activation is None else with_activation(config, activation)
+        return config_from_hf(_read_settings(folder), activation, _names(folder), notes), notes
     except ValueError as error:
         raise ConversionError(f"{folder}: {error}") from error
+
+
+def _names(folder: Path) -> list[str]:
+    """What a checkpoint is called: its folder or, in a hub's cache, where that is a commit, its repository."""
+    folder = folder.resolve()
+    if folder.parent.name == "snapshots":
+        return [folder.parents[1].name.rpartition("--")[2]]
+    return [folder.name]
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from svdengine.models import bamboo, falcon, llama, minicpm, mistral, opt, qwen2
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source
 from svdengine.models.gguf_settings import gguf_config, strip_architecture
+from svdengine.models.known import settled
 from svdengine.models.leftovers import refuse_unread, refuse_unread_tensors
 from svdengine.models.naming import scaled
 from svdengine.models.noted import Noted
-from svdengine.models.settings import FATRELU_THRESHOLD, activation_named, refuse_unreadable, texts
+from svdengine.models.settings import refuse_unreadable, texts, with_activation
 from svdengine.models.tensors import TensorSpec, tensor_specs
 
 __all__ = [
@@ -39,9 +39,16 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
+def config_from_hf(
+    config: Mapping[str, Any],
+    activation: str | None = None,
+    names: Iterable[str] = (),
+    notes: list[str] | None = None,
+) -> ModelConfig:
     """Read the contents of a config.json.
 
+    `activation` goes before the one that the settings name, and before what is known of published checkpoints
+    (models/known.py), which `names` help to identify: what the checkpoint is called. `notes` takes lines for people.
     Raises ValueError, in one line, for an architecture or a setting that is not supported, a setting that is missing
     or out of range, and one that was not read and is not known to be harmless.
     """
@@ -51,7 +58,8 @@ def config_from_hf(config: Mapping[str, Any]) -> ModelConfig:
     found = family.config_from_hf(settings)
     found.validate()
     refuse_unread(settings.unread(), found, family.harmless, gguf=False)
-    return found
+    called = config.get("_name_or_path")
+    return settled(found, config, [*names, called] if isinstance(called, str) else names, activation, notes)
 
 
 def hf_source(config: ModelConfig, tensor: str, layer: int | None, available: Container[str]) -> Source:
@@ -68,18 +76,22 @@ def config_from_gguf(
     vocab_size: int,
     activation: str | None = None,
     rope_factors: NDArray[np.float32] | None = None,
+    names: Iterable[str] = (),
+    notes: list[str] | None = None,
 ) -> ModelConfig:
     """Read the metadata of a GGUF file, whose values are plain numbers, texts and lists.
 
-    `activation` overrides the one of the architecture and of the key `<architecture>.hidden_act`. `rope_factors` are
-    the values of the tensor rope_freqs.weight where there is one (Llama 3.1). Raises ValueError as config_from_hf.
+    `activation` overrides the one of the architecture and of the keys `<architecture>.hidden_act` and
+    `.hidden_activation`. `rope_factors` are the values of the tensor rope_freqs.weight where there is one (Llama 3.1).
+    `names` and `notes` are as of config_from_hf, whose errors it raises.
     """
     architecture = fields.get("general.architecture")
     for family in FAMILIES.values():
         if family.gguf is not None and family.gguf.architecture == architecture:
             stripped = Noted(strip_architecture(fields, family.gguf.architecture))
             config = gguf_config(family.name, family.gguf, stripped, tensor_names, vocab_size, rope_factors)
-            config = with_activation(config, activation) if activation else config
+            plain = strip_architecture(fields, family.gguf.architecture)
+            config = settled(config, plain, [*names, *_names_in(fields)], activation, notes)
             config.validate()
             refuse_unread(stripped.unread(), config, family.harmless, gguf=True)
             return config
@@ -98,24 +110,13 @@ def gguf_source(config: ModelConfig, tensor: str, layer: int | None, available: 
     return scaled(family.naming.source(config, tensor, layer, available), available)
 
 
-def with_activation(config: ModelConfig, name: str, threshold: float | None = None) -> ModelConfig:
-    """The config with another FFN activation, named as Hugging Face or we do.
-
-    `threshold` is that of fatrelu: the config's own if it has one, else 0.01, where it is not given. Raises
-    ValueError for an unknown activation or an unsuitable threshold.
-    """
-    activation = activation_named(name)
-    if activation == "drelu" and not config.gated:
-        raise ValueError("drelu needs a gated FFN")
-    if activation != "fatrelu":
-        if threshold is not None:
-            raise ValueError(f"only fatrelu has a threshold, not {name}")
-        return replace(config, activation=activation, activation_threshold=0.0)
-    if threshold is None:
-        threshold = config.activation_threshold if config.activation == "fatrelu" else FATRELU_THRESHOLD
-    if not 0 <= threshold < float("inf"):
-        raise ValueError(f"the threshold of fatrelu must be a number from 0 up, found {threshold}")
-    return replace(config, activation=activation, activation_threshold=threshold)
+def _names_in(fields: Mapping[str, object]) -> list[str]:
+    """What a GGUF file says of its own name, and of the models that it was made from."""
+    return [
+        value
+        for key, value in fields.items()
+        if key.startswith("general.") and key.endswith(("name", "finetune", "repo_url")) and isinstance(value, str)
+    ]
 
 
 def _family_of(config: Mapping[str, Any]) -> Family:

@@ -24,6 +24,8 @@ from svdengine.models.settings import (
 
 ROPE_FACTORS = "rope_freqs.weight"  # tensor: what Llama 3.1's scaling divides the frequencies by, (head_dim / 2,)
 _FACTOR_TOLERANCE = 1e-3
+# Without the architecture: that of config.json, and that of llama.cpp, which nearly no file has.
+_KEYS_OF_ACTIVATION = frozenset({"hidden_act", "hidden_activation"})
 
 
 def strip_architecture(metadata: Mapping[str, object], architecture: str) -> dict[str, Any]:
@@ -85,7 +87,7 @@ def gguf_config(
         "tied_embeddings": "output.weight" not in tensor_names,
         "activation": "silu",
     }
-    chosen = activation_fields(fields, "hidden_act") if "hidden_act" in fields else {}
+    chosen = activation_fields(fields, *sorted(_KEYS_OF_ACTIVATION)) if _KEYS_OF_ACTIVATION & set(fields) else {}
     return ModelConfig(family=family, **common | kind.fields(fields, tensor_names) | chosen)
 
 

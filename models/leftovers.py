@@ -166,6 +166,7 @@ _NEUTRAL: Mapping[str, Neutral] = {
     "layer_norm_eps": lambda value, config: _close(value, config.norm_eps),
     "rms_norm_eps": lambda value, config: _close(value, config.norm_eps),
     "hidden_act_param": _off,
+    "sparsity_gated_mlp": lambda value, config: value is config.gated,  # of Sakana's SparseLM
     "tie_word_embeddings": lambda value, config: value is config.tied_embeddings,
 }
 

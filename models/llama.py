@@ -24,11 +24,16 @@ def config_from_hf(settings: Settings) -> ModelConfig:
 
 FAMILY = Family(
     name="llama",
-    model_types=("llama",),
+    model_types=("llama", "sparsellama", "llama_sparse_relu"),
     architectures=("LlamaForCausalLM", "SparseLlamaForCausalLM"),
     config_from_hf=config_from_hf,
     hf=LLAMA_NAMES,
     gguf=GgufFamily("llama", GGUF_NEIGHBOURS),
-    # Left over in MiniCPM checkpoints that were rewritten as Llama: the weights hold these scales already.
-    harmless=("scale_emb", "scale_depth", "dim_model_base"),
+    harmless=(
+        # Left over in MiniCPM checkpoints that were rewritten as Llama: the weights hold these scales already.
+        "scale_emb",
+        "scale_depth",
+        "dim_model_base",
+        "sparsity_l1_coeff",  # of Sakana's training
+    ),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, cast, get_args
 
 from svdengine.models.config import Activation, ModelConfig, Rope
@@ -21,6 +22,7 @@ _ACTIVATION_ALIASES: dict[str, Activation] = {
     "gelu_python": "gelu",
     "relu_squared": "relu2",
 }
+_ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation", "activation_function")
 _LARGEST = (1 << 31) - 1  # of any size; what executors index with has 32 bits
 MOST_LAYERS = 4096
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -107,6 +109,49 @@ def activation_named(name: object) -> Activation:
     if not isinstance(name, str) or name not in known:
         raise ValueError(f"the activation {shown(name)} is not supported; supported: {', '.join(known)}")
     return known[name]
+
+
+def activation_parts(text: str) -> tuple[Activation, float | None]:
+    """Name and threshold of an activation as --activation takes it: relu, or fatrelu:0.03. Raises ValueError."""
+    name, colon, threshold = text.partition(":")
+    if not colon:
+        return activation_named(name), None
+    try:
+        return activation_named(name), float(threshold)
+    except ValueError as error:
+        raise ValueError(f"an activation is a name, or fatrelu:0.03 with its threshold; found {shown(text)}") from error
+
+
+def activation_text(config: ModelConfig) -> str:
+    """The activation of a config as --activation takes it."""
+    threshold = f":{config.activation_threshold:g}" if config.activation == "fatrelu" else ""
+    return config.activation + threshold
+
+
+def with_activation(config: ModelConfig, name: str, threshold: float | None = None) -> ModelConfig:
+    """The config with another FFN activation, named as Hugging Face or we do.
+
+    `threshold` is that of fatrelu, which the name may have too (fatrelu:0.03): the config's own if it has one, else
+    0.01, where it is not given. Raises ValueError for an unknown activation or an unsuitable threshold.
+    """
+    activation, named = activation_parts(name)
+    threshold = named if threshold is None else threshold
+    if activation == "drelu" and not config.gated:
+        raise ValueError("drelu needs a gated FFN")
+    if activation != "fatrelu":
+        if threshold is not None:
+            raise ValueError(f"only fatrelu has a threshold, not {name}")
+        return replace(config, activation=activation, activation_threshold=0.0)
+    if threshold is None:
+        threshold = config.activation_threshold if config.activation == "fatrelu" else FATRELU_THRESHOLD
+    if not 0 <= threshold < float("inf"):
+        raise ValueError(f"the threshold of fatrelu must be a number from 0 up, found {threshold}")
+    return replace(config, activation=activation, activation_threshold=threshold)
+
+
+def says_activation(settings: Settings) -> bool:
+    """Whether a config.json, or the metadata of a GGUF file, names an activation at all."""
+    return any(settings.get(key) is not None for key in _ACTIVATION_KEYS)
 
 
 def activation_fields(settings: Settings, *keys: str, default: str = "silu") -> dict[str, Any]:

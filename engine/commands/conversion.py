@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +18,7 @@ from svdengine.commands.calibrate import calibrate_file
 
 if TYPE_CHECKING:
     from svdengine.converters.forecast import Forecast
+    from svdengine.files.model_file import ModelFile
     from svdengine.kernels.formats import WeightFormat
     from svdengine.models.config import ModelConfig
 
@@ -34,6 +35,7 @@ class Wanted:
     rank: int | None = None
     thresholds: str = "error"
     text: tuple[Path, ...] = ()
+    check: bool = True  # whether the activation is checked by measuring
 
     def predictor_kind(self, config: ModelConfig) -> str | None:
         """The kind of predictor that a model gets. Raises UsageError on one that it has no use for."""
@@ -52,7 +54,7 @@ class Wanted:
         parts = [self.dtype]
         parts += [f"embedding-{self.embedding_dtype}"] if self.embedding_dtype else []
         parts += [f"down-{self.down_dtype}"] if self.down_dtype else []
-        parts += [self.activation] if self.activation else []
+        parts += [self.activation.replace(":", "-")] if self.activation else []
         if kind is not None:
             parts.append(kind)
             parts += [str(self.rank)] if self.rank is not None else []
@@ -99,10 +101,15 @@ def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
     )
 
 
-def announce(config: ModelConfig, wanted: Wanted) -> None:
-    """Say what will come: the file, the memory to run it, whether it runs sparse and why, and how long that takes."""
+def announce(config: ModelConfig, wanted: Wanted, notes: Sequence[str] = ()) -> None:
+    """Say what will come: the file, the memory to run it, whether it runs sparse and why, and how long that takes.
+
+    notes: what the checkpoint has to say besides.
+    """
     from svdengine.files.residency import usable_memory
 
+    for note in notes:
+        _say(f"note: {note}")
     told, memory = forecast_of(config, wanted), usable_memory()
     short = ""
     if memory is not None and told.memory_bytes > memory:
@@ -178,8 +185,29 @@ def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[st
             embedding_dtype=cast("WeightFormat | None", wanted.embedding_dtype),
             down_dtype=cast("WeightFormat | None", wanted.down_dtype),
             hub=hub,
+            look=_check if wanted.check else None,
         )
         bar.update(max(0, (bar.length or 0) - bar.pos))
+
+
+def _check(file: ModelFile) -> None:
+    """Raise ConversionError where measuring says that the activation is another one."""
+    from svdengine.converters.activation_check import check_activation
+    from svdengine.errors import ConversionError, SvdEngineError
+
+    newline = "\n" if sys.stderr.isatty() else ""  # after the bar
+    _say(f"{newline}Checking the activation; --no-check leaves it out")
+    try:
+        found = check_activation(file)
+    except SvdEngineError as error:  # of the device: the file is as good as before
+        _say(f"warning: the activation was not checked: {error}")
+        return
+    if found is None:
+        _say("warning: the activation was not checked: the checkpoint has no tokenizer")
+    elif found.better is not None:
+        raise ConversionError(f"{found.verdict()}, or go on with --no-check")
+    else:
+        _say(found.verdict())
 
 
 def _calibrate(model: Path, output: Path, kind: str, wanted: Wanted) -> None:

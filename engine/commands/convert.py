@@ -36,7 +36,17 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     type=click.Choice(DTYPES),
     help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
 )
-@click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
+@click.option(
+    "--activation",
+    metavar="NAME",
+    help="The FFN's activation, where the checkpoint names it wrongly; fatrelu:0.03 has a threshold.",
+)
+@click.option(
+    "--check/--no-check",
+    default=True,
+    show_default=True,
+    help="Measure whether the weights were trained with another activation, and stop if so.",
+)
 @click.option(
     "--predictor",
     "kind",
@@ -67,6 +77,9 @@ def command(source: HubName | Path, output: Path | None, **options: Any) -> None
     Without -o the model file is written beside the source, and that of a name into the models folder, where other
     commands find it by the name. A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with
     its own defaults, once the weights are written. If that is interrupted, the model file is complete without one.
+
+    Before the file is put in place, a short text is run through it under each activation that its weights could mean.
+    Where another one than the stated predicts the text far better, the conversion stops with both figures.
     """
     from svdengine.commands.named_model import download_model, make_model
 
@@ -85,7 +98,8 @@ def _convert_path(source: Path, output: Path | None, wanted: Wanted) -> None:
     from svdengine.errors import RequestError
 
     begin = time.perf_counter()
-    config = open_checkpoint(source, wanted.activation).config
+    checkpoint = open_checkpoint(source, wanted.activation)
+    config = checkpoint.config
     kind = wanted.predictor_kind(config)
     if output is None:
         full = source.resolve()
@@ -94,7 +108,7 @@ def _convert_path(source: Path, output: Path | None, wanted: Wanted) -> None:
         if output.exists():
             raise RequestError(f"{output} is there already; name it with -o to replace it")
         check_writable(output)
-    announce(config, wanted)
+    announce(config, wanted, checkpoint.notes)
     convert_file(source, output, wanted, kind)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svdengine.commands.arguments import ModelArgument, kept_file
+from svdengine.errors import ModelFileError
 from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:
@@ -18,17 +19,38 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("model", type=ModelArgument())
+@click.option("--check", is_flag=True, help="Measure whether the weights were trained with another activation.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(model: HubName | Path, as_json: bool) -> None:
-    """Show the config, the tokenizer, the tensors and the predictor of MODEL, a .svdp file or a name of `list`."""
+def command(model: HubName | Path, check: bool, as_json: bool) -> None:
+    """Show the config, the tokenizer, the tensors and the predictor of MODEL, a .svdp file or a name of `list`.
+
+    With --check a short text is run through the model under each activation that its weights could mean; the exit code
+    is 1 where another one than the stated predicts the text far better.
+    """
     from svdengine.files.model_file import read_model_file
 
     with read_model_file(kept_file(model)) as file:
         report = _report(file)
+        if check:
+            report["activation_check"] = _measured(file)
     if as_json:
         click.echo(json.dumps(report, indent=2))
     else:
         click.echo("\n".join(_tables(report)))
+    if check and report["activation_check"]["better"] is not None:
+        raise ModelFileError(f"{model}: {report['activation_check']['verdict']}")
+
+
+def _measured(file: ModelFile) -> dict[str, Any]:
+    """What measuring says of the activation, for people and for programs. Raises ModelFileError without a tokenizer."""
+    from dataclasses import asdict
+
+    from svdengine.converters.activation_check import check_activation
+
+    found = check_activation(file)
+    if found is None:
+        raise ModelFileError(f"{file.path}: --check needs text, and the model has no tokenizer")
+    return {**asdict(found), "readable": found.readable, "verdict": found.verdict()}
 
 
 def _report(file: ModelFile) -> dict[str, Any]:
@@ -97,6 +119,8 @@ def _tables(report: dict[str, Any]) -> list[str]:
         shape = " x ".join(map(str, tensor["shape"]))
         lines.append(f"{tensor['name']:<24}{tensor['format']:<8}{shape:<22}{tensor['bytes'] / 1e6:>10.2f}")
     lines += ["", *(predictor_lines(report["predictor"]) if report["predictor"] else ["predictor: none"]), ""]
+    if "activation_check" in report:
+        lines += [*_activation_lines(report["activation_check"]), ""]
     provenance = report["provenance"]
     if isinstance(provenance, dict) and "source" in provenance:
         lines.append(
@@ -105,6 +129,15 @@ def _tables(report: dict[str, Any]) -> list[str]:
     lines.append(f"parameters: {totals['parameters'] / 1e6:.1f} M at {totals['bits_per_weight']:.2f} bits")
     lines.append(f"file: {totals['file_bytes'] / 1e6:.1f} MB")
     return lines
+
+
+def _activation_lines(check: dict[str, Any]) -> list[str]:
+    """The table of measured activations, the stated one first, and the verdict."""
+    rows = (
+        f"{score['activation']:<24}{score['perplexity']:>14.4g}{score['bits_per_byte']:>14.3f}"
+        for score in check["scores"]
+    )
+    return [f"{'activation':<24}{'perplexity':>14}{'bits a byte':>14}", *rows, check["verdict"]]
 
 
 def _stated(config: dict[str, Any]) -> dict[str, Any]:

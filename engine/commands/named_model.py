@@ -88,11 +88,11 @@ def _download_folder(repository: Repository, wanted: Wanted) -> Path:
     from svdengine.files.hub import download
 
     folder = download(repository, settings_files(repository.files))
-    config = read_hf_config(folder, wanted.activation)
+    config, notes = read_hf_config(folder, wanted.activation)
     weights = weight_files(repository.files, folder)
     told = forecast_of(config, wanted)
     _tell_download(repository, weights)
-    announce(config, wanted)
+    announce(config, wanted, notes)
     # A predictor is written into a copy.
     _check_room(repository, weights, told.file_bytes * (2 if told.calibration_seconds is not None else 1))
     return download(repository, weights)
@@ -116,9 +116,10 @@ def _convert(repository: Repository, source: Path, file: str | None, wanted: Wan
     from svdengine.converters.conversion import open_checkpoint
     from svdengine.errors import ConversionError
 
-    config = open_checkpoint(source, wanted.activation).config
+    checkpoint = open_checkpoint(source, wanted.activation)
+    config = checkpoint.config
     if file is not None:
-        announce(config, wanted)
+        announce(config, wanted, checkpoint.notes)
     name, folder = repository.name, models_folder()
 
     def path_of(variant: str) -> Path:

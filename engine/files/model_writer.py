@@ -125,6 +125,11 @@ class ModelWriter:
         """Of tensors, so far."""
         return self._writer.written_bytes
 
+    @property
+    def temporary(self) -> Path:
+        """The file as long as it has not its final name. Once all is written it can be read there."""
+        return self._writer.temporary
+
     def write(self, name: str, array: NDArray[np.float32], layer: int = 0) -> None:
         """Store a vector (size,) or a matrix (rows, columns), quantised a few rows at a time.
 

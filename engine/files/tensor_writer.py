@@ -68,6 +68,11 @@ class TensorWriter:
         self._write_at(self._starts[name] + start * itemsize, data.view(np.uint8).data)
         self._written[name] += data.nbytes
 
+    @property
+    def temporary(self) -> Path:
+        """The file as long as it has not its final name. Once all is written it can be read there."""
+        return self._temporary
+
     def __enter__(self) -> TensorWriter:
         return self
 
