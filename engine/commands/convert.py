@@ -135,7 +135,7 @@ def _check(file: ModelFile) -> None:
         click.echo(f"warning: the activation was not checked: {error}", err=True)
         return
     if found is None:
-        click.echo("warning: the activation was not checked: the checkpoint has no tokenizer", err=True)
+        click.echo("warning: the activation was not checked: there is no tokenizer, or no room for a text", err=True)
     elif found.better is not None:
         raise ConversionError(f"{found.verdict()}, or go on with --no-check")
     else:
