@@ -91,8 +91,9 @@ def check_activation(
 ) -> ActivationCheck | None:
     """Measure a model file under each activation that its weights could mean; None: there is no text for it.
 
-    That is, it has no tokenizer, or room for one token only. The cost is that of reading some 300 tokens of prompt for each of four or six activations. Memory beyond that of
-    running the model is a copy of the down projections. Raises DeviceError where the device cannot be used.
+    There is none without a tokenizer, and for a context of one token. The cost is that of reading some 300 tokens of
+    prompt for each of four or six activations. Memory beyond that of running the model is a copy of the down
+    projections. Raises DeviceError where the device cannot be used.
     """
     if file.tokenizer_info.kind == "none":
         return None
