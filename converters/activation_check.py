@@ -1,9 +1,9 @@
 """Whether the activation that a model file states is the one that its weights were trained with, by measuring.
 
 A short text is run through the model under each activation that its FFNs could have. Trained weights predict it far
-better under their own than under another: SmolLM2 at 1.2 times its perplexity or at 100. Where another one than the
-stated is far better, the stated one is wrong. Where none reads the text, as with random weights or a model of
-proteins, nothing is said.
+better under their own than under another: SmolLM2 has 3.4 times its perplexity under GELU, and 560 times under ReLU.
+Where another one than the stated is far better, the stated one is wrong. Where none reads the text, as with random
+weights or a model of proteins, nothing is said.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from types import MappingProxyType
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.converters.check_text import PASSAGES
 from svdengine.converters.statistics import window_batches
-from svdengine.executors import Device, create_executor
+from svdengine.errors import DeviceError
+from svdengine.executors import Device, create_executor, resolve_device
 from svdengine.files.model_file import ModelFile
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import BLOCK_SIZE
@@ -87,21 +89,25 @@ class ActivationCheck:
 def check_activation(
     file: ModelFile, device: Device = "auto", threads: int | None = None, progress: Progress | None = None
 ) -> ActivationCheck | None:
-    """Measure a model file under each activation that its weights could mean; None: it has no tokenizer.
+    """Measure a model file under each activation that its weights could mean; None: there is no text for it.
 
-    The cost is that of reading some 300 tokens of prompt for each of four or six activations. Memory beyond that of
-    running the model is a copy of the down projections. Raises DeviceError where the device cannot be used.
+    There is none without a tokenizer, and for a context of one token. The cost is that of reading some 300 tokens of
+    prompt for each of four or six activations. Memory beyond that of running the model is a copy of the down
+    projections. Raises DeviceError where the device cannot be used.
     """
     if file.tokenizer_info.kind == "none":
         return None
     windows = _windows(file)
+    if not windows.tokens:
+        return None
     configs = candidates(file.config)
-    losses = [
-        _losses(variant, windows.tokens, device, threads, progress, (done, len(configs)))
-        for done, variant in enumerate(_variants(file, configs))
-    ]
-    if progress is not None:
-        progress(len(configs), len(configs))
+    chosen = cast(Device, resolve_device(device))  # once: it may have something to say
+    try:
+        losses = _all_losses(file, configs, windows.tokens, chosen, threads, progress)
+    except DeviceError:
+        if device != "auto" or chosen == "cpu":
+            raise
+        losses = _all_losses(file, configs, windows.tokens, "cpu", threads, progress)
     return judge([activation_text(config) for config in configs], losses, windows.sizes)
 
 
@@ -156,16 +162,24 @@ def _windows(file: ModelFile) -> _Windows:
     return _Windows(tokens, sizes)
 
 
-def _losses(
+def _all_losses(
     file: ModelFile,
+    configs: Sequence[ModelConfig],
     windows: Sequence[Sequence[int]],
     device: Device,
     threads: int | None,
     progress: Progress | None,
-    place: tuple[int, int],
-) -> Losses:
-    if progress is not None:
-        progress(*place)
+) -> list[Losses]:
+    """Of each config."""
+    losses = []
+    for variant in _variants(file, configs):
+        losses.append(_losses(variant, windows, device, threads))
+        if progress is not None:
+            progress(len(losses), len(configs))
+    return losses
+
+
+def _losses(file: ModelFile, windows: Sequence[Sequence[int]], device: Device, threads: int | None) -> Losses:
     longest = max(map(len, windows))
     executor = create_executor(
         file,
@@ -208,8 +222,9 @@ def _turned(file: ModelFile) -> ModelFile:
     for layer in range(file.config.layer_count):
         parts = {suffix: array[layer] for suffix, array in gather_parts(file.arrays, old).items()}
         for suffix, part in quantize(dequantize(parts, found, columns).T, wanted).items():
-            stack = stacks.setdefault(suffix, np.empty((file.config.layer_count, *part.shape), part.dtype))
-            stack[layer] = part
+            if suffix not in stacks:
+                stacks[suffix] = np.empty((file.config.layer_count, *part.shape), part.dtype)
+            stacks[suffix][layer] = part
     gone = {old + suffix for suffix in PART_SUFFIXES}
     arrays = {name: array for name, array in file.arrays.items() if name not in gone}
     arrays |= {new + suffix: stack for suffix, stack in stacks.items()}

@@ -203,7 +203,7 @@ def _check(file: ModelFile) -> None:
         _say(f"warning: the activation was not checked: {error}")
         return
     if found is None:
-        _say("warning: the activation was not checked: the checkpoint has no tokenizer")
+        _say("warning: the activation was not checked: there is no tokenizer, or no room for a text")
     elif found.better is not None:
         raise ConversionError(f"{found.verdict()}, or go on with --no-check")
     else:

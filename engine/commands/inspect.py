@@ -49,7 +49,7 @@ def _measured(file: ModelFile) -> dict[str, Any]:
 
     found = check_activation(file)
     if found is None:
-        raise ModelFileError(f"{file.path}: --check needs text, and the model has no tokenizer")
+        raise ModelFileError(f"{file.path}: --check needs text; the model has no tokenizer, or no room for one")
     return {**asdict(found), "readable": found.readable, "verdict": found.verdict()}
 
 

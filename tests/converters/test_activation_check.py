@@ -128,6 +128,10 @@ def test_a_short_context_and_biases_are_no_obstacle(tmp_path: Path) -> None:
     with read_model_file(path) as file:
         found = check_activation(file, "reference")
     assert found is not None and found.tokens == 15 * len(PASSAGES)
+    with read_model_file(write_tiny_model(tmp_path / "one.svdp", max_position=1)) as file:
+        assert check_activation(file, "reference") is None
+    with pytest.raises(ModelFileError, match="--check needs text"):
+        run("inspect", str(tmp_path / "one.svdp"), "--check")
 
 
 WRONG = ActivationCheck(
@@ -152,7 +156,7 @@ def test_a_wrong_activation_stops_before_the_file_is_there(tmp_path: Path, monke
 def test_what_cannot_be_measured_is_converted_with_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("convert", str(write_hf(tmp_path / "hf")), "-o", str(tmp_path / "m.svdp"), "--predictor", "none")
     monkeypatch.setattr(activation_check, "check_activation", lambda file, *rest: None)
-    assert "not checked: the checkpoint has no tokenizer" in run(*arguments).stderr
+    assert "not checked: there is no tokenizer" in run(*arguments).stderr
 
     def refuse(*_: object) -> None:
         raise ModelFileError("the device is on fire")
