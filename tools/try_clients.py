@@ -239,7 +239,7 @@ def _litellm(server: Server) -> None:
     raise AssertionError("it was not recognised as too long")
 
 
-@check("pydantic-ai-slim", "text, streamed, `NativeOutput`, `ToolOutput`, tools beside `NativeOutput`, responses")
+@check("pydantic-ai-slim", "text, `NativeOutput`, `ToolOutput`, tools beside `NativeOutput`, responses")
 def _pydantic_ai(server: Server) -> None:
     from pydantic_ai import Agent, NativeOutput, ToolOutput
     from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel

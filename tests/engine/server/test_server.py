@@ -284,6 +284,8 @@ def test_fields_that_change_nothing_are_taken(client: OpenAI) -> None:
         {"logprobs": False, "top_logprobs": 0},
         {"verbosity": "medium"},
         {"add_generation_prompt": True},
+        {"functions": [], "function_call": "none"},
+        {"min_tokens": 0, "length_penalty": 1, "use_beam_search": False, "skip_special_tokens": True},
         {"add_special_tokens": False},
         {"seed": -(1 << 63)},
         {"seed": (1 << 64) - 1},
