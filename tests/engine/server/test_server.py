@@ -320,7 +320,7 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
     [
         (CHAT, {"audio": {"voice": "x"}}, 400, "audio", "audio is not supported"),
         (CHAT, {"service_tier": "flex"}, 400, "service_tier", "not supported"),
-        (CHAT, {"functions": []}, 400, "functions", "not supported"),
+        (CHAT, {"functions": [{"name": "f"}]}, 400, "functions", "not supported"),
         (CHAT, {"temprature": 1}, 400, "temprature", "not a field"),
         (CHAT, {"temperature": "hot"}, 400, "temperature", "must be a number"),
         (CHAT, {"temperature": -1}, 400, "temperature", "between 0"),
@@ -397,7 +397,6 @@ CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
         (PLAIN, {"echo": True, "logprobs": 1, "stream": True}, 400, "stream", "logprobs of the prompt"),
         (PLAIN, {"max_tokens": 0}, 400, "max_tokens", "between 1"),
         ("/v1/embeddings", {"input": "a"}, 404, None, "serve --embeddings"),
-        ("/api/embed", {"input": "a"}, 404, None, "serve --embeddings"),
         ("/tokenize", {}, 400, "content", "give content"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens", "token ids"),
     ],
