@@ -23,6 +23,7 @@ from svdengine.server.sampling_fields import (
     choice_params,
     take_choices,
     take_length,
+    take_neutral,
     take_sampling,
 )
 from svdengine.server.template_fields import take_template_variables
@@ -69,6 +70,9 @@ class ChatJob:
         template = take_template_variables(body)
         body.only("service_tier", "auto", "default")
         body.only("modalities", ["text"])
+        body.only("functions", [])
+        body.only("function_call", "none", "auto")  # where there are no functions
+        take_neutral(body)
         body.only("verbosity", "medium")
         body.only("add_special_tokens", False)  # a template writes its own
         shift = bool(body.take("context_shift", bool))

@@ -22,6 +22,7 @@ from svdengine.server.sampling_fields import (
     choice_params,
     take_choices,
     take_length,
+    take_neutral,
     take_sampling,
 )
 from svdengine.server.token_fields import take_special
@@ -58,6 +59,7 @@ class CompletionJob:
             raise unsupported("stream", " together with logprobs of the prompt (echo)")
         body.only("best_of", self._choices)
         body.only("suffix", "")
+        take_neutral(body)
         bos, special = take_special(body)
         shift = bool(body.take("context_shift", bool))
         body.ignore(*_IGNORED)

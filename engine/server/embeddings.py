@@ -17,7 +17,7 @@ from svdengine.scheduling.request import Generation
 from svdengine.server.api_error import ApiError, context_overflow
 from svdengine.server.body import Body
 from svdengine.server.body_schema import read
-from svdengine.server.embeddings_fields import EMBEDDINGS, MAX_TEXTS, OLLAMA_EMBED
+from svdengine.server.embeddings_fields import EMBEDDINGS, MAX_NUMBERS, MAX_TEXTS, OLLAMA_EMBED
 from svdengine.server.framing import DATA_EVENTS, Object
 from svdengine.server.job import StreamOptions, check_model
 from svdengine.server.ollama_api import check_name
@@ -79,6 +79,7 @@ def read_openai(llm: LLM, name: str, value: Any) -> Wanted:
     check_model(Body(fields), name)
     _check_dimensions(llm, fields.get("dimensions"))
     texts = _texts(fields["input"])
+    _check_count(llm, len(texts))
     return Wanted(texts, fields.get("pooling", "mean"), fields.get("encoding_format") == "base64")
 
 
@@ -91,6 +92,7 @@ def read_ollama(llm: LLM, name: str, value: Any) -> Wanted:
     texts = given if isinstance(given, list) else [given] if given else []  # none: only to load the model
     if not all(texts):
         raise ApiError(400, "input must not hold an empty text", "input", "invalid_value")
+    _check_count(llm, len(texts))
     return Wanted(texts, cut=fields.get("truncate", True))
 
 
@@ -140,9 +142,13 @@ def _texts(given: Any) -> list[str | list[int]]:
         return [given]
     if any(isinstance(each, int) for each in given):
         raise ApiError(400, "input must be a string, a list of token ids, or a list of these", "input")
-    if len(given) > MAX_TEXTS:
-        raise ApiError(400, f"input may have {MAX_TEXTS} items, found {len(given)}", "input", "invalid_value")
     return list(given)
+
+
+def _check_count(llm: LLM, count: int) -> None:
+    most = min(MAX_TEXTS, MAX_NUMBERS // llm.config.hidden_size)
+    if count > most:
+        raise ApiError(400, f"input may have {most} items, found {count}", "input", "invalid_value")
 
 
 def _check_dimensions(llm: LLM, dimensions: int | None) -> None:

@@ -7,6 +7,7 @@ from svdengine.server.body_schema import choice, either, flag, listing, number, 
 from svdengine.server.ollama_fields import OPTIONS
 
 MAX_TEXTS = 2048  # of one request, as at OpenAI
+MAX_NUMBERS = 1 << 22  # of one answer, which is built in memory: about 200 MB
 
 _TOKEN = whole(0, 1 << 31)
 _TOKENS = listing(_TOKEN, 1)
@@ -26,7 +27,7 @@ EMBEDDINGS = record(
 OLLAMA_EMBED = record(
     {
         "model": text(1),
-        "input": either(text(), listing(text(), longest=MAX_TEXTS)),
+        "input": either(text(), listing(text())),
         "truncate": flag(),
         "dimensions": whole(0, 1 << 31),  # 0: as many as there are
         "options": OPTIONS,

@@ -19,6 +19,15 @@ _FIELDS: tuple[str, ...] = ("temperature", "top_p", "presence_penalty", "frequen
 _FIELDS += ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "sparsity_bias")
 
 
+_NEUTRAL: dict[str, Any] = {
+    "min_tokens": 0,
+    "length_penalty": 1.0,
+    "use_beam_search": False,
+    "skip_special_tokens": True,
+    "include_stop_str_in_output": False,
+}
+
+
 def take_sampling(body: Body, base: SamplingParams) -> SamplingParams:
     """`base` with what the body says. Raises ApiError, which names the field that is unusable."""
     fields = {name: body.take_any(name) for name in _FIELDS}
@@ -30,6 +39,12 @@ def take_sampling(body: Body, base: SamplingParams) -> SamplingParams:
         if value is not None:
             params = changed(params, name, value)
     return params
+
+
+def take_neutral(body: Body) -> None:
+    """Fields of other servers that we have not, with the value that changes nothing: programs send them all."""
+    for name, value in _NEUTRAL.items():
+        body.only(name, value)
 
 
 def take_length(params: SamplingParams, value: Any, field: str = "max_tokens") -> SamplingParams:

@@ -209,3 +209,17 @@ def test_tokens_after_a_duplicate_are_written() -> None:
     assert tokenizer.decode([299, 260, 298]) == tokens[299] + tokenizer.decode([5]) + tokens[298]
     assert tokenizer.token_bytes(260) == tokenizer.token_bytes(5) != b""
     assert tokenizer.encode(tokenizer.decode([260]), bos=False) == [5]
+
+
+def test_templates_see_the_tokens_that_the_file_names() -> None:
+    texts = ["<unk>", "<s>", "</s>", "[PAD]", *(chr(97 + i) for i in range(26))]
+    ids = {"padding_token_id": 3, "unknown_token_id": 0, "mask_token_id": 10**9, "seperator_token_id": "2"}
+    fields = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": texts,
+        "tokenizer.ggml.scores": [0.0] * len(texts),
+        "tokenizer.ggml.token_type": [2, 3, 3, 3, *[1] * 26],
+        **{f"tokenizer.ggml.{name}": value for name, value in ids.items()},
+    }
+    found = read_gguf_tokenizer(fields, 300).info.template_tokens
+    assert found == {"unk_token": "<unk>", "pad_token": "[PAD]"}

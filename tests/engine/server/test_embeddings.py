@@ -84,6 +84,14 @@ def test_errors(server: LiveServer, body: Any, param: str | None, message: str) 
     assert ask(server, PATH, {"input": "a", "model": "other"})[0] == 404
 
 
+def test_an_answer_has_a_largest_size(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdengine.server.embeddings.MAX_NUMBERS", 3 * server.llm.config.hidden_size)
+    assert vectors(server, input=["a"] * 3).shape[0] == 3
+    for path, said in ((PATH, lambda e: e["message"]), ("/api/embed", str)):
+        status, found, _ = ask(server, path, {"input": ["a"] * 4, "model": "tiny"})
+        assert status == 400 and "input may have 3 items, found 4" in said(found["error"])
+
+
 def test_ollama(server: LiveServer) -> None:
     status, found, _ = ask(server, "/api/embed", {"model": "tiny:latest", "input": TEXTS, "options": {"num_ctx": 8}})
     assert status == 200 and found["model"] == "tiny" and found["prompt_eval_count"] > 3, found
