@@ -57,7 +57,7 @@ def find_repository(name: HubName) -> Repository:
                 return cached
         raise
     if not info.sha or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
-        raise SvdEngineError(f"{hub_address()} gave no commit for {name}: is it a hub? It is what HF_ENDPOINT says")
+        raise SvdEngineError(f"{hub_address()} gave no commit for {name}; HF_ENDPOINT says where the hub is")
     files = {s.rfilename: s.size or 0 for s in info.siblings or () if _is_safe(s.rfilename)}
     return Repository(name, info.sha, files, offline=False)
 
@@ -299,6 +299,8 @@ def _explanation(error: Exception, name: HubName, file: str | None) -> str | Non
         return f"{address} answered with status {status} for {what}; try again later"
     if is_network_failure(error):
         return f"{what} is not on this machine, and {address} cannot be reached ({_first_line(error)})"
+    if isinstance(error, ValueError | LookupError | TypeError):  # of reading the answer
+        return f"{address} gave an answer on {what} that is not a hub's; HF_ENDPOINT says where the hub is"
     return f"{what}: {_first_line(error)}" if isinstance(error, OSError) else None
 
 

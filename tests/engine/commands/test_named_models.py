@@ -211,7 +211,7 @@ def test_convert_names_its_output(hub: Hub, folders: Path, tmp_path: Path) -> No
     done("convert", DENSE, "--dtype", "q4", "--down-dtype", "q8")
     (kept,) = listed()
     assert kept["file"].endswith("--q4-down-q8.svdp") and kept["dtype"] == "q4"
-    done("convert", DENSE, "-o", str(tmp_path / "own.svdp"))
+    assert done("convert", DENSE, "-o", str(tmp_path / "own.svdp")).stderr.count("runs dense") == 1
     with read_model_file(tmp_path / "own.svdp") as file:
         assert "hub" not in json.loads(file.metadata["provenance"])
     shutil.copytree(folders / "dense", tmp_path / "local")
