@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,8 +47,8 @@ def make_model(name: HubName, wanted: Wanted, *, newest: bool = True) -> Path:
         if kept is not None:
             return kept.path
         repository = find_repository(name)
-        same = (model for model in find_kept(name) if model.commit == repository.commit)
-        if wanted == Wanted() and (kept := next(same, None)) is not None:
+        kept = next(find_kept(replace(name, revision=repository.commit)), None)
+        if wanted == Wanted() and kept is not None:
             _say(f"{name} is there already, at {repository.short_commit}: {kept.path}")
             return kept.path
         begin = time.perf_counter()

@@ -154,6 +154,9 @@ def test_revisions_and_newer_ones(hub: Hub, folders: Path) -> None:
     assert "has no revision 'v9'" in error_of("generate", f"{DENSE}@v9", "-p", "a")
     done("rm", f"{DENSE}@{old}")
     assert [kept["commit"] for kept in listed()] == [new]
+    hub.repos[DENSE].refs["v2"], hub.sent = new, 0
+    done("rm", DENSE, "--downloads")
+    assert "is there already" in done("generate", f"{DENSE}@v2", "-p", "a", *GREEDY).stderr and hub.sent == 0
 
 
 def test_what_cannot_run_is_refused_before_its_weights_come(hub: Hub, folders: Path, tmp_path: Path) -> None:
