@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,6 +147,16 @@ def test_an_interrupted_download_goes_on(hub: Hub) -> None:
     assert any(asked.endswith(f"bytes={len(LARGE) - left}-") for asked in hub.asked)
     assert hub.sent == 2 + len(LARGE)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+
+
+def test_off_a_terminal_there_are_lines(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(client, "_LINE_SECONDS", 0.0)
+    files_of(find_repository(NAME))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 10
+    assert all(re.fullmatch(r"model\.safetensors: \d of 3 MB, [\d.]+ MB/s, \d+ min left", line) for line in lines)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
