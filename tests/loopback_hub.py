@@ -37,6 +37,9 @@ class Hub:
     break_after: int | None = None  # bytes of one answer after which the connection is cut, once
     down_after: bool = False  # be down (status 503) after that
     status: int | None = None  # answer everything with it
+    store: "Hub | None" = None  # another host, to which large files are redirected, as hubs do
+    blobs: dict[str, Path | bytes] = field(default_factory=dict)  # of such a host, by tag
+    tokens: list[str | None] = field(default_factory=list)  # that came with requests for them
 
     def add(self, name: str, files: dict[str, Path | bytes], revision: str = "main", **access: bool) -> str:
         """Give a repository a commit, which `revision` points to from now on."""
@@ -79,6 +82,9 @@ class _Handler(BaseHTTPRequestHandler):
         parts = path.strip("/").split("/")
         if parts[:2] == ["api", "models"]:
             return self._info("/".join(parts[2:4]), "/".join(parts[5:]) or "main")
+        if parts[0] == "blobs":
+            self.hub.tokens.append(self.headers.get("authorization"))
+            return self._send(self.hub.blobs[parts[1]], {"ETag": '"of-the-store"'}, count=True)
         if "resolve" in parts:
             return self._file("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self._refuse(404, "", "no such page")
@@ -123,7 +129,24 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(content)}"', "Accept-Ranges": "bytes"}
+        if self.hub.store is not None and _size(content) >= LFS:
+            return self._redirect(self.hub.store, content, commit)
         self._send(content, headers, count=True)
+
+    def _redirect(self, store: Hub, content: Path | bytes, commit: str) -> None:
+        etag = _etag(content)
+        store.blobs[etag] = content
+        self.send_response(302)
+        url = store.url.replace("127.0.0.1", "localhost")  # another host by its name
+        for key, value in {
+            "X-Repo-Commit": commit,
+            "X-Linked-ETag": f'"{etag}"',
+            "X-Linked-Size": str(_size(content)),
+            "Location": f"{url}/blobs/{etag}",
+            "Content-Length": "0",
+        }.items():
+            self.send_header(key, value)
+        self.end_headers()
 
     def _send(self, content: Path | bytes, headers: dict[str, str], *, count: bool = False) -> None:
         size, start = _size(content), 0

@@ -89,11 +89,13 @@ def command(source: HubName | Path, output: Path | None, **options: Any) -> None
             make_model(source, wanted)
             return
         check_writable(output)
-        source = download_model(source, wanted)
+        checkpoint = download_model(source, wanted, output.parent)
+        _convert_path(checkpoint, output, wanted, announced=checkpoint.is_dir())
+        return
     _convert_path(source, output, wanted)
 
 
-def _convert_path(source: Path, output: Path | None, wanted: Wanted) -> None:
+def _convert_path(source: Path, output: Path | None, wanted: Wanted, *, announced: bool = False) -> None:
     from svdengine.converters.conversion import open_checkpoint
     from svdengine.errors import RequestError
 
@@ -108,7 +110,8 @@ def _convert_path(source: Path, output: Path | None, wanted: Wanted) -> None:
         if output.exists():
             raise RequestError(f"{output} is there already; name it with -o to replace it")
         check_writable(output)
-    announce(config, wanted, checkpoint.notes)
+    if not announced:
+        announce(config, wanted, checkpoint.notes)
     convert_file(source, output, wanted, kind)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)

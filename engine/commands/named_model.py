@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,33 +47,36 @@ def make_model(name: HubName, wanted: Wanted, *, newest: bool = True) -> Path:
         if kept is not None:
             return kept.path
         repository = find_repository(name)
-        same = (model for model in find_kept(name) if model.commit == repository.commit)
-        if wanted == Wanted() and (kept := next(same, None)) is not None:
+        kept = next(find_kept(replace(name, revision=repository.commit)), None)
+        if wanted == Wanted() and kept is not None:
             _say(f"{name} is there already, at {repository.short_commit}: {kept.path}")
             return kept.path
         begin = time.perf_counter()
-        source, file = _download(repository, wanted)
+        source, file = _download(repository, wanted, models_folder())
         path = _convert(repository, source, file, wanted)
         _say(f"{path}: {shown_bytes(path.stat().st_size)} in {time.perf_counter() - begin:.0f} s")
         return path
 
 
-def download_model(name: HubName, wanted: Wanted) -> Path:
-    """The checkpoint of a name, in the hub's cache. Raises SvdEngineError."""
+def download_model(name: HubName, wanted: Wanted, target: Path) -> Path:
+    """The checkpoint of a name, in the hub's cache, to be converted into the folder `target`. Raises SvdEngineError."""
     from svdengine.files.hub import find_repository
 
-    return _download(find_repository(name), wanted)[0]
+    return _download(find_repository(name), wanted, target)[0]
 
 
-def _download(repository: Repository, wanted: Wanted) -> tuple[Path, str | None]:
-    """The checkpoint in the hub's cache, and which file of the repository it is, where it is one."""
+def _download(repository: Repository, wanted: Wanted, target: Path) -> tuple[Path, str | None]:
+    """The checkpoint in the hub's cache, and which file of the repository it is, where it is one.
+
+    Of a folder it is announced what will come; the config of a GGUF file is known only when it is here.
+    """
     from svdengine.converters.needed_files import is_folder
     from svdengine.errors import ConversionError
 
     try:
         if repository.name.file is None and is_folder(repository.files):
-            return _download_folder(repository, wanted), None
-        return _download_gguf(repository)
+            return _download_folder(repository, wanted, target), None
+        return _download_gguf(repository, target)
     except ConversionError as error:
         if repository.offline:
             raise ConversionError(
@@ -81,7 +85,7 @@ def _download(repository: Repository, wanted: Wanted) -> tuple[Path, str | None]
         raise
 
 
-def _download_folder(repository: Repository, wanted: Wanted) -> Path:
+def _download_folder(repository: Repository, wanted: Wanted, target: Path) -> Path:
     """A checkpoint folder: first what is small, so that what cannot run is refused before the weights come."""
     from svdengine.converters.hf_checkpoint import read_hf_config
     from svdengine.converters.needed_files import settings_files, weight_files
@@ -93,12 +97,12 @@ def _download_folder(repository: Repository, wanted: Wanted) -> Path:
     told = forecast_of(config, wanted)
     _tell_download(repository, weights)
     announce(config, wanted, notes)
-    # A predictor is written into a copy.
-    _check_room(repository, weights, told.file_bytes * (2 if told.calibration_seconds is not None else 1))
+    copies = 2 if told.calibration_seconds is not None else 1  # a predictor is written into a copy
+    _check_room(repository, weights, target, copies * told.file_bytes)
     return download(repository, weights)
 
 
-def _download_gguf(repository: Repository) -> tuple[Path, str]:
+def _download_gguf(repository: Repository, target: Path) -> tuple[Path, str]:
     """A GGUF file, with all its parts."""
     from svdengine.commands.arguments import check_extra
     from svdengine.converters.needed_files import gguf_files
@@ -107,7 +111,7 @@ def _download_gguf(repository: Repository) -> tuple[Path, str]:
     files = gguf_files(repository.files, repository.name)
     check_extra("convert", "gguf")
     _tell_download(repository, files)
-    _check_room(repository, files, _GGUF_GROWS * sum(repository.files[file] for file in files))
+    _check_room(repository, files, target, _GGUF_GROWS * sum(repository.files[file] for file in files))
     return download(repository, files) / files[0], files[0]
 
 
@@ -164,10 +168,10 @@ def _tell_download(repository: Repository, files: list[str]) -> None:
     )
 
 
-def _check_room(repository: Repository, files: list[str], file_bytes: int) -> None:
+def _check_room(repository: Repository, files: list[str], target: Path, file_bytes: int) -> None:
     from svdengine.files.hub import bytes_to_download, cache_folder
 
-    check_room((cache_folder(), bytes_to_download(repository, files)), (models_folder(), file_bytes))
+    check_room((cache_folder(), bytes_to_download(repository, files)), (target, file_bytes))
 
 
 def _say(text: str) -> None:

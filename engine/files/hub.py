@@ -11,11 +11,12 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from svdengine.errors import SvdEngineError, quoted
 from svdengine.files.hub_name import HubName
@@ -24,6 +25,7 @@ _LARGE = 8 << 20  # bytes from which on a file is downloaded so that it can go o
 _MOST_OVER_HTTP = 50 * 10**9  # bytes of a file that hubs give without their own protocol
 _CHUNK = 1 << 22
 _PARTIAL = ".svdengine.incomplete"
+_LINE_SECONDS = 30.0  # between lines about a download, off a terminal
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ def find_repository(name: HubName) -> Repository:
                 return cached
         raise
     if not info.sha or not re.fullmatch(r"[0-9a-f]{40,64}", info.sha):
-        raise SvdEngineError(f"{hub_address()} gave no commit for {name}: is it a hub? It is what HF_ENDPOINT says")
+        raise SvdEngineError(f"{hub_address()} gave no commit for {name}; HF_ENDPOINT says where the hub is")
     files = {s.rfilename: s.size or 0 for s in info.siblings or () if _is_safe(s.rfilename)}
     return Repository(name, info.sha, files, offline=False)
 
@@ -165,6 +167,7 @@ def _fetch_blob(repository: Repository, file: str) -> None:
         partial = _partial(repository, file)
         with partial.open("r+b" if partial.exists() else "wb") as stream:
             kept = _begin_of(stream, size)
+            progress_lines: Any = _ProgressLines
             # The URL of the hub, and not the one that it leads to: the client drops the token where the host changes.
             http_get(
                 url,
@@ -173,6 +176,7 @@ def _fetch_blob(repository: Repository, file: str) -> None:
                 headers=build_hf_headers(),
                 expected_size=size,
                 displayed_filename=Path(file).name,
+                tqdm_class=None if sys.stderr.isatty() else progress_lines,
             )
         if kept and not _has_hash(partial, etag):
             partial.unlink()
@@ -187,6 +191,38 @@ def _note_revision(repository: Repository) -> None:
     if ".." not in revision and revision != repository.commit:
         reference.parent.mkdir(parents=True, exist_ok=True)
         reference.write_text(repository.commit, encoding="utf-8")
+
+
+class _ProgressLines:
+    """What stands in for a progress bar where there is no terminal: a line now and then, with the time left."""
+
+    def __init__(self, *_: object, total: int | None = None, initial: int = 0, desc: str = "", **__: object) -> None:
+        self._total, self._done, self._name = total or 0, initial, desc
+        self._first, self._begin = initial, time.monotonic()
+        self._next = self._begin + _LINE_SECONDS
+
+    def update(self, count: int) -> None:
+        """Take bytes that came."""
+        self._done += count
+        now = time.monotonic()
+        if now < self._next or not self._total:
+            return
+        self._next = now + _LINE_SECONDS
+        rate = (self._done - self._first) / max(now - self._begin, 1e-9)
+        left = (self._total - self._done) / max(rate, 1)
+        done = (
+            f"{self._done / 1e6:,.0f} of {self._total / 1e6:,.0f} MB, {rate / 1e6:.1f} MB/s, {left / 60:.0f} min left"
+        )
+        print(f"{self._name}: {done}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def __enter__(self) -> _ProgressLines:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def _begin_of(stream: IO[bytes], size: int) -> int:
@@ -299,6 +335,8 @@ def _explanation(error: Exception, name: HubName, file: str | None) -> str | Non
         return f"{address} answered with status {status} for {what}; try again later"
     if is_network_failure(error):
         return f"{what} is not on this machine, and {address} cannot be reached ({_first_line(error)})"
+    if isinstance(error, ValueError | LookupError | TypeError):  # of reading the answer
+        return f"{address} gave an answer on {what} that is not a hub's; HF_ENDPOINT says where the hub is"
     return f"{what}: {_first_line(error)}" if isinstance(error, OSError) else None
 
 

@@ -109,7 +109,7 @@ def _read(path: Path) -> KeptModel | None:
         provenance = json.loads(metadata.get("provenance", "{}"))
         predictor = json.loads(metadata["predictor"]).get("kind") if "predictor" in metadata else None
         hub = provenance.get(HUB) or {}
-        name = HubName(hub["repository"], hub.get("asked"), hub["revision"]) if hub else None
+        name = HubName(str(hub["repository"]), hub.get("asked"), str(hub["revision"])) if hub else None
         status = path.stat()
         return KeptModel(
             path=path,

@@ -154,6 +154,9 @@ def test_revisions_and_newer_ones(hub: Hub, folders: Path) -> None:
     assert "has no revision 'v9'" in error_of("generate", f"{DENSE}@v9", "-p", "a")
     done("rm", f"{DENSE}@{old}")
     assert [kept["commit"] for kept in listed()] == [new]
+    hub.repos[DENSE].refs["v2"], hub.sent = new, 0
+    done("rm", DENSE, "--downloads")
+    assert "is there already" in done("generate", f"{DENSE}@v2", "-p", "a", *GREEDY).stderr and hub.sent == 0
 
 
 def test_what_cannot_run_is_refused_before_its_weights_come(hub: Hub, folders: Path, tmp_path: Path) -> None:
@@ -211,7 +214,7 @@ def test_convert_names_its_output(hub: Hub, folders: Path, tmp_path: Path) -> No
     done("convert", DENSE, "--dtype", "q4", "--down-dtype", "q8")
     (kept,) = listed()
     assert kept["file"].endswith("--q4-down-q8.svdp") and kept["dtype"] == "q4"
-    done("convert", DENSE, "-o", str(tmp_path / "own.svdp"))
+    assert done("convert", DENSE, "-o", str(tmp_path / "own.svdp")).stderr.count("runs dense") == 1
     with read_model_file(tmp_path / "own.svdp") as file:
         assert "hub" not in json.loads(file.metadata["provenance"])
     shutil.copytree(folders / "dense", tmp_path / "local")

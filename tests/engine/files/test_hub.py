@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -86,6 +87,17 @@ def test_missing_gated_and_private(hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
     assert "if it is private, log in" in refused()
 
 
+def test_large_files_lie_elsewhere_and_the_token_does_not_go_there(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", hub.token)
+    hub.repos["org/name"].private = True
+    with LoopbackHub() as store:
+        hub.store, store.break_after, store.down_after = store, 1 << 20, True
+        assert "answered with status 503 for org/name, file model.safetensors" in refused()
+        store.status = None
+        assert files_of(find_repository(NAME))["model.safetensors"] == LARGE
+        assert store.sent == len(LARGE) and set(store.tokens) == {None}
+
+
 def test_a_file_that_went(hub: Hub) -> None:
     found = find_repository(NAME)
     del hub.repos["org/name"].commits[found.commit]["config.json"]
@@ -97,6 +109,11 @@ def test_a_hub_that_is_ill(hub: Hub) -> None:
     for status, message in ((500, "answered with status 500 for org/name; try again later"), (403, "does not give")):
         hub.status = status
         assert message in refused()
+
+
+def test_what_is_no_hub(hub: Hub) -> None:
+    hub.status = 200
+    assert refused() == f"{hub.url} gave an answer on org/name that is not a hub's; HF_ENDPOINT says where the hub is"
 
 
 def test_without_a_network(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +147,16 @@ def test_an_interrupted_download_goes_on(hub: Hub) -> None:
     assert any(asked.endswith(f"bytes={len(LARGE) - left}-") for asked in hub.asked)
     assert hub.sent == 2 + len(LARGE)
     assert not list(Path(constants.HF_HUB_CACHE).rglob("*.incomplete"))
+
+
+def test_off_a_terminal_there_are_lines(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(client, "_LINE_SECONDS", 0.0)
+    files_of(find_repository(NAME))
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 10
+    assert all(re.fullmatch(r"model\.safetensors: \d of 3 MB, [\d.]+ MB/s, \d+ min left", line) for line in lines)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from svdengine.errors import RequestError
 from svdengine.files.hub_name import HubName, parse_model
 
-PART = st.from_regex(r"[A-Za-z0-9](?:[A-Za-z0-9._]{0,20}[A-Za-z0-9])?", fullmatch=True).filter(lambda p: ".." not in p)
-MORE = st.from_regex(r"[A-Za-z0-9._/-]{1,20}", fullmatch=True)
+WORD = st.text("aZ09_", min_size=1, max_size=6)
+PART = st.lists(WORD, min_size=1, max_size=3).map(".".join)
+MORE = st.lists(PART, min_size=1, max_size=3).map("/".join)
 
 
 @pytest.mark.parametrize(

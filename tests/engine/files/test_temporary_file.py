@@ -4,12 +4,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from svdengine.files.temporary_file import create_temporary, put_in_place
+from svdengine.files.temporary_file import alone_in, create_temporary, put_in_place
 from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import TensorWriter
 
@@ -149,3 +150,21 @@ def test_one_that_was_taken_for_a_leftover_is_made_anew(tmp_path: Path, monkeypa
     assert path != taken[0] and path.exists()
     put_in_place(file, path, tmp_path / "a")
     assert names(tmp_path) == {"a"} and file.closed
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no lock of folders there")
+def test_who_waits_for_a_folder_is_told(tmp_path: Path) -> None:
+    told, order = threading.Event(), []
+
+    def wait() -> None:
+        with alone_in(tmp_path, told.set):
+            order.append("second")
+
+    with alone_in(tmp_path, lambda: pytest.fail("nobody is there")) as alone:
+        assert alone
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert told.wait(30)
+        order.append("first")
+    thread.join(30)
+    assert order == ["first", "second"]
