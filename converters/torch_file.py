@@ -20,7 +20,8 @@ from typing import BinaryIO
 
 from svdengine.converters.checkpoint import StoredTensor
 from svdengine.converters.stored_zip import Member, read_members
-from svdengine.converters.torch_pickle import SIZE_LIMIT, PickledStorage, PickledTensor, read_pickle
+from svdengine.converters.torch_names import PickledStorage, PickledTensor
+from svdengine.converters.torch_pickle import SIZE_LIMIT, read_pickle
 from svdengine.errors import ConversionError, ModelFileError, quoted
 from svdengine.files.tensor_file import DTYPES, open_regular
 from svdengine.files.tensor_file import SIZE_LIMIT as TENSOR_LIMIT

@@ -3,87 +3,23 @@
 A pickle is a program for a small stack machine (PEP 307, PEP 3154; the module pickletools describes every instruction).
 Python's own reader calls whatever the program names, and so can be made to run any code. This one is an interpreter of
 its own: it knows the instructions that build plain values, and of names exactly those that a state dict needs
-(GLOBALS). They stand for data of this module; nothing is imported and nothing is called. Anything else is refused by
-name. Instructions take constant time or the time of what they remove from the stack, so all is bounded by the size of
-the program, and by the limits below.
+(converters/torch_names.py). Nothing is imported and nothing is called. Anything else is refused by name. Instructions
+take constant time or the time of what they remove from the stack, so all is bounded by the size of the program, and by
+the limits below.
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from svdengine.errors import quoted, shown
+from svdengine.converters.torch_names import GLOBALS, NAME_LIMIT, call, kind_of, storage_of
+from svdengine.errors import quoted
 
 SIZE_LIMIT = 8 << 20  # bytes of a pickle; one of a model with 1,000 tensors has 150 KB
 STEP_LIMIT = 1_000_000  # instructions; a tensor takes about 45
-NAME_LIMIT = 1024  # bytes of a name of a module or class
-
-# PyTorch's classes of storages, and the types of their elements by their names in safetensors.
-_STORAGES = {
-    "DoubleStorage": "F64",
-    "FloatStorage": "F32",
-    "HalfStorage": "F16",
-    "BFloat16Storage": "BF16",
-    "LongStorage": "I64",
-    "IntStorage": "I32",
-    "ShortStorage": "I16",
-    "CharStorage": "I8",
-    "ByteStorage": "U8",
-    "BoolStorage": "BOOL",
-}
-# Types that have no class of storages: a tensor of them names the type, and its storage counts bytes.
-_DTYPES = {
-    "uint16": "U16",
-    "uint32": "U32",
-    "uint64": "U64",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-}
-
-
-@dataclass(frozen=True)
-class Global:
-    """A name that a pickle may use: module.name."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class StorageKind(Global):
-    """A class of storages. dtype: of an element, as safetensors names it; U8 where it counts bytes."""
-
-    dtype: str
-
-
-@dataclass(frozen=True)
-class ElementType(Global):
-    """A type of elements that has no class of storages."""
-
-    dtype: str
-
-
-@dataclass(frozen=True)
-class PickledStorage:
-    """Elements that lie outside the pickle, under `key`."""
-
-    key: str
-    dtype: str
-    count: int  # elements
-
-
-@dataclass(frozen=True)
-class PickledTensor:
-    """A view of a storage; nothing of it has been checked against the storage."""
-
-    storage: PickledStorage
-    dtype: str  # another than that of the storage where that counts bytes
-    offset: int  # elements before the first
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]  # elements
 
 
 class _Mark:
@@ -165,25 +101,13 @@ class _Machine:
     def top(self, kind: type) -> Any:
         """The top of the stack, left there, which must be of this kind."""
         if not self.stack or type(self.stack[-1]) is not kind:
-            raise ValueError(f"the pickle adds to {_what(self.stack[-1:])} as if it were a {kind.__name__}")
+            what = kind_of(self.stack[-1]) if self.stack else "nothing"
+            raise ValueError(f"the pickle adds to {what} as if it were a {kind.__name__}")
         return self.stack[-1]
 
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogatepass")
-
-
-def _what(values: list[Any]) -> str:
-    return type(values[0]).__name__ if values else "nothing"
-
-
-def _brief(value: Any) -> str:
-    """A value in an error. Of others the kind alone: a list may hold itself, or be short and mean millions."""
-    if isinstance(value, Global):
-        return value.name
-    if type(value) is tuple and len(value) <= 8 and all(type(item) is int for item in value):
-        return str(value)
-    return shown(value) if type(value) in (bool, int, float, str, bytes, type(None)) else f"a {type(value).__name__}"
 
 
 def _name_of(code: int) -> str:
@@ -243,7 +167,7 @@ def _set_items(machine: _Machine, values: list[Any]) -> None:
     target = machine.top(dict)
     for key, value in zip(values[::2], values[1::2], strict=True):
         if type(key) not in (str, int):  # the hash of others may take for ever
-            raise ValueError(f"the pickle has a dict with a key that is {_what([key])}, neither text nor number")
+            raise ValueError(f"the pickle has a dict with a key that is {kind_of(key)}, neither text nor number")
         target[key] = value
 
 
@@ -254,115 +178,15 @@ def _build(machine: _Machine) -> None:
 
 
 def _persistent(machine: _Machine) -> None:
-    """A storage: ("storage", class, key, device, elements), and in old files what it is a part of."""
-    value = machine.pop()
-    if type(value) is not tuple or len(value) not in (5, 6) or value[0] != "storage":
-        raise ValueError(f"the pickle refers to {_brief(value)}, which is no storage")
-    _, kind, key, _, count, *view = value
-    if not isinstance(kind, StorageKind):
-        raise ValueError(f"the pickle has a storage of the class {_brief(kind)}")
-    if type(key) is not str or len(key) > NAME_LIMIT or not _is_size(count):
-        raise ValueError(f"the pickle has a storage {_brief(key)} of {_brief(count)} elements")
-    if view != [] and view != [None]:
-        raise ValueError(f"the storage {quoted(key)} is a part of another one, which is not supported")
-    machine.push(PickledStorage(key, kind.dtype, count))
+    machine.push(storage_of(machine.pop()))
 
 
 def _reduce(machine: _Machine) -> None:
     arguments, what = machine.pop(), machine.pop()
     if type(arguments) is not tuple:
         raise ValueError("the pickle has a call without arguments")
-    machine.push(_call(what, arguments))
+    machine.push(call(what, arguments))
 
-
-def _call(what: Any, arguments: tuple[Any, ...]) -> Any:
-    builder = _BUILDERS.get(what.name) if isinstance(what, Global) else None
-    if builder is None:
-        raise ValueError(f"the pickle calls {_brief(what)}")
-    least, most = _ARITY[builder]
-    if not least <= len(arguments) <= most:
-        raise ValueError(f"the pickle calls {what.name} with {len(arguments)} arguments")
-    return builder(*arguments)
-
-
-def _ordered_dict() -> dict[Any, Any]:
-    """collections.OrderedDict, which is filled later."""
-    return {}
-
-
-def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> PickledTensor:
-    """torch._utils._rebuild_tensor and _v2: what comes after the strides says nothing of the numbers."""
-    if not isinstance(storage, PickledStorage):
-        raise ValueError(f"the pickle has a tensor in {_what([storage])}, which is no storage")
-    if not _is_size(offset) or not _are_sizes(shape) or not _are_sizes(strides) or len(shape) != len(strides):
-        raise ValueError(
-            f"the pickle has a tensor of shape {_brief(shape)} with strides {_brief(strides)} from {_brief(offset)} on"
-        )
-    return PickledTensor(storage, storage.dtype, offset, shape, strides)
-
-
-def _typed_tensor(
-    storage: Any, offset: Any, shape: Any, strides: Any, grad: Any, hooks: Any, kind: Any, *_: Any
-) -> PickledTensor:
-    """torch._utils._rebuild_tensor_v3, whose storage counts bytes."""
-    plain = _tensor(storage, offset, shape, strides)
-    if not isinstance(kind, ElementType) or storage.dtype != "U8":
-        raise ValueError(f"the pickle has a tensor of the type {_brief(kind)}")
-    return PickledTensor(storage, kind.dtype, plain.offset, plain.shape, plain.strides)
-
-
-def _parameter(tensor: Any, *_: Any) -> PickledTensor:
-    """torch._utils._rebuild_parameter: a tensor that was trained is a tensor."""
-    if not isinstance(tensor, PickledTensor):
-        raise ValueError(f"the pickle has a parameter of {_what([tensor])}, which is no tensor")
-    return tensor
-
-
-def _of_type(what: Any, kind: Any, arguments: Any, _: Any) -> PickledTensor:
-    """torch._tensor._rebuild_from_type_v2: a tensor, and attributes that somebody has hung on it."""
-    if kind not in (GLOBALS["torch.Tensor"], GLOBALS["torch.nn.parameter.Parameter"]) or type(arguments) is not tuple:
-        raise ValueError(f"the pickle has a tensor of the class {_brief(kind)}")
-    return _parameter(_call(what, arguments))
-
-
-def _size(dimensions: Any) -> tuple[int, ...]:
-    """torch.Size."""
-    if type(dimensions) not in (list, tuple) or len(dimensions) > 8:
-        raise ValueError(f"the pickle has a size of {_what([dimensions])}, expected up to 8 numbers")
-    return tuple(dimensions)
-
-
-def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 48
-
-
-def _are_sizes(values: Any) -> bool:
-    return type(values) is tuple and len(values) <= 8 and all(map(_is_size, values))
-
-
-_BUILDERS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {
-        "collections.OrderedDict": _ordered_dict,
-        "torch._utils._rebuild_tensor": _tensor,
-        "torch._utils._rebuild_tensor_v2": _tensor,
-        "torch._utils._rebuild_tensor_v3": _typed_tensor,
-        "torch._utils._rebuild_parameter": _parameter,
-        "torch._utils._rebuild_parameter_with_state": _parameter,
-        "torch._tensor._rebuild_from_type_v2": _of_type,
-        "torch.Size": _size,
-    }
-)
-_ARITY: Mapping[Callable[..., Any], tuple[int, int]] = MappingProxyType(
-    {_ordered_dict: (0, 0), _tensor: (4, 7), _typed_tensor: (7, 8), _parameter: (2, 4), _of_type: (4, 4), _size: (1, 1)}
-)
-GLOBALS: Mapping[str, Global] = MappingProxyType(
-    {
-        **{name: Global(name) for name in (*_BUILDERS, "torch.Tensor", "torch.nn.parameter.Parameter")},
-        **{f"torch.{name}": StorageKind(f"torch.{name}", dtype) for name, dtype in _STORAGES.items()},
-        "torch.storage.UntypedStorage": StorageKind("torch.storage.UntypedStorage", "U8"),
-        **{f"torch.{name}": ElementType(f"torch.{name}", dtype) for name, dtype in _DTYPES.items()},
-    }
-)
 
 _STOP = ord(".")
 _INSTRUCTIONS: Mapping[int, Callable[[_Machine], None]] = MappingProxyType(

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from svdengine.converters.torch_pickle import GLOBALS, STEP_LIMIT, read_pickle
+from svdengine.converters.torch_names import GLOBALS
+from svdengine.converters.torch_pickle import STEP_LIMIT, read_pickle
 
 P = b"\x80\x02"  # protocol 2
 
