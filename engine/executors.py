@@ -49,12 +49,14 @@ def create_executor(
     predictor: Predictor | None = None,
     ffn: FfnMode = "dense",
     gpu_memory: int | None = None,
+    deterministic: bool = False,
 ) -> BaseExecutor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
 
     `gpu_memory`: bytes that the model may take on a GPU, by default what is free; FFN rows that do not fit stay in host
-    memory, which is said on standard error. Raises DeviceError when the device is not there or too small, RequestError
-    on unusable arguments.
+    memory, which is said on standard error. `deterministic`: a row gets the same bits whatever rows are beside it.
+    Raises DeviceError when the device is not there, too small, or cannot be deterministic, RequestError on unusable
+    arguments.
     """
     if threads is not None:
         check_integer("threads", threads, 1, MAX_THREADS)
@@ -63,6 +65,8 @@ def create_executor(
     if gpu_memory is not None and (isinstance(gpu_memory, bool) or not isinstance(gpu_memory, int) or gpu_memory < 1):
         raise RequestError(f"gpu_memory must be a whole number of bytes, found {shown(gpu_memory)}")
     chosen = resolve_device(device)
+    if deterministic and chosen != "cpu":
+        chosen = _deterministic_device(chosen, asked=device != "auto" or bool(os.environ.get(DEVICE_VARIABLE)))
     setup = ExecutorSetup(
         model_file.config,
         model_file.arrays,
@@ -73,6 +77,7 @@ def create_executor(
         kv_dtype=kv_dtype,
         predictor=predictor,
         ffn=ffn,
+        deterministic=deterministic,
     )
     if chosen in ("cuda", "ascend"):
         try:
@@ -91,6 +96,15 @@ def create_executor(
     from svdengine.kernels.cpu.executor import CpuExecutor
 
     return CpuExecutor(setup, threads=threads)
+
+
+def _deterministic_device(chosen: str, *, asked: bool) -> str:
+    """The CPU, in place of a device that was not asked for. Raises DeviceError on one that was."""
+    reason = f"deterministic results are not offered on the device {chosen}"
+    if asked:
+        raise DeviceError(f"{reason}, where they depend on the rows of a step; use the device cpu")
+    _say_why_not(reason)
+    return "cpu"
 
 
 def _check_kv_memory(setup: ExecutorSetup, kv_dtype: KvDtype) -> None:

@@ -55,6 +55,7 @@ class LLM:
 
     context: most tokens of one sequence, prompt and answer.
     kv_dtype: how keys and values are cached, f16 or f32.
+    deterministic: whether a request gets the same bits whatever runs beside it.
     tokenizer: the Tokenizer of the model file.
     default_params: the SamplingParams that the model file states, where a call says nothing else.
     model_file, predictor: what was loaded.
@@ -70,13 +71,18 @@ class LLM:
         predictor: Predictor | None = None,
         prefill_rows: int = PREFILL_ROWS,
         speculative: bool = False,
+        deterministic: bool = False,
         watches: Sequence[FileWatch] = (),
     ) -> None:
-        """`watches`: files that must not change meanwhile; they are closed with the model."""
+        """`deterministic`: whether the executor is.
+
+        `watches`: files that must not change meanwhile; they are closed with the model.
+        """
         self.model_file = model_file
         self.predictor = predictor
         self.context = context
         self.kv_dtype = kv_dtype
+        self.deterministic = deterministic
         self.tokenizer = Tokenizer(model_file.tokenizer_info, model_file.tokenizer_bytes)
         self.default_params = params_from_generation(model_file.generation)
         self._requests = RequestMaker(model_file, self.tokenizer, context)
@@ -478,7 +484,8 @@ class LLM:
         model = model_fingerprint(self.model_file)
         if self.predictor is not None:
             model += predictor_fingerprint(self.predictor)
-        return KvOrigin(model, self.executor.ffn, self.config.vocab_size)
+        ffn = self.executor.ffn + (", deterministic" if self.deterministic else "")
+        return KvOrigin(model, ffn, self.config.vocab_size)
 
     def __enter__(self) -> Self:
         return self

@@ -42,6 +42,7 @@ def load(
     gpu_memory: int | None = None,
     mlock: bool = False,
     prefetch: bool = False,
+    deterministic: bool = False,
 ) -> LLM:
     """Open a `.svdp` model file and make it ready to run.
 
@@ -65,10 +66,12 @@ def load(
         stay in the host's memory.
     mlock: keep the weights in memory.
     prefetch: read the weights into memory before anything runs.
+    deterministic: the same request gets the same bits whatever runs beside it, is cached, or was read in which pieces,
+        and with any number of threads. Prompts are read more slowly. On the CPU only; ffn "auto" is exact then.
 
     Raises ModelFileError on a model file or predictor that is missing, damaged or made for another model, DeviceError
-    where the device is not there, has too little memory, or refuses to lock it, and RequestError on an argument that
-    cannot be used.
+    where the device is not there, has too little memory, refuses to lock it, or cannot be deterministic, and
+    RequestError on an argument that cannot be used.
     """
     mode = check_ffn(ffn)
     check_integer("prefill_rows", prefill_rows, 1, _MOST)
@@ -100,6 +103,7 @@ def load(
             predictor=found,
             ffn=mode,
             gpu_memory=gpu_memory,
+            deterministic=deterministic,
         )
         if opened.name not in _READ_THE_MAP:
             _close(watches)
@@ -115,6 +119,7 @@ def load(
             predictor=found,
             prefill_rows=prefill_rows,
             speculative=speculative,
+            deterministic=deterministic,
             watches=watches,
         )
     except BaseException as error:

@@ -31,6 +31,7 @@ class ExecutorSetup:
     kv_dtype: KvDtype = "f16"
     predictor: Predictor | None = None
     ffn: FfnMode = "dense"
+    deterministic: bool = False  # a row gets the same bits whatever rows are beside it; only the CPU can do so
 
 
 class BaseExecutor(ABC):
@@ -49,6 +50,7 @@ class BaseExecutor(ABC):
         self.block_count, self.max_batch_rows = setup.block_count, setup.max_batch_rows
         self.context = min(setup.context or config.max_position, setup.block_count * BLOCK_SIZE)
         self.ffn: FfnMode = setup.ffn
+        self.deterministic = setup.deterministic
         self._max_blocks = -(-self.context // BLOCK_SIZE)  # of a sequence
         self._can_skip = config.sparse_ffn
         self._predictor: Predictor | None = None
@@ -99,7 +101,9 @@ class BaseExecutor(ABC):
         """How a step of n rows runs its FFNs."""
         if not self._can_skip:
             return "dense"
-        return choose_path(self.ffn, n, self._predictor, lambda: self.ffn_times)
+        # What is faster depends on how many rows there are, so a row that is to be deterministic is exact on "auto".
+        predictor = None if self.deterministic and self.ffn == "auto" else self._predictor
+        return choose_path(self.ffn, n, predictor, lambda: self.ffn_times)
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         """Run a step with dense FFNs; what each layer's FFN read, after its norm: (layers, n, hidden) float32."""

@@ -332,7 +332,7 @@ _ALL = (
         _dequantize_q8,
     ),
     Format("q6", (Part("", "U8", lambda c: c * 3 // 4), *_AFFINE), 16, _quantize_q6, _dequantize_q6),
-    Format("q4", (Part("", "U8", lambda c: c // 2), *_AFFINE), 8, _quantize_q4, _dequantize_q4),
+    Format("q4", (Part("", "U8", lambda c: c // 2), *_AFFINE), 16, _quantize_q4, _dequantize_q4),
 )
 FORMATS: Mapping[WeightFormat, Format] = MappingProxyType({format.name: format for format in _ALL})
 PART_SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys(part.suffix for format in _ALL for part in format.parts))

@@ -16,6 +16,7 @@ from model_zoo import random_weights, zoo
 from svdengine.files.model_writer import ModelWriter, StoredTokenizer
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import FfnPath, Logits, NeuronCounts
+from svdengine.kernels.formats import WeightFormat
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 from svdengine.text.tokenizer import Tokenizer
@@ -100,13 +101,19 @@ def tiny_config(**changes: Any) -> ModelConfig:
     return replace(zoo()["llama_relu_tied"], **{"vocab_size": size + 6, "max_position": 512, **changes})
 
 
-def write_tiny_model(path: Path, template: str | None = CHATML, add_bos: bool = False, **changes: Any) -> Path:
+def write_tiny_model(
+    path: Path,
+    template: str | None = CHATML,
+    add_bos: bool = False,
+    weight_format: WeightFormat = "f32",
+    **changes: Any,
+) -> Path:
     """A model file with random weights and the byte-level tokenizer."""
     config = tiny_config(**changes)
     weights = random_weights(config)
     info = TokenizerInfo("tokenizer.json", 0, 3, None, (3,), add_bos, False, {t: i for i, t in enumerate(SPECIALS)})
     stored = StoredTokenizer(info, byte_level_json(), template)
-    with ModelWriter(path, config, "f32", stored, {"temperature": 0.7, "top_k": 50}, {}) as writer:
+    with ModelWriter(path, config, weight_format, stored, {"temperature": 0.7, "top_k": 50}, {}) as writer:
         for spec in tensor_specs(config):
             for layer in range(config.layer_count if spec.stacked else 1):
                 writer.write(spec.name, weights[spec.name][layer] if spec.stacked else weights[spec.name], layer)

@@ -8,7 +8,7 @@ from tiny_model import write_tiny_model
 
 from svdengine.files.model_file import read_model_file
 from svdengine.files.predictor_file import model_fingerprint, write_model_with_predictor
-from svdengine.kernels.formats import quantize
+from svdengine.kernels.formats import WeightFormat, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models.config import ModelConfig
 
@@ -24,9 +24,9 @@ def tiny_predictor(config: ModelConfig, offset: float = 0.1, fingerprint: str = 
     return Predictor(tuple(layers), {"kind": "svd", "calibrator": "uniform", "fingerprint": fingerprint})
 
 
-def write_sparse_model(path: Path, offset: float = 0.1) -> Path:
+def write_sparse_model(path: Path, offset: float = 0.1, weight_format: WeightFormat = "f32") -> Path:
     """A tiny model file with a predictor in it."""
-    write_tiny_model(path)
+    write_tiny_model(path, weight_format=weight_format)
     with read_model_file(path) as file:
         write_model_with_predictor(path, file, tiny_predictor(file.config, offset, model_fingerprint(file)))
     return path

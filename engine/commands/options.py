@@ -79,6 +79,11 @@ _EXECUTION: tuple[Decorator, ...] = (
         help="What the model may take of a GPU's memory; by default all that is free. FFN weights that do not fit stay"
         " in the host's memory.",
     ),
+    click.option(
+        "--deterministic",
+        is_flag=True,
+        help="The same request gets the same bits whatever runs beside it. Prompts are read more slowly. CPU only.",
+    ),
     click.option("--prefetch", is_flag=True, help="Read the weights into memory before anything runs."),
     click.option("--mlock", is_flag=True, help="Keep the weights in memory; the system may have to permit it."),
 )
@@ -182,6 +187,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         prefill_rows=options.get("prefill_rows") or PREFILL_ROWS,
         mlock=options["mlock"],
         prefetch=options["prefetch"],
+        deterministic=options["deterministic"],
     )
     if llm.executor.block_count < sequences * blocks_for(llm.context):
         llm.close()

@@ -39,7 +39,7 @@ class KvOrigin:
     """What the keys and values of a file were computed with."""
 
     model: str  # a hash of the weights and of the predictor
-    ffn: str  # path of the FFN: dense, sparse or auto
+    ffn: str  # path of the FFN: dense, sparse or auto, and whether that was deterministic
     vocab_size: int
 
 

@@ -7,7 +7,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 
 from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_query, store_key_value, sum_bytes
 from svdengine.kernels.cpu.attention_tile import QUERIES
-from svdengine.kernels.cpu.elementwise import head_rms_norm, rotate, scale_head
+from svdengine.kernels.cpu.elementwise import copy_row, head_rms_norm, rotate, scale_head
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.model import LAYER_MATRICES, O
 from svdengine.kernels.cpu.quantize import quantize_groups
@@ -36,7 +36,7 @@ def project_qkv(model, work, layer, n, member, threads):
             stride = work.q_stride if kind == 0 else work.kv_stride
             matmul(
                 matrix, x, work.hidden_stride, quantized, work.hidden_q_stride, n, out, stride,
-                16 * a, min(16 * b, rows), scratch,
+                16 * a, min(16 * b, rows), scratch, work.invariant,
             )  # fmt: skip
         start += units
 
@@ -97,9 +97,12 @@ def attend_group(model, cache, inputs, layer, row, rows, kv, head, heads, work, 
 
 @jit
 def attention_rows(model, work, cache, inputs, layer, n, member, threads):
-    """Attention output of several rows: tiles of rows and heads are shared out."""
+    """Attention output of several rows: tiles of rows and heads are shared out.
+
+    How scores are added up depends on the queries of a tile, so there a row stays alone that is to be invariant.
+    """
     group = model.heads // model.kv_heads
-    tile_rows = max(1, QUERIES // group)
+    tile_rows = 1 if work.invariant else max(1, QUERIES // group)
     tile_heads = min(group, QUERIES)
     chunks = (group + tile_heads - 1) // tile_heads
     per_rows = model.kv_heads * chunks
@@ -153,7 +156,7 @@ def attention_split(model, work, cache, inputs, layer, member, threads):
 @jit
 def attention(model, work, cache, inputs, layer, n, member, threads):
     """This member's part of the attention."""
-    if n == 1:
+    if n == 1 and not work.invariant:
         attention_split(model, work, cache, inputs, layer, member, threads)
     else:
         attention_rows(model, work, cache, inputs, layer, n, member, threads)
@@ -164,7 +167,10 @@ def project_attention(model, work, inputs, layer, n, member, threads, sync):
     """attention_add = output projection of the attention rows."""
     own = member if n == 1 else 0
     first, last = rows_of(n, member, threads)
-    if n == 1:
+    if n == 1 and work.invariant:
+        if member > 0:
+            copy_row(work.attention, work.attention + member * work.attention_stride, model.attention_stride)
+    elif n == 1:
         # Every member joins the parts of all heads for itself.
         size = sum_bytes(model.value_stride)
         for head in range(model.heads):
@@ -182,5 +188,5 @@ def project_attention(model, work, inputs, layer, n, member, threads, sync):
         model.matrices[layer * LAYER_MATRICES + O], work.attention + own * work.attention_stride, work.attention_stride,
         work.attention_q + own * work.attention_q_stride, work.attention_q_stride,
         n, work.attention_add, work.hidden_stride, model.hidden, work.scratch + member * work.scratch_stride,
-        member, threads, counter_of(inputs, layer, ATTENTION_STAGE),
+        work.invariant, member, threads, counter_of(inputs, layer, ATTENTION_STAGE),
     )  # fmt: skip

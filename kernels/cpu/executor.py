@@ -213,7 +213,7 @@ class CpuExecutor(BaseExecutor):
             "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
         }  # fmt: skip
         addresses = {name: buffer.ctypes.data for name, buffer in buffers.items()}
-        return Workspace(**addresses, logits=self._logits.ctypes.data, **strides)
+        return Workspace(self.deterministic, **addresses, logits=self._logits.ctypes.data, **strides)
 
 
 def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -37,11 +37,11 @@ def ffn_hidden(model, work, layer, normed, n, member, threads, first, last):
     if model.gated:
         matmul(
             model.matrices[base + GATE], x, work.hidden_stride, quantized, work.hidden_q_stride,
-            n, work.gate, work.ffn_stride, first, last, scratch,
+            n, work.gate, work.ffn_stride, first, last, scratch, work.invariant,
         )  # fmt: skip
     matmul(
         model.matrices[base + UP], x, work.hidden_stride, quantized, work.hidden_q_stride,
-        n, work.up, work.ffn_stride, first, last, scratch,
+        n, work.up, work.ffn_stride, first, last, scratch, work.invariant,
     )  # fmt: skip
     padded = model.ffn_stride if last == model.ffn else last
     for row in range(n):
@@ -58,7 +58,7 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
     """ffn_add = FFN(normed), dense. Returns in how many parts decode leaves the result."""
     matrix = model.matrices[layer * LAYER_MATRICES + DOWN]
     scratch = work.scratch + member * work.scratch_stride
-    if model.transposed_down and n == 1:
+    if model.transposed_down and n == 1 and not work.invariant:
         # A neuron's row goes straight from its owner into the owner's partial sum.
         first, last = share(model.ffn, NEURON_UNIT, member, threads)
         ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
@@ -75,12 +75,13 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         turn += 1
         first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
     barrier(sync, threads)
-    if model.transposed_down and n <= FEW:
+    if model.transposed_down and (n <= FEW or work.invariant):
         first, last = share(matrix[COLUMNS], COLUMN_UNIT, member, threads)
         for row in range(n):
             out = work.ffn_add + row * work.hidden_stride
             start_sum(out + 4 * first, matrix[BIAS_VECTOR] + 4 * first, last - first, True)
-        add_to_few(matrix, work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride, first, last)
+        if first < last:  # there may be fewer units than members, and sums of rows have at least one block
+            add_to_few(matrix, work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride, first, last)
     elif model.transposed_down:
         first, last = share(model.hidden, 16, member, threads)
         gemm_transposed(
@@ -90,7 +91,7 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
     else:
         matmul_together(
             matrix, work.gate, work.ffn_stride, work.ffn_q, work.ffn_q_stride,
-            n, work.ffn_add, work.hidden_stride, model.hidden, scratch,
+            n, work.ffn_add, work.hidden_stride, model.hidden, scratch, work.invariant,
             member, threads, counter_of(inputs, layer, DOWN_STAGE),
         )  # fmt: skip
     barrier(sync, threads)
@@ -148,7 +149,9 @@ def any_ffn(model, work, inputs, layer, normed, n, member, threads, sync):
     if inputs.sizes[MODE] == DENSE:
         return ffn(model, work, inputs, layer, normed, n, member, threads, sync)
     if n == 1:
-        return sparse_together(model, work, inputs, layer, normed, member, threads, sync)
+        if not work.invariant:
+            return sparse_together(model, work, inputs, layer, normed, member, threads, sync)
+        barrier(sync, threads)  # everyone reads what the first member made for itself
     sparse_batch(model, work, inputs, layer, normed, n, member, threads, sync)
     return 1
 

@@ -7,7 +7,7 @@ from svdengine.kernels.cpu.formats.kernels import PANEL
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ACTIVATION_BITS, COLUMNS
 from svdengine.kernels.cpu.simd import load_f32, store_f32
-from svdengine.kernels.cpu.tile import coarse_tiles, float_tiles, integer_tiles
+from svdengine.kernels.cpu.tile import float_tiles, integer_tiles
 
 FLOAT_DEPTH = 1024  # columns of a float panel: 64 KiB, half of a small L2 cache
 
@@ -32,10 +32,8 @@ def gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_str
         for start in range(0, columns, depth):
             stop = min(columns, start + depth)
             pack_panel(matrix, row, start, stop, panel, staging)
-            if bits == 16:
+            if bits < 32:
                 integer_tiles(panel, quantized, quantized_stride, columns, to, out_stride, n)
-            elif bits == 8:
-                coarse_tiles(panel, quantized, quantized_stride, columns, to, out_stride, n)
             else:
                 float_tiles(panel, x + 4 * start, x_stride, stop - start, to, out_stride, n)
 

@@ -1,11 +1,12 @@
 """Activations in integers with a scale per group of 32, for the integer dot products.
 
-An activation is 16 bits, 256 * high + low in two int8 planes. int8 weights are multiplied with both: reading them costs
-more than the second product, and rounding activations to 8 bits would cost more quality than rounding the weights.
-Weights of 4 bits or fewer, whose own rounding is coarser, are multiplied with the high plane alone.
+An activation is 16 bits, 256 * high + low in two int8 planes. Weights are multiplied with both: reading them costs more
+than the second product, and rounding activations to 8 bits would cost more quality than rounding weights to 8 does.
+It would also let a token depend visibly on the rows beside it, whose sums differ in the last bit: where that moves an
+activation to its next level, the level should be a small one. A predictor's residuals read the high plane alone.
 
 A quantised row of C columns is one buffer: C high bytes, C low bytes, then per group of 32 a float32 scale, the scaled
-sum of the 16-bit values, and that of the high plane (the weights' biases and minima multiply these).
+sum of the 16-bit values, and that of the high plane (what weights are offset by multiplies these).
 """
 
 from __future__ import annotations

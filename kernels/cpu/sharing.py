@@ -7,7 +7,7 @@ that all threads do them rather than wait for one. A step of several rows shares
 from __future__ import annotations
 
 from svdengine.kernels.cpu.gemm import gemm
-from svdengine.kernels.cpu.gemv import gemv, gemv_few
+from svdengine.kernels.cpu.gemv import gemv, gemv_few, gemv_many
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS
 from svdengine.kernels.cpu.sync import barrier, fetch_add
@@ -67,25 +67,31 @@ def counter_of(inputs, layer, stage):
 
 
 @jit
-def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch):
-    """out[:, first..last] = x times rows first..last of a matrix, plus its bias."""
+def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch, invariant):
+    """out[:, first..last] = x times rows first..last of a matrix, plus its bias.
+
+    One by one or a few, rows get the same bits; `gemm` adds up in another order, which `invariant` forbids.
+    """
     bias = matrix[BIAS_VECTOR]
     if n == 1:
         gemv(matrix, bias, x, quantized, out, first, last)
     elif n <= FEW:
         gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last)
+    elif invariant:
+        gemv_many(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last)
     else:
         gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
 
 
 @jit
 def matmul_together(
-    matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, count, scratch, member, threads, counter
-):
+    matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, count, scratch, invariant,
+    member, threads, counter,
+):  # fmt: skip
     """As `matmul`, for rows 0..count, which all members share."""
     turn = 0
     first, last = claim(counter, count, matrix[COLUMNS], 16, member, threads, turn)
     while first < last:
-        matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch)
+        matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch, invariant)
         turn += 1
         first, last = claim(counter, count, matrix[COLUMNS], 16, member, threads, turn)

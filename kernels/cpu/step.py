@@ -127,7 +127,7 @@ def logits(model, work, inputs, n, wanted, member, threads, sync):
         work.normed + own * work.hidden_stride, work.hidden_stride,
         work.hidden_q + own * work.hidden_q_stride, work.hidden_q_stride,
         wanted, work.logits, work.logits_stride, model.vocabulary, work.scratch + member * work.scratch_stride,
-        member, threads, counter_of(inputs, model.layers, 0),
+        work.invariant, member, threads, counter_of(inputs, model.layers, 0),
     )  # fmt: skip
     barrier(sync, threads)
 

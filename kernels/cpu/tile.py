@@ -44,18 +44,17 @@ def _accumulate(builder, out, out_stride, totals):
         store(builder, target, builder.fadd(load(builder, target, F32V), total))
 
 
-def integer_tile(count: int, planes: int) -> Any:
-    """out (count, 16) += panel (16 rows) times `count` quantised activation rows, both planes or the high one."""
+def integer_tile(count: int) -> Any:
+    """out (count, 16) += panel (16 rows) times `count` quantised activation rows."""
 
     @operation(types.void, address, address, index, index, address, index)
     def tile(builder, panel, x, x_stride, columns, out, out_stride):
         """Panel: for each group of 32 columns, 16 scales, 16 minima, then 8 vectors of 16 rows x 4 columns."""
         groups = builder.lshr(columns, ir.Constant(I64, 5))
         rows = _rows(builder, x, x_stride, count)
-        sums = builder.mul(builder.lshr(columns, ir.Constant(I64, 3)), ir.Constant(I64, 1 if planes == 2 else 2))
+        sums = builder.lshr(columns, ir.Constant(I64, 3))
         factors = builder.mul(columns, ir.Constant(I64, 2))
         low_rows = [builder.add(row, columns) for row in rows]
-        unit = ir.Constant(F32, 1.0 if planes == 2 else 256.0)
 
         def body(group, totals):
             at = _at(builder, panel, group, 640)
@@ -66,17 +65,15 @@ def integer_tile(count: int, planes: int) -> Any:
                 for t in range(count):
                     four = load(builder, builder.add(rows[t], values), I32, 4 * step)
                     dots[t] = emit_dot(builder, dots[t], w, builder.bitcast(splat(builder, four), I8V))
-                    if planes == 2:
-                        four = load(builder, builder.add(low_rows[t], values), I32, 4 * step)
-                        low_dots[t] = emit_dot(builder, low_dots[t], w, builder.bitcast(splat(builder, four), I8V))
-            if planes == 2:
-                eight = ir.Constant(I32V, [8] * 16)
-                dots = [builder.add(builder.shl(h, eight), low) for h, low in zip(dots, low_dots, strict=True)]
+                    four = load(builder, builder.add(low_rows[t], values), I32, 4 * step)
+                    low_dots[t] = emit_dot(builder, low_dots[t], w, builder.bitcast(splat(builder, four), I8V))
+            eight = ir.Constant(I32V, [8] * 16)
+            dots = [builder.add(builder.shl(h, eight), low) for h, low in zip(dots, low_dots, strict=True)]
             scales, minima = load(builder, at, F32V), load(builder, at, F32V, 64)
             results = []
             for t in range(count):
                 scale_at = builder.add(builder.add(rows[t], factors), _at(builder, ir.Constant(I64, 0), group, 4))
-                a_scale = splat(builder, builder.fmul(load(builder, scale_at, F32), unit))
+                a_scale = splat(builder, load(builder, scale_at, F32))
                 a_sum = splat(builder, load(builder, builder.add(scale_at, sums), F32))
                 product = builder.fmul(scales, a_scale)
                 total = fused(builder, builder.sitofp(dots[t], F32V), product, totals[t])
@@ -136,8 +133,7 @@ def transpose_words(builder, source, stride, to):
         store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
 
 
-integer_tile_8, integer_tile_4, integer_tile_2 = (integer_tile(t, 2) for t in (8, 4, 2))
-coarse_tile_8, coarse_tile_4, coarse_tile_2 = (integer_tile(t, 1) for t in (8, 4, 2))
+integer_tile_8, integer_tile_4, integer_tile_2 = (integer_tile(t) for t in (8, 4, 2))
 float_tile_8, float_tile_4, float_tile_2 = float_tile(8), float_tile(4), float_tile(2)
 
 
@@ -154,22 +150,6 @@ def integer_tiles(panel, x, x_stride, columns, out, out_stride, n):
             t += 4
         else:
             integer_tile_2(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
-            t += 2
-
-
-@jit
-def coarse_tiles(panel, x, x_stride, columns, out, out_stride, n):
-    """As `integer_tiles`, with the high plane of activations alone."""
-    t = 0
-    while t < n:
-        if n - t > 4:
-            coarse_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
-            t += 8
-        elif n - t > 2:
-            coarse_tile_4(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
-            t += 4
-        else:
-            coarse_tile_2(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
             t += 2
 
 

@@ -18,6 +18,8 @@ ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claime
 class Workspace(NamedTuple):
     """Addresses of the buffers of a step. A row is as wide as its stride, in bytes."""
 
+    invariant: bool  # a row gets the same bits whatever rows are beside it, and with any number of threads
+
     x: int  # residual stream
     hidden_stride: int
     normed: int

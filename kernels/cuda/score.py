@@ -118,14 +118,18 @@ def dot_low_bytes(w, x, at, total):
 
 
 @jit(device=True)
+def dot_16(w, x, at, plane):
+    """16 int8 weights times the 16-bit values whose high bytes are in four words from `at`, the low ones in `plane`."""
+    return dot_low_bytes(w, x, at + plane, np.int32(dot_bytes(w, x, at, _NONE) << 8))
+
+
+@jit(device=True)
 def factor_q8(words, scale, low, row, r, padded, x, at, lane, lanes):
     """One lane's share of row r, q8, times a rounded row of 16 bits that begins at word `at` of x."""
     count = padded >> 4
     total = _ZERO
     for j in range(lane, count, lanes):
-        w = ldg128(words, r * (4 * count) + 4 * j)
-        high = dot_bytes(w, x, at + 4 * j, _NONE)
-        both = dot_low_bytes(w, x, at + (padded >> 2) + 4 * j, np.int32(high << 8))
+        both = dot_16(ldg128(words, r * (4 * count) + 4 * j), x, at + 4 * j, padded >> 2)
         step = as_float(x[at + (padded >> 1) + (j >> 1)])
         total += np.float32(both) * (step * np.float32(scale[r * (padded >> 5) + (j >> 1)]))
     return total
@@ -133,8 +137,9 @@ def factor_q8(words, scale, low, row, r, padded, x, at, lane, lanes):
 
 @jit(device=True)
 def factor_q4(words, scale, low, row, r, padded, x, at, lane, lanes):
-    """As `factor_q8`, of a row in q4 and a rounded row of 8 bits."""
-    count, groups = padded >> 5, padded >> 5
+    """As `factor_q8`, of a row in q4. A lane has half of two groups, and takes off the minima of these halves."""
+    count, groups, plane = padded >> 5, padded >> 5, padded >> 2
+    ones = _BITS, _BITS, _BITS, _BITS
     total = _ZERO
     for j in range(lane, count, lanes):
         w = ldg128(words, r * (4 * count) + 4 * j)
@@ -148,13 +153,12 @@ def factor_q4(words, scale, low, row, r, padded, x, at, lane, lanes):
             (w[2] >> four) & _NIBBLES,
             (w[3] >> four) & _NIBBLES,
         )
-        first = np.float32(dot_bytes(below, x, codes, _NONE)) * as_float(x[at + (padded >> 1) + group])
-        second = np.float32(dot_bytes(above, x, codes + 8, _NONE)) * as_float(x[at + (padded >> 1) + group + 1])
-        scales = r * groups + group
-        product = first * np.float32(scale[scales]) + second * np.float32(scale[scales + 1])
-        # Each of the two chunks of a pair of groups takes off the minima of one group.
-        own = j & 1
-        minimum = np.float32(low[scales + own]) * as_float(x[at + (padded >> 1) + groups + group + own])
+        steps, scales = at + (padded >> 1) + group, r * groups + group
+        first, second = as_float(x[steps]), as_float(x[steps + 1])
+        product = np.float32(dot_16(below, x, codes, plane)) * (first * np.float32(scale[scales]))
+        product += np.float32(dot_16(above, x, codes + 8, plane)) * (second * np.float32(scale[scales + 1]))
+        minimum = np.float32(dot_16(ones, x, codes, plane)) * (first * np.float32(low[scales]))
+        minimum += np.float32(dot_16(ones, x, codes + 8, plane)) * (second * np.float32(low[scales + 1]))
         total += row[2 * r] * product - row[2 * r + 1] * minimum
     return total
 
@@ -220,7 +224,7 @@ FACTORS = {"": no_factor, "q8": factor_q8, "q4": factor_q4}
 RESIDUALS = {0: no_residual, 1: residual_1, 2: residual_2}
 
 
-def _project(name, dot, store):
+def _project(name, dot):
     @kernel(
         f"{matrix_parameters(name)}, uint32* x, uint8* codes, float32* values,"
         "int32 rank, int32 relu, int32 padded, int32 stride, int32 z_stride",
@@ -241,7 +245,7 @@ def _project(name, dot, store):
         cuda.syncthreads()
         if warp_index() == 0:
             columns = ((rank + 63) >> 6) << 6
-            store(group[lane], codes, values, cuda.blockIdx.y * z_stride, columns, cuda.blockIdx.x * 32 + lane)
+            store_fine(group[lane], codes, values, cuda.blockIdx.y * z_stride, columns, cuda.blockIdx.x * 32 + lane)
 
     return project
 
@@ -275,7 +279,7 @@ def _score(name, bits, dot, residual):
     return score
 
 
-PROJECT = {"q8": _project("q8", factor_q8, store_fine), "q4": _project("q4", factor_q4, store_coarse)}
+PROJECT = {"q8": _project("q8", factor_q8), "q4": _project("q4", factor_q4)}
 SCORE = {
     (name, bits): _score(name, bits, dot, residual)
     for name, dot in FACTORS.items()

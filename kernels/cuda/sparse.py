@@ -80,9 +80,8 @@ def score_rows(device: Device, model: Model, work: Workspace, predictor: PlacedL
     if predictor.a is not None and predictor.b is not None:
         a = (predictor.a.words, predictor.a.scale, predictor.a.low, predictor.a.row)
         name, b = predictor.factor_format, predictor.b
-        source = work.fine if name == "q8" else work.coarse
         device.launch(
-            PROJECT[name], (ranks // 32, n), PROJECT_THREADS, b.words, b.scale, b.low, b.row, source, work.z_rounded,
+            PROJECT[name], (ranks // 32, n), PROJECT_THREADS, b.words, b.scale, b.low, b.row, work.fine, work.z_rounded,
             work.z_rounded, predictor.rank, int(predictor.relu), columns, sizes.hidden, sizes.z,
         )  # fmt: skip
     device.launch(

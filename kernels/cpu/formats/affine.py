@@ -15,7 +15,6 @@ from numba.core import types
 from svdengine.kernels.cpu.dot import (
     BLOCK,
     CHUNK,
-    emit_dot,
     emit_dot_16,
     emit_scaled,
     load_f32_pair,
@@ -27,8 +26,6 @@ from svdengine.kernels.cpu.matrix import COLUMNS, DATA, MIN, ROW, ROWS, SCALE
 from svdengine.kernels.cpu.simd import (
     F32V,
     I8,
-    I8V,
-    I32V,
     I64,
     address,
     emit_prefetch,
@@ -54,7 +51,7 @@ from svdengine.kernels.cpu.simd import (
     zero_f32,
 )
 from svdengine.kernels.cpu.tile import transpose_words
-from svdengine.kernels.formats import FORMATS, WeightFormat
+from svdengine.kernels.formats import WeightFormat
 
 
 class Unpacking(NamedTuple):
@@ -73,15 +70,11 @@ class _Operations(NamedTuple):
     store_block: Any
 
 
-def _operations(unpacking: Unpacking, planes: int) -> _Operations:
-    """`planes`: of activations that levels are multiplied with: both, or the high one alone."""
+def _operations(unpacking: Unpacking) -> _Operations:
     size, emit_block, emit_sixteen = unpacking
 
     def emit_dots(builder, weights, high, low):
-        if planes == 2:
-            return emit_dot_16(builder, emit_block(builder, weights), high, low)
-        zero = ir.Constant(I32V, [0] * 16)
-        return emit_dot(builder, zero, emit_block(builder, weights), load(builder, high, I8V))
+        return emit_dot_16(builder, emit_block(builder, weights), high, low)
 
     @operation(f32x16, f32x16, address, address, address, f32x16, address)
     def dot_chunk(builder, total, weights, high, low, scales, ahead):
@@ -149,15 +142,13 @@ def _operations(unpacking: Unpacking, planes: int) -> _Operations:
     return _Operations(dot_chunk, dot_block, add_rows, load_sixteen, store_block)
 
 
-def _dots(size: int, planes: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, Any]:
+def _dots(size: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, Any]:
     """`dot_row` and `dot_four`."""
-    unit = np.float32(1 if planes == 2 else 256)  # what the last plane counts
-    sums_after = 8 if planes == 2 else 4  # columns / this: bytes from the activations' scales to their sums
 
     @jit
     def whole(total, low, row):
         """A row's product from its running sums; row: address of the row's two units."""
-        return load_real(row) * unit * sum_lanes(total) - load_real(row + 4) * sum_lanes(low)
+        return load_real(row) * sum_lanes(total) - load_real(row + 4) * sum_lanes(low)
 
     @jit
     def dot_row(matrix, row, x, quantized, ahead):
@@ -167,7 +158,7 @@ def _dots(size: int, planes: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, 
         minima = matrix[MIN] + row * groups
         high, plane = quantized, quantized + columns
         a_scales = quantized + 2 * columns
-        a_sums = a_scales + columns // sums_after
+        a_sums = a_scales + columns // 8
         total = zero_f32()
         low = zero_f32()
         for _ in range(columns // 512):
@@ -223,7 +214,7 @@ def _dots(size: int, planes: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, 
         d0, d1, d2, d3 = (n0 - r0) * stride, (n1 - r1) * stride, (n2 - r2) * stride, (n3 - r3) * stride
         e0, e1, e2, e3 = (n0 - r0) * groups, (n1 - r1) * groups, (n2 - r2) * groups, (n3 - r3) * groups
         plane, scales = quantized + columns, quantized + 2 * columns
-        sums = scales + columns // sums_after
+        sums = scales + columns // 8
         t0, t1, t2, t3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
         b0, b1, b2, b3 = zero_f32(), zero_f32(), zero_f32(), zero_f32()
         chunks = columns // 512 * 512
@@ -250,9 +241,9 @@ def _dots(size: int, planes: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, 
 
 def affine_kernels(name: WeightFormat, unpacking: Unpacking) -> FormatKernels:
     """The kernels of a format that stores its levels as `unpacking` reads them."""
-    size, planes = unpacking.block_bytes, FORMATS[name].activation_bits // 8
-    dot_chunk, dot_block, add_rows, load_sixteen, store_block = _operations(unpacking, planes)
-    dot_row, dot_four = _dots(size, planes, dot_chunk, dot_block)
+    size = unpacking.block_bytes
+    dot_chunk, dot_block, add_rows, load_sixteen, store_block = _operations(unpacking)
+    dot_row, dot_four = _dots(size, dot_chunk, dot_block)
     nothing = np.float32(0)
 
     @jit

@@ -133,6 +133,7 @@ def test_generate_chat(model: str) -> None:
         ),
         (("-p", "a", "--ffn", "sparse"), "", "has no predictor"),
         (("-p", "a", "--device", "ascend"), "", "Ascend cannot be used: no Ascend runtime (CANN) was found; install"),
+        (("-p", "a", "--deterministic"), "", "deterministic results are not offered on the device reference"),
     ],
 )
 def test_errors_are_one_line(model: str, arguments: tuple[str, ...], text: str, message: str) -> None:
