@@ -24,6 +24,8 @@ class Rope:
     beta_fast, beta_slow: the same, the greater first (yarn).
     attention_factor: what cos and sin are multiplied by (yarn).
     truncate: whether the correction range is rounded outwards to whole dimensions (yarn).
+    rotated: dimensions of a head that turn; 0: all. They are the first half of the pairs: models/naming.py has moved
+        them there, since checkpoints have them in one piece.
     """
 
     theta: float
@@ -36,13 +38,14 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    rotated: int = 0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
-    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt or falcon.
+    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron or jais2.
     vocab_size: tokens that have logits.
     hidden_size: d, the width of the residual stream.
     layer_count: decoder layers.
@@ -129,6 +132,8 @@ class ModelConfig:
             raise ValueError(f"norm_eps must lie between 0 and 1, found {self.norm_eps}")
         if self.rope is not None:
             _check_rope(self.rope)
+            if self.rope.rotated % 2 or not 0 <= self.rope.rotated <= self.head_dim:
+                raise ValueError(f"rope.rotated must be even and at most {self.head_dim}, found {self.rope.rotated}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""

@@ -73,6 +73,9 @@ def zoo() -> dict[str, ModelConfig]:
         "falcon_7b": replace(falcon, shared_norm=True, kv_head_count=1),
         "falcon_7b_relu": replace(falcon, shared_norm=True, kv_head_count=1, activation="relu"),
         "falcon_40b": replace(falcon, tied_embeddings=False),
+        "arcee": replace(llama, family="arcee", gated=False, activation="relu2", rope=yarn),
+        "nemotron": replace(layered, family="nemotron", activation="relu2", rope=Rope(10000.0, rotated=6)),
+        "jais2": replace(layered, family="jais2", activation="relu2", kv_head_count=9, **biases),
         "falcon_sequential": replace(falcon, parallel=False, kv_head_count=9, **biases),
     }
 

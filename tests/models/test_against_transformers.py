@@ -45,6 +45,10 @@ FALCON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 9,
 }
+UNGATED = {key: value for key, value in LLAMA.items() if key != "model_type"}
+ARCEE = {**UNGATED, "model_type": "arcee"}
+NEMOTRON = {**UNGATED, "model_type": "nemotron", "head_dim": 16}
+JAIS2 = {**UNGATED, "model_type": "jais2"}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -78,6 +82,13 @@ CASES: dict[str, dict[str, Any]] = {
     "falcon_11b": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
     "falcon_sequential": {**FALCON, "parallel_attn": False, "bias": True, "ffn_hidden_size": 150},
     "falcon_many_kv_heads": {**FALCON, "multi_query": False},
+    "arcee": {**ARCEE, "hidden_act": "relu2", "head_dim": 16},
+    "arcee_yarn_biases": {**ARCEE, "rope_scaling": {**YARN, "mscale": 1.0}, "attention_bias": True, "mlp_bias": True},
+    "nemotron": NEMOTRON,
+    "nemotron_a_quarter": {**NEMOTRON, "partial_rotary_factor": 0.25, "attention_bias": True, "mlp_bias": True},
+    "nemotron_whole_heads": {**NEMOTRON, "partial_rotary_factor": 1.0, "norm_eps": 1e-3, "hidden_act": "silu"},
+    "jais2": {**JAIS2, "rope_theta": 500000.0},
+    "jais2_no_biases": {**JAIS2, "attention_bias": False, "mlp_bias": False, "layer_norm_eps": 1e-3},
 }
 
 

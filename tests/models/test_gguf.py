@@ -39,7 +39,7 @@ def converter_permute(w: NDArray, heads: int) -> NDArray:
 
 def gguf_checkpoint(config: ModelConfig, weights: dict[str, NDArray]) -> dict[str, NDArray]:
     """The tensors of a Llama-like GGUF file that holds these canonical weights."""
-    permuted = config.family in ("llama", "minicpm")
+    permuted = config.family in ("llama", "minicpm", "arcee")
     tensors = {}
     for spec in tensor_specs(config):
         stem, suffix = split_suffix(spec.name)
@@ -47,6 +47,9 @@ def gguf_checkpoint(config: ModelConfig, weights: dict[str, NDArray]) -> dict[st
             w = weights[spec.name] if layer is None else weights[spec.name][layer]
             if stem in ("q", "k") and permuted:
                 w = converter_permute(w, config.head_count if stem == "q" else config.kv_head_count)
+            if stem in ("q", "k") and config.rope is not None and config.rope.rotated:
+                assert (config.head_dim, config.rope.rotated) == (10, 6)
+                w = w.reshape(-1, 10, *w.shape[1:])[:, [0, 1, 2, 5, 6, 7, 3, 4, 8, 9]].reshape(w.shape)
             name = GGUF_STEMS[stem][0].format(layer=layer) + suffix
             tensors[name] = w.T if spec.name == "down_T" else w
     return tensors
@@ -87,6 +90,49 @@ def test_round_trip(name: str) -> None:
     found = canonical_weights(config, checkpoint, gguf_source)
     assert found.keys() == weights.keys()
     assert all((found[key] == weights[key]).all() for key in weights)
+
+
+@pytest.mark.parametrize("name", ["arcee", "nemotron", "jais2"])
+def test_ffns_of_relu2_without_a_gate(name: str) -> None:
+    """llama.cpp's converter says nothing of the activation, and writes both epsilons of a Nemotron."""
+    config = replace(zoo()[name], rope=replace(zoo()[name].rope or Rope(1e4), scaling="none", factor=1.0))
+    config = replace(config, rope=Rope(10000.0, rotated=config.rope.rotated if config.rope else 0))
+    weights = random_weights(config)
+    checkpoint = gguf_checkpoint(config, weights)
+    fields = {k: v for k, v in gguf_fields(config, name).items() if ".hidden_act" not in k}
+    fields[f"{name}.vocab_size"] = config.vocab_size
+    if config.norm == "layer":
+        fields[f"{name}.attention.layer_norm_epsilon"] = fields[f"{name}.attention.layer_norm_rms_epsilon"]
+    if name == "nemotron":
+        fields |= {"nemotron.rope.dimension_count": 6, "nemotron.rope.scaling.type": "none"}
+    else:
+        fields[f"{name}.rope.dimension_count"] = config.head_dim
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == config
+    found = canonical_weights(config, checkpoint, gguf_source)
+    assert found.keys() == weights.keys()
+    assert all((found[key] == weights[key]).all() for key in weights)
+    if config.norm == "layer":
+        del fields[f"{name}.attention.layer_norm_epsilon"]
+        with pytest.raises(ValueError, match=r"attention\.layer_norm_epsilon must be a number"):
+            config_from_gguf(fields, checkpoint, config.vocab_size)
+
+
+def test_a_nemotron_whose_heads_are_wider_than_the_model_is_refused() -> None:
+    """Minitron-8B: 48 heads of 128 in a model of 4096, of which the converter makes 42 dimensions that turn."""
+    fields = {
+        "general.architecture": "nemotron",
+        "nemotron.block_count": 32,
+        "nemotron.context_length": 4096,
+        "nemotron.embedding_length": 4096,
+        "nemotron.feed_forward_length": 16384,
+        "nemotron.attention.head_count": 48,
+        "nemotron.attention.key_length": 128,
+        "nemotron.attention.value_length": 128,
+        "nemotron.attention.layer_norm_epsilon": 1e-5,
+        "nemotron.rope.dimension_count": 42,
+    }
+    with pytest.raises(ValueError, match="convert from the Hugging Face folder"):
+        config_from_gguf(fields, (), 256000)
 
 
 @pytest.mark.parametrize("name", ["falcon_7b", "falcon_40b"])

@@ -138,6 +138,33 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "num_hidden_layers": 60, "num_kv_heads": 8},
         {"kv_head_count": 8, "shared_norm": False},
     ),
+    "AFM-4.5B": (
+        {**_COMMON, **_sizes(2560, 18432, 36, 20, 4, 128005, 65536), "architectures": ["ArceeForCausalLM"],
+         "model_type": "arcee", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 128000, "eos_token_id": 128003, "pad_token_id": 128004, "rms_norm_eps": 1e-5,
+         "rope_theta": 10000.0,
+         "rope_scaling": {"rope_type": "yarn", "type": "yarn", "factor": 20.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                          "mscale": 1.0, "original_max_position_embeddings": 4096}},
+        {"rope": "yarn", "gated": False, "activation": "relu2", "norm": "rms", "head_dim": 128},
+    ),
+    "Nemotron-Mini-4B": (
+        {**_COMMON, **_sizes(3072, 9216, 32, 24, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
+         "model_type": "nemotron", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 2, "eos_token_id": 3, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000},
+        {"rotated": 64, "gated": False, "activation": "relu2", "norm": "layer"},
+    ),
+    "Minitron-8B": (
+        {**_COMMON, **_sizes(4096, 16384, 32, 48, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
+         "model_type": "nemotron", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 2, "eos_token_id": 3, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000},
+        {"rotated": 64, "head_dim": 128, "hidden_size": 4096, "head_count": 48},
+    ),
+    "Jais-2-8B": (
+        {**_COMMON, **_sizes(3328, 26624, 32, 26, 26, 150272, 8192), "architectures": ["Jais2ForCausalLM"],
+         "model_type": "jais2", "attention_bias": True, "mlp_bias": True, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 0, "eos_token_id": 150024, "layer_norm_eps": 1e-5, "rope_theta": 500000.0},
+        {"gated": False, "activation": "relu2", "norm": "layer", "ffn_bias": True, "qkv_bias": True},
+    ),
 }  # fmt: skip
 
 
@@ -145,7 +172,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_is_taken(name: str) -> None:
     settings, expected = CONFIGS[name]
     config = config_from_hf(settings)
-    found: dict[str, Any] = config.to_dict() | {"rope": config.rope.scaling if config.rope else None}
+    rope = {"rope": config.rope.scaling, "rotated": config.rope.rotated} if config.rope else {"rope": None}
+    found: dict[str, Any] = config.to_dict() | rope
     assert {key: found[key] for key in expected} == expected
 
 

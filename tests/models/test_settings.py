@@ -34,6 +34,7 @@ OPT = {
     "max_position_embeddings": 2048,
     "activation_function": "relu",
 }
+NEMOTRON = {**LLAMA, "model_type": "nemotron", "architectures": None, "hidden_act": "relu2", "norm_eps": 1e-5}
 FALCON = {"model_type": "falcon", "vocab_size": 65024, "hidden_size": 4544}
 FALCON_7B = {**FALCON, "num_hidden_layers": 32, "num_attention_heads": 71, "multi_query": True}
 
@@ -146,6 +147,10 @@ def test_old_falcon_keys() -> None:
         ({**OPT, "word_embed_proj_dim": 512}, "OPT-350m"),
         ({**OPT, "layer_norm_elementwise_affine": False}, "no weights"),
         ({**FALCON_7B, "alibi": True}, "ALiBi"),
+        ({**NEMOTRON, "partial_rotary_factor": 0.0}, "expected an even number of them, at most all"),
+        ({**NEMOTRON, "partial_rotary_factor": 1.5}, "expected an even number of them, at most all"),
+        ({**NEMOTRON, "head_dim": 10}, "partial_rotary_factor 0.5 of 10 dimensions: expected an even number"),
+        ({**NEMOTRON, "partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}}, "disagree"),
     ],
 )
 def test_refusals_are_one_clear_line(settings: dict[str, Any], message: str) -> None:
@@ -173,6 +178,9 @@ BASES: dict[str, dict[str, Any]] = {
     "minicpm": {**LLAMA, **YARN},
     "opt": OPT,
     "falcon": FALCON_7B,
+    "arcee": {**LLAMA, **YARN, "hidden_act": "relu2"},
+    "nemotron": {**NEMOTRON, "partial_rotary_factor": 0.5},
+    "jais2": {**LLAMA, "hidden_act": "relu2", "layer_norm_eps": 1e-5},
 }
 
 
@@ -182,6 +190,7 @@ def test_junk_is_a_value_error(model_type: str) -> None:
     settings = {**BASES[model_type], "model_type": model_type, "architectures": None}
     others = "rope_theta head_dim num_key_value_heads layer_types max_window_layers scale_depth dim_model_base"
     others += " quantization_config num_experts num_kv_heads n_head new_decoder_architecture rope_parameters"
+    others += " partial_rotary_factor norm_eps"
     others += " sliding_window rope_scaling tie_word_embeddings some_other_setting attention_bias hidden_act_param"
     config_from_hf(settings)
     for key in [*settings, *others.split()]:
@@ -306,6 +315,8 @@ def test_with_activation() -> None:
     ("changes", "message"),
     [
         ({"theta": 1.0}, "rope theta must be above 1"),
+        ({"rotated": 130}, "rope.rotated must be even and at most 128, found 130"),
+        ({"rotated": 3}, "rope.rotated must be even"),
         ({"factor": 0.0}, "factor above 0"),
         ({"scaling": "llama3"}, r"rope\.original_max_position must lie in 1"),
         ({"scaling": "llama3", "original_max_position": 8, "high_freq_factor": 1.0}, "high_freq_factor must be above"),
