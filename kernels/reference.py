@@ -73,12 +73,15 @@ class ReferenceExecutor(BaseExecutor):
         for layer, lw in enumerate(self.layers):
             h = normalize(config, lw, "attention_norm", x)
             attended = self._attention(layer, batch, h)
+            if config.post_norms:
+                attended = normalize(config, lw, "attention_post_norm", attended)
             if config.parallel:
                 h = h if config.shared_norm else normalize(config, lw, "ffn_norm", x)
                 x = x + scale * (attended + self._ffn(layer, h, shift))
             else:
                 x = x + scale * attended
-                x = x + scale * self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
+                added = self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
+                x = x + scale * (normalize(config, lw, "ffn_post_norm", added) if config.post_norms else added)
 
         # Only the rows that are asked for are projected on the vocabulary.
         x = normalize(config, w, "output_norm", x[batch.logit_rows])
@@ -151,7 +154,7 @@ class ReferenceExecutor(BaseExecutor):
         if config.qk_norm:
             q, k = (rms_norm(a, lw[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
         if config.rope is not None:
-            cos, sin = rope_tables(config, batch.positions)
+            cos, sin = rope_tables(config, batch.positions, config.rope_of(layer))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         # All rows of the step are in the cache before any of them attends.
@@ -167,7 +170,8 @@ class ReferenceExecutor(BaseExecutor):
             slots = slots_of(batch.block_tables[sequence], seen)
             distance = batch.positions[rows, None] - seen
             visible = (distance >= 0) & (distance < window) if window else distance >= 0
-            mixed[rows] = attend(q[rows], self.keys[layer, slots], self.values[layer, slots], visible)
+            seen_keys, seen_values = self.keys[layer, slots], self.values[layer, slots]
+            mixed[rows] = attend(q[rows], seen_keys, seen_values, visible, config.attention_scale)
         return linear(mixed.reshape(len(x), -1), lw["o"], lw.get("o.bias"))
 
 
@@ -265,16 +269,17 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attend(q: Array, k: Array, v: Array, visible: NDArray[np.bool_]) -> Array:
+def attend(q: Array, k: Array, v: Array, visible: NDArray[np.bool_], scale: float) -> Array:
     """Softmax attention of q (n, heads, head_dim) over k and v (t, kv heads, head_dim), where `visible` (n, t).
 
-    Neighbouring query heads share a kv head (GQA). Every row must see at least one position. Returns the shape of q.
+    Products are multiplied by `scale`. Neighbouring query heads share a kv head (GQA). Every row must see at least one
+    position. Returns the shape of q.
     """
     n, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(n, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)  # (kv, group, n, head_dim)
     keys, values = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # (kv, 1, head_dim, t), (kv, 1, t, ..)
-    scores = np.where(visible, queries @ keys * np.float32(head_dim**-0.5), np.float32(-np.inf))
+    scores = np.where(visible, queries @ keys * np.float32(scale), np.float32(-np.inf))
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     mixed = weights @ values / weights.sum(-1, keepdims=True)  # (kv, group, n, head_dim)
     return mixed.transpose(2, 0, 1, 3).reshape(q.shape)

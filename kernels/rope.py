@@ -10,12 +10,15 @@ from numpy.typing import ArrayLike, NDArray
 from svdengine.models.config import ModelConfig, Rope
 
 
-def rope_tables(config: ModelConfig, positions: ArrayLike) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def rope_tables(
+    config: ModelConfig, positions: ArrayLike, rope: Rope | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Cosines and sines that rotate q and k of tokens at `positions` (n,), each (n, head_dim / 2) float32.
 
-    Raises ValueError for a model without rotary embedding.
+    `rope` is one of the model's, by default that of layers without a sliding window. Raises ValueError for a model
+    without rotary embedding.
     """
-    rope = config.rope
+    rope = rope or config.rope
     if rope is None:
         raise ValueError(f"a {config.family} model with rope=None has no rotary embedding")
     frequencies = rope_frequencies(rope, config.head_dim)

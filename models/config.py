@@ -45,7 +45,7 @@ class Rope:
 class ModelConfig:
     """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
-    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron or jais2.
+    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2 or gemma3.
     vocab_size: tokens that have logits.
     hidden_size: d, the width of the residual stream.
     layer_count: decoder layers.
@@ -67,8 +67,11 @@ class ModelConfig:
     qk_norm: RMSNorm over head_dim on q and k, before rope.
     sliding_window: a token sees itself and the window - 1 before it; 0: everything before it.
     sliding_window_layers: numbers of the layers that have the window.
+    local_rope: the rotary embedding of those layers, where it is another than `rope`.
+    score_scale: multiplies the scores of attention, beside head_dim ** -0.5.
     parallel: attention and FFN read the same residual stream and are added together.
     shared_norm: parallel, and both read the output of attention_norm.
+    post_norms: what attention and FFN give has a norm of its own before it is added to the residual stream.
     embedding_scale: multiplies the embedding.
     residual_scale: multiplies what attention and FFN add to the residual stream.
     logit_scale: multiplies the logits.
@@ -97,8 +100,11 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int = 0
     sliding_window_layers: tuple[int, ...] = ()
+    local_rope: Rope | None = None
+    score_scale: float = 1.0
     parallel: bool = False
     shared_norm: bool = False
+    post_norms: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -108,6 +114,15 @@ class ModelConfig:
     def sparse_ffn(self) -> bool:
         """Whether FFN neurons can be exactly zero, so that down is stored neuron-major and rows can be skipped."""
         return self.activation in RELU_FAMILY
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return float(self.score_scale * self.head_dim**-0.5)
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """The rotary embedding of a layer."""
+        return self.local_rope if self.local_rope is not None and layer in self.sliding_window_layers else self.rope
 
     def validate(self) -> None:
         """Raise ValueError with what was found and expected when a field is out of range."""
@@ -130,10 +145,15 @@ class ModelConfig:
             _check_choice(field, getattr(self, field), allowed)
         if not 0.0 < self.norm_eps < 1.0:
             raise ValueError(f"norm_eps must lie between 0 and 1, found {self.norm_eps}")
-        if self.rope is not None:
-            _check_rope(self.rope)
-            if self.rope.rotated % 2 or not 0 <= self.rope.rotated <= self.head_dim:
-                raise ValueError(f"rope.rotated must be even and at most {self.head_dim}, found {self.rope.rotated}")
+        if self.post_norms and (self.parallel or self.norm != "rms"):
+            raise ValueError("post_norms needs RMSNorm, and FFNs after the attention")
+        if not 0.0 < self.score_scale < 1e6:
+            raise ValueError(f"score_scale must be above 0, found {self.score_scale}")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                _check_rope(rope, self.head_dim)
+        if self.local_rope is not None and (self.rope is None or self.rope.rotated != self.local_rope.rotated):
+            raise ValueError("local_rope needs a rope that turns as many dimensions")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
@@ -144,9 +164,11 @@ class ModelConfig:
         """Rebuild from `to_dict`. Raises ValueError on an unknown, missing or ill-typed field, or one out of range."""
         try:
             fields = dict(data)
-            rope = fields.pop("rope", None)
+            for name in ("rope", "local_rope"):
+                rope = fields.pop(name, None)
+                fields[name] = Rope(**rope) if rope is not None else None
             fields["sliding_window_layers"] = tuple(fields.get("sliding_window_layers", ()))
-            config = cls(rope=Rope(**rope) if rope is not None else None, **fields)
+            config = cls(**fields)
             _check_types(config)
         except TypeError as error:
             raise ValueError(f"model config: {error}") from error
@@ -164,7 +186,7 @@ def _check_choice(field: str, value: str, allowed: Any) -> None:
         raise ValueError(f"{field} must be one of {', '.join(get_args(allowed))}, found {value!r}")
 
 
-def _check_rope(rope: Rope) -> None:
+def _check_rope(rope: Rope, head_dim: int) -> None:
     """What the frequencies (kernels/rope.py) are divided by must not be zero."""
     _check_choice("rope.scaling", rope.scaling, RopeScaling)
     if not (1 < rope.theta < 1e30 and 0 < rope.factor < 1e30):
@@ -175,6 +197,8 @@ def _check_rope(rope: Rope) -> None:
         raise ValueError("rope high_freq_factor must be above low_freq_factor")
     if rope.scaling == "yarn" and not 0 < rope.beta_slow <= rope.beta_fast < 1e30:
         raise ValueError("rope beta_fast must not be below beta_slow, nor beta_slow 0")
+    if rope.rotated % 2 or not 0 <= rope.rotated <= head_dim:
+        raise ValueError(f"rope.rotated must be even and at most {head_dim}, found {rope.rotated}")
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}

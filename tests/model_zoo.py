@@ -76,6 +76,21 @@ def zoo() -> dict[str, ModelConfig]:
         "arcee": replace(llama, family="arcee", gated=False, activation="relu2", rope=yarn),
         "nemotron": replace(layered, family="nemotron", activation="relu2", rope=Rope(10000.0, rotated=6)),
         "jais2": replace(layered, family="jais2", activation="relu2", kv_head_count=9, **biases),
+        "gemma3": replace(
+            llama,
+            family="gemma3",
+            activation="gelu_tanh",
+            head_dim=16,
+            qk_norm=True,
+            post_norms=True,
+            rope=Rope(1e6, "linear", factor=2.0),
+            local_rope=Rope(10000.0),
+            sliding_window=5,
+            sliding_window_layers=(0,),
+            embedding_scale=90**0.5,
+            score_scale=0.8,
+            tied_embeddings=True,
+        ),
         "falcon_sequential": replace(falcon, parallel=False, kv_head_count=9, **biases),
     }
 

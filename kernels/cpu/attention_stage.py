@@ -60,7 +60,8 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
         if model.qk_norm:
             head_rms_norm(at, model.head_norm[layer, 1 if is_key else 0], model.head_dim, np.float32(model.norm_eps))
         if model.rope:
-            rotate(at, model.cos[position], model.sin[position], half)
+            angle = model.first_angles[layer] + position
+            rotate(at, model.cos[angle], model.sin[angle], half)
         if is_key:
             block = inputs.block_tables[inputs.sequences[row], position // 16]
             place = (layer * model.kv_heads + kv) * cache.blocks + block

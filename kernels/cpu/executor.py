@@ -214,7 +214,9 @@ class CpuExecutor(BaseExecutor):
 def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if config.rope is None:
         return np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
-    return rope_tables(config, np.arange(context))
+    ropes = [config.rope, *([config.local_rope] if config.local_rope is not None else [])]
+    cos, sin = zip(*(rope_tables(config, np.arange(context), rope) for rope in ropes), strict=True)
+    return np.concatenate(cos), np.concatenate(sin)
 
 
 def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:

@@ -72,6 +72,31 @@ def add_to_residual(model, work, addend, parts, n, member, threads):
 
 
 @jit
+def add_normed(model, work, norms, addend, parts, n, member, threads):
+    """x += residual_scale * RMSNorm(addend), whose parts are as `add_to_residual` has them."""
+    first, last = rows_of(n, member, threads)
+    scale, eps = np.float32(model.residual_scale), np.float32(model.norm_eps)
+    for row in range(first, last):
+        total = work.second + row * work.hidden_stride
+        copy_row(addend + (0 if n == 1 else row) * work.hidden_stride, total, model.hidden_stride)
+        if n == 1:
+            for part in range(1, parts):
+                add_row(total, addend + part * work.hidden_stride, np.float32(1), model.hidden_stride)
+        clear_padding(total, model.hidden, model.hidden_stride)
+        rms_norm(total, norms[0].ctypes.data, total, model.hidden, model.hidden_stride, eps)
+        add_row(work.x + row * work.hidden_stride, total, scale, model.hidden_stride)
+
+
+@jit
+def add_attention(model, work, layer, n, member, threads):
+    """Residual stream += what attention gives."""
+    if model.post_norms:
+        add_normed(model, work, model.attention_post_norm[layer], work.attention_add, 1, n, member, threads)
+    else:
+        add_to_residual(model, work, work.attention_add, 1, n, member, threads)
+
+
+@jit
 def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
     # The predictor reads the quantised input whatever the weights' format is.
@@ -93,12 +118,15 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
             normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
         add_to_residual(model, work, work.attention_add, 1, n, member, threads)
     else:
-        add_to_residual(model, work, work.attention_add, 1, n, member, threads)
+        add_attention(model, work, layer, n, member, threads)
         normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
     keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads)
     ready(n, sync, threads)
     parts = any_ffn(model, work, inputs, layer, normed, n, member, threads, sync)
-    add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
+    if model.post_norms:
+        add_normed(model, work, model.ffn_post_norm[layer], work.ffn_add, parts, n, member, threads)
+    else:
+        add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
 
 
 @jit

@@ -21,7 +21,7 @@ class Workspace(NamedTuple):
     x: int  # residual stream
     hidden_stride: int
     normed: int
-    second: int  # input of a parallel FFN that has a norm of its own
+    second: int  # input of a parallel FFN that has a norm of its own; or what is added, after a norm of its own
     hidden_q: int  # quantised `normed`
     hidden_q_stride: int
     q: int

@@ -30,7 +30,7 @@ from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig, tensor_specs
 
-ZOO = zoo()
+ZOO = {name: config for name, config in zoo().items() if not config.post_norms}
 SPARSE = {name: config for name, config in ZOO.items() if config.sparse_ffn}
 LLAMA, RELU = ZOO["llama"], ZOO["llama_relu_tied"]
 FUSABLE = replace(LLAMA, head_dim=16)  # heads that the fused attention takes
@@ -370,6 +370,12 @@ def test_an_operator_that_cann_lacks_is_named(make_npu: MakeNpu) -> None:
         pytest.raises(DeviceError, match=r"CANN 8\.1\.emulated has no aclnnRotaryPositionEmbedding"),
         executors(npu, LLAMA),
     ):
+        pass
+
+
+def test_what_float16_does_not_hold_is_refused_by_name(make_npu: MakeNpu) -> None:
+    message = "models of the family gemma3 do not run on Ascend: .* use --device cpu or cuda"
+    with pytest.raises(DeviceError, match=message), executors(make_npu(), zoo()["gemma3"]):
         pass
 
 

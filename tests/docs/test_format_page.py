@@ -105,5 +105,7 @@ def test_every_tensor_of_a_model_is_in_the_table(tmp_path: Path) -> None:
     table = PAGE.partition("## Tensors")[2].partition("## Weight formats")[0]
     cells = [row.split(" | ")[0] for row in re.findall(r"^\| (`.*)$", table, flags=re.MULTILINE)]
     named = {name.partition(".")[0] for cell in cells for name in re.findall(r"`(\w[\w.]*)`", cell)}
-    everything = tiny_config(qkv_bias=True, output_bias=True, ffn_bias=True, qk_norm=True, tied_embeddings=False)
+    everything = tiny_config(
+        qkv_bias=True, output_bias=True, ffn_bias=True, qk_norm=True, post_norms=True, tied_embeddings=False
+    )
     assert {spec.name.partition(".")[0] for spec in tensor_specs(everything)} <= named

@@ -49,6 +49,8 @@ UNGATED = {key: value for key, value in LLAMA.items() if key != "model_type"}
 ARCEE = {**UNGATED, "model_type": "arcee"}
 NEMOTRON = {**UNGATED, "model_type": "nemotron", "head_dim": 16}
 JAIS2 = {**UNGATED, "model_type": "jais2"}
+GEMMA3 = {**UNGATED, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}
+GEMMA3 = {**GEMMA3, "num_hidden_layers": 4, "sliding_window_pattern": 3, "attention_dropout": 0.0}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -88,6 +90,24 @@ CASES: dict[str, dict[str, Any]] = {
     "nemotron_a_quarter": {**NEMOTRON, "partial_rotary_factor": 0.25, "attention_bias": True, "mlp_bias": True},
     "nemotron_whole_heads": {**NEMOTRON, "partial_rotary_factor": 1.0, "norm_eps": 1e-3, "hidden_act": "silu"},
     "jais2": {**JAIS2, "rope_theta": 500000.0},
+    "gemma3": GEMMA3,
+    "gemma3_scaled_untied": {
+        **GEMMA3,
+        "rope_theta": 20000.0,
+        "rope_local_base_freq": 3000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "query_pre_attn_scalar": 24,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_layers_named": {
+        **GEMMA3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7000.0},
+        },
+    },
     "jais2_no_biases": {**JAIS2, "attention_bias": False, "mlp_bias": False, "layer_norm_eps": 1e-3},
 }
 

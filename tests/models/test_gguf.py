@@ -117,6 +117,32 @@ def test_ffns_of_relu2_without_a_gate(name: str) -> None:
             config_from_gguf(fields, checkpoint, config.vocab_size)
 
 
+def test_gemma_3() -> None:
+    """llama.cpp's converter says neither which layers have a window nor, in older files, what they rotate by."""
+    config = replace(zoo()["gemma3"], layer_count=7, sliding_window_layers=(0, 1, 2, 3, 4, 6), score_scale=1.0)
+    weights = random_weights(config)
+    checkpoint = gguf_checkpoint(config, weights)
+    fields = {k: v for k, v in gguf_fields(config, "gemma3").items() if ".hidden_act" not in k}
+    fields |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 2.0}
+    fields |= {"gemma3.attention.sliding_window": 5}
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == config
+    found = canonical_weights(config, checkpoint, gguf_source)
+    assert found.keys() == weights.keys()
+    assert all((found[key] == weights[key]).all() for key in weights)
+    other = config_from_gguf({**fields, "gemma3.rope.freq_base_swa": 3000.0}, checkpoint, config.vocab_size)
+    assert other == replace(config, local_rope=Rope(3000.0))
+    del fields["gemma3.attention.sliding_window"]
+    plain = replace(config, sliding_window=0, sliding_window_layers=(), local_rope=None)
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == plain
+    capped = {**fields, "gemma3.final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        config_from_gguf(capped, checkpoint, config.vocab_size)
+    large = {**fields, "gemma3.block_count": 62, "gemma3.embedding_length": 5376, "gemma3.attention.head_count": 32}
+    large |= {"gemma3.attention.head_count_kv": 16, "gemma3.attention.key_length": 128}
+    large |= {"gemma3.attention.value_length": 128}
+    assert config_from_gguf(large, checkpoint, 9).attention_scale == pytest.approx(168**-0.5)
+
+
 def test_a_nemotron_whose_heads_are_wider_than_the_model_is_refused() -> None:
     """Minitron-8B: 48 heads of 128 in a model of 4096, of which the converter makes 42 dimensions that turn."""
     fields = {

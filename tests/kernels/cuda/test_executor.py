@@ -31,7 +31,7 @@ from svdengine.scheduling.sampling import SamplingParams
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(SIMULATED, reason="needs an NVIDIA GPU: too slow in the simulator")]
 # Together these use every field of ModelConfig; rope's tables come from the host.
-QUICK = ("mistral", "bamboo", "qwen3", "minicpm", "opt", "falcon_7b", "falcon_40b", "nemotron")
+QUICK = ("mistral", "bamboo", "qwen3", "minicpm", "opt", "falcon_7b", "falcon_40b", "nemotron", "gemma3")
 BOUND = 2e-5
 
 
