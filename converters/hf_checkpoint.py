@@ -19,6 +19,7 @@ from svdengine.kernels.formats import from_bfloat16
 from svdengine.models import config_from_hf, hf_source, with_activation
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
+from svdengine.models.settings import foreign_quantization
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -33,10 +34,9 @@ class HfCheckpoint:
         """Read everything but the tensors. Raises ConversionError."""
         self.path = folder
         settings = read_json(folder / "config.json")
-        if quantization := settings.get("quantization_config"):
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method := foreign_quantization(settings):
             raise ConversionError(
-                f"{folder}: the weights are quantised ({quoted(str(method))}); convert the original checkpoint"
+                f"{folder}: the weights are quantised ({quoted(method)}); convert the original checkpoint"
             )
         generation = read_json(folder / "generation_config.json", optional=True)
         self._tensors, shards = _find_tensors(folder)
@@ -70,7 +70,8 @@ class HfCheckpoint:
         """One tensor as float32."""
         file, entry = self._tensors[name]
         label = f"tensor {quoted(name)}"
-        if entry.dtype not in _FLOATS:
+        packed = entry.dtype == "U8" and f"{name}_scale" in self._tensors
+        if entry.dtype not in _FLOATS and not packed:
             raise ConversionError(f"{file}: {label}: found {entry.dtype}, expected one of {', '.join(_FLOATS)}")
         data = read_bytes(file, label, DTYPES[entry.dtype], math.prod(entry.shape), entry.start).reshape(entry.shape)
         if entry.dtype == "BF16":

@@ -172,7 +172,10 @@ class ReferenceExecutor(BaseExecutor):
             visible = (distance >= 0) & (distance < window) if window else distance >= 0
             seen_keys, seen_values = self.keys[layer, slots], self.values[layer, slots]
             mixed[rows] = attend(q[rows], seen_keys, seen_values, visible, config.attention_scale)
-        return linear(mixed.reshape(len(x), -1), lw["o"], lw.get("o.bias"))
+        mixed = mixed.reshape(len(x), -1)
+        if config.sub_norms:
+            mixed = normalize(config, lw, "attention_sub_norm", mixed)
+        return linear(mixed, lw["o"], lw.get("o.bias"))
 
 
 def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
@@ -188,6 +191,8 @@ def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
         neurons = activate(config.activation, gate, config.activation_threshold) * up
     else:
         neurons = activate(config.activation, up, config.activation_threshold)
+    if config.sub_norms:
+        neurons = normalize(config, weights, "ffn_sub_norm", neurons)
     down = weights["down_T"].T if config.sparse_ffn else weights["down"]
     return linear(neurons, down, weights.get("down.bias"))
 
@@ -204,6 +209,7 @@ def sparse_ffn(
 
     `sparsity_bias` (n, 1) raises the thresholds of a row, in units of the predictor. P are the neurons whose score is
     positive; Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold.
+    With `config.sub_norms` the mean square is that of Q too: what is missed makes the rest larger.
     An executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
     `counts` (3,) is added the sizes of P and Q, and n times f.
     """
@@ -224,7 +230,10 @@ def sparse_ffn(
     if config.gated:
         up = linear(x, weights["up"], weights.get("up.bias"))
         neurons = gate * (activate("relu", up) if config.activation == "drelu" else up)
-    return linear(np.where(active, neurons, np.float32(0)), weights["down_T"].T, weights.get("down.bias"))
+    neurons = np.where(active, neurons, np.float32(0))
+    if config.sub_norms:
+        neurons = normalize(config, weights, "ffn_sub_norm", neurons)
+    return linear(neurons, weights["down_T"].T, weights.get("down.bias"))
 
 
 def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:

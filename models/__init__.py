@@ -9,7 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.models import arcee, bamboo, falcon, gemma3, jais2, llama, minicpm, mistral, nemotron, opt, qwen2, qwen3
+from svdengine.models import (
+    arcee,
+    bamboo,
+    bitnet,
+    falcon,
+    gemma3,
+    jais2,
+    llama,
+    minicpm,
+    mistral,
+    nemotron,
+    opt,
+    qwen2,
+    qwen3,
+)
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source
 from svdengine.models.gguf_settings import gguf_config, strip_architecture
@@ -36,7 +50,7 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3)
+    for module in (llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet)
 }
 
 

@@ -45,7 +45,7 @@ class Rope:
 class ModelConfig:
     """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
-    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2 or gemma3.
+    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3 or bitnet.
     vocab_size: tokens that have logits.
     hidden_size: d, the width of the residual stream.
     layer_count: decoder layers.
@@ -72,6 +72,7 @@ class ModelConfig:
     parallel: attention and FFN read the same residual stream and are added together.
     shared_norm: parallel, and both read the output of attention_norm.
     post_norms: what attention and FFN give has a norm of its own before it is added to the residual stream.
+    sub_norms: RMSNorm over what the attention's output projection reads, and over what down reads.
     embedding_scale: multiplies the embedding.
     residual_scale: multiplies what attention and FFN add to the residual stream.
     logit_scale: multiplies the logits.
@@ -105,6 +106,7 @@ class ModelConfig:
     parallel: bool = False
     shared_norm: bool = False
     post_norms: bool = False
+    sub_norms: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -147,6 +149,8 @@ class ModelConfig:
             raise ValueError(f"norm_eps must lie between 0 and 1, found {self.norm_eps}")
         if self.post_norms and (self.parallel or self.norm != "rms"):
             raise ValueError("post_norms needs RMSNorm, and FFNs after the attention")
+        if self.sub_norms and (self.parallel or self.post_norms or self.ffn_bias or self.norm != "rms"):
+            raise ValueError("sub_norms needs RMSNorm, FFNs without biases after the attention, and no post_norms")
         if not 0.0 < self.score_scale < 1e6:
             raise ValueError(f"score_scale must be above 0, found {self.score_scale}")
         for rope in (self.rope, self.local_rope):

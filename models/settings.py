@@ -125,12 +125,18 @@ def refuse_unreadable(settings: Settings) -> None:
             raise ValueError(f"mixture-of-experts models are not supported (config has {key}={shown(count)})")
         if not isinstance(count, int | None):
             raise ValueError(f"{key} must be a whole number, found {shown(count)}")
+    method = foreign_quantization(settings)
+    if method is not None:
+        raise ValueError(f"checkpoints quantised with {method[:40]} are not supported; use the unquantised checkpoint")
+
+
+def foreign_quantization(settings: Settings) -> str | None:
+    """The name of the method that the weights are quantised with, where no family reads it."""
     quantization = settings.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"checkpoints quantised with {str(method)[:40]} are not supported; use the unquantised checkpoint"
-        )
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    return None if method == settings.get("model_type") == "bitnet" else str(method)
 
 
 def decoder_config(family: str, settings: Settings, **fields: Any) -> ModelConfig:

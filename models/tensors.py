@@ -48,6 +48,7 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
         vector(f"{name}.bias", rows, config.qkv_bias)
     vector("q_norm.weight", config.head_dim, config.qk_norm)
     vector("k_norm.weight", config.head_dim, config.qk_norm)
+    vector("attention_sub_norm.weight", heads, config.sub_norms)
     matrix("o", d, heads)
     vector("o.bias", d, config.output_bias)
     vector("attention_post_norm.weight", d, config.post_norms)
@@ -56,6 +57,7 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     for name in ("gate", "up") if config.gated else ("up",):
         matrix(name, f, d)
         vector(f"{name}.bias", f, config.ffn_bias)
+    vector("ffn_sub_norm.weight", f, config.sub_norms)
     if config.sparse_ffn:
         matrix("down_T", f, d)
     else:

@@ -91,6 +91,8 @@ def zoo() -> dict[str, ModelConfig]:
             score_scale=0.8,
             tied_embeddings=True,
         ),
+        "bitnet": replace(llama, family="bitnet", activation="relu2", sub_norms=True, tied_embeddings=True),
+        "bitnet_silu": replace(llama, family="bitnet", sub_norms=True),
         "falcon_sequential": replace(falcon, parallel=False, kv_head_count=9, **biases),
     }
 
@@ -126,7 +128,7 @@ def stored(
             arrays[name] = exact[name] = weights
             continue
         chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
-        if weight_format == "q4" and name in ("embedding", "lm_head"):
+        if weight_format in ("q4", "ternary") and name in ("embedding", "lm_head"):
             chosen = "q8"
         formats[name] = chosen
         layers = [quantize(w, chosen) for w in (weights if spec.stacked else weights[None])]

@@ -62,6 +62,11 @@ class AscendExecutor(BaseExecutor):
                 f"models of the family {config.family} do not run on Ascend: their residual stream grows beyond what"
                 " float16 holds, which is what runs there; use --device cpu or cuda"
             )
+        if config.sub_norms:
+            raise DeviceError(
+                f"models of the family {config.family} do not run on Ascend yet: they have norms before the attention's"
+                " output projection and before down; use --device cpu"
+            )
         for name in needed_operators(config):
             device.cann.function(f"{name}GetWorkspaceSize")
         self._device = device

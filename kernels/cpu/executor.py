@@ -192,7 +192,8 @@ class CpuExecutor(BaseExecutor):
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
             "q": attention, "k": kv, "v": kv, "attention": attention,
             "attention_q": quantized(model.heads * model.head_dim), "attention_add": hidden, "ffn_add": hidden,
-            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
+            "gate": ffn, "up": ffn, "unscaled": ffn if model.sub_norms else 64,
+            "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
             "neurons": ffn + 64,
         }  # fmt: skip
         buffers = {name: aligned(rows * size) for name, size in sizes.items()}

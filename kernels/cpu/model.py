@@ -50,6 +50,7 @@ class Model(NamedTuple):
     parallel: bool
     shared_norm: bool
     post_norms: bool
+    sub_norms: bool
     qk_norm: bool
     learned_positions: bool
     rope: bool
@@ -65,6 +66,8 @@ class Model(NamedTuple):
     ffn_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
     attention_post_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
     ffn_post_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
+    attention_sub_norm: NDArray[np.float32]  # (layers, 2, attention_stride)
+    ffn_sub_norm: NDArray[np.float32]  # (layers, 2, ffn_stride)
     output_norm: NDArray[np.float32]  # (2, hidden_stride)
     head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
     predictor_minus_threshold: NDArray[np.float32]  # (layers, ffn_stride) where the sums of scores start
@@ -201,6 +204,7 @@ def _model(
         parallel=config.parallel,
         shared_norm=config.shared_norm,
         post_norms=config.post_norms,
+        sub_norms=config.sub_norms,
         qk_norm=config.qk_norm,
         learned_positions=config.learned_positions,
         rope=config.rope is not None,
@@ -216,6 +220,8 @@ def _model(
         ffn_norm=norm("ffn_norm", config.layer_count, stride),
         attention_post_norm=norm("attention_post_norm", config.layer_count, stride),
         ffn_post_norm=norm("ffn_post_norm", config.layer_count, stride),
+        attention_sub_norm=norm("attention_sub_norm", config.layer_count, padded_columns(config.head_count * hd)),
+        ffn_sub_norm=norm("ffn_sub_norm", config.layer_count, padded_columns(config.ffn_size)),
         output_norm=norm("output_norm", 1, stride)[0],
         head_norm=head_norm,
         predictor_minus_threshold=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),

@@ -39,6 +39,7 @@ class Workspace(NamedTuple):
     gate: int
     up: int
     ffn_stride: int
+    unscaled: int  # (rows, ffn) what down's norm is taken over, where it has one; strides as those of gate
     ffn_q: int
     ffn_q_stride: int
     z: int  # hidden values of the predictor, one row a thread; in decode all share the first

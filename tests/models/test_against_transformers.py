@@ -205,3 +205,56 @@ def test_minicpm_is_a_llama_with_scaled_weights() -> None:
     config = config_from_hf({**settings, **scales, "model_type": "minicpm", "tie_word_embeddings": False})
     tokens = random_tokens(config, LENGTH)
     assert relative_error(reference_logits(config, checkpoint, tokens), logits_of(model, tokens)) < 1e-4
+
+
+BITNET = {**UNGATED, "model_type": "bitnet", "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+BITNET |= {"intermediate_size": 160, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+PACKING = {"quant_method": "bitnet", "linear_class": "autobitlinear", "modules_to_not_convert": None}
+
+
+def bitnet_model(rounded_activations: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A model whose projections are rounded as transformers does, its master weights, and its packed ones."""
+    from transformers.integrations.bitnet import pack_weights
+
+    model = random_model(BITNET)
+    master = {name: tensor.copy() for name, tensor in tensors_of(model).items()}
+    packed = dict(master)
+    for name, layer in model.named_modules():
+        if not name.endswith("_proj"):
+            continue
+        with torch.no_grad():
+            scale = layer.weight.abs().mean().clamp(min=1e-5)
+            signs = (layer.weight / scale).round().clamp(-1, 1)
+            layer.weight.copy_(signs * scale)
+        packed[f"{name}.weight"] = pack_weights(signs.clone()).numpy()
+        packed[f"{name}.weight_scale"] = scale.reshape(1).numpy()
+        if rounded_activations:
+            layer.register_forward_pre_hook(
+                lambda _, x: (torch.round(x[0] * (unit := 127 / x[0].abs().amax(-1, keepdim=True))) / unit,)
+            )
+    return model, master, packed
+
+
+def test_bitnet_from_master_weights_and_from_packed_ones() -> None:
+    model, master, packed = bitnet_model(rounded_activations=False)
+    online, offline = (
+        {**BITNET, "quantization_config": {**PACKING, "quantization_mode": m}} for m in ("online", "offline")
+    )
+    config = config_from_hf(online)
+    assert config == config_from_hf(offline) == config_from_hf(BITNET)
+    tokens = random_tokens(config, LENGTH)
+    expected = logits_of(model, tokens)
+    assert relative_error(reference_logits(config, master, tokens), expected) < 1e-4
+    assert relative_error(reference_logits(config, packed, tokens), expected) < 1e-4
+    rounded = tensors_of(model)  # what is ternary already stays as it is
+    assert relative_error(reference_logits(config, rounded, tokens), expected) < 1e-4
+
+
+def test_bitnet_keeps_more_of_activations_than_it_was_trained_with() -> None:
+    """transformers rounds what products read to 8 bits; we do not. The next token is nearly as likely."""
+    model, master, _ = bitnet_model(rounded_activations=True)
+    config = config_from_hf(BITNET)
+    tokens = random_tokens(config, LENGTH)
+    expected, found = logits_of(model, tokens), reference_logits(config, master, tokens)
+    assert 1e-4 < relative_error(found, expected) < 0.1
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.9

@@ -143,6 +143,22 @@ def test_gemma_3() -> None:
     assert config_from_gguf(large, checkpoint, 9).attention_scale == pytest.approx(168**-0.5)
 
 
+@pytest.mark.parametrize(("name", "layers"), [("bitnet", 2), ("bitnet", 30), ("bitnet_silu", 26)])
+def test_bitnet(name: str, layers: int) -> None:
+    """The converter of llama.cpp rounds the weights, and says nothing of the activation."""
+    config = replace(zoo()[name], layer_count=layers, tied_embeddings=True)
+    weights = {
+        key: np.sign(w) * np.float32(0.25) if key in ("q", "k", "v", "o", "gate", "up", "down", "down_T") else w
+        for key, w in random_weights(config).items()
+    }
+    checkpoint = gguf_checkpoint(config, weights)
+    fields = {k: v for k, v in gguf_fields(config, "bitnet").items() if ".hidden_act" not in k}
+    fields |= {"bitnet.rope.scaling.type": "linear", "bitnet.rope.scaling.factor": 1.0}
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == config
+    found = canonical_weights(config, checkpoint, gguf_source)
+    assert all((found[key] == weights[key]).all() for key in weights)
+
+
 def test_a_nemotron_whose_heads_are_wider_than_the_model_is_refused() -> None:
     """Minitron-8B: 48 heads of 128 in a model of 4096, of which the converter makes 42 dimensions that turn."""
     fields = {

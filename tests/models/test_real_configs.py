@@ -194,6 +194,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope": "linear", "head_count": 8, "kv_head_count": 4, "head_dim": 256, "vocab_size": 262208,
          "sliding_window": 1024, "hidden_size": 2560},
     ),
+    "BitNet b1.58 2B4T": (
+        {**_COMMON, **_sizes(2560, 6912, 30, 20, 5, 128256, 4096), "architectures": ["BitNetForCausalLM"],
+         "model_type": "bitnet", "auto_map": {"AutoConfig": "configuration_bitnet.BitNetConfig"}, "hidden_act": "relu2",
+         "bos_token_id": 128000, "eos_token_id": 128001, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+         "tie_word_embeddings": True,
+         "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear",
+                                 "quantization_mode": "offline"}},
+        {"activation": "relu2", "gated": True, "sub_norms": True, "tied_embeddings": True, "kv_head_count": 5},
+    ),
     "Jais-2-8B": (
         {**_COMMON, **_sizes(3328, 26624, 32, 26, 26, 150272, 8192), "architectures": ["Jais2ForCausalLM"],
          "model_type": "jais2", "attention_bias": True, "mlp_bias": True, "head_dim": 128, "hidden_act": "relu2",

@@ -47,7 +47,7 @@ def small(config: ModelConfig) -> ModelConfig:
     return replace(config, layer_count=layers, sliding_window=3 if windowed else 0, sliding_window_layers=windowed)
 
 
-ZOO = zoo()
+ZOO = {name: config for name, config in zoo().items() if not config.sub_norms}
 MODELS = {name: small(config) if SIMULATED else config for name, config in ZOO.items()}
 LLAMA, RELU = MODELS["llama"], MODELS["llama_relu_tied"]
 
