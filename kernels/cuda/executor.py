@@ -57,11 +57,6 @@ class CudaExecutor(BaseExecutor):
                 f"the model has a vocabulary of {config.vocab_size} tokens, and at most {MOST_TOKENS} can be sampled"
                 " from on the GPU; use --device cpu"
             )
-        if config.sub_norms:
-            raise DeviceError(
-                f"models of the family {config.family} do not run on CUDA yet: they have norms before the attention's"
-                " output projection and before down; use --device cpu"
-            )
         sizes = Sizes.of(config, self.max_batch_rows, self.context)
         self.kv_bytes_per_token = kv_bytes_per_token(config, setup.kv_dtype)
         cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count

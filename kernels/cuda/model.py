@@ -98,6 +98,8 @@ class LayerWeights:
     ffn_norm: Norm | None  # None where attention and FFN share a norm
     attention_post_norm: Norm | None  # of what attention gives
     ffn_post_norm: Norm | None  # of what the FFN gives
+    attention_sub_norm: Norm | None  # of what o reads
+    ffn_sub_norm: Norm | None  # of what down reads, in the order of its rows
     qkv: tuple[Projection, ...]  # into Workspace.qkv; one where q, k and v have the same format
     q_norm: Array  # (head_dim,) float32, one zero where there is none
     k_norm: Array
@@ -245,6 +247,8 @@ class _Builder:
             ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
             attention_post_norm=self.norm("attention_post_norm", index) if config.post_norms else None,
             ffn_post_norm=self.norm("ffn_post_norm", index) if config.post_norms else None,
+            attention_sub_norm=self.norm("attention_sub_norm", index) if config.sub_norms else None,
+            ffn_sub_norm=self.norm("ffn_sub_norm", index, order) if config.sub_norms else None,
             qkv=self.projections(["q", "k", "v"], index),
             q_norm=self.vector("q_norm.weight", index),
             k_norm=self.vector("k_norm.weight", index),
@@ -325,9 +329,10 @@ class _Builder:
             self.angles[rope] = self.device.upload(cos), self.device.upload(sin)
         return self.angles[rope]
 
-    def norm(self, name: str, layer: int | None) -> Norm:
-        """A norm's weight and bias."""
+    def norm(self, name: str, layer: int | None, order: NDArray[np.intp] | None = None) -> Norm:
+        """A norm's weight and bias, in some order."""
         weight = self.part(f"{name}.weight", layer)
+        weight = weight if order is None else weight[order]
         has_bias = f"{name}.bias" in self.arrays
         bias = self.part(f"{name}.bias", layer) if has_bias else np.zeros_like(weight)
         return Norm(self.device.upload(weight), self.device.upload(bias))

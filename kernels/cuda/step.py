@@ -101,14 +101,20 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
         product(device, state.copies, part.matrix, work.normed, sizes.hidden, work.qkv[part.offset :], sizes.qkv, n)
     place_keys(device, model, layer, index, work, state.cache, n)
     attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
-    post, factor = layer.attention_post_norm, model.config.residual_scale
+    config = model.config
+    if layer.attention_sub_norm is not None:
+        normalize(
+            device, config, layer.attention_sub_norm, work.attention, work.attention, sizes.attention, n,
+            columns=config.head_count * config.head_dim,
+        )  # fmt: skip
+    post, factor = layer.attention_post_norm, config.residual_scale
     product(
         device, state.copies, layer.o, work.attention, sizes.attention,
         work.x if post is None else work.second, sizes.hidden, n,
         factor=factor if post is None else 1.0, add=post is None,
     )  # fmt: skip
     if post is not None:
-        normalize(device, model.config, post, work.second, work.x, sizes.hidden, n, factor=factor, add=True)
+        normalize(device, config, post, work.second, work.x, sizes.hidden, n, factor=factor, add=True)
 
 
 def ffn(
@@ -133,6 +139,9 @@ def ffn(
     for part in layer.gate_up:
         product(device, state.copies, part.matrix, x, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
     activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
+    if layer.ffn_sub_norm is not None:
+        sub_norm, hidden = layer.ffn_sub_norm, work.hidden
+        normalize(device, config, sub_norm, hidden, hidden, sizes.ffn, n, columns=config.ffn_size)
     if model.transposed_down:
         add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
     else:

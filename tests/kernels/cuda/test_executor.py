@@ -31,7 +31,19 @@ from svdengine.scheduling.sampling import SamplingParams
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(SIMULATED, reason="needs an NVIDIA GPU: too slow in the simulator")]
 # Together these use every field of ModelConfig; rope's tables come from the host.
-QUICK = ("mistral", "bamboo", "qwen3", "minicpm", "opt", "falcon_7b", "falcon_40b", "nemotron", "gemma3")
+QUICK = (
+    "mistral",
+    "bamboo",
+    "qwen3",
+    "minicpm",
+    "opt",
+    "falcon_7b",
+    "falcon_40b",
+    "nemotron",
+    "gemma3",
+    "bitnet",
+    "bitnet_silu",
+)
 BOUND = 2e-5
 
 
@@ -47,7 +59,7 @@ def small(config: ModelConfig) -> ModelConfig:
     return replace(config, layer_count=layers, sliding_window=3 if windowed else 0, sliding_window_layers=windowed)
 
 
-ZOO = {name: config for name, config in zoo().items() if not config.sub_norms}
+ZOO = zoo()
 MODELS = {name: small(config) if SIMULATED else config for name, config in ZOO.items()}
 LLAMA, RELU = MODELS["llama"], MODELS["llama_relu_tied"]
 

@@ -28,9 +28,7 @@ from svdengine.kernels.reference import sparse_ffn as reference_ffn
 from svdengine.models import ModelConfig, tensor_specs
 
 # Sizes are odd on purpose: no multiple of 64 columns or of 32 neurons.
-ZOO = {
-    name: replace(config, layer_count=1) for name, config in zoo().items() if config.sparse_ffn and not config.sub_norms
-}
+ZOO = {name: replace(config, layer_count=1) for name, config in zoo().items() if config.sparse_ffn}
 CONFIG = ZOO["llama_relu_biases"]
 ROWS = 2
 
@@ -213,7 +211,7 @@ def test_gate_and_up_of_different_formats(device: Any) -> None:
     assert relative_error(bench.run(layer), expected) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["llama_relu_biases", "bamboo", "opt", "prosparse"])
+@pytest.mark.parametrize("name", ["llama_relu_biases", "bamboo", "opt", "prosparse", "bitnet"])
 def test_with_every_neuron_listed_sparse_equals_dense(device: Any, name: str) -> None:
     config = ZOO[name]
     bench = Bench(device, config, "f16")
