@@ -172,10 +172,10 @@ class ReferenceExecutor(BaseExecutor):
             visible = (distance >= 0) & (distance < window) if window else distance >= 0
             seen_keys, seen_values = self.keys[layer, slots], self.values[layer, slots]
             mixed[rows] = attend(q[rows], seen_keys, seen_values, visible, config.attention_scale)
-        mixed = mixed.reshape(len(x), -1)
+        heads_joined = mixed.reshape(len(x), -1)
         if config.sub_norms:
-            mixed = normalize(config, lw, "attention_sub_norm", mixed)
-        return linear(mixed, lw["o"], lw.get("o.bias"))
+            heads_joined = normalize(config, lw, "attention_sub_norm", heads_joined)
+        return linear(heads_joined, lw["o"], lw.get("o.bias"))
 
 
 def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
