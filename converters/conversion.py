@@ -37,8 +37,8 @@ def convert(
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
-    `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4; `down_dtype` that
-    of the FFNs' down projections, by default `dtype`.
+    `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q6, q4 and
+    ternary; `down_dtype` that of the FFNs' down projections, by default `dtype`.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. `hub` says what the
     checkpoint is on a hub (engine/files/models_folder.py), and is kept in the provenance. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
@@ -50,6 +50,11 @@ def convert(
         if wanted not in WEIGHT_FORMATS:
             raise ConversionError(f"unknown dtype {wanted!r}; there are {', '.join(WEIGHT_FORMATS)}")
     checkpoint = open_checkpoint(source, activation)
+    if "ternary" in (dtype, embedding_dtype, down_dtype) and not checkpoint.config.sub_norms:
+        raise ConversionError(
+            f"{source}: ternary is for models that were trained with weights of -s, 0 and s (BitNet), found a"
+            f" {checkpoint.config.family} model; use q4"
+        )
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
     sources = list(find_sources(checkpoint))

@@ -26,7 +26,7 @@ class FfnLayer:
     gate_bias: Array  # (f,)
     up: Array | None  # (f, d); None: not gated
     up_bias: Array  # (f,)
-    down_norm: Array  # (f,) length of each neuron's row of down_T
+    down_norm: Array  # (f,) length of each neuron's row of down_T, times the weight of the norm before it
     input_bits: int  # of x, as executors multiply it with the gate; 32: float32
     row_bytes: tuple[int, int, int]  # stored bytes of one row of gate, up (0: none) and down_T
 
@@ -66,14 +66,16 @@ def read_ffn_layer(model_file: ModelFile, layer: int) -> FfnLayer:
         found = model_file.arrays.get(f"{matrix}.bias")
         return zeros if found is None else np.asarray(found[layer], np.float32)
 
-    down = layer_matrix(model_file, "down_T", layer, config.hidden_size)
+    down_norm = np.sqrt(np.square(layer_matrix(model_file, "down_T", layer, config.hidden_size)).sum(1))
+    if config.sub_norms:  # of which the mean square scales all neurons alike
+        down_norm *= np.abs(model_file.arrays["ffn_sub_norm.weight"][layer])
     return FfnLayer(
         config=config,
         gate=layer_matrix(model_file, name, layer, config.hidden_size),
         gate_bias=bias(name),
         up=layer_matrix(model_file, "up", layer, config.hidden_size) if config.gated else None,
         up_bias=bias("up"),
-        down_norm=np.sqrt(np.square(down).sum(1)),
+        down_norm=down_norm,
         input_bits=FORMATS[model_file.formats[name]].activation_bits,
         row_bytes=(
             _row_bytes(model_file, name),

@@ -18,6 +18,7 @@ from svdengine.kernels.formats import from_bfloat16
 from svdengine.models import config_from_hf, hf_source
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Source
+from svdengine.models.settings import foreign_quantization
 
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
@@ -60,7 +61,8 @@ class HfCheckpoint:
     def read(self, name: str) -> NDArray[np.float32]:
         """One tensor as float32."""
         tensor, label = self._tensors[name], f"tensor {quoted(name)}"
-        if tensor.dtype not in _FLOATS:
+        packed = tensor.dtype == "U8" and f"{name}_scale" in self._tensors
+        if tensor.dtype not in _FLOATS and not packed:
             raise ConversionError(f"{tensor.file}: {label}: found {tensor.dtype}, expected one of {', '.join(_FLOATS)}")
         data = read_stored(tensor, label)
         if tensor.dtype == "BF16":
@@ -109,9 +111,8 @@ def _names(folder: Path) -> list[str]:
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "config.json")
-    if quantization := settings.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method := foreign_quantization(settings):
         raise ConversionError(
-            f"{folder}: the weights are quantised ({quoted(str(method))}); convert the original checkpoint"
+            f"{folder}: the weights are quantised ({quoted(method)}); convert the original checkpoint"
         )
     return settings

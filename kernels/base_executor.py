@@ -93,6 +93,7 @@ class BaseExecutor(ABC):
                 self._ffn_layer_bytes,
                 config.hidden_size,
                 self._measured_layers,
+                gated=config.gated,
             )
             self._set_neuron_counts(counted)
         return self._times

@@ -1,7 +1,8 @@
 """How long FFNs take on this machine, dense and sparse, by a model's first layers: a step's path is chosen by it.
 
-Dense FFNs and scoring are measured for a few sizes of a step. The rest of the sparse path is the rows of
-gate, up and down that are listed: the first use of one in a step reads memory, every further one finds it in a cache.
+Dense FFNs and scoring are measured for a few sizes of a step. The rest of the sparse path is the rows of gate, up and
+down that are listed; without a gate, up has its part. The first use of one in a step reads memory, every further one
+finds it in a cache.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ class FfnTimes:
     scoring: tuple[float, ...]  # of scoring and listing alone, at SIZES
     first_use: float  # of one row of gate, up or down that is used for the first time in a step
     further_use: float  # of that row for each of the step's other rows
+    later: int = 2  # matrices of which the active neurons' rows are read: up and down, or without a gate down alone
 
     def dense_seconds(self, rows: int) -> float:
         """A dense FFN of a step of `rows`."""
@@ -43,12 +45,12 @@ class FfnTimes:
 
     def sparse_seconds(self, rows: int, predicted: float, active: float) -> float:
         """A sparse FFN of a step of `rows`, which predict and find active these shares of the neurons."""
-        first, further = _uses(self.neurons, rows, predicted, active)
+        first, further = _uses(self.neurons, rows, predicted, active, self.later)
         return _at(self.scoring, rows) + first * self.first_use + further * self.further_use
 
     def skipping_seconds(self, active: float) -> float:
-        """An FFN of one row of which all gates are computed, and rows of up and down for this share of the neurons."""
-        first, _ = _uses(self.neurons, 1, 1.0, active)
+        """An FFN of one row of which all gates are computed, and the rest for this share of the neurons."""
+        first, _ = _uses(self.neurons, 1, 1.0, active, self.later)
         return first * self.first_use
 
     def fastest(self, rows: int, predicted: float, active: float) -> FfnPath:
@@ -94,6 +96,8 @@ def measure_ffn_times(
     layer_bytes: float,
     hidden_size: int,
     layers: int | None = None,
+    *,
+    gated: bool = True,
 ) -> FfnTimes:
     """Time the FFNs of the first layers of a model with a predictor, on random inputs. Takes some tenths of a second.
 
@@ -118,7 +122,7 @@ def measure_ffn_times(
         total = after.total - before.total
         return (after.predicted - before.predicted) / total, (after.active - before.active) / total
 
-    before = runner.ffn
+    before, later = runner.ffn, 2 if gated else 1
     try:
         dense = [seconds(n, "dense", 0.0) for n in sizes]
         scoring = [seconds(n, "sparse", _NOTHING) for n in sizes]
@@ -127,19 +131,19 @@ def measure_ffn_times(
         shares = [counted(n, bias) for n in (1, sizes[-1])]
     finally:
         runner.ffn = before
-    first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, 1, *shares[0])), 1.0)
-    first, further = _uses(neurons, sizes[-1], *shares[1])
+    first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, 1, *shares[0], later)), 1.0)
+    first, further = _uses(neurons, sizes[-1], *shares[1], later)
     further_use = min(max(listed[1] - first * first_use, 0.0) / max(further, 1.0), first_use)
-    return FfnTimes(neurons, _filled(dense), _filled(scoring), first_use, further_use)
+    return FfnTimes(neurons, _filled(dense), _filled(scoring), first_use, further_use, later)
 
 
-def _uses(neurons: int, rows: int, predicted: float, active: float) -> tuple[float, float]:
+def _uses(neurons: int, rows: int, predicted: float, active: float, later: int) -> tuple[float, float]:
     """How often a layer's stored rows are used by a step for the first time, and how often after that.
 
     How far the lists of a step's rows overlap is not known before they are made; here they do so by chance only.
     """
-    first = neurons * (1 - (1 - predicted) ** rows + 2 * (1 - (1 - active) ** rows))
-    return first, neurons * rows * (predicted + 2 * active) - first
+    first = neurons * (1 - (1 - predicted) ** rows + later * (1 - (1 - active) ** rows))
+    return first, neurons * rows * (predicted + later * active) - first
 
 
 def _bias_for(share: float, predicted: Callable[[float], float]) -> float:

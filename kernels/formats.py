@@ -12,6 +12,9 @@ zeros to a multiple of 64, so that no kernel has a tail. With C padded columns, 
     q6               as q4 with q in 0..63 and `name` (rows, C * 3 / 4): of every 64 columns, 32 bytes hold the low four
                      bits as q4 does, then 16 bytes the upper two: byte j has columns j, j + 16, j + 32 and j + 48,
                      lowest pair first.
+    ternary          as q4 with q in 0..2, scale and min 1, row[0] = row[1], and `name` (rows, C / 4): of every 64
+                     columns 16 bytes, byte j with columns j, j + 16, j + 32 and j + 48, lowest pair first. So each
+                     weight of a row is -row[0], 0 or row[0].
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from numpy.typing import NDArray
 
 from svdengine.models.tensors import TensorSpec
 
-WeightFormat = Literal["f32", "f16", "bf16", "q8", "q6", "q4"]
+WeightFormat = Literal["f32", "f16", "bf16", "q8", "q6", "q4", "ternary"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 COLUMN_MULTIPLE = 64
 GROUP = 32  # columns that share a scale
@@ -300,6 +303,29 @@ def _dequantize_q6(parts: Parts) -> NDArray[np.float32]:
     return _dequantize_affine(_unpack_six_bits(parts[""]), parts)
 
 
+def _quantize_ternary(w: NDArray[np.float32]) -> Parts:
+    """Each weight as the nearest of -s, 0 and s, the row's largest magnitude: exact for rows that are ternary."""
+    s = np.abs(w).max(1).astype(np.float32)
+    q = (np.rint(w * _inverse(s)[:, None]) + 1).astype(np.uint8)
+    ones = np.ones((len(w), w.shape[1] // GROUP), np.uint8)
+    return {"": _pack_pairs(q), ".scale": ones, ".min": ones, ".row": np.stack([s, s], 1)}
+
+
+def _dequantize_ternary(parts: Parts) -> NDArray[np.float32]:
+    return _dequantize_affine(_unpack_pairs(parts[""]), parts)
+
+
+def _pack_pairs(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    pairs = q.reshape(len(q), -1, 4, 16) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(pairs, axis=2)
+    return packed.reshape(len(q), -1)
+
+
+def _unpack_pairs(data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    pairs = data.reshape(len(data), -1, 1, 16) >> np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (pairs & np.uint8(3)).reshape(len(data), -1)
+
+
 def _pack_nibbles(q: NDArray[np.uint8]) -> NDArray[np.uint8]:
     halves = q.reshape(len(q), -1, 2, 32)
     packed: NDArray[np.uint8] = halves[:, :, 0] | (halves[:, :, 1] << np.uint8(4))
@@ -333,6 +359,7 @@ _ALL = (
     ),
     Format("q6", (Part("", "U8", lambda c: c * 3 // 4), *_AFFINE), 16, _quantize_q6, _dequantize_q6),
     Format("q4", (Part("", "U8", lambda c: c // 2), *_AFFINE), 16, _quantize_q4, _dequantize_q4),
+    Format("ternary", (Part("", "U8", lambda c: c // 4), *_AFFINE), 8, _quantize_ternary, _dequantize_ternary),
 )
 FORMATS: Mapping[WeightFormat, Format] = MappingProxyType({format.name: format for format in _ALL})
 PART_SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys(part.suffix for format in _ALL for part in format.parts))

@@ -75,12 +75,15 @@ class ReferenceExecutor(BaseExecutor):
         for layer, lw in enumerate(self.layers):
             h = normalize(config, lw, "attention_norm", x)
             attended = self._attention(layer, batch, h)
+            if config.post_norms:
+                attended = normalize(config, lw, "attention_post_norm", attended)
             if config.parallel:
                 h = h if config.shared_norm else normalize(config, lw, "ffn_norm", x)
                 x = x + scale * (attended + self._ffn(layer, h, shift))
             else:
                 x = x + scale * attended
-                x = x + scale * self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
+                added = self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
+                x = x + scale * (normalize(config, lw, "ffn_post_norm", added) if config.post_norms else added)
 
         # Only the rows that are asked for are projected on the vocabulary.
         self._residual = x
@@ -159,7 +162,7 @@ class ReferenceExecutor(BaseExecutor):
         if config.qk_norm:
             q, k = (rms_norm(a, lw[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
         if config.rope is not None:
-            cos, sin = rope_tables(config, batch.positions)
+            cos, sin = rope_tables(config, batch.positions, config.rope_of(layer))
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
 
         # All rows of the step are in the cache before any of them attends.
@@ -175,8 +178,12 @@ class ReferenceExecutor(BaseExecutor):
             slots = slots_of(batch.block_tables[sequence], seen)
             distance = batch.positions[rows, None] - seen
             visible = (distance >= 0) & (distance < window) if window else distance >= 0
-            mixed[rows] = attend(q[rows], self.keys[layer, slots], self.values[layer, slots], visible)
-        return linear(mixed.reshape(len(x), -1), lw["o"], lw.get("o.bias"))
+            seen_keys, seen_values = self.keys[layer, slots], self.values[layer, slots]
+            mixed[rows] = attend(q[rows], seen_keys, seen_values, visible, config.attention_scale)
+        heads_joined = mixed.reshape(len(x), -1)
+        if config.sub_norms:
+            heads_joined = normalize(config, lw, "attention_sub_norm", heads_joined)
+        return linear(heads_joined, lw["o"], lw.get("o.bias"))
 
 
 def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
@@ -192,6 +199,8 @@ def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
         neurons = activate(config.activation, gate, config.activation_threshold) * up
     else:
         neurons = activate(config.activation, up, config.activation_threshold)
+    if config.sub_norms:
+        neurons = normalize(config, weights, "ffn_sub_norm", neurons)
     down = weights["down_T"].T if config.sparse_ffn else weights["down"]
     return linear(neurons, down, weights.get("down.bias"))
 
@@ -208,6 +217,7 @@ def sparse_ffn(
 
     `sparsity_bias` (n, 1) raises the thresholds of a row, in units of the predictor. P are the neurons whose score is
     positive; Q are those of P whose exact gate is active; all others contribute nothing, whatever their weights hold.
+    With `config.sub_norms` the mean square is that of Q too: what is missed makes the rest larger.
     An executor reads the gate's rows of P and the up and down rows of Q. Only models with `config.sparse_ffn`.
     `counts` (3,) is added the sizes of P and Q, and n times f.
     """
@@ -228,7 +238,10 @@ def sparse_ffn(
     if config.gated:
         up = linear(x, weights["up"], weights.get("up.bias"))
         neurons = gate * (activate("relu", up) if config.activation == "drelu" else up)
-    return linear(np.where(active, neurons, np.float32(0)), weights["down_T"].T, weights.get("down.bias"))
+    neurons = np.where(active, neurons, np.float32(0))
+    if config.sub_norms:
+        neurons = normalize(config, weights, "ffn_sub_norm", neurons)
+    return linear(neurons, weights["down_T"].T, weights.get("down.bias"))
 
 
 def activate(activation: Activation, x: Array, threshold: float = 0.0) -> Array:
@@ -260,16 +273,17 @@ def rotate(x: Array, cos: Array, sin: Array) -> Array:
     return np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
-def attend(q: Array, k: Array, v: Array, visible: NDArray[np.bool_]) -> Array:
+def attend(q: Array, k: Array, v: Array, visible: NDArray[np.bool_], scale: float) -> Array:
     """Softmax attention of q (n, heads, head_dim) over k and v (t, kv heads, head_dim), where `visible` (n, t).
 
-    Neighbouring query heads share a kv head (GQA). Every row must see at least one position. Returns the shape of q.
+    Products are multiplied by `scale`. Neighbouring query heads share a kv head (GQA). Every row must see at least one
+    position. Returns the shape of q.
     """
     n, heads, head_dim = q.shape
     kv_heads = k.shape[1]
     queries = q.reshape(n, kv_heads, heads // kv_heads, head_dim).transpose(1, 2, 0, 3)  # (kv, group, n, head_dim)
     keys, values = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # (kv, 1, head_dim, t), (kv, 1, t, ..)
-    scores = np.where(visible, queries @ keys * np.float32(head_dim**-0.5), np.float32(-np.inf))
+    scores = np.where(visible, queries @ keys * np.float32(scale), np.float32(-np.inf))
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     mixed = weights @ values / weights.sum(-1, keepdims=True)  # (kv, group, n, head_dim)
     return mixed.transpose(2, 0, 1, 3).reshape(q.shape)

@@ -8,13 +8,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.models import bamboo, falcon, llama, minicpm, mistral, opt, qwen2, qwen3
+from svdengine.models import (
+    arcee,
+    bamboo,
+    bitnet,
+    falcon,
+    gemma3,
+    jais2,
+    llama,
+    minicpm,
+    mistral,
+    nemotron,
+    opt,
+    qwen2,
+    qwen3,
+)
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source
 from svdengine.models.gguf_settings import gguf_config, strip_architecture
 from svdengine.models.known import settled
 from svdengine.models.leftovers import refuse_unread, refuse_unread_tensors
-from svdengine.models.naming import scaled
+from svdengine.models.naming import scaled, turned_first
 from svdengine.models.noted import Noted
 from svdengine.models.settings import refuse_unreadable, texts, with_activation
 from svdengine.models.tensors import TensorSpec, tensor_specs
@@ -35,7 +49,8 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon)
+    module.FAMILY.name: module.FAMILY
+    for module in (llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet)
 }
 
 
@@ -67,7 +82,7 @@ def hf_source(config: ModelConfig, tensor: str, layer: int | None, available: Co
 
     `available` are the names of the checkpoint's tensors. Raises ValueError when it lacks the tensor.
     """
-    return FAMILIES[config.family].hf.source(config, tensor, layer, available)
+    return turned_first(config, tensor, FAMILIES[config.family].hf.source(config, tensor, layer, available))
 
 
 def config_from_gguf(
@@ -107,7 +122,7 @@ def gguf_source(config: ModelConfig, tensor: str, layer: int | None, available: 
     family = FAMILIES[config.family].gguf
     if family is None:
         raise ValueError(f"GGUF has no architecture for the family {config.family}")
-    return scaled(family.naming.source(config, tensor, layer, available), available)
+    return scaled(turned_first(config, tensor, family.naming.source(config, tensor, layer, available)), available)
 
 
 def _names_in(fields: Mapping[str, object]) -> list[str]:

@@ -24,6 +24,8 @@ class Rope:
     beta_fast, beta_slow: the same, the greater first (yarn).
     attention_factor: what cos and sin are multiplied by (yarn).
     truncate: whether the correction range is rounded outwards to whole dimensions (yarn).
+    rotated: dimensions of a head that turn; 0: all. They are the first half of the pairs: models/naming.py has moved
+        them there, since checkpoints have them in one piece.
     """
 
     theta: float
@@ -36,13 +38,14 @@ class Rope:
     beta_slow: float = 1.0
     attention_factor: float = 1.0
     truncate: bool = True
+    rotated: int = 0
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
-    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt or falcon.
+    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3 or bitnet.
     vocab_size: tokens that have logits.
     hidden_size: d, the width of the residual stream.
     layer_count: decoder layers.
@@ -64,8 +67,12 @@ class ModelConfig:
     qk_norm: RMSNorm over head_dim on q and k, before rope.
     sliding_window: a token sees itself and the window - 1 before it; 0: everything before it.
     sliding_window_layers: numbers of the layers that have the window.
+    local_rope: the rotary embedding of those layers, where it is another than `rope`.
+    score_scale: multiplies the scores of attention, beside head_dim ** -0.5.
     parallel: attention and FFN read the same residual stream and are added together.
     shared_norm: parallel, and both read the output of attention_norm.
+    post_norms: what attention and FFN give has a norm of its own before it is added to the residual stream.
+    sub_norms: RMSNorm over what the attention's output projection reads, and over what down reads.
     embedding_scale: multiplies the embedding.
     residual_scale: multiplies what attention and FFN add to the residual stream.
     logit_scale: multiplies the logits.
@@ -94,8 +101,12 @@ class ModelConfig:
     qk_norm: bool = False
     sliding_window: int = 0
     sliding_window_layers: tuple[int, ...] = ()
+    local_rope: Rope | None = None
+    score_scale: float = 1.0
     parallel: bool = False
     shared_norm: bool = False
+    post_norms: bool = False
+    sub_norms: bool = False
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
@@ -105,6 +116,15 @@ class ModelConfig:
     def sparse_ffn(self) -> bool:
         """Whether FFN neurons can be exactly zero, so that down is stored neuron-major and rows can be skipped."""
         return self.activation in RELU_FAMILY
+
+    @property
+    def attention_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return float(self.score_scale * self.head_dim**-0.5)
+
+    def rope_of(self, layer: int) -> Rope | None:
+        """The rotary embedding of a layer."""
+        return self.local_rope if self.local_rope is not None and layer in self.sliding_window_layers else self.rope
 
     def validate(self) -> None:
         """Raise ValueError with what was found and expected when a field is out of range."""
@@ -127,8 +147,17 @@ class ModelConfig:
             _check_choice(field, getattr(self, field), allowed)
         if not 0.0 < self.norm_eps < 1.0:
             raise ValueError(f"norm_eps must lie between 0 and 1, found {self.norm_eps}")
-        if self.rope is not None:
-            _check_rope(self.rope)
+        if self.post_norms and (self.parallel or self.norm != "rms"):
+            raise ValueError("post_norms needs RMSNorm, and FFNs after the attention")
+        if self.sub_norms and (self.parallel or self.post_norms or self.ffn_bias or self.norm != "rms"):
+            raise ValueError("sub_norms needs RMSNorm, FFNs without biases after the attention, and no post_norms")
+        if not 0.0 < self.score_scale < 1e6:
+            raise ValueError(f"score_scale must be above 0, found {self.score_scale}")
+        for rope in (self.rope, self.local_rope):
+            if rope is not None:
+                _check_rope(rope, self.head_dim)
+        if self.local_rope is not None and (self.rope is None or self.rope.rotated != self.local_rope.rotated):
+            raise ValueError("local_rope needs a rope that turns as many dimensions")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
@@ -139,9 +168,11 @@ class ModelConfig:
         """Rebuild from `to_dict`. Raises ValueError on an unknown, missing or ill-typed field, or one out of range."""
         try:
             fields = dict(data)
-            rope = fields.pop("rope", None)
+            for name in ("rope", "local_rope"):
+                rope = fields.pop(name, None)
+                fields[name] = Rope(**rope) if rope is not None else None
             fields["sliding_window_layers"] = tuple(fields.get("sliding_window_layers", ()))
-            config = cls(rope=Rope(**rope) if rope is not None else None, **fields)
+            config = cls(**fields)
             _check_types(config)
         except TypeError as error:
             raise ValueError(f"model config: {error}") from error
@@ -159,7 +190,7 @@ def _check_choice(field: str, value: str, allowed: Any) -> None:
         raise ValueError(f"{field} must be one of {', '.join(get_args(allowed))}, found {value!r}")
 
 
-def _check_rope(rope: Rope) -> None:
+def _check_rope(rope: Rope, head_dim: int) -> None:
     """What the frequencies (kernels/rope.py) are divided by must not be zero."""
     _check_choice("rope.scaling", rope.scaling, RopeScaling)
     if not (1 < rope.theta < 1e30 and 0 < rope.factor < 1e30):
@@ -170,6 +201,8 @@ def _check_rope(rope: Rope) -> None:
         raise ValueError("rope high_freq_factor must be above low_freq_factor")
     if rope.scaling == "yarn" and not 0 < rope.beta_slow <= rope.beta_fast < 1e30:
         raise ValueError("rope beta_fast must not be below beta_slow, nor beta_slow 0")
+    if rope.rotated % 2 or not 0 <= rope.rotated <= head_dim:
+        raise ValueError(f"rope.rotated must be even and at most {head_dim}, found {rope.rotated}")
 
 
 _TYPES: dict[str, type | tuple[type, ...]] = {"int": int, "float": (int, float), "bool": bool, "str": str}

@@ -78,6 +78,7 @@ class GgufFamily:
     naming: Naming
     # (metadata without the architecture's prefix, tensor names) -> fields of ModelConfig that it sets
     fields: Callable[[Mapping[str, Any], Container[str]], dict[str, Any]] = field(default=lambda fields, names: {})
+    partial_rotary: bool = False  # whether a part of each head may stay, in heads whose halves are paired
 
 
 @dataclass(frozen=True)

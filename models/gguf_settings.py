@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -77,7 +78,7 @@ def gguf_config(
         "norm": "rms",
         "norm_eps": number(fields, "attention.layer_norm_rms_epsilon", default=1e-5),
         "gated": True,
-        "rope": _rope(fields, head_dim, tensor_names, rope_factors),
+        "rope": _rope(fields, head_dim, tensor_names, rope_factors, kind.partial_rotary),
         "qkv_bias": "blk.0.attn_q.bias" in tensor_names,
         "output_bias": "blk.0.attn_output.bias" in tensor_names,
         "ffn_bias": "blk.0.ffn_up.bias" in tensor_names,
@@ -100,10 +101,22 @@ def _refuse(fields: Settings, tensor_names: Container[str]) -> None:
         raise ValueError("a bias of the output projection is not supported (tensor output.bias)")
 
 
-def _rope(fields: Noted, head_dim: int, tensor_names: Container[str], factors: NDArray[np.float32] | None) -> Rope:
+def _rope(
+    fields: Noted,
+    head_dim: int,
+    tensor_names: Container[str],
+    factors: NDArray[np.float32] | None,
+    partial: bool,
+) -> Rope:
     rotated = integer(fields, "rope.dimension_count", default=head_dim)
-    if rotated != head_dim:
+    if rotated != head_dim and not partial:
         raise ValueError(f"partial rotary embedding is not supported ({rotated} of {head_dim} dimensions)")
+    return replace(_scaled_rope(fields, head_dim, tensor_names, factors), rotated=0 if rotated == head_dim else rotated)
+
+
+def _scaled_rope(
+    fields: Noted, head_dim: int, tensor_names: Container[str], factors: NDArray[np.float32] | None
+) -> Rope:
     theta = number(fields, "rope.freq_base", default=10000.0)
     kind = fields.get("rope.scaling.type", "linear" if "rope.scale_linear" in fields else "none")
     factor = number(fields, "rope.scaling.factor", "rope.scale_linear", default=1.0)

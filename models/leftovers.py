@@ -17,6 +17,7 @@ from svdengine.models.config import ModelConfig
 from svdengine.models.settings import finite, shown
 
 _SHOWN = 4  # names in a message
+_TEXT_PART = "text_config."  # settings of the part that reads text, in a model that reads other things too
 
 # Settings of config.json that change nothing when a trained model computes its logits, by kind.
 _HARMLESS_HF = re.compile(
@@ -181,7 +182,9 @@ def refuse_unread(unread: Iterable[tuple[str, Any]], config: ModelConfig, harmle
     found = [
         (name, value)
         for name, value in unread
-        if name not in names and not known.fullmatch(name) and not _without_effect(name, value, config)
+        if not {name, bare := name.removeprefix(_TEXT_PART)} & names
+        and not known.fullmatch(bare)
+        and not _without_effect(bare, value, config)
     ]
     if found:
         listed = ", ".join(f"{quoted(name)} ({shown(value, 40)})" for name, value in found[:_SHOWN])
@@ -213,6 +216,7 @@ _HARMLESS_TENSORS = re.compile(
             r"rope_freqs\.weight",  # read with the settings
             r"blk\.\d+\..*\.input_scale|output\.input_scale",  # for activations of 4 bits, which we do not have
             r"blk\.\d+\.fc[12]\.weight",  # PowerInfer's predictor, which calibration reads
+            r"(model\.)?(vision_tower|multi_modal_projector)\..*",  # for images, which are not read
         )
     )
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Container, Sequence
 
+import numpy as np
+
 from svdengine.models.config import ModelConfig
 from svdengine.models.family import Array, Build, Naming, Source, plain, split_suffix
 
@@ -35,10 +37,14 @@ GGUF_STEMS: dict[str, tuple[str, ...]] = {
     "v": ("blk.{layer}.attn_v",),
     "q_norm": ("blk.{layer}.attn_q_norm",),
     "k_norm": ("blk.{layer}.attn_k_norm",),
+    "attention_sub_norm": ("blk.{layer}.attn_sub_norm",),
     "o": ("blk.{layer}.attn_output",),
+    "attention_post_norm": ("blk.{layer}.post_attention_norm",),
     "ffn_norm": ("blk.{layer}.ffn_norm",),
+    "ffn_post_norm": ("blk.{layer}.post_ffw_norm",),
     "gate": ("blk.{layer}.ffn_gate",),
     "up": ("blk.{layer}.ffn_up",),
+    "ffn_sub_norm": ("blk.{layer}.ffn_sub_norm",),
     "down": ("blk.{layer}.ffn_down",),
     "output_norm": ("output_norm",),
     "lm_head": ("output",),
@@ -57,6 +63,37 @@ def half_split(heads: int) -> Build:
         return pairs.swapaxes(1, 2).reshape(rows.shape)
 
     return build
+
+
+def turned_first(config: ModelConfig, tensor: str, source: Source) -> Source:
+    """The source of q, k or their biases and norms in a model of which only a part of each head turns.
+
+    A checkpoint has the dimensions that turn in one piece, the two halves of their pairs after each other, then the
+    rest. Ours pair i with i + head_dim / 2, as every executor does; pairs that turn come first, those that stay last.
+    """
+    stem, _ = split_suffix(tensor)
+    rotated = config.rope.rotated if config.rope is not None else 0
+    if not rotated or stem not in ("q", "k", "q_norm", "k_norm"):
+        return source
+    dims, half, rest = range(config.head_dim), rotated // 2, (config.head_dim - rotated) // 2
+    order = [*dims[:half], *dims[rotated : rotated + rest], *dims[half:rotated], *dims[rotated + rest :]]
+
+    def build(arrays: Sequence[Array]) -> Array:
+        rows = source.build(arrays)
+        heads = rows.reshape(-1, config.head_dim, *rows.shape[1:])
+        return heads[:, order].reshape(rows.shape)
+
+    return Source(source.names, build)
+
+
+def one_more(arrays: Sequence[Array]) -> Array:
+    """The weight of a norm of which a checkpoint stores what it exceeds 1 by."""
+    return arrays[0] + np.float32(1)
+
+
+def norms_plus_one(config: ModelConfig, tensor: str) -> Build:
+    """How tensors are built where every norm's weight is stored less 1."""
+    return one_more if tensor.endswith("norm.weight") else plain(config, tensor)
 
 
 def _neighbours(config: ModelConfig, tensor: str) -> Build:

@@ -169,54 +169,74 @@ def refuse_unreadable(settings: Settings) -> None:
             raise ValueError(f"mixture-of-experts models are not supported (config has {key}={shown(count)})")
         if not isinstance(count, int | None):
             raise ValueError(f"{key} must be a whole number, found {shown(count)}")
+    method = foreign_quantization(settings)
+    if method is not None:
+        raise ValueError(f"checkpoints quantised with {method[:40]} are not supported; use the unquantised checkpoint")
+
+
+def foreign_quantization(settings: Settings) -> str | None:
+    """The name of the method that the weights are quantised with, where no family reads it."""
     quantization = settings.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ValueError(
-            f"checkpoints quantised with {str(method)[:40]} are not supported; use the unquantised checkpoint"
-        )
+    if not quantization:
+        return None
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    return None if method == settings.get("model_type") == "bitnet" else str(method)
 
 
-def gated_config(family: str, settings: Settings, **fields: Any) -> ModelConfig:
-    """The config of a Llama-like model: RMSNorm, gated FFN, rope. `fields` are set over what `settings` say."""
+def decoder_config(family: str, settings: Settings, **fields: Any) -> ModelConfig:
+    """The config of a decoder whose settings have Llama's names. `fields` are set over what `settings` say.
+
+    Of those, `norm`, `norm_eps` and `gated` must be given.
+    """
     hidden, heads = integer(settings, "hidden_size"), integer(settings, "num_attention_heads")
-    head_dim = integer(settings, "head_dim", default=hidden // heads)
     common: dict[str, Any] = {
         "vocab_size": integer(settings, "vocab_size"),
         "hidden_size": hidden,
         "layer_count": layer_count(settings),
         "head_count": heads,
         "kv_head_count": integer(settings, "num_key_value_heads", default=heads),
-        "head_dim": head_dim,
+        "head_dim": head_size(settings),
         "ffn_size": integer(settings, "intermediate_size"),
         "max_position": integer(settings, "max_position_embeddings", default=2048),
-        "norm_eps": number(settings, "rms_norm_eps", default=1e-6),
-        "rope": rope(settings),
         "tied_embeddings": flag(settings, "tie_word_embeddings", False),
-        **activation_fields(settings, "hidden_act"),
     }
-    return ModelConfig(family=family, norm="rms", gated=True, **common | fields)
+    if "rope" not in fields:
+        fields["rope"] = rope(settings)
+    if "activation" not in fields:
+        fields |= activation_fields(settings, "hidden_act")
+    return ModelConfig(family=family, **common | fields)
 
 
-def rope(settings: Settings) -> Rope:
+def gated_config(family: str, settings: Settings, **fields: Any) -> ModelConfig:
+    """The config of a Llama-like model: RMSNorm, gated FFN, rope. `fields` are set over what `settings` say."""
+    eps = number(settings, "rms_norm_eps", default=1e-6)
+    return decoder_config(family, settings, **{"norm": "rms", "norm_eps": eps, "gated": True} | fields)
+
+
+def head_size(settings: Settings) -> int:
+    """Dimensions of a head: its own setting, or an even share of the hidden size."""
+    share = integer(settings, "hidden_size") // integer(settings, "num_attention_heads")
+    return integer(settings, "head_dim", default=share)
+
+
+def rope(settings: Settings, share: float | None = None) -> Rope:
     """The rotary embedding, from `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (before).
 
-    Raises ValueError for a kind of scaling that is not supported.
+    `share` of each head turns where the settings say nothing else; None: in this family all of it does, always.
+    Raises ValueError for a kind of scaling that is not supported, and for a share in a family that has none.
     """
     scaling = _first(settings, ("rope_parameters", "rope_scaling"), {})
     if not isinstance(scaling, Mapping) or any(name.endswith("_attention") for name in scaling):
         raise ValueError("rope parameters that differ between layers are not supported")
     merged = ChainMap(cast(dict[str, Any], scaling), cast(dict[str, Any], settings))
-    for place in (settings, scaling):
-        if number(place, "partial_rotary_factor", default=1.0) != 1.0:
-            raise ValueError(f"partial rotary embedding is not supported (factor {place['partial_rotary_factor']})")
+    rotated = _rotated(settings, scaling, share)
     settings.get("rope_theta")  # the one in rope_parameters is preferred
     theta = number(merged, "rope_theta", default=10000.0)
     kind = _first(scaling, ("rope_type", "type"), "default")
     if kind in ("default", "none"):
-        return Rope(theta)
+        return Rope(theta, rotated=rotated)
     if kind == "linear":
-        return Rope(theta, "linear", factor=number(scaling, "factor"))
+        return Rope(theta, "linear", factor=number(scaling, "factor"), rotated=rotated)
     context = integer(settings, "max_position_embeddings", default=2048)
     key = "original_max_position_embeddings"
     original = integer(settings if settings.get(key) else scaling, key, default=context)
@@ -228,10 +248,29 @@ def rope(settings: Settings) -> Rope:
             original_max_position=original,
             low_freq_factor=number(scaling, "low_freq_factor", default=1.0),
             high_freq_factor=number(scaling, "high_freq_factor", default=4.0),
+            rotated=rotated,
         )
     if kind == "yarn":
-        return _yarn(theta, scaling, original, context)
+        return replace(_yarn(theta, scaling, original, context), rotated=rotated)
     raise ValueError(f"rope scaling {shown(kind)} is not supported; supported: default, linear, llama3, yarn")
+
+
+def _rotated(settings: Settings, scaling: Settings, share: float | None) -> int:
+    """Dimensions of a head that turn, as `Rope.rotated` has them."""
+    key = "partial_rotary_factor"
+    named = [number(place, key) for place in (settings, scaling) if place.get(key) is not None]
+    found = named[0] if named else 1.0 if share is None else share
+    if any(value != found for value in named):
+        raise ValueError(f"{key} is {named[0]} in one place and {named[1]} in another, which disagree")
+    if found == 1.0:
+        return 0
+    if share is None:
+        raise ValueError(f"partial rotary embedding is not supported in this family (factor {found})")
+    head_dim = head_size(settings)
+    rotated = int(head_dim * found) if 0 < found < 1 else 0
+    if rotated < 2 or rotated % 2:
+        raise ValueError(f"{key} {found} of {head_dim} dimensions: expected an even number of them, at most all")
+    return rotated
 
 
 def _yarn(theta: float, scaling: Settings, original: int, context: int) -> Rope:

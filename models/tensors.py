@@ -48,18 +48,22 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
         vector(f"{name}.bias", rows, config.qkv_bias)
     vector("q_norm.weight", config.head_dim, config.qk_norm)
     vector("k_norm.weight", config.head_dim, config.qk_norm)
+    vector("attention_sub_norm.weight", heads, config.sub_norms)
     matrix("o", d, heads)
     vector("o.bias", d, config.output_bias)
+    vector("attention_post_norm.weight", d, config.post_norms)
     vector("ffn_norm.weight", d, not config.shared_norm)
     vector("ffn_norm.bias", d, layer_norm and not config.shared_norm)
     for name in ("gate", "up") if config.gated else ("up",):
         matrix(name, f, d)
         vector(f"{name}.bias", f, config.ffn_bias)
+    vector("ffn_sub_norm.weight", f, config.sub_norms)
     if config.sparse_ffn:
         matrix("down_T", f, d)
     else:
         matrix("down", d, f)
     vector("down.bias", d, config.ffn_bias)
+    vector("ffn_post_norm.weight", d, config.post_norms)
     specs.append(TensorSpec("output_norm.weight", (d,), False, False))
     if layer_norm:
         specs.append(TensorSpec("output_norm.bias", (d,), False, False))

@@ -35,6 +35,19 @@ def all_layers_window(settings: Settings) -> dict[str, Any]:
     return {"sliding_window": window, "sliding_window_layers": tuple(range(count))}
 
 
+def every_nth_is_full(settings: Settings, nth: int) -> dict[str, Any]:
+    """`sliding_window` and its layers where every nth layer sees everything and the others slide (Gemma).
+
+    `sliding_window_pattern` says another n, and `layer_types` each layer's kind.
+    """
+    count, window, kinds = layer_count(settings), integer(settings, "sliding_window"), _layer_types(settings)
+    names = ("sliding_window_pattern", "_sliding_window_pattern")
+    nth = integer(settings, *names, default=nth)
+    kinds = kinds or [_SLIDING if (layer + 1) % nth else _FULL for layer in range(count)]
+    layers = tuple(layer for layer, kind in enumerate(kinds) if kind == _SLIDING)
+    return {"sliding_window": window, "sliding_window_layers": layers} if layers else {}
+
+
 def refuse_window(settings: Settings) -> None:
     """Raise ValueError for a sliding window in a family whose layers see everything before them.
 

@@ -73,6 +73,26 @@ def zoo() -> dict[str, ModelConfig]:
         "falcon_7b": replace(falcon, shared_norm=True, kv_head_count=1),
         "falcon_7b_relu": replace(falcon, shared_norm=True, kv_head_count=1, activation="relu"),
         "falcon_40b": replace(falcon, tied_embeddings=False),
+        "arcee": replace(llama, family="arcee", gated=False, activation="relu2", rope=yarn),
+        "nemotron": replace(layered, family="nemotron", activation="relu2", rope=Rope(10000.0, rotated=6)),
+        "jais2": replace(layered, family="jais2", activation="relu2", kv_head_count=9, **biases),
+        "gemma3": replace(
+            llama,
+            family="gemma3",
+            activation="gelu_tanh",
+            head_dim=16,
+            qk_norm=True,
+            post_norms=True,
+            rope=Rope(1e6, "linear", factor=2.0),
+            local_rope=Rope(10000.0),
+            sliding_window=5,
+            sliding_window_layers=(0,),
+            embedding_scale=90**0.5,
+            score_scale=0.8,
+            tied_embeddings=True,
+        ),
+        "bitnet": replace(llama, family="bitnet", activation="relu2", sub_norms=True, tied_embeddings=True),
+        "bitnet_silu": replace(llama, family="bitnet", sub_norms=True),
         "falcon_sequential": replace(falcon, parallel=False, kv_head_count=9, **biases),
     }
 
@@ -108,7 +128,7 @@ def stored(
             arrays[name] = exact[name] = weights
             continue
         chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
-        if weight_format == "q4" and name in ("embedding", "lm_head"):
+        if weight_format in ("q4", "ternary") and name in ("embedding", "lm_head"):
             chosen = "q8"
         formats[name] = chosen
         layers = [quantize(w, chosen) for w in (weights if spec.stacked else weights[None])]

@@ -13,7 +13,7 @@ from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto
 from svdengine.commands.conversion import Wanted, announce, convert_file
 from svdengine.files.hub_name import HubName
 
-DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without NumPy: help comes at once
+DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, without NumPy: help comes at once
 
 
 @click.command("convert")
@@ -29,7 +29,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
 @click.option(
     "--embedding-dtype",
     type=click.Choice(DTYPES),
-    help="How embedding and output projection are stored; by default like the rest, and in q8 with q6 and q4.",
+    help="How embedding and output projection are stored; by default like the rest, and in q8 with q6, q4 and ternary.",
 )
 @click.option(
     "--down-dtype",

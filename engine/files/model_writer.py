@@ -20,7 +20,7 @@ from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo
 
-_SMALL: tuple[WeightFormat, ...] = ("q6", "q4")
+_SMALL: tuple[WeightFormat, ...] = ("q6", "q4", "ternary")
 _CHUNK = 1 << 22  # elements of float32 that are quantised at once
 
 

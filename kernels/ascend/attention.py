@@ -144,7 +144,7 @@ class LayerAttention:
         return (
             self._q.rows(0, n).reshape(n, 1, width), (self._keys.reshape(*blocks),), (self._values.reshape(*blocks),),
             None, None, lengths, None, None, None, None, None, None, None, work.inputs.tables.rows(0, n), None,
-            config.head_count, config.head_dim**-0.5, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
+            config.head_count, config.attention_scale, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
             work.attended.rows(0, n).reshape(n, 1, width),
         )  # fmt: skip
 
@@ -220,7 +220,7 @@ def _attend_rows(
     # Neighbouring query heads share a kv head: (kv, group * n, head_dim).
     queries = work.permuted_q.leading(size * head)
     device.run("aclnnPermute", q.reshape(n, kv, group, head), (1, 2, 0, 3), queries.reshape(kv, group, n, head))
-    scale(device, queries, head**-0.5)
+    scale(device, queries, config.attention_scale)
     scores, shares = work.scores.leading(size * t), work.shares.leading(size * t)
     grouped = (kv, group * n, t)
     device.run(_BATCH_PRODUCT, queries.reshape(kv, group * n, head), keys, scores.reshape(*grouped), 0)

@@ -57,6 +57,16 @@ class AscendExecutor(BaseExecutor):
             raise DeviceError(
                 f"the KV cache on Ascend is f16, found --kv-dtype {setup.kv_dtype}; use f16, or --device cpu"
             )
+        if config.post_norms or config.local_rope is not None:
+            raise DeviceError(
+                f"models of the family {config.family} do not run on Ascend: their residual stream grows beyond what"
+                " float16 holds, which is what runs there; use --device cpu or cuda"
+            )
+        if config.sub_norms:
+            raise DeviceError(
+                f"models of the family {config.family} do not run on Ascend yet: they have norms before the attention's"
+                " output projection and before down; use --device cpu"
+            )
         for name in needed_operators(config):
             device.cann.function(f"{name}GetWorkspaceSize")
         self._device = device

@@ -7,7 +7,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 
 from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_query, store_key_value, sum_bytes
 from svdengine.kernels.cpu.attention_tile import QUERIES
-from svdengine.kernels.cpu.elementwise import copy_row, head_rms_norm, rotate, scale_head
+from svdengine.kernels.cpu.elementwise import copy_row, head_rms_norm, rms_norm, rotate, scale_head
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.model import LAYER_MATRICES, O
 from svdengine.kernels.cpu.quantize import quantize_groups
@@ -60,7 +60,8 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
         if model.qk_norm:
             head_rms_norm(at, model.head_norm[layer, 1 if is_key else 0], model.head_dim, np.float32(model.norm_eps))
         if model.rope:
-            rotate(at, model.cos[position], model.sin[position], half)
+            angle = model.first_angles[layer] + position
+            rotate(at, model.cos[angle], model.sin[angle], half)
         if is_key:
             block = inputs.block_tables[inputs.sequences[row], position // 16]
             place = (layer * model.kv_heads + kv) * cache.blocks + block
@@ -177,12 +178,15 @@ def project_attention(model, work, inputs, layer, n, member, threads, sync):
             out = work.attention + member * work.attention_stride + 4 * head * model.head_dim
             at = work.partial + head * size
             finish(at, threads, model.heads * size, model.value_stride, model.head_dim, out)
-    if model.quantized:
-        for row in range(first, last):
-            quantize_groups(
-                work.attention + row * work.attention_stride, work.attention_q + row * work.attention_q_stride,
-                model.attention_stride, 0, model.attention_stride,
-            )  # fmt: skip
+    for row in range(first, last):
+        at = work.attention + row * work.attention_stride
+        if model.sub_norms:
+            weight, columns = model.attention_sub_norm[layer, 0].ctypes.data, model.heads * model.head_dim
+            rms_norm(at, weight, at, columns, model.attention_stride, np.float32(model.norm_eps))
+        if model.quantized:
+            quantized = work.attention_q + row * work.attention_q_stride
+            quantize_groups(at, quantized, model.attention_stride, 0, model.attention_stride)
+    if model.quantized or model.sub_norms:
         ready(n, sync, threads)
     matmul_together(
         model.matrices[layer * LAYER_MATRICES + O], work.attention + own * work.attention_stride, work.attention_stride,

@@ -147,6 +147,25 @@ def activate_row(gate, up, out, kind, threshold, gated, first, last):
 
 
 @jit
+def weigh_row(x, weight, unscaled, first, last):
+    """Columns first..last: unscaled = x, and x *= weight."""
+    for i in range(4 * first, 4 * last, 64):
+        value = load_f32(x + i)
+        store_f32(unscaled + i, value)
+        store_f32(x + i, value * load_f32(weight + i))
+
+
+@jit
+def inverse_rms(x, columns, padded, eps):
+    """1 / sqrt(mean(x^2) + eps), over `columns`."""
+    total = zero_f32()
+    for i in range(0, 4 * padded, 64):
+        v = load_f32(x + i)
+        total = fma(v, v, total)
+    return _ONE / np.float32(math.sqrt(sum_lanes(total) / np.float32(columns) + eps))
+
+
+@jit
 def head_rms_norm(x, weight, head_dim, eps):
     """RMSNorm of one head in place; `weight` is an array of head_dim."""
     total = np.float32(0)

@@ -197,7 +197,8 @@ class CpuExecutor(BaseExecutor):
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),
             "q": attention, "k": kv, "v": kv, "attention": attention,
             "attention_q": quantized(model.heads * model.head_dim), "attention_add": hidden, "ffn_add": hidden,
-            "gate": ffn, "up": ffn, "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
+            "gate": ffn, "up": ffn, "unscaled": ffn if model.sub_norms else 64,
+            "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
             "neurons": ffn + 64,
         }  # fmt: skip
         buffers = {name: aligned(rows * size) for name, size in sizes.items()}
@@ -219,7 +220,9 @@ class CpuExecutor(BaseExecutor):
 def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     if config.rope is None:
         return np.zeros((1, 1), np.float32), np.zeros((1, 1), np.float32)
-    return rope_tables(config, np.arange(context))
+    ropes = [config.rope, *([config.local_rope] if config.local_rope is not None else [])]
+    cos, sin = zip(*(rope_tables(config, np.arange(context), rope) for rope in ropes), strict=True)
+    return np.concatenate(cos), np.concatenate(sin)
 
 
 def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.elementwise import activate_row, clear_padding, copy_row
+from svdengine.kernels.cpu.elementwise import activate_row, clear_padding, copy_row, weigh_row
 from svdengine.kernels.cpu.gemm import gemm_transposed
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
@@ -21,7 +21,7 @@ from svdengine.kernels.cpu.sparse import (
     project,
     start_sum,
 )
-from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, sparse_batch
+from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, clear_unscaled, sparse_batch
 from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, GAP, KEPT, MODE, PREDICT, UP_STAGE
 
@@ -49,6 +49,10 @@ def ffn_hidden(model, work, layer, normed, n, member, threads, first, last):
         up = work.up + row * work.ffn_stride
         threshold = np.float32(model.threshold)
         activate_row(gate, up, gate, model.activation, threshold, model.gated, first, padded)
+        if model.sub_norms:
+            # The norm's weights now, and one over its root of a mean square when the FFN's sum is added.
+            weight = model.ffn_sub_norm[layer, 0].ctypes.data
+            weigh_row(gate, weight, work.unscaled + row * work.ffn_stride, first, padded)
         if model.quantized and not model.transposed_down:
             quantize_groups(gate, work.ffn_q + row * work.ffn_q_stride, model.ffn_stride, first, padded)
 
@@ -122,6 +126,8 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     else:
         for i in range(first, last):
             store_int(work.neurons + 4 * i, i)
+    if model.sub_norms:
+        clear_unscaled(model, work, 0, 1, member, threads)
     inputs.counts[member, LISTED] = count
     barrier(sync, threads)
     total = 0
@@ -136,7 +142,9 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
         a, b = max(first, start) - start, min(last, start + listed) - start
         if a < b:
             at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
-            active += compute_listed(model, layer, x, quantized, at, b - a, inputs.sizes[GAP], out, scratch)
+            active += compute_listed(
+                model, layer, x, quantized, at, b - a, inputs.sizes[GAP], work.unscaled, out, scratch
+            )
         start += listed
     count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
     barrier(sync, threads)

@@ -49,6 +49,8 @@ class Model(NamedTuple):
     transposed_down: bool
     parallel: bool
     shared_norm: bool
+    post_norms: bool
+    sub_norms: bool
     qk_norm: bool
     learned_positions: bool
     rope: bool
@@ -62,14 +64,19 @@ class Model(NamedTuple):
     windows: NDArray[np.int64]  # (layers,) sliding window, or a number larger than any context
     attention_norm: NDArray[np.float32]  # (layers, 2, hidden_stride) weight and bias
     ffn_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
+    attention_post_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
+    ffn_post_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
+    attention_sub_norm: NDArray[np.float32]  # (layers, 2, attention_stride)
+    ffn_sub_norm: NDArray[np.float32]  # (layers, 2, ffn_stride)
     output_norm: NDArray[np.float32]  # (2, hidden_stride)
     head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
     predictor_minus_threshold: NDArray[np.float32]  # (layers, ffn_stride) where the sums of scores start
     predictor_unit: NDArray[np.float32]  # (layers, ffn_stride)
     predictor_relu: NDArray[np.int64]  # (layers,) whether there is a ReLU between the factors
     positions: NDArray[np.float32]  # (max_position or 1, hidden_stride)
-    cos: NDArray[np.float32]  # (context, head_dim / 2)
+    cos: NDArray[np.float32]  # (context, head_dim / 2), or twice as many where layers with a window have their own
     sin: NDArray[np.float32]
+    first_angles: NDArray[np.int64]  # (layers,) row of cos and sin for position 0
 
 
 def build_model(
@@ -196,6 +203,8 @@ def _model(
         transposed_down=config.sparse_ffn,
         parallel=config.parallel,
         shared_norm=config.shared_norm,
+        post_norms=config.post_norms,
+        sub_norms=config.sub_norms,
         qk_norm=config.qk_norm,
         learned_positions=config.learned_positions,
         rope=config.rope is not None,
@@ -204,11 +213,15 @@ def _model(
         embedding_scale=float(config.embedding_scale),
         residual_scale=float(config.residual_scale),
         logit_scale=float(config.logit_scale),
-        attention_scale=float(hd) ** -0.5,
+        attention_scale=config.attention_scale,
         matrices=matrices,
         windows=windows,
         attention_norm=norm("attention_norm", config.layer_count, stride),
         ffn_norm=norm("ffn_norm", config.layer_count, stride),
+        attention_post_norm=norm("attention_post_norm", config.layer_count, stride),
+        ffn_post_norm=norm("ffn_post_norm", config.layer_count, stride),
+        attention_sub_norm=norm("attention_sub_norm", config.layer_count, padded_columns(config.head_count * hd)),
+        ffn_sub_norm=norm("ffn_sub_norm", config.layer_count, padded_columns(config.ffn_size)),
         output_norm=norm("output_norm", 1, stride)[0],
         head_norm=head_norm,
         predictor_minus_threshold=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
@@ -217,7 +230,16 @@ def _model(
         positions=positions,
         cos=rope_tables[0],
         sin=rope_tables[1],
+        first_angles=_first_angles(config, len(rope_tables[0])),
     )
+
+
+def _first_angles(config: ModelConfig, rows: int) -> NDArray[np.int64]:
+    """Where each layer's angles begin in tables of `rows`: those of the local rope are their second half."""
+    first = np.zeros(config.layer_count, np.int64)
+    if config.local_rope is not None:
+        first[list(config.sliding_window_layers)] = rows // 2
+    return first
 
 
 def _float32(array: NDArray, weight_format: WeightFormat) -> NDArray[np.float32]:

@@ -207,7 +207,18 @@ def up_listed(model, layer, x, quantized, active, found, hidden, scratch):
 
 
 @jit
-def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch):
+def weigh_listed(model, layer, active, found, hidden, unscaled):
+    """Keep `hidden` of the active neurons in `unscaled`, for the norm's root, and multiply it by the norm's weights."""
+    weight = model.ffn_sub_norm[layer, 0]
+    for k in range(found):
+        i = load_int(active + 4 * k)
+        h = load_real(hidden + 4 * k)
+        store_real(unscaled + 4 * i, h)
+        store_real(hidden + 4 * k, h * weight[i])
+
+
+@jit
+def compute_listed(model, layer, x, quantized, neurons, count, gap, unscaled, out, scratch):
     """out += the FFN of `count` listed neurons of one input. Returns how many were active.
 
     gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (read_ahead.py).
@@ -229,6 +240,8 @@ def compute_listed(model, layer, x, quantized, neurons, count, gap, out, scratch
                 ask_for_rows(up, active, found, gap)
         if model.gated:
             up_listed(model, layer, x, quantized, active, found, hidden, four)
+        if model.sub_norms:
+            weigh_listed(model, layer, active, found, hidden, unscaled)
         add_listed(down, active, hidden, found, out, 0, down[COLUMNS])
         total += found
     return total

@@ -27,6 +27,7 @@ from svdengine.kernels.cpu.sparse import (
     score_neurons,
     start_sum,
     up_listed,
+    weigh_listed,
 )
 from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import GAP, MODE, PREDICT
@@ -47,6 +48,8 @@ def sparse_batch(model, work, inputs, layer, normed, n, member, threads, sync):
             listed = merge_lists(model, work, inputs, layer, first, count, member, threads)
         else:
             listed = list_every_neuron(model, work, inputs, count, member, threads)
+        if model.sub_norms:
+            clear_unscaled(model, work, first, count, member, threads)
         inputs.counts[member, LISTED] = listed
         barrier(sync, threads)
         total = join_lists(model, work, inputs, member, threads)
@@ -120,6 +123,16 @@ def list_every_neuron(model, work, inputs, count, member, threads):
 
 
 @jit
+def clear_unscaled(model, work, first, count, member, threads):
+    """Zeros in this member's neurons of `count` rows of work.unscaled, where active ones are written later."""
+    begin, end = share(model.ffn, NEURON_UNIT, member, threads)
+    end = model.ffn_stride if end == model.ffn else end
+    for row in range(first, first + count):
+        for i in range(begin, end):
+            store_real(work.unscaled + row * work.ffn_stride + 4 * i, _ZERO)
+
+
+@jit
 def merged_list(work):
     """Addresses of the merged list and of its masks, after all members' parts were joined."""
     return work.neurons + work.neurons_stride, work.up + work.ffn_stride
@@ -170,6 +183,8 @@ def activate_listed(model, work, inputs, layer, normed, first, count, total, mem
             found = gate_listed(model, layer, x, quantized, own, listed, active, hidden, four)
             if model.gated:
                 up_listed(model, layer, x, quantized, active, found, hidden, four)
+            if model.sub_norms:
+                weigh_listed(model, layer, active, found, hidden, work.unscaled + (first + row) * work.ffn_stride)
             spread(neurons, start, size, active, hidden, found, work.gate + (first + row) * work.ffn_stride)
             computed += found
     count_neurons(inputs.counts, member, 0, computed, 0)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.attention_stage import attention, place_keys, project_attention, project_qkv
-from svdengine.kernels.cpu.elementwise import add_row, clear_padding, copy_row, layer_norm, rms_norm, scale_row
+from svdengine.kernels.cpu.elementwise import (
+    add_row,
+    clear_padding,
+    copy_row,
+    inverse_rms,
+    layer_norm,
+    rms_norm,
+    scale_row,
+)
 from svdengine.kernels.cpu.ffn_stage import any_ffn, keep_ffn_inputs
 from svdengine.kernels.cpu.formats.dispatch import load_weights
 from svdengine.kernels.cpu.jit import entry, jit
@@ -54,8 +62,10 @@ def normalize(model, work, norms, out, n, member, threads, quantize):
 
 
 @jit
-def add_to_residual(model, work, addend, parts, n, member, threads):
+def add_to_residual(model, work, addend, parts, n, member, threads, of_ffn):
     """x += residual_scale * addend; in decode the addend may come in several parts, one a row.
+
+    What an FFN adds is divided here by the root mean square of what down read, where that has a norm.
 
     The padding of x stays 0, as norms need it: that of an addend need not be, since 4 bits do not hold every 0 exactly.
     """
@@ -63,12 +73,41 @@ def add_to_residual(model, work, addend, parts, n, member, threads):
     first, last = rows_of(n, member, threads)
     for row in range(first, last):
         x = work.x + row * work.hidden_stride
+        if of_ffn and model.sub_norms:
+            unscaled = work.unscaled + (0 if n == 1 else row) * work.ffn_stride
+            root = inverse_rms(unscaled, model.ffn, model.ffn_stride, np.float32(model.norm_eps))
+            scale = np.float32(model.residual_scale) * root
         if n == 1:
             for part in range(parts):
                 add_row(x, addend + part * work.hidden_stride, scale, model.hidden_stride)
         else:
             add_row(x, addend + row * work.hidden_stride, scale, model.hidden_stride)
         clear_padding(x, model.hidden, model.hidden_stride)
+
+
+@jit
+def add_normed(model, work, norms, addend, parts, n, member, threads):
+    """x += residual_scale * RMSNorm(addend), whose parts are as `add_to_residual` has them."""
+    first, last = rows_of(n, member, threads)
+    scale, eps = np.float32(model.residual_scale), np.float32(model.norm_eps)
+    for row in range(first, last):
+        total = work.second + row * work.hidden_stride
+        copy_row(addend + (0 if n == 1 else row) * work.hidden_stride, total, model.hidden_stride)
+        if n == 1:
+            for part in range(1, parts):
+                add_row(total, addend + part * work.hidden_stride, np.float32(1), model.hidden_stride)
+        clear_padding(total, model.hidden, model.hidden_stride)
+        rms_norm(total, norms[0].ctypes.data, total, model.hidden, model.hidden_stride, eps)
+        add_row(work.x + row * work.hidden_stride, total, scale, model.hidden_stride)
+
+
+@jit
+def add_attention(model, work, layer, n, member, threads):
+    """Residual stream += what attention gives."""
+    if model.post_norms:
+        add_normed(model, work, model.attention_post_norm[layer], work.attention_add, 1, n, member, threads)
+    else:
+        add_to_residual(model, work, work.attention_add, 1, n, member, threads, False)
 
 
 @jit
@@ -91,14 +130,17 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
         if not model.shared_norm:
             normed = work.second
             normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
-        add_to_residual(model, work, work.attention_add, 1, n, member, threads)
+        add_to_residual(model, work, work.attention_add, 1, n, member, threads, False)
     else:
-        add_to_residual(model, work, work.attention_add, 1, n, member, threads)
+        add_attention(model, work, layer, n, member, threads)
         normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
     keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads)
     ready(n, sync, threads)
     parts = any_ffn(model, work, inputs, layer, normed, n, member, threads, sync)
-    add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
+    if model.post_norms:
+        add_normed(model, work, model.ffn_post_norm[layer], work.ffn_add, parts, n, member, threads)
+    else:
+        add_to_residual(model, work, work.ffn_add, parts, n, member, threads, True)
 
 
 @jit
@@ -149,7 +191,7 @@ def only_ffns(model, work, inputs, n, member, threads, sync):
                 quantize_groups(normed, quantized, model.hidden_stride, 0, model.hidden_stride)
         ready(n, sync, threads)
         parts = any_ffn(model, work, inputs, layer, work.normed, n, member, threads, sync)
-        add_to_residual(model, work, work.ffn_add, parts, n, member, threads)
+        add_to_residual(model, work, work.ffn_add, parts, n, member, threads, True)
         barrier(sync, threads)  # the next FFN writes where others may still read
 
 

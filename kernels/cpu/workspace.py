@@ -23,7 +23,7 @@ class Workspace(NamedTuple):
     x: int  # residual stream
     hidden_stride: int
     normed: int
-    second: int  # input of a parallel FFN that has a norm of its own
+    second: int  # input of a parallel FFN that has a norm of its own; or what is added, after a norm of its own
     hidden_q: int  # quantised `normed`
     hidden_q_stride: int
     q: int
@@ -41,6 +41,7 @@ class Workspace(NamedTuple):
     gate: int
     up: int
     ffn_stride: int
+    unscaled: int  # (rows, ffn) what down's norm is taken over, where it has one; strides as those of gate
     ffn_q: int
     ffn_q_stride: int
     z: int  # hidden values of the predictor, one row a thread; in decode all share the first

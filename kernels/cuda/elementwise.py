@@ -79,6 +79,19 @@ def add_parts_to_rows(partial, bias, x, columns, stride, parts, biased, factor):
     x[row * stride + i] += factor * total
 
 
+@kernel("float32* x, int32 columns, int32 stride")
+def clear_rows(x, columns, stride):
+    """x (n, stride) = 0 in its columns."""
+    i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
+    if i < columns:
+        x[cuda.blockIdx.y * stride + i] = np.float32(0)
+
+
+def clear(device: Device, x: Array, columns: int, stride: int, n: int) -> None:
+    """x (n, stride) = 0 in its columns."""
+    device.launch(clear_rows, (-(-columns // THREADS), n), THREADS, x, columns, stride)
+
+
 def activate_ffn(
     device: Device, config: ModelConfig, gate_up: Array, from_stride: int, hidden: Array, to_stride: int, n: int
 ) -> None:

@@ -24,7 +24,7 @@ from svdengine.kernels.formats import (
 )
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
 from svdengine.kernels.rope import rope_tables
-from svdengine.models import ModelConfig, tensor_specs
+from svdengine.models import ModelConfig, Rope, tensor_specs
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,10 @@ class LayerWeights:
 
     attention_norm: Norm
     ffn_norm: Norm | None  # None where attention and FFN share a norm
+    attention_post_norm: Norm | None  # of what attention gives
+    ffn_post_norm: Norm | None  # of what the FFN gives
+    attention_sub_norm: Norm | None  # of what o reads
+    ffn_sub_norm: Norm | None  # of what down reads, in the order of its rows
     qkv: tuple[Projection, ...]  # into Workspace.qkv; one where q, k and v have the same format
     q_norm: Array  # (head_dim,) float32, one zero where there is none
     k_norm: Array
@@ -105,6 +109,8 @@ class LayerWeights:
     up: Matrix
     down: Matrix  # (hidden, ffn), or (ffn, hidden) where Model.transposed_down; its bias is (hidden,) either way
     window: int  # a token sees itself and the window - 1 before it
+    cos: Array  # (context, head_dim / 2) float32, one zero where there is no rope; layers share it
+    sin: Array
     order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
 
 
@@ -118,8 +124,6 @@ class Model:
     positions: Array  # (max_position, hidden) float32, one zero where there are none
     output_norm: Norm
     lm_head: Matrix
-    cos: Array  # (context, head_dim / 2) float32
-    sin: Array
 
     @property
     def transposed_down(self) -> bool:
@@ -164,11 +168,10 @@ def build_model(
     specs = {spec.name: spec for spec in tensor_specs(config)}
     for spec in specs.values():
         check_stored(spec, arrays, formats)
-    build = _Builder(device, config, arrays, formats, splits)
+    build = _Builder(device, config, arrays, formats, context, splits)
     layers = tuple(build.layer(i) for i in range(config.layer_count))
     embedding = build.matrix(["embedding"], None)
     lm_head = embedding if config.tied_embeddings else build.matrix(["lm_head"], None)
-    cos, sin = (np.zeros(1, np.float32),) * 2 if config.rope is None else rope_tables(config, np.arange(context))
     return Model(
         config,
         layers,
@@ -176,8 +179,6 @@ def build_model(
         build.positions(),
         build.norm("output_norm", None),
         lm_head,
-        device.upload(cos),
-        device.upload(sin),
     )
 
 
@@ -225,10 +226,13 @@ class _Builder:
         config: ModelConfig,
         arrays: Mapping[str, NDArray],
         formats: Mapping[str, WeightFormat],
+        context: int,
         splits: Sequence[LayerSplit],
     ) -> None:
         self.device, self.config, self.arrays, self.formats, self.splits = device, config, arrays, formats, splits
         self.nothing = device.zeros(1, np.float32)
+        self.context = context
+        self.angles: dict[Rope | None, tuple[Array, Array]] = {None: (self.nothing, self.nothing)}
 
     def layer(self, index: int) -> LayerWeights:
         """All weights of a layer."""
@@ -237,9 +241,14 @@ class _Builder:
         f = config.ffn_size
         halves = [m for p in gate_up for m in _halves(p.matrix, f)]
         windowed = config.sliding_window and index in config.sliding_window_layers
+        cos, sin = self.rope(config.rope_of(index))
         return LayerWeights(
             attention_norm=self.norm("attention_norm", index),
             ffn_norm=None if config.shared_norm else self.norm("ffn_norm", index),
+            attention_post_norm=self.norm("attention_post_norm", index) if config.post_norms else None,
+            ffn_post_norm=self.norm("ffn_post_norm", index) if config.post_norms else None,
+            attention_sub_norm=self.norm("attention_sub_norm", index) if config.sub_norms else None,
+            ffn_sub_norm=self.norm("ffn_sub_norm", index, order) if config.sub_norms else None,
             qkv=self.projections(["q", "k", "v"], index),
             q_norm=self.vector("q_norm.weight", index),
             k_norm=self.vector("k_norm.weight", index),
@@ -249,6 +258,8 @@ class _Builder:
             up=halves[-1],
             down=down,
             window=config.sliding_window if windowed else _WINDOW,
+            cos=cos,
+            sin=sin,
             order=order,
         )
 
@@ -311,9 +322,17 @@ class _Builder:
         cold = self.device.pin(_words(parts[""][hot:]))
         return replace(matrix, rows=len(parts[""]), cold=cold)
 
-    def norm(self, name: str, layer: int | None) -> Norm:
-        """A norm's weight and bias."""
+    def rope(self, rope: Rope | None) -> tuple[Array, Array]:
+        """The angles of a rotary embedding, copied to the device once."""
+        if rope not in self.angles:
+            cos, sin = rope_tables(self.config, np.arange(self.context), rope)
+            self.angles[rope] = self.device.upload(cos), self.device.upload(sin)
+        return self.angles[rope]
+
+    def norm(self, name: str, layer: int | None, order: NDArray[np.intp] | None = None) -> Norm:
+        """A norm's weight and bias, in some order."""
         weight = self.part(f"{name}.weight", layer)
+        weight = weight if order is None else weight[order]
         has_bias = f"{name}.bias" in self.arrays
         bias = self.part(f"{name}.bias", layer) if has_bias else np.zeros_like(weight)
         return Norm(self.device.upload(weight), self.device.upload(bias))

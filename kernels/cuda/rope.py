@@ -86,8 +86,8 @@ def place_keys(
     device.launch(
         place_kernel(cache.dtype), (n, -(-heads // _WARPS)), THREADS,
         work.qkv, cache.keys[index], cache.values[index], work.positions, work.sequences, work.block_tables,
-        model.cos, model.sin, layer.q_norm, layer.k_norm, config.head_count, config.kv_head_count, config.head_dim,
-        work.sizes.qkv, cache.head_stride, work.sizes.blocks, config.norm_eps, config.head_dim**-0.5,
+        layer.cos, layer.sin, layer.q_norm, layer.k_norm, config.head_count, config.kv_head_count, config.head_dim,
+        work.sizes.qkv, cache.head_stride, work.sizes.blocks, config.norm_eps, config.attention_scale,
         int(config.qk_norm), int(config.rope is not None),
     )  # fmt: skip
 

@@ -22,6 +22,8 @@ from svdengine.kernels.cuda.gather import (
     up_kernel,
 )
 from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model, PlacedLayer
+from svdengine.kernels.cuda.norm import THREADS as NORM_THREADS
+from svdengine.kernels.cuda.norm import normalize_listed
 from svdengine.kernels.cuda.score import (
     PROJECT,
     PROJECT_THREADS,
@@ -64,6 +66,12 @@ def sparse_ffn(
             model.config.ffn_size, work.sizes.ffn,
         )  # fmt: skip
     gate_listed(device, model, work, model.layers[layer], x, n)
+    sub_norm = model.layers[layer].ffn_sub_norm
+    if sub_norm is not None:
+        device.launch(
+            normalize_listed, (n,), NORM_THREADS, work.neurons, work.lengths, work.scores, work.hidden,
+            sub_norm.weight, model.config.ffn_size, work.sizes.ffn, model.config.norm_eps,
+        )  # fmt: skip
     return add_down(device, work, model.layers[layer].down, n)
 
 

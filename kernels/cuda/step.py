@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from svdengine.kernels.cuda.attention import attend
 from svdengine.kernels.cuda.device import Array, Device
-from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts
+from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
 from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product
 from svdengine.kernels.cuda.kv_cache import KvCache
@@ -83,7 +83,14 @@ def run_layer(
         normalize(device, config, layer.ffn_norm, work.x, normed, stride, n)
     if keep is not None:
         keep(index, normed)
-    ffn(state, predictor, index, layer, normed, n, shape.ffn)
+    if layer.ffn_post_norm is None:
+        ffn(state, predictor, index, layer, normed, n, shape.ffn)
+        return
+    clear(device, work.second, config.hidden_size, stride, n)
+    ffn(state, predictor, index, layer, normed, n, shape.ffn, to=work.second)
+    normalize(
+        device, config, layer.ffn_post_norm, work.second, work.x, stride, n, factor=config.residual_scale, add=True
+    )
 
 
 def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> None:
@@ -94,30 +101,48 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
         product(device, state.copies, part.matrix, work.normed, sizes.hidden, work.qkv[part.offset :], sizes.qkv, n)
     place_keys(device, model, layer, index, work, state.cache, n)
     attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
+    config = model.config
+    if layer.attention_sub_norm is not None:
+        normalize(
+            device, config, layer.attention_sub_norm, work.attention, work.attention, sizes.attention, n,
+            columns=config.head_count * config.head_dim,
+        )  # fmt: skip
+    post, factor = layer.attention_post_norm, config.residual_scale
     product(
-        device, state.copies, layer.o, work.attention, sizes.attention, work.x, sizes.hidden, n,
-        factor=model.config.residual_scale, add=True,
+        device, state.copies, layer.o, work.attention, sizes.attention,
+        work.x if post is None else work.second, sizes.hidden, n,
+        factor=factor if post is None else 1.0, add=post is None,
     )  # fmt: skip
+    if post is not None:
+        normalize(device, config, post, work.second, work.x, sizes.hidden, n, factor=factor, add=True)
 
 
 def ffn(
-    state: State, predictor: PlacedPredictor, index: int, layer: LayerWeights, x: Array, n: int, path: FfnPath
+    state: State,
+    predictor: PlacedPredictor,
+    index: int,
+    layer: LayerWeights,
+    x: Array,
+    n: int,
+    path: FfnPath,
+    *,
+    to: Array | None = None,
 ) -> None:
-    """work.x += FFN(x) of n rows."""
+    """to += FFN(x) of n rows; work.x, which takes it times the model's residual_scale, where `to` is not given."""
     device, model, work = state.device, state.model, state.work
-    config, sizes, factor = model.config, work.sizes, model.config.residual_scale
+    config, sizes, factor = model.config, work.sizes, model.config.residual_scale if to is None else 1.0
+    y = work.x if to is None else to
     if path != "dense":
         parts = sparse_ffn(device, model, work, index, predictor[index] if path == "predict" else None, x, n)
-        add_parts(device, work.partial, parts, layer.down.bias, work.x, config.hidden_size, sizes.hidden, n, factor)
+        add_parts(device, work.partial, parts, layer.down.bias, y, config.hidden_size, sizes.hidden, n, factor)
         return
     for part in layer.gate_up:
         product(device, state.copies, part.matrix, x, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
     activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
+    if layer.ffn_sub_norm is not None:
+        sub_norm, hidden = layer.ffn_sub_norm, work.hidden
+        normalize(device, config, sub_norm, hidden, hidden, sizes.ffn, n, columns=config.ffn_size)
     if model.transposed_down:
-        add_transposed_product(
-            device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, work.x, n, factor
-        )
+        add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
     else:
-        product(
-            device, state.copies, layer.down, work.hidden, sizes.ffn, work.x, sizes.hidden, n, factor=factor, add=True
-        )
+        product(device, state.copies, layer.down, work.hidden, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True)

@@ -81,7 +81,7 @@ class Workspace:
     # The residual stream and attention.
     x: Array  # (rows, hidden) float32: the residual stream
     normed: Array  # (rows, hidden) float32
-    second: Array  # (rows, hidden) float32: input of a parallel FFN that has a norm of its own
+    second: Array  # (rows, hidden) float32: read by a parallel FFN with its own norm; or normed and added
     qkv: Array  # (rows, qkv) float32
     attention: Array  # (rows, attention) float32
     partial: Array  # (rows, parts, hidden) float32 to be added, where rows * parts <= max(LEAST_PARTS, rows)

@@ -30,7 +30,7 @@ from svdengine.kernels.predictor import Predictor
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig, tensor_specs
 
-ZOO = zoo()
+ZOO = {name: config for name, config in zoo().items() if not (config.post_norms or config.sub_norms)}
 SPARSE = {name: config for name, config in ZOO.items() if config.sparse_ffn}
 LLAMA, RELU = ZOO["llama"], ZOO["llama_relu_tied"]
 FUSABLE = replace(LLAMA, head_dim=16)  # heads that the fused attention takes
@@ -119,7 +119,7 @@ def test_8_bits_stay_8_bits_where_the_product_takes_them(make_npu: MakeNpu) -> N
     assert relu.calls.count("aclnnMm") == 2 * RELU.layer_count + 1  # gate and up are one product
 
 
-@pytest.mark.parametrize("weight_format", ["q6", "q4"])
+@pytest.mark.parametrize("weight_format", ["q6", "q4", "ternary"])
 def test_fewer_bits_become_float16(make_npu: MakeNpu, weight_format: WeightFormat) -> None:
     npu = make_npu()
     check(npu, RELU, [1], weight_format=weight_format)
@@ -370,6 +370,15 @@ def test_an_operator_that_cann_lacks_is_named(make_npu: MakeNpu) -> None:
         pytest.raises(DeviceError, match=r"CANN 8\.1\.emulated has no aclnnRotaryPositionEmbedding"),
         executors(npu, LLAMA),
     ):
+        pass
+
+
+def test_what_float16_does_not_hold_is_refused_by_name(make_npu: MakeNpu) -> None:
+    message = "models of the family gemma3 do not run on Ascend: .* use --device cpu or cuda"
+    with pytest.raises(DeviceError, match=message), executors(make_npu(), zoo()["gemma3"]):
+        pass
+    message = "models of the family bitnet do not run on Ascend yet: .* use --device cpu"
+    with pytest.raises(DeviceError, match=message), executors(make_npu(), zoo()["bitnet"]):
         pass
 
 

@@ -94,7 +94,9 @@ def test_the_density_budget_is_met(model: ModelFile, executor: ReferenceExecutor
         assert row["predicted_density"] == pytest.approx(0.4, abs=0.05)
 
 
-@pytest.mark.parametrize("name", ["prosparse", "bamboo", "llama_relu2", "llama_relu_biases", "opt", "falcon_7b_relu"])
+@pytest.mark.parametrize(
+    "name", ["prosparse", "bamboo", "llama_relu2", "llama_relu_biases", "opt", "falcon_7b_relu", "bitnet"]
+)
 def test_every_relu_family_can_be_calibrated(name: str, tmp_path: Path) -> None:
     with write_model(tmp_path / "model.svdp", zoo()[name]) as model_file:
         executor = executor_of(model_file)

@@ -22,6 +22,7 @@ from svdengine.converters import convert
 from svdengine.converters.conversion import open_checkpoint
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.files.model_file import ModelFile, read_model_file
+from svdengine.kernels.formats import dequantize
 
 
 def converted(source: Path, dtype: Any = "f32", activation: str | None = None) -> ModelFile:
@@ -470,3 +471,41 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
         grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         assert grown < 40_000, f"{dtype}: {grown} KiB"  # the largest tensor takes 2 MB
     shutil.rmtree(tmp_path)  # pytest would keep these 400 MB for three runs
+
+
+def test_bitnet_arrives_in_two_bits_from_master_weights_and_from_packed_ones(tmp_path: Path) -> None:
+    config = replace(CONFIG, family="bitnet", activation="relu2", sub_norms=True, norm_eps=1e-5, ffn_size=160)
+    weights = {
+        name: np.sign(w) * (np.abs(w) > 0.05) * np.float32(0.75)
+        if name in ("q", "k", "v", "o", "gate", "up", "down_T")
+        else w
+        for name, w in checkpoint_weights(config).items()
+    }
+    names = hf_tensors(weights, replace(config, sub_norms=False))
+    for layer in range(config.layer_count):
+        names[f"model.layers.{layer}.self_attn.attn_sub_norm.weight"] = weights["attention_sub_norm.weight"][layer]
+        names[f"model.layers.{layer}.mlp.ffn_sub_norm.weight"] = weights["ffn_sub_norm.weight"][layer]
+    settings = {"architectures": ["BitNetForCausalLM"], "model_type": "bitnet", "hidden_act": "relu2"}
+    settings |= {"intermediate_size": 160, "hidden_size": config.hidden_size, "rms_norm_eps": 1e-5}
+    write_hf(tmp_path / "whole", names, **settings)
+    packed = {}
+    for name, w in names.items():
+        if "_proj" not in name or len(w) % 4:
+            packed[name] = w
+            continue
+        quarters = (np.sign(w) + 1).astype(np.uint8).reshape(4, len(w) // 4, -1)
+        packed[name] = np.bitwise_or.reduce(quarters << np.array([0, 2, 4, 6], np.uint8)[:, None, None], axis=0)
+        packed[f"{name}_scale"] = np.array([0.75], np.float32)
+    assert any(w.dtype == np.uint8 for w in packed.values())
+    packing = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
+    write_hf(tmp_path / "packed", packed, **settings, quantization_config=packing)
+    for folder in ("whole", "packed"):
+        file = converted(tmp_path / folder, "ternary")
+        assert file.config == config
+        assert (file.formats["up"], file.formats["down_T"], file.formats["embedding"]) == ("ternary", "ternary", "q8")
+        for name in ("q", "o", "gate", "down_T"):
+            parts = {part: file.arrays[name + part][1] for part in ("", ".scale", ".min", ".row")}
+            np.testing.assert_array_equal(dequantize(parts, "ternary", weights[name].shape[-1]), weights[name][1])
+    write_hf(tmp_path / "llama")
+    with pytest.raises(ConversionError, match=r"ternary is for models that were trained .* found a llama model"):
+        converted(tmp_path / "llama", "ternary")

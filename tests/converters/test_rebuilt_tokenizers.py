@@ -86,6 +86,7 @@ def byte_level(pre: str) -> Tokenizer:
         ("falcon", ["I", "'", "m", " ", "123", "45", " a", "+", "b", " ", " c"]),
         ("default", ["I", "'", "m", " ", "123", "45", " a", "+", "b", " ", " c"]),
         ("tekken", ["I", "'m", " ", "1", "2", "3", "4", "5", " a", "+b", " ", " c"]),
+        ("jais-2", ["I", "'m", " ", "123", "45", " a", "+b", " ", " c"]),
     ],
 )
 def test_where_the_pre_tokenizers_cut(pre: str, pieces: list[str]) -> None:
@@ -93,6 +94,13 @@ def test_where_the_pre_tokenizers_cut(pre: str, pieces: list[str]) -> None:
     assert tokenizer.pre_tokenizer is not None
     cuts = tokenizer.pre_tokenizer.pre_tokenize_str("I'm 12345 a+b  c")
     assert [piece.replace("\u0120", " ") for piece, _ in cuts] == pieces
+
+
+def test_jais_2_cuts_runs_of_spaces_into_powers_of_two() -> None:
+    tokenizer = byte_level("jais-2")
+    assert tokenizer.pre_tokenizer is not None
+    cuts = tokenizer.pre_tokenizer.pre_tokenize_str("a" + " " * 40 + "b")
+    assert [len(piece) for piece, _ in cuts] == [1, 32, 4, 2, 1, 2]
 
 
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)

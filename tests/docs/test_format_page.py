@@ -47,8 +47,11 @@ def weights(tensors: Tensors, name: str, weight_format: str, columns: int) -> np
     scale = np.repeat(tensors[f"{name}.scale"].astype(np.float32), 32, -1)
     if weight_format == "q8":
         return (scale * data)[..., :columns]
-    assert weight_format in ("q4", "q6"), f"docs/format.md does not describe {weight_format}"
+    assert weight_format in ("q4", "q6", "ternary"), f"docs/format.md does not describe {weight_format}"
     row = tensors[f"{name}.row"]
+    if weight_format == "ternary":
+        q = np.stack([data.reshape(*data.shape[:-1], -1, 16) >> shift & 3 for shift in (0, 2, 4, 6)], -2)
+        return (row[..., :1] * (q.reshape(*data.shape[:-1], -1) - 1.0))[..., :columns].astype(np.float32)
     low = np.repeat(tensors[f"{name}.min"].astype(np.float32), 32, -1)
     of_64 = data.reshape(*data.shape[:-1], -1, 32 if weight_format == "q4" else 48)
     q = halves(of_64[..., :32])
@@ -65,7 +68,10 @@ def halves(packed: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_the_page_is_enough_to_read_weights(weight_format: WeightFormat, tmp_path: Path) -> None:
-    config, error = tiny_config(hidden_size=96), {"q8": 0.01, "q6": 0.04, "q4": 0.12}.get(weight_format, 0.005)
+    config, error = (
+        tiny_config(hidden_size=96),
+        {"q8": 0.01, "q6": 0.04, "q4": 0.12, "ternary": 0.5}.get(weight_format, 0.005),
+    )
     written = random_weights(config)
     with ModelWriter(tmp_path / "m.svdp", config, weight_format) as writer:
         for spec in tensor_specs(config):
@@ -105,5 +111,8 @@ def test_every_tensor_of_a_model_is_in_the_table(tmp_path: Path) -> None:
     table = PAGE.partition("## Tensors")[2].partition("## Weight formats")[0]
     cells = [row.split(" | ")[0] for row in re.findall(r"^\| (`.*)$", table, flags=re.MULTILINE)]
     named = {name.partition(".")[0] for cell in cells for name in re.findall(r"`(\w[\w.]*)`", cell)}
-    everything = tiny_config(qkv_bias=True, output_bias=True, ffn_bias=True, qk_norm=True, tied_embeddings=False)
-    assert {spec.name.partition(".")[0] for spec in tensor_specs(everything)} <= named
+    everything = tiny_config(
+        qkv_bias=True, output_bias=True, ffn_bias=True, qk_norm=True, post_norms=True, tied_embeddings=False
+    )
+    for config in (everything, tiny_config(sub_norms=True)):
+        assert {spec.name.partition(".")[0] for spec in tensor_specs(config)} <= named

@@ -65,7 +65,7 @@ def test_a_batch_with_every_neuron_listed_agrees_with_dense(weight_format: Weigh
         assert relative_error(together, cpu.run_ffns(x)) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["llama_relu_tied", "opt", "bamboo"])
+@pytest.mark.parametrize("name", ["llama_relu_tied", "opt", "bamboo", "bitnet"])
 @pytest.mark.parametrize("predict", [True, False])
 def test_what_a_row_gets_depends_neither_on_its_batch_nor_on_the_threads(name: str, predict: bool) -> None:
     config = ZOO[name]
@@ -89,7 +89,7 @@ def test_every_format_equals_dense_bit_for_bit(weight_format: WeightFormat) -> N
         np.testing.assert_array_equal(decode(cpu, tokens, "sparse"), decode(cpu, tokens, "dense"))
 
 
-@pytest.mark.parametrize("name", ["llama_relu_tied", "opt"])
+@pytest.mark.parametrize("name", ["llama_relu_tied", "opt", "arcee", "nemotron", "jais2", "bitnet"])
 def test_without_a_predictor_only_exact_zeros_are_skipped(name: str) -> None:
     tokens = random_tokens(ZOO[name], LENGTH)
     with executor(ZOO[name], "q8", None) as cpu:

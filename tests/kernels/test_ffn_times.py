@@ -44,6 +44,15 @@ def test_the_path_depends_on_densities_and_on_the_step() -> None:
     assert dense_from_two.fastest(2, 1.0, 0.9) == "dense"  # zeros are skipped in steps of one row only
 
 
+def test_without_a_gate_the_rows_of_up_are_the_gates() -> None:
+    """All of up and few rows of down cost little more than half of a dense FFN of 200 rows: no prediction pays."""
+    ungated = replace(TIMES, dense=(200e-6,) * 4, later=1)
+    assert ungated.sparse_seconds(1, 0.2, 0.1) == pytest.approx(10e-6 + (20 + 10) * 1e-6)
+    assert ungated.skipping_seconds(0.1) == pytest.approx(110e-6)
+    assert ungated.fastest(1, 0.95, 0.1) == "skip_zeros"
+    assert replace(ungated, later=2).skipping_seconds(0.6) > 200e-6 > ungated.skipping_seconds(0.6)
+
+
 def test_times_are_measured_on_the_executor_and_leave_it_as_it_was() -> None:
     config = zoo()["llama_relu_tied"]
     with executor(config, "q8", make_predictor(config, 8, 0, 0.0)) as cpu:
@@ -76,9 +85,10 @@ def test_auto_takes_the_path_that_is_faster(monkeypatch: pytest.MonkeyPatch, spa
         assert (cpu.neuron_counts().total > 0) == sparse
 
 
-def test_measuring_solves_for_the_times_of_a_stored_row(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", [2, 1])
+def test_measuring_solves_for_the_times_of_a_stored_row(monkeypatch: pytest.MonkeyPatch, later: int) -> None:
     """A runner whose time follows the model exactly gives the model's numbers back."""
-    clock = [0.0]
+    clock, truth = [0.0], replace(TIMES, later=later)
     monkeypatch.setattr(ffn_times.time, "perf_counter", lambda: clock[0])
 
     class Runner:
@@ -91,10 +101,10 @@ def test_measuring_solves_for_the_times_of_a_stored_row(monkeypatch: pytest.Monk
         def run_ffns(self, inputs: Any, layers: int, sparsity_bias: float = 0.0) -> Any:
             n = len(inputs)
             if self.ffn == "dense":
-                clock[0] += layers * TIMES.dense_seconds(n)
+                clock[0] += layers * truth.dense_seconds(n)
             else:
                 share = min(max(0.25 - 0.1 * sparsity_bias, 0.0), 1.0)
-                clock[0] += layers * TIMES.sparse_seconds(n, share, share / 2)
+                clock[0] += layers * truth.sparse_seconds(n, share, share / 2)
                 self.counts += layers * n * np.array([100 * share, 50 * share, 100])
             return inputs
 
@@ -102,7 +112,7 @@ def test_measuring_solves_for_the_times_of_a_stored_row(monkeypatch: pytest.Monk
             return ffn_times.NeuronCounts(*self.counts)
 
     runner = Runner()
-    times = measure_ffn_times(runner, 4, 100, 16e6, 8)
+    times = measure_ffn_times(runner, 4, 100, 16e6, 8, gated=later == 2)
     assert runner.ffn == "auto"
     np.testing.assert_allclose(times.dense, TIMES.dense)
     np.testing.assert_allclose(times.scoring, TIMES.scoring)

@@ -12,7 +12,9 @@ from svdengine.kernels.reference import ffn, sparse_ffn
 
 
 @pytest.mark.parametrize("path", ["dense", "sparse"])
-@pytest.mark.parametrize("name", ["llama_relu_biases", "minicpm", "opt", "qwen2"])
+@pytest.mark.parametrize(
+    "name", ["llama_relu_biases", "minicpm", "opt", "qwen2", "arcee", "gemma3", "bitnet", "bitnet_silu"]
+)
 def test_the_sum_of_all_ffns_agrees_with_the_reference(name: str, path: str) -> None:
     config = zoo()[name]
     if path == "sparse" and not config.sparse_ffn:
@@ -33,7 +35,7 @@ def test_the_sum_of_all_ffns_agrees_with_the_reference(name: str, path: str) -> 
         np.testing.assert_array_equal(cpu.forward(batch), logits)
     expected, counts = np.zeros_like(alone), np.zeros(3, np.int64)
     for layer, x in enumerate(inputs):
-        of_layer = {n: w[layer] for n, w in weights.items() if n.startswith(("gate", "up", "down"))}
+        of_layer = {n: w[layer] for n, w in weights.items() if n.startswith(("gate", "up", "down", "ffn_sub_norm"))}
         if predictor is None:
             expected += ffn(config, of_layer, x)
         else:

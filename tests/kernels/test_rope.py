@@ -54,6 +54,22 @@ def test_tables_match_transformers(name: str) -> None:
         assert np.abs(found[:4] - wanted[0, :4, :32].numpy()).max() < 3e-6
 
 
+@pytest.mark.parametrize("name", [name for name in SCALINGS if name != "llama3"])
+def test_where_a_part_of_a_head_turns_the_rest_stays(name: str) -> None:
+    """The tables of the part are those of a head as small as it, but for YaRN's blend, which transformers has too."""
+    sizes = {**SIZES, "rope_parameters": {**(SCALINGS[name] or {"rope_type": "default"}), "rope_theta": 500000.0}}
+    theirs = transformers.NemotronConfig(**sizes, partial_rotary_factor=0.375)
+    rotary = transformers.models.nemotron.modeling_nemotron.NemotronRotaryEmbedding(theirs)
+    settings = {**sizes, "model_type": "nemotron", "hidden_act": "relu2", "partial_rotary_factor": 0.375}
+    positions = [0, 1, 2, 17]
+    cos, sin = rope_tables(config_from_hf(settings), positions)
+    expected = rotary(torch.zeros(1, 1), torch.tensor([positions]))
+    assert expected[0].shape[-1] == 24 and cos.shape == sin.shape == (4, 32)
+    for found, wanted in zip((cos, sin), expected, strict=True):
+        assert np.abs(found[:, :12] - wanted[0, :, :12].numpy()).max() < 3e-6
+    assert (cos[:, 12:] == 1).all() and (sin[:, 12:] == 0).all()
+
+
 def test_no_rope_no_tables() -> None:
     with pytest.raises(ValueError, match="no rotary embedding"):
         rope_tables(zoo()["opt"], [0])

@@ -45,6 +45,12 @@ FALCON = {
     "num_hidden_layers": 2,
     "num_attention_heads": 9,
 }
+UNGATED = {key: value for key, value in LLAMA.items() if key != "model_type"}
+ARCEE = {**UNGATED, "model_type": "arcee"}
+NEMOTRON = {**UNGATED, "model_type": "nemotron", "head_dim": 16}
+JAIS2 = {**UNGATED, "model_type": "jais2"}
+GEMMA3 = {**UNGATED, "model_type": "gemma3_text", "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 16}
+GEMMA3 = {**GEMMA3, "num_hidden_layers": 4, "sliding_window_pattern": 3, "attention_dropout": 0.0}
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
@@ -78,6 +84,31 @@ CASES: dict[str, dict[str, Any]] = {
     "falcon_11b": {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1},
     "falcon_sequential": {**FALCON, "parallel_attn": False, "bias": True, "ffn_hidden_size": 150},
     "falcon_many_kv_heads": {**FALCON, "multi_query": False},
+    "arcee": {**ARCEE, "hidden_act": "relu2", "head_dim": 16},
+    "arcee_yarn_biases": {**ARCEE, "rope_scaling": {**YARN, "mscale": 1.0}, "attention_bias": True, "mlp_bias": True},
+    "nemotron": NEMOTRON,
+    "nemotron_a_quarter": {**NEMOTRON, "partial_rotary_factor": 0.25, "attention_bias": True, "mlp_bias": True},
+    "nemotron_whole_heads": {**NEMOTRON, "partial_rotary_factor": 1.0, "norm_eps": 1e-3, "hidden_act": "silu"},
+    "jais2": {**JAIS2, "rope_theta": 500000.0},
+    "gemma3": GEMMA3,
+    "gemma3_scaled_untied": {
+        **GEMMA3,
+        "rope_theta": 20000.0,
+        "rope_local_base_freq": 3000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "query_pre_attn_scalar": 24,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "gemma3_layers_named": {
+        **GEMMA3,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 50000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 7000.0},
+        },
+    },
+    "jais2_no_biases": {**JAIS2, "attention_bias": False, "mlp_bias": False, "layer_norm_eps": 1e-3},
 }
 
 
@@ -186,3 +217,56 @@ def test_minicpm_is_a_llama_with_scaled_weights() -> None:
     config = config_from_hf({**settings, **scales, "model_type": "minicpm", "tie_word_embeddings": False})
     tokens = random_tokens(config, LENGTH)
     assert relative_error(reference_logits(config, checkpoint, tokens), logits_of(model, tokens)) < 1e-4
+
+
+BITNET = {**UNGATED, "model_type": "bitnet", "hidden_size": 96, "num_attention_heads": 8, "num_key_value_heads": 2}
+BITNET |= {"intermediate_size": 160, "tie_word_embeddings": True, "rms_norm_eps": 1e-5}
+PACKING = {"quant_method": "bitnet", "linear_class": "autobitlinear", "modules_to_not_convert": None}
+
+
+def bitnet_model(rounded_activations: bool) -> tuple[Any, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """A model whose projections are rounded as transformers does, its master weights, and its packed ones."""
+    from transformers.integrations.bitnet import pack_weights
+
+    model = random_model(BITNET)
+    master = {name: tensor.copy() for name, tensor in tensors_of(model).items()}
+    packed = dict(master)
+    for name, layer in model.named_modules():
+        if not name.endswith("_proj"):
+            continue
+        with torch.no_grad():
+            scale = layer.weight.abs().mean().clamp(min=1e-5)
+            signs = (layer.weight / scale).round().clamp(-1, 1)
+            layer.weight.copy_(signs * scale)
+        packed[f"{name}.weight"] = pack_weights(signs.clone()).numpy()
+        packed[f"{name}.weight_scale"] = scale.reshape(1).numpy()
+        if rounded_activations:
+            layer.register_forward_pre_hook(
+                lambda _, x: (torch.round(x[0] * (unit := 127 / x[0].abs().amax(-1, keepdim=True))) / unit,)
+            )
+    return model, master, packed
+
+
+def test_bitnet_from_master_weights_and_from_packed_ones() -> None:
+    model, master, packed = bitnet_model(rounded_activations=False)
+    online, offline = (
+        {**BITNET, "quantization_config": {**PACKING, "quantization_mode": m}} for m in ("online", "offline")
+    )
+    config = config_from_hf(online)
+    assert config == config_from_hf(offline) == config_from_hf(BITNET)
+    tokens = random_tokens(config, LENGTH)
+    expected = logits_of(model, tokens)
+    assert relative_error(reference_logits(config, master, tokens), expected) < 1e-4
+    assert relative_error(reference_logits(config, packed, tokens), expected) < 1e-4
+    rounded = tensors_of(model)  # what is ternary already stays as it is
+    assert relative_error(reference_logits(config, rounded, tokens), expected) < 1e-4
+
+
+def test_bitnet_keeps_more_of_activations_than_it_was_trained_with() -> None:
+    """transformers rounds what products read to 8 bits; we do not. The next token is nearly as likely."""
+    model, master, _ = bitnet_model(rounded_activations=True)
+    config = config_from_hf(BITNET)
+    tokens = random_tokens(config, LENGTH)
+    expected, found = logits_of(model, tokens), reference_logits(config, master, tokens)
+    assert 1e-4 < relative_error(found, expected) < 0.1
+    assert (found.argmax(-1) == expected.argmax(-1)).mean() > 0.9

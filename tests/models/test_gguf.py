@@ -39,7 +39,7 @@ def converter_permute(w: NDArray, heads: int) -> NDArray:
 
 def gguf_checkpoint(config: ModelConfig, weights: dict[str, NDArray]) -> dict[str, NDArray]:
     """The tensors of a Llama-like GGUF file that holds these canonical weights."""
-    permuted = config.family in ("llama", "minicpm")
+    permuted = config.family in ("llama", "minicpm", "arcee")
     tensors = {}
     for spec in tensor_specs(config):
         stem, suffix = split_suffix(spec.name)
@@ -47,6 +47,9 @@ def gguf_checkpoint(config: ModelConfig, weights: dict[str, NDArray]) -> dict[st
             w = weights[spec.name] if layer is None else weights[spec.name][layer]
             if stem in ("q", "k") and permuted:
                 w = converter_permute(w, config.head_count if stem == "q" else config.kv_head_count)
+            if stem in ("q", "k") and config.rope is not None and config.rope.rotated:
+                assert (config.head_dim, config.rope.rotated) == (10, 6)
+                w = w.reshape(-1, 10, *w.shape[1:])[:, [0, 1, 2, 5, 6, 7, 3, 4, 8, 9]].reshape(w.shape)
             name = GGUF_STEMS[stem][0].format(layer=layer) + suffix
             tensors[name] = w.T if spec.name == "down_T" else w
     return tensors
@@ -87,6 +90,91 @@ def test_round_trip(name: str) -> None:
     found = canonical_weights(config, checkpoint, gguf_source)
     assert found.keys() == weights.keys()
     assert all((found[key] == weights[key]).all() for key in weights)
+
+
+@pytest.mark.parametrize("name", ["arcee", "nemotron", "jais2"])
+def test_ffns_of_relu2_without_a_gate(name: str) -> None:
+    """llama.cpp's converter says nothing of the activation, and writes both epsilons of a Nemotron."""
+    config = replace(zoo()[name], rope=replace(zoo()[name].rope or Rope(1e4), scaling="none", factor=1.0))
+    config = replace(config, rope=Rope(10000.0, rotated=config.rope.rotated if config.rope else 0))
+    weights = random_weights(config)
+    checkpoint = gguf_checkpoint(config, weights)
+    fields = {k: v for k, v in gguf_fields(config, name).items() if ".hidden_act" not in k}
+    fields[f"{name}.vocab_size"] = config.vocab_size
+    if config.norm == "layer":
+        fields[f"{name}.attention.layer_norm_epsilon"] = fields[f"{name}.attention.layer_norm_rms_epsilon"]
+    if name == "nemotron":
+        fields |= {"nemotron.rope.dimension_count": 6, "nemotron.rope.scaling.type": "none"}
+    else:
+        fields[f"{name}.rope.dimension_count"] = config.head_dim
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == config
+    found = canonical_weights(config, checkpoint, gguf_source)
+    assert found.keys() == weights.keys()
+    assert all((found[key] == weights[key]).all() for key in weights)
+    if config.norm == "layer":
+        del fields[f"{name}.attention.layer_norm_epsilon"]
+        with pytest.raises(ValueError, match=r"attention\.layer_norm_epsilon must be a number"):
+            config_from_gguf(fields, checkpoint, config.vocab_size)
+
+
+def test_gemma_3() -> None:
+    """llama.cpp's converter says neither which layers have a window nor, in older files, what they rotate by."""
+    config = replace(zoo()["gemma3"], layer_count=7, sliding_window_layers=(0, 1, 2, 3, 4, 6), score_scale=1.0)
+    weights = random_weights(config)
+    checkpoint = gguf_checkpoint(config, weights)
+    fields = {k: v for k, v in gguf_fields(config, "gemma3").items() if ".hidden_act" not in k}
+    fields |= {"gemma3.rope.scaling.type": "linear", "gemma3.rope.scaling.factor": 2.0}
+    fields |= {"gemma3.attention.sliding_window": 5}
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == config
+    found = canonical_weights(config, checkpoint, gguf_source)
+    assert found.keys() == weights.keys()
+    assert all((found[key] == weights[key]).all() for key in weights)
+    other = config_from_gguf({**fields, "gemma3.rope.freq_base_swa": 3000.0}, checkpoint, config.vocab_size)
+    assert other == replace(config, local_rope=Rope(3000.0))
+    del fields["gemma3.attention.sliding_window"]
+    plain = replace(config, sliding_window=0, sliding_window_layers=(), local_rope=None)
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == plain
+    capped = {**fields, "gemma3.final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match="final_logit_softcapping"):
+        config_from_gguf(capped, checkpoint, config.vocab_size)
+    large = {**fields, "gemma3.block_count": 62, "gemma3.embedding_length": 5376, "gemma3.attention.head_count": 32}
+    large |= {"gemma3.attention.head_count_kv": 16, "gemma3.attention.key_length": 128}
+    large |= {"gemma3.attention.value_length": 128}
+    assert config_from_gguf(large, checkpoint, 9).attention_scale == pytest.approx(168**-0.5)
+
+
+@pytest.mark.parametrize(("name", "layers"), [("bitnet", 2), ("bitnet", 30), ("bitnet_silu", 26)])
+def test_bitnet(name: str, layers: int) -> None:
+    """The converter of llama.cpp rounds the weights, and says nothing of the activation."""
+    config = replace(zoo()[name], layer_count=layers, tied_embeddings=True)
+    weights = {
+        key: np.sign(w) * np.float32(0.25) if key in ("q", "k", "v", "o", "gate", "up", "down", "down_T") else w
+        for key, w in random_weights(config).items()
+    }
+    checkpoint = gguf_checkpoint(config, weights)
+    fields = {k: v for k, v in gguf_fields(config, "bitnet").items() if ".hidden_act" not in k}
+    fields |= {"bitnet.rope.scaling.type": "linear", "bitnet.rope.scaling.factor": 1.0}
+    assert config_from_gguf(fields, checkpoint, config.vocab_size) == config
+    found = canonical_weights(config, checkpoint, gguf_source)
+    assert all((found[key] == weights[key]).all() for key in weights)
+
+
+def test_a_nemotron_whose_heads_are_wider_than_the_model_is_refused() -> None:
+    """Minitron-8B: 48 heads of 128 in a model of 4096, of which the converter makes 42 dimensions that turn."""
+    fields = {
+        "general.architecture": "nemotron",
+        "nemotron.block_count": 32,
+        "nemotron.context_length": 4096,
+        "nemotron.embedding_length": 4096,
+        "nemotron.feed_forward_length": 16384,
+        "nemotron.attention.head_count": 48,
+        "nemotron.attention.key_length": 128,
+        "nemotron.attention.value_length": 128,
+        "nemotron.attention.layer_norm_epsilon": 1e-5,
+        "nemotron.rope.dimension_count": 42,
+    }
+    with pytest.raises(ValueError, match="convert from the Hugging Face folder"):
+        config_from_gguf(fields, (), 256000)
 
 
 @pytest.mark.parametrize("name", ["falcon_7b", "falcon_40b"])

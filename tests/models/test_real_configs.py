@@ -33,6 +33,18 @@ _FALCON |= {
     "parallel_attn": True,
 }
 
+_GEMMA3 = {"attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None, "bos_token_id": 2}
+_GEMMA3 |= {
+    "eos_token_id": 1,
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "rms_norm_eps": 1e-6,
+    "use_cache": True,
+}
+_GEMMA3 |= {"hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "pad_token_id": 0}
+_GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope_scaling": None, "rope_theta": 1e6}
+_GEMMA3 |= {"torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0"}
+
 
 def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, context: int) -> dict[str, Any]:
     return {
@@ -138,6 +150,65 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "num_hidden_layers": 60, "num_kv_heads": 8},
         {"kv_head_count": 8, "shared_norm": False},
     ),
+    "AFM-4.5B": (
+        {**_COMMON, **_sizes(2560, 18432, 36, 20, 4, 128005, 65536), "architectures": ["ArceeForCausalLM"],
+         "model_type": "arcee", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 128000, "eos_token_id": 128003, "pad_token_id": 128004, "rms_norm_eps": 1e-5,
+         "rope_theta": 10000.0,
+         "rope_scaling": {"rope_type": "yarn", "type": "yarn", "factor": 20.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                          "mscale": 1.0, "original_max_position_embeddings": 4096}},
+        {"rope": "yarn", "gated": False, "activation": "relu2", "norm": "rms", "head_dim": 128},
+    ),
+    "Nemotron-Mini-4B": (
+        {**_COMMON, **_sizes(3072, 9216, 32, 24, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
+         "model_type": "nemotron", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 2, "eos_token_id": 3, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000},
+        {"rotated": 64, "gated": False, "activation": "relu2", "norm": "layer"},
+    ),
+    "Minitron-8B": (
+        {**_COMMON, **_sizes(4096, 16384, 32, 48, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
+         "model_type": "nemotron", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 2, "eos_token_id": 3, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000},
+        {"rotated": 64, "head_dim": 128, "hidden_size": 4096, "head_count": 48},
+    ),
+    "Gemma 3 270M": (
+        {**_GEMMA3, **_sizes(640, 2048, 18, 4, 1, 262144, 32768), "architectures": ["Gemma3ForCausalLM"],
+         "model_type": "gemma3_text", "_sliding_window_pattern": 6, "use_bidirectional_attention": False,
+         "sliding_window": 512, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3},
+        {"sliding_window_layers": tuple(i for i in range(18) if i % 6 != 5), "score_scale": 1.0},
+    ),
+    "Gemma 3 1B": (
+        {**_GEMMA3, **_sizes(1152, 6912, 26, 4, 1, 262144, 32768), "architectures": ["Gemma3ForCausalLM"],
+         "model_type": "gemma3_text", "cache_implementation": "hybrid", "sliding_window_pattern": 6,
+         "sliding_window": 512},
+        {"activation": "gelu_tanh", "gated": True, "qk_norm": True, "post_norms": True, "tied_embeddings": True},
+    ),
+    "Gemma 3 4B": (
+        {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "boi_token_index": 255999,
+         "eoi_token_index": 256000, "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02,
+         "mm_tokens_per_image": 256, "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+         "text_config": {"hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text",
+                         "num_hidden_layers": 34, "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                         "sliding_window": 1024},
+         "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "num_hidden_layers": 27}},
+        {"rope": "linear", "head_count": 8, "kv_head_count": 4, "head_dim": 256, "vocab_size": 262208,
+         "sliding_window": 1024, "hidden_size": 2560},
+    ),
+    "BitNet b1.58 2B4T": (
+        {**_COMMON, **_sizes(2560, 6912, 30, 20, 5, 128256, 4096), "architectures": ["BitNetForCausalLM"],
+         "model_type": "bitnet", "auto_map": {"AutoConfig": "configuration_bitnet.BitNetConfig"}, "hidden_act": "relu2",
+         "bos_token_id": 128000, "eos_token_id": 128001, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+         "tie_word_embeddings": True,
+         "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear",
+                                 "quantization_mode": "offline"}},
+        {"activation": "relu2", "gated": True, "sub_norms": True, "tied_embeddings": True, "kv_head_count": 5},
+    ),
+    "Jais-2-8B": (
+        {**_COMMON, **_sizes(3328, 26624, 32, 26, 26, 150272, 8192), "architectures": ["Jais2ForCausalLM"],
+         "model_type": "jais2", "attention_bias": True, "mlp_bias": True, "head_dim": 128, "hidden_act": "relu2",
+         "bos_token_id": 0, "eos_token_id": 150024, "layer_norm_eps": 1e-5, "rope_theta": 500000.0},
+        {"gated": False, "activation": "relu2", "norm": "layer", "ffn_bias": True, "qkv_bias": True},
+    ),
 }  # fmt: skip
 
 
@@ -145,7 +216,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def test_is_taken(name: str) -> None:
     settings, expected = CONFIGS[name]
     config = config_from_hf(settings)
-    found: dict[str, Any] = config.to_dict() | {"rope": config.rope.scaling if config.rope else None}
+    rope = {"rope": config.rope.scaling, "rotated": config.rope.rotated} if config.rope else {"rope": None}
+    found: dict[str, Any] = config.to_dict() | rope
     assert {key: found[key] for key in expected} == expected
 
 

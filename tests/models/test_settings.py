@@ -10,7 +10,16 @@ import pytest
 from model_zoo import zoo
 
 from svdengine.kernels.rope import rope_frequencies
-from svdengine.models import FAMILIES, ModelConfig, Rope, config_from_hf, hf_source, tensor_specs, with_activation
+from svdengine.models import (
+    FAMILIES,
+    ModelConfig,
+    Rope,
+    config_from_hf,
+    hf_source,
+    refuse_unread_tensors,
+    tensor_specs,
+    with_activation,
+)
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -34,6 +43,9 @@ OPT = {
     "max_position_embeddings": 2048,
     "activation_function": "relu",
 }
+NEMOTRON = {**LLAMA, "model_type": "nemotron", "architectures": None, "hidden_act": "relu2", "norm_eps": 1e-5}
+GEMMA3 = {**LLAMA, "model_type": "gemma3_text", "architectures": None, "hidden_act": "gelu_pytorch_tanh"}
+BITNET = {**LLAMA, "model_type": "bitnet", "architectures": None, "hidden_act": "relu2"}
 FALCON = {"model_type": "falcon", "vocab_size": 65024, "hidden_size": 4544}
 FALCON_7B = {**FALCON, "num_hidden_layers": 32, "num_attention_heads": 71, "multi_query": True}
 
@@ -110,7 +122,7 @@ def test_old_falcon_keys() -> None:
             r"unnamed \(model_type 'bert'\) is not supported; supported: llama, mistral",
         ),
         ({}, "is not supported; supported: "),
-        ({"architectures": ["GemmaForCausalLM"]}, "GemmaForCausalLM"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM"),
         ({"model_type": "mixtral", "num_local_experts": 8}, "mixture-of-experts .*num_local_experts=8"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
         ({**LLAMA, "hidden_act": "mish"}, "'mish' is not supported; supported: relu, fatrelu, drelu, relu2, silu"),
@@ -146,6 +158,29 @@ def test_old_falcon_keys() -> None:
         ({**OPT, "word_embed_proj_dim": 512}, "OPT-350m"),
         ({**OPT, "layer_norm_elementwise_affine": False}, "no weights"),
         ({**FALCON_7B, "alibi": True}, "ALiBi"),
+        ({**BITNET, "quantization_config": {"quant_method": "bitnet"}}, "linear_class 'bitlinear' in mode 'offline'"),
+        (
+            {
+                **BITNET,
+                "quantization_config": {
+                    "quant_method": "bitnet",
+                    "linear_class": "autobitlinear",
+                    "use_rms_norm": True,
+                },
+            },
+            "without norms of their own",
+        ),
+        ({**BITNET, "quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
+        ({**LLAMA, "quantization_config": {"quant_method": "bitnet"}}, "quantised with bitnet"),
+        ({**GEMMA3, "text_config": 3}, "text_config must be an object"),
+        ({**GEMMA3, "query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be above 0"),
+        ({**GEMMA3, "final_logit_softcapping": 30.0}, "final_logit_softcapping"),
+        ({**GEMMA3, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma3", "text_config": {"attn_logit_softcapping": 50.0}}, "text_config.attn_logit_softcap"),
+        ({**NEMOTRON, "partial_rotary_factor": 0.0}, "expected an even number of them, at most all"),
+        ({**NEMOTRON, "partial_rotary_factor": 1.5}, "expected an even number of them, at most all"),
+        ({**NEMOTRON, "head_dim": 10}, "partial_rotary_factor 0.5 of 10 dimensions: expected an even number"),
+        ({**NEMOTRON, "partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.25}}, "disagree"),
     ],
 )
 def test_refusals_are_one_clear_line(settings: dict[str, Any], message: str) -> None:
@@ -173,6 +208,11 @@ BASES: dict[str, dict[str, Any]] = {
     "minicpm": {**LLAMA, **YARN},
     "opt": OPT,
     "falcon": FALCON_7B,
+    "arcee": {**LLAMA, **YARN, "hidden_act": "relu2"},
+    "nemotron": {**NEMOTRON, "partial_rotary_factor": 0.5},
+    "jais2": {**LLAMA, "hidden_act": "relu2", "layer_norm_eps": 1e-5},
+    "gemma3": {**LLAMA, "sliding_window": 8, "hidden_act": None},
+    "bitnet": {**LLAMA, "hidden_act": "relu2"},
 }
 
 
@@ -182,6 +222,7 @@ def test_junk_is_a_value_error(model_type: str) -> None:
     settings = {**BASES[model_type], "model_type": model_type, "architectures": None}
     others = "rope_theta head_dim num_key_value_heads layer_types max_window_layers scale_depth dim_model_base"
     others += " quantization_config num_experts num_kv_heads n_head new_decoder_architecture rope_parameters"
+    others += " partial_rotary_factor norm_eps text_config query_pre_attn_scalar rope_local_base_freq"
     others += " sliding_window rope_scaling tie_word_embeddings some_other_setting attention_bias hidden_act_param"
     config_from_hf(settings)
     for key in [*settings, *others.split()]:
@@ -274,7 +315,7 @@ def test_settings_without_effect_are_taken(changes: dict[str, Any]) -> None:
 
 class _Everything:
     def __contains__(self, name: object) -> bool:
-        return True
+        return not str(name).endswith("_scale")  # of packed weights
 
 
 @pytest.mark.parametrize("name", zoo())
@@ -283,6 +324,18 @@ def test_every_tensor_of_every_family_has_a_name(name: str) -> None:
     found = [hf_source(config, spec.name, 1 if spec.stacked else None, _Everything()) for spec in tensor_specs(config)]
     assert all(len(source.names) == 1 and "{" not in source.names[0] for source in found)
     assert set(FAMILIES) == {config.family for config in zoo().values()}
+
+
+def test_of_a_gemma_that_sees_images_the_rest_is_read() -> None:
+    refuse_unread_tensors(
+        ["vision_tower.vision_model.head.weight", "model.multi_modal_projector.mm_soft_emb_norm.weight"]
+    )
+    with pytest.raises(ValueError, match=r"language_model\.model\.layers\.9\."):
+        refuse_unread_tensors(["language_model.model.layers.9.mlp.up_proj.weight"])
+    config = zoo()["gemma3"]
+    for prefix in ("model.", "language_model.model.", "model.language_model."):
+        name = f"{prefix}layers.1.post_attention_layernorm.weight"
+        assert hf_source(config, "attention_post_norm.weight", 1, {name}).names == (name,)
 
 
 def test_with_activation() -> None:
@@ -306,6 +359,8 @@ def test_with_activation() -> None:
     ("changes", "message"),
     [
         ({"theta": 1.0}, "rope theta must be above 1"),
+        ({"rotated": 130}, "rope.rotated must be even and at most 128, found 130"),
+        ({"rotated": 3}, "rope.rotated must be even"),
         ({"factor": 0.0}, "factor above 0"),
         ({"scaling": "llama3"}, r"rope\.original_max_position must lie in 1"),
         ({"scaling": "llama3", "original_max_position": 8, "high_freq_factor": 1.0}, "high_freq_factor must be above"),

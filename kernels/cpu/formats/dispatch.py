@@ -17,12 +17,16 @@ from svdengine.kernels.cpu.formats.kernels import FormatKernels
 from svdengine.kernels.cpu.formats.q4 import Q4_KERNELS
 from svdengine.kernels.cpu.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cpu.formats.q8 import Q8_KERNELS
+from svdengine.kernels.cpu.formats.ternary import TERNARY_KERNELS
 from svdengine.kernels.cpu.jit import inlined
 from svdengine.kernels.cpu.matrix import FORMAT, RESIDUALS, ROWS
 from svdengine.kernels.cpu.simd import zero_f32
 from svdengine.kernels.formats import FORMATS
 
-ALL: tuple[FormatKernels, ...] = (Q8_KERNELS, Q6_KERNELS, Q4_KERNELS, F32_KERNELS, F16_KERNELS, BF16_KERNELS)
+ALL: tuple[FormatKernels, ...] = (
+    *(Q8_KERNELS, Q6_KERNELS, Q4_KERNELS, TERNARY_KERNELS),
+    *(F32_KERNELS, F16_KERNELS, BF16_KERNELS),
+)
 
 
 def check_codes(matrices: NDArray[np.int64]) -> None:

@@ -10,9 +10,10 @@ from svdengine.kernels.cuda.formats.kernels import FormatKernels
 from svdengine.kernels.cuda.formats.q4 import Q4_KERNELS
 from svdengine.kernels.cuda.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cuda.formats.q8 import Q8_KERNELS
+from svdengine.kernels.cuda.formats.ternary import TERNARY_KERNELS
 from svdengine.kernels.formats import WeightFormat
 
-_ALL = (F32_KERNELS, F16_KERNELS, BF16_KERNELS, Q8_KERNELS, Q6_KERNELS, Q4_KERNELS)
+_ALL = (F32_KERNELS, F16_KERNELS, BF16_KERNELS, Q8_KERNELS, Q6_KERNELS, Q4_KERNELS, TERNARY_KERNELS)
 KERNELS: Mapping[WeightFormat, FormatKernels] = MappingProxyType({kernels.name: kernels for kernels in _ALL})
 
 

@@ -31,7 +31,19 @@ from svdengine.scheduling.sampling import SamplingParams
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(SIMULATED, reason="needs an NVIDIA GPU: too slow in the simulator")]
 # Together these use every field of ModelConfig; rope's tables come from the host.
-QUICK = ("mistral", "bamboo", "qwen3", "minicpm", "opt", "falcon_7b", "falcon_40b")
+QUICK = (
+    "mistral",
+    "bamboo",
+    "qwen3",
+    "minicpm",
+    "opt",
+    "falcon_7b",
+    "falcon_40b",
+    "nemotron",
+    "gemma3",
+    "bitnet",
+    "bitnet_silu",
+)
 BOUND = 2e-5
 
 
@@ -40,6 +52,8 @@ def small(config: ModelConfig) -> ModelConfig:
     kv_heads = 3 if config.kv_head_count == config.head_count else 1
     config = replace(config, vocab_size=13, hidden_size=12, head_count=3, kv_head_count=kv_heads, head_dim=4)
     config = replace(config, ffn_size=18, max_position=48)
+    if config.rope is not None and config.rope.rotated:
+        config = replace(config, rope=replace(config.rope, rotated=2))
     windowed = (1,) if config.sliding_window else ()
     layers = 2 if windowed else 1
     return replace(config, layer_count=layers, sliding_window=3 if windowed else 0, sliding_window_layers=windowed)

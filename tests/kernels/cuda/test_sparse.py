@@ -211,7 +211,7 @@ def test_gate_and_up_of_different_formats(device: Any) -> None:
     assert relative_error(bench.run(layer), expected) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["llama_relu_biases", "bamboo", "opt", "prosparse"])
+@pytest.mark.parametrize("name", ["llama_relu_biases", "bamboo", "opt", "prosparse", "bitnet"])
 def test_with_every_neuron_listed_sparse_equals_dense(device: Any, name: str) -> None:
     config = ZOO[name]
     bench = Bench(device, config, "f16")

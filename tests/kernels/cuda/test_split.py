@@ -169,6 +169,6 @@ def test_times_are_measured_on_all_layers(simulated: SimulatedDevice, monkeypatc
     config, asked = replace(RELU, layer_count=3), []
     setup = setup_of(config, predictor=calibrated(config))
     cuda = CudaExecutor(setup, device=simulated, gpu_memory=split_memory(simulated, setup, 0.5))
-    monkeypatch.setattr(base_executor, "measure_ffn_times", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(base_executor, "measure_ffn_times", lambda *arguments, **_: asked.append(arguments[-1]))
     _ = cuda.ffn_times
     assert asked == [3]

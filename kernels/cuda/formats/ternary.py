@@ -1,0 +1,39 @@
+"""ternary: levels of two bits, of every 64 columns 16 bytes, each with columns 16 apart.
+
+Two chunks share these bytes, as they share the upper pairs of q6: the first has columns 0 to 15 and 32 to 47.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from svdengine.kernels.cuda.formats.affine import affine_kernels
+from svdengine.kernels.cuda.intrinsics import jit, ldg128, u8x4
+
+_PAIRS = np.uint32(0x03030303)
+
+
+@jit(device=True)
+def _load(words, base, j):
+    return ldg128(words, base + 4 * (j >> 1))
+
+
+@jit(device=True)
+def _low_levels(w, k, j):
+    # The lowest two bits of a byte, or in the second chunk of a pair the next two.
+    return u8x4((w[k] >> np.uint32(2 * (j & 1))) & _PAIRS)
+
+
+@jit(device=True)
+def _high_levels(w, k, j):
+    # The bits from 4 on, or from 6 on.
+    return u8x4((w[k] >> np.uint32(4 + 2 * (j & 1))) & _PAIRS)
+
+
+@jit(device=True)
+def _level(words, index):
+    block, byte = 4 * (index >> 6), index & 15
+    return (words[block + (byte >> 2)] >> (8 * (byte & 3) + 2 * (index >> 4 & 3))) & 3
+
+
+TERNARY_KERNELS = affine_kernels("ternary", 1, _load, _low_levels, _high_levels, _level)
