@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
 
 WINDOW = 256  # tokens
 TOKENS = 16_384  # in all windows
-_TOGETHER = 16  # sequences sampled at once
+TOGETHER = 16  # sequences sampled at once
 
 # Beginnings that lead a model to different kinds of text.
 OPENINGS = (
@@ -117,8 +117,8 @@ def sampled_windows(
         prompts = [prompt for pair in pairs for prompt in pair]
     count = max(1, tokens // window)
     windows: list[list[int]] = []
-    for start in range(0, count, _TOGETHER):
-        numbers = range(start, min(start + _TOGETHER, count))
+    for start in range(0, count, TOGETHER):
+        numbers = range(start, min(start + TOGETHER, count))
         batch = [prompts[i % len(prompts)][: window // 2] for i in numbers]
         params = [
             SamplingParams(temperature=1.0, top_p=0.95, max_tokens=window - len(p), seed=seed + i, ignore_eos=True)

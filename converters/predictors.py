@@ -87,12 +87,14 @@ def build_predictor(
     check_shape(kind, rank, bits, gate.shape[1])
     rank = 0 if kind == "lowbit" else rank
     bits = bits if kind in ("lowbit", "svd+lowbit") else 0
+    if rank and basis is None:
+        basis = find_basis(kind, gate, statistics, rank)
     left = gate
     a: Parts = {}
     b: Parts = {}
     q: Parts = {}
-    if rank:
-        a, b = _factors(gate, basis or find_basis(kind, gate, statistics, rank), rank, factor_format)
+    if rank and basis is not None:
+        a, b = _factors(gate, basis, rank, factor_format)
         left = gate - dequantize(a, factor_format, rank) @ dequantize(b, factor_format, gate.shape[1])
     if bits:
         q = fit_lowbit(left, statistics.covariance, bits)
@@ -100,7 +102,11 @@ def build_predictor(
     threshold = -layer.offset.astype(np.float32)
     if kind != "svd-naive":
         threshold = threshold - left @ statistics.mean.astype(np.float32)
-    return LayerPredictor(rank, factor_format, bits, a, b, q, threshold, gate_deviation(gate, statistics))
+    if rank and basis is not None and kind != "svd-naive":
+        unit = np.float32(1) / basis.weights
+    else:
+        unit = gate_deviation(gate, statistics)
+    return LayerPredictor(rank, factor_format, bits, a, b, q, threshold, unit)
 
 
 def _factors(gate: Array, basis: Basis, rank: int, factor_format: FactorFormat) -> tuple[Parts, Parts]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import click
 
-from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, calibrate_file
+from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, calibrate_file, paper_options
+from svdengine.commands.progress import StageProgress
 
 DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without NumPy: help comes at once
 
@@ -33,7 +33,8 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "none"]),
-    help="The predictor's kind; by default lowbit (svd with --rank), and none for a model outside the ReLU family.",
+    help="The predictor's kind; by default svd for a large model and with --rank, lowbit for one with a hidden size"
+    " below 2048, and none for a model outside the ReLU family.",
 )
 @click.option(
     "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Rank of the predictor's SVD."
@@ -46,6 +47,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     show_default=True,
     help="How its thresholds are chosen.",
 )
+@paper_options
 @click.option(
     "--text",
     type=click.Path(path_type=Path),
@@ -71,6 +73,7 @@ def command(
     from typing import cast
 
     from svdengine.converters import convert
+    from svdengine.converters.calibration_size import default_kind
     from svdengine.converters.conversion import open_checkpoint
     from svdengine.files.predictor_file import why_not_sparse
     from svdengine.kernels.formats import WeightFormat
@@ -79,24 +82,18 @@ def command(
     config = open_checkpoint(source, activation).config
     if kind not in (None, "none") and not config.sparse_ffn:
         raise click.UsageError(f"--predictor {kind}: {why_not_sparse(config)}")
-    with click.progressbar(length=1, label=f"Converting to {dtype}", file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        convert(
-            source,
-            output,
-            cast(WeightFormat, dtype),
-            activation,
-            progress,
-            embedding_dtype=cast("WeightFormat | None", embedding_dtype),
-            down_dtype=cast("WeightFormat | None", down_dtype),
-        )
-        bar.update(max(0, (bar.length or 0) - bar.pos))
+    progress = StageProgress()
+    convert(
+        source,
+        output,
+        cast(WeightFormat, dtype),
+        activation,
+        lambda done, total: progress(f"converting to {dtype}, MB", done // 1_000_000, max(1, total // 1_000_000)),
+        embedding_dtype=cast("WeightFormat | None", embedding_dtype),
+        down_dtype=cast("WeightFormat | None", down_dtype),
+    )
     if config.sparse_ffn and kind != "none":
-        _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)
+        _calibrate(output, kind or default_kind(config, options["rank"], options["thresholds"]), options)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)
 
