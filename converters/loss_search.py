@@ -55,9 +55,9 @@ def _next_trial(low: float, high: float, below: float, above: float, aim: float)
     """Where the rise is expected to be as aimed at, inside the bracket; its middle where nothing is expected."""
     if not math.isnan(below) and not math.isnan(above) and above > below:
         guess = low + (high - low) * (aim - below) / (above - below)
-    elif not math.isnan(below) and math.isnan(above):
+    elif not math.isnan(below) and high == math.log(ERROR_RANGE[1]):
         guess = low + (aim - below) / _POWER
-    elif not math.isnan(above) and math.isnan(below):
+    elif not math.isnan(above) and low == math.log(ERROR_RANGE[0]):
         guess = high + (aim - above) / _POWER
     else:
         guess = (low + high) / 2

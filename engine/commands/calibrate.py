@@ -82,7 +82,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--tokens",
     type=click.IntRange(256, 1 << 31),
     metavar="N",
-    help="Tokens of text to use.  [default: 16384; of a large model 6144]",
+    help="Tokens of text to use.  [default: 16384; of a large model 5376 or more]",
 )
 @click.option(
     "--predictor",
