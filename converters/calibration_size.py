@@ -18,6 +18,7 @@ class CalibrationSize:
     tokens: int  # of text
     threshold_rows: int  # tokens that thresholds are fitted to, in each layer
     loss_tokens: int  # held-out tokens of about which the loss is taken at each step
+    together: int  # sequences that the model writes at once
     moments: bool  # whether second moments are summed over all tokens; else they come from the sampled ones
 
 
@@ -29,9 +30,9 @@ def calibration_size(config: ModelConfig) -> CalibrationSize:
     4 GB, their sampled rows 1.5 GB. Of 21 windows four are held out, and the others have more than d tokens.
     """
     if config.hidden_size < LARGE:
-        return CalibrationSize("lowbit", None, 16_384, 8192, 5000, True)
+        return CalibrationSize("lowbit", None, 16_384, 8192, 5000, 16, True)
     rank = paper_rank(config.hidden_size, config.ffn_size)
-    return CalibrationSize("svd", rank, 21 * max(256, config.hidden_size // 16), 3072, 768, False)
+    return CalibrationSize("svd", rank, 21 * max(256, config.hidden_size // 16), 3072, 768, 21, False)
 
 
 def default_kind(config: ModelConfig, rank: int | None = None, thresholds: str = "error") -> str:

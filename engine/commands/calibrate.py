@@ -224,8 +224,12 @@ def _written_windows(
     model: Path, device: Device, threads: int | None, tokens: int, window: int, progress: StageProgress
 ) -> list[list[int]]:
     """Text that the model writes. It is loaded for this alone: the KV cache of many sequences is large."""
-    from svdengine.converters.calibration_text import TOGETHER, sampled_windows
+    from svdengine.converters.calibration_size import calibration_size
+    from svdengine.converters.calibration_text import sampled_windows
+    from svdengine.files.model_file import read_model_file
     from svdengine.loading import load
 
-    with load(model, device, "dense", threads, context=window, kv_tokens=TOGETHER * window) as llm:
-        return sampled_windows(llm, tokens, window, progress=partial(progress, "writing text"))
+    with read_model_file(model) as file:
+        together = calibration_size(file.config).together
+    with load(model, device, "dense", threads, context=window, kv_tokens=together * window) as llm:
+        return sampled_windows(llm, tokens, window, progress=partial(progress, "writing text"), together=together)
