@@ -18,7 +18,9 @@ from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, 
 from svdengine.converters.powerinfer import POWERINFER, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
 from svdengine.converters.predictor_quality import mean_auroc, select
+from svdengine.converters.predictors import find_basis, sampled_deviation
 from svdengine.converters.statistics import (
+    SampledMoments,
     Statistics,
     StatisticsCollector,
     Windows,
@@ -227,7 +229,10 @@ def _calibrate_layer(
         moments, shape = statistics.layers[index], candidates[0]
         if len(candidates) > 1:
             shape = choose_shape(candidates, layer, moments, (x, truth), (held, held_truth), options.factor_format)
-        kind, predictor = shape.kind, build_candidate(shape, layer, moments, options.factor_format)
+        kind, basis = shape.kind, None
+        if kind == "svd" and isinstance(statistics.layers, SampledMoments):
+            basis = find_basis(kind, layer.gate, moments, shape.rank, sampled_deviation(truth.gates))
+        predictor = build_candidate(shape, layer, moments, options.factor_format, basis)
     sample, held_sample = (
         make_sample(scores(predictor, rows), neurons, estimates=options.source is None)
         for rows, neurons in ((x, truth), (held, held_truth))

@@ -32,7 +32,7 @@ def calibration_size(config: ModelConfig) -> CalibrationSize:
     if config.hidden_size < LARGE:
         return CalibrationSize("lowbit", None, 16_384, 8192, 5000, 16, True)
     rank = paper_rank(config.hidden_size, config.ffn_size)
-    return CalibrationSize("svd", rank, 21 * max(256, config.hidden_size // 16), 3072, 768, 21, False)
+    return CalibrationSize("svd", rank, 21 * max(256, config.hidden_size // 16), 2048, 768, 21, False)
 
 
 def default_kind(config: ModelConfig, rank: int | None = None, thresholds: str = "error") -> str:
