@@ -162,7 +162,7 @@ class StatisticsCollector:
     def result(self) -> Statistics:
         """The statistics. Raises ConversionError when there were too few tokens, with how many are needed."""
         layers, d = self._sum.shape
-        needed = needed_tokens(d)
+        needed = needed_tokens(d if len(self._products) else 0)
         if self.tokens < needed or not self._held_out.seen:
             every = HELD_OUT_EVERY
             raise ConversionError(

@@ -82,7 +82,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--tokens",
     type=click.IntRange(256, 1 << 31),
     metavar="N",
-    help="Tokens of text to use.  [default: 16384; of a large model 5376 or more]",
+    help="Tokens of text to use.  [default: 16384; of a large model 4096]",
 )
 @click.option(
     "--predictor",
@@ -179,7 +179,7 @@ def calibrate_file(
 ) -> Predictor:
     """Calibrate a model file as the options of the command say, and write what came of it."""
     from svdengine.converters.calibration import CalibrationOptions, calibrate
-    from svdengine.converters.calibration_size import calibration_size, default_kind
+    from svdengine.converters.calibration_size import default_kind, default_tokens
     from svdengine.converters.calibration_text import WINDOW, file_windows
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
@@ -193,7 +193,7 @@ def calibrate_file(
         wanted = CalibrationOptions(kind=kind, **{**shape, **paper, **budget})
         _check_candidates(file, wanted)
         context = min(WINDOW, file.config.max_position)
-        tokens = tokens or calibration_size(file.config).tokens
+        tokens = tokens or default_tokens(file.config, thresholds)
     check_writable(output)
     progress = StageProgress()
     windows = [] if text else _written_windows(model, device, threads, tokens, context, progress)

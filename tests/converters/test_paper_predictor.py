@@ -8,7 +8,7 @@ from model_zoo import random_tokens, zoo
 from test_calibration import executor_of, write_model
 
 from svdengine.converters.calibration import CalibrationOptions, calibrate
-from svdengine.converters.calibration_size import calibration_size, default_kind, paper_rank
+from svdengine.converters.calibration_size import calibration_size, default_kind, default_tokens, paper_rank
 from svdengine.converters.ffn_layer import missed_penalties, read_ffn_layer, run_neurons
 from svdengine.converters.paper_predictor import PaperOptions, paper_factors
 from svdengine.errors import ConversionError
@@ -102,5 +102,6 @@ def test_ranks_and_defaults_by_size() -> None:
     assert (calibration_size(large).kind, calibration_size(large).rank) == ("svd", 256)
     assert (default_kind(large), default_kind(small)) == ("svd", "lowbit")
     assert default_kind(small, rank=64) == "svd" == default_kind(small, thresholds="greedy")
-    # One in five windows is held out: what is left must be enough for the second moment of d columns.
-    assert calibration_size(large).tokens * 4 // 5 > large.hidden_size
+    # One in five windows is held out, and half of the rest must be enough for a Cholesky factor of d columns.
+    assert default_tokens(large, "greedy") * 2 // 5 > large.hidden_size
+    assert default_tokens(small, "greedy") == default_tokens(small) == 16_384
