@@ -6,37 +6,50 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from svdengine.converters.calibration_size import CalibrationSize, calibration_size, paper_rank
 from svdengine.converters.end_to_end import SparseExecutor, mean_loss, sparse_loss
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
+from svdengine.converters.loss_search import MAX_TRIALS, search_error
+from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, build_paper_predictor
 from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
 from svdengine.converters.predictor_folder import PredictorFolder, open_predictor_folder
 from svdengine.converters.predictor_quality import mean_auroc, select
+from svdengine.converters.predictors import find_basis, sampled_deviation
 from svdengine.converters.statistics import (
+    SampledMoments,
     Statistics,
     StatisticsCollector,
     Windows,
     collect_statistics,
     is_held_out,
 )
-from svdengine.converters.thresholds import CALIBRATORS, Calibrator, ThresholdTable, calibrate_thresholds, make_sample
+from svdengine.converters.thresholds import (
+    CALIBRATORS,
+    Calibrator,
+    ThresholdTable,
+    calibrate_thresholds,
+    fixed_thresholds,
+    make_sample,
+)
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import model_fingerprint
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, layer_predictor_bytes, scores
+from svdengine.models.config import ModelConfig
 
 TrainedPredictors = PowerInferFile | PredictorFolder
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 
 MAX_LOSS = 0.005  # the default budget
-_LOSS_STEPS = 7
-_LOSS_TOKENS = 5000  # held-out tokens of about which the loss is taken at each step
-_ERROR_RANGE = (1e-5, 0.1)  # of a layer, between which a budget for the loss is searched
+GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
+_NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
+_PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,10 @@ class CalibrationOptions:
     rank: int | None = None  # None: chosen for each layer, by modelled bytes a token
     bits: int | None = None  # of the low-bit part, 1 or 2; None: chosen like the rank
     factor_format: FactorFormat = "q8"
-    thresholds: Calibrator = "error"  # trained: as `source` means them, which meets no budget
+    # trained: as `source` means them; greedy: the paper's predictor and thresholds. Both meet no budget.
+    thresholds: Calibrator | Literal["greedy"] = "error"
+    share: float | None = None  # the paper's s
+    ablation: Ablation | None = None  # of the paper
     max_loss: float | None = None  # rise of the held-out perplexity, as a share: 0.005 is half a percent
     max_error: float | None = None  # share of the FFN output's energy that is missed, in each layer
     density: float | None = None  # share of neurons that are predicted, in each layer
@@ -71,14 +87,35 @@ class CalibrationOptions:
             raise ConversionError(f"the rank of a {POWERINFER} predictor is that of its file: leave --rank out")
         if self.thresholds == "trained" and (self.kind != POWERINFER or budgets):
             raise ConversionError(f"trained thresholds are those of a {POWERINFER} predictor, and meet no budget")
-        if self.thresholds not in CALIBRATORS:
-            raise ConversionError(f"unknown thresholds {self.thresholds!r}; there are {', '.join(CALIBRATORS)}")
+        if self.thresholds not in (*CALIBRATORS, GREEDY):
+            known = ", ".join((*CALIBRATORS, GREEDY))
+            raise ConversionError(f"unknown thresholds {self.thresholds!r}; there are {known}")
+        self._check_paper(bool(budgets))
         if self.factor_format not in get_args(FactorFormat):
             raise ConversionError(f"the factors can be q8 or q4, found {self.factor_format!r}")
 
+    def _check_paper(self, budget: bool) -> None:
+        if self.thresholds != GREEDY:
+            if self.share is not None or self.ablation is not None:
+                raise ConversionError("s and an ablation belong to greedy thresholds, the paper's")
+            return
+        if self.kind != "svd" or budget:
+            raise ConversionError(
+                "greedy thresholds are those of the paper's svd predictor, and meet no budget but their own (--s)"
+            )
+        _ = self.paper
+
+    @property
+    def paper(self) -> PaperOptions:
+        """How the paper's predictor is made. Raises ConversionError for what cannot be."""
+        share = SHARE if self.share is None else self.share
+        return PaperOptions(share, self.ablation or "full", self.factor_format)
+
     @property
     def budget(self) -> dict[str, float]:
-        """The one budget by its name; none for trained thresholds."""
+        """The one budget by its name; none for trained thresholds, and s for the paper's."""
+        if self.thresholds == GREEDY:
+            return {"s": self.paper.share}
         if self.thresholds == "trained":
             return {}
         for name in ("max_error", "density"):
@@ -119,22 +156,22 @@ def calibrate(
     require_sparse(model_file.config)
     candidates = find_candidates(model_file, options)
     report = progress or _silent
-    config = model_file.config
+    config, size = model_file.config, calibration_size(model_file.config)
     fingerprint = model_fingerprint(model_file)
     statistics = collect_statistics(
         executor,
         windows,
-        StatisticsCollector(config.layer_count, config.hidden_size),
+        _collector(config, size, windows, options),
         model=fingerprint,
         state=state,
         progress=lambda done, total: report("statistics", done, total),
     )
     work = []
     for index in range(config.layer_count):
-        work.append(_calibrate_layer(model_file, statistics, index, candidates, options))
+        work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
         report("layers", index + 1, config.layer_count)
     held_out = [window for index, window in enumerate(windows) if is_held_out(index) and len(window) > 1]
-    held_out = held_out[:: -(-sum(map(len, held_out)) // _LOSS_TOKENS)] if held_out else []
+    held_out = held_out[:: -(-sum(map(len, held_out)) // size.loss_tokens)] if held_out else []
     levels, outcome = _meet_budget(executor, work, held_out, options, report)
     measured = [
         _measure_layer(model_file, statistics, index, w.kind, w.at(level))
@@ -143,6 +180,7 @@ def calibrate(
     about = {
         "kind": options.kind,
         "thresholds": options.thresholds,
+        **({"ablation": options.paper.ablation} if options.thresholds == GREEDY else {}),
         "budget": options.budget,
         "outcome": outcome,
         "fingerprint": fingerprint,
@@ -161,8 +199,12 @@ def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Seque
             )
         opens = open_predictor_folder if options.source.is_dir() else open_powerinfer
         return opens(options.source, model_file, options.thresholds == "trained")
+    config, rank = model_file.config, options.rank
+    if options.kind == "svd" and rank is None:
+        paper = options.thresholds == GREEDY
+        rank = paper_rank(config.hidden_size, config.ffn_size) if paper else calibration_size(config).rank
     try:
-        return candidate_shapes(options.kind, options.rank, options.bits, model_file.config)
+        return candidate_shapes(options.kind, rank, options.bits, config)
     except ValueError as error:
         raise ConversionError(str(error)) from error
 
@@ -179,9 +221,16 @@ def _calibrate_layer(
     index: int,
     candidates: Sequence[PredictorShape] | TrainedPredictors,
     options: CalibrationOptions,
+    rows: int,
 ) -> _LayerWork:
+    """A layer's predictor, with thresholds from at most `rows` tokens."""
     layer = read_ffn_layer(model_file, index)
     x, held = layer_sample(statistics, index, held_out=False), layer_sample(statistics, index, held_out=True)
+    if options.thresholds == GREEDY and not isinstance(candidates, PowerInferFile | PredictorFolder):
+        moments, rank = statistics.layers[index], candidates[0].rank
+        paper = build_paper_predictor(index, layer, x, rank, options.paper, moments)
+        return _LayerWork(paper, fixed_thresholds(np.zeros_like(paper.threshold)), options.kind)
+    x = x[:rows]
     truth, held_truth = run_neurons(layer, x), run_neurons(layer, held)
     if isinstance(candidates, PowerInferFile | PredictorFolder):
         kind, name = options.kind, f"{candidates.path}, layer {index}"
@@ -191,12 +240,27 @@ def _calibrate_layer(
         moments, shape = statistics.layers[index], candidates[0]
         if len(candidates) > 1:
             shape = choose_shape(candidates, layer, moments, (x, truth), (held, held_truth), options.factor_format)
-        kind, predictor = shape.kind, build_candidate(shape, layer, moments, options.factor_format)
+        kind, basis = shape.kind, None
+        if kind == "svd" and isinstance(statistics.layers, SampledMoments):
+            basis = find_basis(kind, layer.gate, moments, shape.rank, sampled_deviation(truth.gates))
+        predictor = build_candidate(shape, layer, moments, options.factor_format, basis)
     sample, held_sample = (
         make_sample(scores(predictor, rows), neurons, estimates=options.source is None)
         for rows, neurons in ((x, truth), (held, held_truth))
     )
-    return _LayerWork(predictor, calibrate_thresholds(options.thresholds, sample, held_sample, layer.row_bytes), kind)
+    calibrator = cast(Calibrator, options.thresholds)
+    return _LayerWork(predictor, calibrate_thresholds(calibrator, sample, held_sample, layer.row_bytes), kind)
+
+
+def _collector(
+    config: ModelConfig, size: CalibrationSize, windows: Windows, options: CalibrationOptions
+) -> StatisticsCollector:
+    """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
+    if options.thresholds != GREEDY:
+        return StatisticsCollector(config.layer_count, config.hidden_size, moments=size.moments)
+    tokens = sum(len(window) for index, window in enumerate(windows) if not is_held_out(index))
+    rows = min(max(tokens, 1), _PAPER_ROWS)
+    return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
 
 
 def _better_reading(networks: Sequence[Network], x: np.ndarray, truth: Neurons) -> Network:
@@ -211,42 +275,39 @@ def _meet_budget(
     executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, options: CalibrationOptions, report: Progress
 ) -> tuple[list[float], dict[str, float]]:
     """The level of each layer's thresholds, and what the budget came to."""
-    if not options.budget:
+    if options.thresholds in _NO_BUDGET:
         return [0.0] * len(work), {}
     ((name, limit),) = options.budget.items()
     if name == "max_error":
         return [w.table.level_of_error(limit) for w in work], {}
     if name == "density":
         return [w.table.level_of_density(limit) for w in work], {}
-    return _bisect_loss(executor, work, held_out, limit, report)
+    return _meet_loss(executor, work, held_out, limit, report)
 
 
-def _bisect_loss(
+def _meet_loss(
     executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, limit: float, report: Progress
 ) -> tuple[list[float], dict[str, float]]:
-    """Find the largest error, the same in every layer, at which the held-out perplexity rises by at most `limit`.
-
-    The error is bisected in its logarithm. When even the smallest costs more, that one is taken.
-    """
-    steps = _LOSS_STEPS + 1
+    """Find the largest error, the same in every layer, at which the held-out perplexity rises by at most `limit`."""
+    steps, done = MAX_TRIALS + 1, 1
     dense = mean_loss(executor, held_out)
-    report("loss", 1, steps)
-    low, high = (math.log(error) for error in _ERROR_RANGE)
-    best, rise = low, math.nan
-    for step in range(_LOSS_STEPS):
-        middle = (low + high) / 2
-        levels = [w.table.level_of_error(math.exp(middle)) for w in work]
+    report("loss", done, steps)
+
+    def rise_at(error: float) -> float:
+        nonlocal done
+        levels = [w.table.level_of_error(error) for w in work]
         trial = Predictor(tuple(w.at(level) for w, level in zip(work, levels, strict=True)), {})
-        found = math.expm1(sparse_loss(executor, trial, held_out) - dense)
-        if found <= limit:
-            low = best = middle
-            rise = found
-        else:
-            high = middle
-        report("loss", step + 2, steps)
-    levels = [w.table.level_of_error(math.exp(best)) for w in work]
-    outcome = {"error": math.exp(best), "perplexity": math.exp(dense)}
-    return levels, outcome if math.isnan(rise) else {**outcome, "perplexity_rise": rise}
+        rise = math.expm1(sparse_loss(executor, trial, held_out) - dense)
+        done += 1
+        report("loss", done, steps)
+        return rise
+
+    found = search_error(rise_at, limit)
+    if done < steps:
+        report("loss", steps, steps)
+    outcome = {"error": found.error, "perplexity": math.exp(dense)}
+    levels = [w.table.level_of_error(found.error) for w in work]
+    return levels, outcome if math.isnan(found.rise) else {**outcome, "perplexity_rise": found.rise}
 
 
 def _measure_layer(

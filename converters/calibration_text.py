@@ -19,7 +19,6 @@ Progress = Callable[[int, int], None]  # tokens sampled so far, tokens wanted
 
 WINDOW = 256  # tokens
 TOKENS = 16_384  # in all windows
-_TOGETHER = 16  # sequences sampled at once
 
 # Beginnings that lead a model to different kinds of text.
 OPENINGS = (
@@ -102,12 +101,18 @@ def chat_windows(llm: LLM, path: Path, tokens: int = TOKENS, window: int = WINDO
 
 
 def sampled_windows(
-    llm: LLM, tokens: int = TOKENS, window: int = WINDOW, seed: int = 0, progress: Progress | None = None
+    llm: LLM,
+    tokens: int = TOKENS,
+    window: int = WINDOW,
+    seed: int = 0,
+    progress: Progress | None = None,
+    *,
+    together: int = 16,
 ) -> list[list[int]]:
     """Windows that the model writes itself, from openings of many kinds and, where it has a template, as a chat.
 
     Every other window is an answer to a question when the model has a chat template. The same seed gives the same
-    windows.
+    windows. `together` sequences are written at once.
     """
     prompts = [llm.tokenizer.encode(text) for text in OPENINGS]
     if llm.model_file.chat_template is not None:
@@ -117,8 +122,8 @@ def sampled_windows(
         prompts = [prompt for pair in pairs for prompt in pair]
     count = max(1, tokens // window)
     windows: list[list[int]] = []
-    for start in range(0, count, _TOGETHER):
-        numbers = range(start, min(start + _TOGETHER, count))
+    for start in range(0, count, together):
+        numbers = range(start, min(start + together, count))
         batch = [prompts[i % len(prompts)][: window // 2] for i in numbers]
         params = [
             SamplingParams(temperature=1.0, top_p=0.95, max_tokens=window - len(p), seed=seed + i, ignore_eos=True)

@@ -98,6 +98,27 @@ def exact_gates(layer: FfnLayer, x: Array) -> Array:
 
 def run_neurons(layer: FfnLayer, x: Array) -> Neurons:
     """Exact activity and energy of every neuron on FFN inputs x (n, d) float32."""
+    raw, h, active = _run(layer, x)
+    energy = np.square(h * layer.down_norm)
+    total = energy.sum(1, keepdims=True)
+    energy /= np.where(total > 0, total, np.float32(1))
+    return Neurons(raw + (layer.offset - layer.gate_bias), active, energy)
+
+
+def missed_penalties(layer: FfnLayer, x: Array, kind: str) -> Array:
+    """What it costs to miss each neuron on FFN inputs x (n, d), in the paper's three ways: (n, f).
+
+    gate: |act(gate)|; gate-up: |h|; full: |h| times the length of the neuron's row of down_T.
+    """
+    raw, h, _ = _run(layer, x)
+    if kind == "gate":
+        return np.abs(activate(layer.config.activation, raw, layer.config.activation_threshold))
+    h = np.abs(h)
+    return h * layer.down_norm if kind == "full" else h
+
+
+def _run(layer: FfnLayer, x: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Pre-activations, hidden values h and activity of every neuron, each (n, f)."""
     config = layer.config
     x = _inputs(layer, x)
     raw = linear(x, layer.gate, layer.gate_bias)
@@ -106,10 +127,7 @@ def run_neurons(layer: FfnLayer, x: Array) -> Neurons:
     if layer.up is not None:
         up = linear(x, layer.up, layer.up_bias)
         h = h * (activate("relu", up) if config.activation == "drelu" else up)
-    energy = np.square(h * layer.down_norm)
-    total = energy.sum(1, keepdims=True)
-    energy /= np.where(total > 0, total, np.float32(1))
-    return Neurons(raw + (layer.offset - layer.gate_bias), active, energy)
+    return raw, h, active
 
 
 def _inputs(layer: FfnLayer, x: Array) -> Array:

@@ -49,23 +49,32 @@ def check_shape(kind: str, rank: int, bits: int, hidden_size: int) -> None:
         raise ValueError(f"{kind} has 1 or 2 bits a weight, found {bits}")
 
 
+def sampled_deviation(gates: Array) -> Array:
+    """As `gate_deviation`, from gates (n, f) of sampled tokens: with many columns this costs far less."""
+    return _above_zero(gates.std(0, dtype=np.float64).astype(np.float32))
+
+
 def gate_deviation(gate: Array, statistics: LayerStatistics) -> Array:
     """Standard deviation of each neuron's pre-activation, (f,); where it would vanish, a small positive number."""
     covariance = statistics.covariance.astype(np.float32)
     variance = np.maximum(((gate @ covariance) * gate).sum(1), 0)
-    deviation = np.sqrt(variance)
+    return _above_zero(np.sqrt(variance))
+
+
+def _above_zero(deviation: Array) -> Array:
     floor = 1e-4 * float(deviation.mean()) or 1e-6
     return np.maximum(deviation, np.float32(floor)).astype(np.float32)
 
 
-def find_basis(kind: str, gate: Array, statistics: LayerStatistics, rank: int) -> Basis:
+def find_basis(kind: str, gate: Array, statistics: LayerStatistics, rank: int, deviation: Array | None = None) -> Basis:
     """The directions that a predictor of this kind and of at most this rank projects on.
 
     Rows are weighted by 1 / their standard deviation, so that every neuron's error counts alike in its own units.
+    `deviation` is that of `gate_deviation`, where it is known.
     """
     if kind == "svd-naive":
         return Basis(leading_directions(gate, None, rank), np.ones(len(gate), np.float32))
-    weights = np.float32(1) / gate_deviation(gate, statistics)
+    weights = np.float32(1) / (gate_deviation(gate, statistics) if deviation is None else deviation)
     return Basis(leading_directions(gate * weights[:, None], statistics.covariance, rank), weights)
 
 
@@ -87,12 +96,14 @@ def build_predictor(
     check_shape(kind, rank, bits, gate.shape[1])
     rank = 0 if kind == "lowbit" else rank
     bits = bits if kind in ("lowbit", "svd+lowbit") else 0
+    if rank and basis is None:
+        basis = find_basis(kind, gate, statistics, rank)
     left = gate
     a: Parts = {}
     b: Parts = {}
     q: Parts = {}
-    if rank:
-        a, b = _factors(gate, basis or find_basis(kind, gate, statistics, rank), rank, factor_format)
+    if rank and basis is not None:
+        a, b = _factors(gate, basis, rank, factor_format)
         left = gate - dequantize(a, factor_format, rank) @ dequantize(b, factor_format, gate.shape[1])
     if bits:
         q = fit_lowbit(left, statistics.covariance, bits)
@@ -100,7 +111,11 @@ def build_predictor(
     threshold = -layer.offset.astype(np.float32)
     if kind != "svd-naive":
         threshold = threshold - left @ statistics.mean.astype(np.float32)
-    return LayerPredictor(rank, factor_format, bits, a, b, q, threshold, gate_deviation(gate, statistics))
+    if rank and basis is not None and kind != "svd-naive":
+        unit = np.float32(1) / basis.weights
+    else:
+        unit = gate_deviation(gate, statistics)
+    return LayerPredictor(rank, factor_format, bits, a, b, q, threshold, unit)
 
 
 def _factors(gate: Array, basis: Basis, rank: int, factor_format: FactorFormat) -> tuple[Parts, Parts]:

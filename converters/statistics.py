@@ -2,7 +2,8 @@
 
 For each layer: the mean and the second moment of the inputs in float64, and two samples of rows. Windows of tokens
 are either for fitting or held out; the moments and one sample come from the former, the other sample from the latter.
-Memory depends on the model and on the sizes of the samples, never on the length of the text.
+Memory depends on the model and on the sizes of the samples, never on the length of the text. Where second moments
+would fill it, they come from the sampled rows, a layer at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,10 +59,26 @@ class LayerStatistics:
 class Statistics:
     """Everything that predictors and thresholds are made from."""
 
-    layers: tuple[LayerStatistics, ...]
+    layers: Sequence[LayerStatistics]
     fit: NDArray[np.float16]  # (layers, rows, d) sample of the fitting windows
     held_out: NDArray[np.float16]  # (layers, rows, d) sample of the held-out windows
     tokens: int  # that the moments come from
+
+
+class SampledMoments(Sequence[LayerStatistics]):
+    """Moments of rows (layers, n, d), made for a layer whenever it is asked for."""
+
+    def __init__(self, rows: NDArray[np.float16]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, layer: Any) -> Any:
+        if isinstance(layer, slice):
+            return [self[index] for index in range(*layer.indices(len(self)))]
+        x = self._rows[layer].astype(np.float32)
+        return LayerStatistics(x.mean(0, dtype=np.float64), (x.T @ x).astype(np.float64) / len(x))
 
 
 def is_held_out(window: int) -> bool:
@@ -115,11 +132,13 @@ class StatisticsCollector:
         fit_rows: int = FIT_ROWS,
         held_out_rows: int = HELD_OUT_ROWS,
         seed: int = 0,
+        moments: bool = True,
     ) -> None:
+        """`moments`: whether they are summed over all tokens of fitting windows, or come from the sample of them."""
         self.windows_done = 0
         self.tokens = 0  # in fitting windows
         self._sum = np.zeros((layer_count, hidden_size))
-        self._products = np.zeros((layer_count, hidden_size, hidden_size))
+        self._products = np.zeros((layer_count if moments else 0, hidden_size, hidden_size))
         self._fit = Reservoir(layer_count, fit_rows, hidden_size, 2 * seed)
         self._held_out = Reservoir(layer_count, held_out_rows, hidden_size, 2 * seed + 1)
 
@@ -136,14 +155,14 @@ class StatisticsCollector:
             return
         self._fit.add(inputs)
         self.tokens += inputs.shape[1]
-        for layer, x in enumerate(inputs):
+        for layer, x in enumerate(inputs[: len(self._products)]):
             self._sum[layer] += x.sum(0, dtype=np.float64)
             self._products[layer] += x.T @ x
 
     def result(self) -> Statistics:
         """The statistics. Raises ConversionError when there were too few tokens, with how many are needed."""
         layers, d = self._sum.shape
-        needed = needed_tokens(d)
+        needed = needed_tokens(d if len(self._products) else 0)
         if self.tokens < needed or not self._held_out.seen:
             every = HELD_OUT_EVERY
             raise ConversionError(
@@ -151,10 +170,13 @@ class StatisticsCollector:
                 f" this model needs at least {needed} for fitting, so about {needed * every // (every - 1) + 1} in all,"
                 f" in at least {every} windows"
             )
-        moments = tuple(
-            LayerStatistics(self._sum[i] / self.tokens, self._products[i] / self.tokens) for i in range(layers)
-        )
-        return Statistics(moments, self._fit.sample(), self._held_out.sample(), self.tokens)
+        fit = self._fit.sample()
+        moments: Sequence[LayerStatistics] = SampledMoments(fit)
+        if len(self._products):
+            moments = [
+                LayerStatistics(self._sum[i] / self.tokens, self._products[i] / self.tokens) for i in range(layers)
+            ]
+        return Statistics(moments, fit, self._held_out.sample(), self.tokens)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the state atomically. `fingerprint` says what is being measured; `load` must give the same."""
@@ -175,7 +197,10 @@ class StatisticsCollector:
             for name, array in state.items()
         )
         if not fits:
-            raise ConversionError(f"{path}: was made from another text or model; delete it, or give another name")
+            raise ConversionError(
+                f"{path}: was made from another text or model, or for another calibration; delete it, or give another"
+                " name"
+            )
         for name, array in state.items():
             array[...] = file.arrays[name]
         self.windows_done, self.tokens, self._fit.seen, self._held_out.seen = (int(n) for n in state["counts"])

@@ -99,6 +99,12 @@ def calibrate_thresholds(
     return measure_thresholds(held_out, thresholds)
 
 
+def fixed_thresholds(thresholds: Array) -> ThresholdTable:
+    """A table of thresholds (f,) that are as they are at every level; it knows neither error nor densities."""
+    unknown = np.full(2, np.nan)
+    return ThresholdTable(np.stack([thresholds, thresholds]), unknown, unknown, unknown)
+
+
 def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tuple[int, int, int]) -> Array:
     """Thresholds (lambdas, f) that minimise missed energy + lambda * bytes for each neuron and each lambda, ascending.
 

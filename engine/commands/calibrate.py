@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from svdengine.commands.arguments import ModelArgument, Number, check_writable, kept_file
+from svdengine.commands.progress import StageProgress
 from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
 
 KINDS = ("svd", "svd-naive", "lowbit", "svd+lowbit", "auto")
-THRESHOLDS = ("error", "recall", "uniform")
+THRESHOLDS = ("error", "recall", "uniform", "greedy")
+ABLATIONS = ("naive", "whitening", "constant", "gate", "gate-up", "full")  # without NumPy: help comes at once
 _BUDGETS = ("max_loss", "max_error", "density")
 
 
@@ -42,6 +44,25 @@ class RankOrAuto(click.ParamType):
         return rank
 
 
+def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of the paper's own construction."""
+    share = click.option(
+        "--s",
+        "share",
+        type=Number(min=0, max=1, min_open=True),
+        metavar="X",
+        help="With greedy: share of the inactive neurons that is predicted inactive, less 0.1 in the first two layers."
+        "  [default: 0.5]",
+    )
+    ablation = click.option(
+        "--ablation",
+        type=click.Choice(ABLATIONS),
+        help="With greedy: an ablation of the paper. naive and whitening have no thresholds, constant one a layer;"
+        " gate, gate-up and full weigh what is missed.  [default: full]",
+    )
+    return share(ablation(function))
+
+
 @click.command("calibrate")
 @click.argument("model", type=ModelArgument())
 @click.option(
@@ -59,15 +80,17 @@ class RankOrAuto(click.ParamType):
     help="UTF-8 text, or chats in a .jsonl file. Give several files by repeating it: each gets the same share.",
 )
 @click.option(
-    "--tokens", type=click.IntRange(256, 1 << 31), metavar="N", help="Tokens of text to use.  [default: 16384]"
+    "--tokens",
+    type=click.IntRange(256, 1 << 31),
+    metavar="N",
+    help="Tokens of text to use.  [default: 16384; of a large model 4096]",
 )
 @click.option(
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "powerinfer"]),
-    default="lowbit",
-    show_default=True,
-    help="Kind of the predictor. powerinfer: PowerInfer's or the paper's own, out of files.",
+    help="Kind of the predictor; by default svd for a large model, lowbit for one with a hidden size below 2048."
+    " powerinfer: trained ones, PowerInfer's or the paper's own, out of files.",
 )
 @click.option(
     "--from",
@@ -97,8 +120,10 @@ class RankOrAuto(click.ParamType):
     type=click.Choice([*THRESHOLDS, "trained"]),
     default="error",
     show_default=True,
-    help="How thresholds are chosen. trained: those that a powerinfer predictor was trained with; they meet no budget.",
+    help="How thresholds are chosen. trained: those that a powerinfer predictor was trained with; they meet no budget."
+    " greedy: as the paper does, with its svd predictor.",
 )
+@paper_options
 @click.option("--max-loss", type=Number(), metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
 @click.option(
     "--max-error", type=Number(), metavar="X", help="Budget: share of each FFN's output energy that is missed."
@@ -144,12 +169,14 @@ def calibrate_file(
     model: Path,
     output: Path,
     *,
-    kind: str = "lowbit",
+    kind: str | None = None,
     source: Path | None = None,
     rank: int | None = None,
     bits: int | None = 2,
     factors: str = "q8",
     thresholds: str = "error",
+    share: float | None = None,
+    ablation: str | None = None,
     text: Sequence[Path] = (),
     tokens: int | None = None,
     state: Path | None = None,
@@ -159,21 +186,26 @@ def calibrate_file(
 ) -> Predictor:
     """Calibrate a model file as the options of the command say, and write what came of it."""
     from svdengine.converters.calibration import CalibrationOptions, calibrate
-    from svdengine.converters.calibration_text import TOKENS, WINDOW
+    from svdengine.converters.calibration_size import default_kind, default_tokens
+    from svdengine.converters.calibration_text import WINDOW, file_windows
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
     from svdengine.loading import load
 
-    shape: Any = {"kind": kind, "source": source, "rank": rank, "bits": bits, "factor_format": factors}
-    wanted = CalibrationOptions(**{**shape, "thresholds": thresholds, **budget})
+    shape: Any = {"source": source, "rank": rank, "bits": bits, "factor_format": factors}
+    paper: Any = {"thresholds": thresholds, "share": share, "ablation": ablation}
     with read_model_file(model) as file:
         require_relu_family(file)
+        kind = kind or default_kind(file.config, rank, thresholds)
+        wanted = CalibrationOptions(kind=kind, **{**shape, **paper, **budget})
         _check_candidates(file, wanted)
         context = min(WINDOW, file.config.max_position)
+        tokens = tokens or default_tokens(file.config, thresholds)
     check_writable(output)
-    progress = _progress if sys.stderr.isatty() else None
-    with load(model, device, "dense", threads, context=context, kv_tokens=16 * context) as llm:
-        windows = _windows(llm, text, tokens or TOKENS, context)
+    progress = StageProgress()
+    windows = [] if text else _written_windows(model, device, threads, tokens, context, progress)
+    with load(model, device, "dense", threads, context=context, kv_tokens=context) as llm:
+        windows = windows or file_windows(llm, text, tokens, context)
         executor: Any = llm.executor
         predictor = calibrate(llm.model_file, executor, windows, wanted, state=state, progress=progress)
         if output.suffix == ".svdp" or output == model:
@@ -195,14 +227,16 @@ def _check_candidates(file: ModelFile, wanted: CalibrationOptions) -> None:
     find_candidates(file, wanted)
 
 
-def _windows(llm: Any, text: Sequence[Path], tokens: int, window: int) -> list[list[int]]:
-    from svdengine.converters.calibration_text import file_windows, sampled_windows
+def _written_windows(
+    model: Path, device: Device, threads: int | None, tokens: int, window: int, progress: StageProgress
+) -> list[list[int]]:
+    """Text that the model writes. It is loaded for this alone: the KV cache of many sequences is large."""
+    from svdengine.converters.calibration_size import calibration_size
+    from svdengine.converters.calibration_text import sampled_windows
+    from svdengine.files.model_file import read_model_file
+    from svdengine.loading import load
 
-    if text:
-        return file_windows(llm, text, tokens, window)
-    report = (lambda done, total: _progress("writing text", done, total)) if sys.stderr.isatty() else None
-    return sampled_windows(llm, tokens, window, progress=report)
-
-
-def _progress(stage: str, done: int, total: int) -> None:
-    click.echo(f"\r{stage} {done}/{total}  " + ("\n" if done >= total else ""), err=True, nl=False)
+    with read_model_file(model) as file:
+        together = calibration_size(file.config).together
+    with load(model, device, "dense", threads, context=window, kv_tokens=together * window) as llm:
+        return sampled_windows(llm, tokens, window, progress=partial(progress, "writing text"), together=together)

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,12 +14,15 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from svdengine.commands.calibrate import calibrate_file
+from svdengine.commands.progress import StageProgress
 
 if TYPE_CHECKING:
     from svdengine.converters.forecast import Forecast
     from svdengine.files.model_file import ModelFile
     from svdengine.kernels.formats import WeightFormat
     from svdengine.models.config import ModelConfig
+
+_OF_PREDICTOR = ("rank", "thresholds", "share", "ablation", "text")  # fields of Wanted that calibration takes
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,20 @@ class Wanted:
     kind: str | None = None  # of the predictor; None: the default one, where the model has zeros to skip
     rank: int | None = None
     thresholds: str = "error"
+    share: float | None = None
+    ablation: str | None = None
     text: tuple[Path, ...] = ()
     check: bool = True  # whether the activation is checked by measuring
 
     def predictor_kind(self, config: ModelConfig) -> str | None:
         """The kind of predictor that a model gets. Raises UsageError on one that it has no use for."""
+        from svdengine.converters.calibration_size import default_kind
         from svdengine.files.predictor_file import why_not_sparse
 
         if self.kind == "none":
             return None
         if config.sparse_ffn:
-            return self.kind or ("lowbit" if self.rank is None else "svd")
+            return self.kind or default_kind(config, self.rank, self.thresholds)
         if self.kind is not None:
             raise click.UsageError(f"--predictor {self.kind}: {why_not_sparse(config)}")
         return None
@@ -59,6 +64,8 @@ class Wanted:
             parts.append(kind)
             parts += [str(self.rank)] if self.rank is not None else []
             parts += [self.thresholds] if self.thresholds != "error" else []
+            parts += [f"s{self.share:g}"] if self.share is not None else []
+            parts += [self.ablation] if self.ablation is not None else []
             if self.text:
                 parts.append(hashlib.sha256(json.dumps([str(t) for t in self.text]).encode()).hexdigest()[:6])
         return "-".join(parts)
@@ -170,24 +177,18 @@ def _shown_count(count: int) -> str:
 def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[str, Any] | None) -> None:
     from svdengine.converters import convert
 
-    with click.progressbar(length=1, label=f"Converting to {wanted.dtype}", file=sys.stderr) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.length = total
-            bar.update(done - bar.pos)
-
-        convert(
-            source,
-            output,
-            cast("WeightFormat", wanted.dtype),
-            wanted.activation,
-            progress,
-            embedding_dtype=cast("WeightFormat | None", wanted.embedding_dtype),
-            down_dtype=cast("WeightFormat | None", wanted.down_dtype),
-            hub=hub,
-            look=_check if wanted.check else None,
-        )
-        bar.update(max(0, (bar.length or 0) - bar.pos))
+    stage, progress = f"converting to {wanted.dtype}, MB", StageProgress()
+    convert(
+        source,
+        output,
+        cast("WeightFormat", wanted.dtype),
+        wanted.activation,
+        lambda done, total: progress(stage, done // 1_000_000, max(1, total // 1_000_000)),
+        embedding_dtype=cast("WeightFormat | None", wanted.embedding_dtype),
+        down_dtype=cast("WeightFormat | None", wanted.down_dtype),
+        hub=hub,
+        look=_check if wanted.check else None,
+    )
 
 
 def _check(file: ModelFile) -> None:
@@ -195,8 +196,7 @@ def _check(file: ModelFile) -> None:
     from svdengine.converters.activation_check import check_activation
     from svdengine.errors import ConversionError, SvdEngineError
 
-    newline = "\n" if sys.stderr.isatty() else ""  # after the bar
-    _say(f"{newline}Checking the activation; --no-check leaves it out")
+    _say("Checking the activation; --no-check leaves it out")
     try:
         found = check_activation(file)
     except SvdEngineError as error:  # of the device: the file is as good as before
@@ -214,7 +214,11 @@ def _calibrate(model: Path, output: Path, kind: str, wanted: Wanted) -> None:
     from svdengine.errors import ConversionError, SvdEngineError
 
     _say(f"Calibrating a predictor ({kind}); svdengine convert --predictor none leaves it out")
-    chosen = {name: value for name, value in asdict(wanted).items() if name in ("rank", "thresholds", "text")}
+    chosen = {
+        name: value
+        for name, value in asdict(wanted).items()
+        if name in ("rank", "thresholds", "share", "ablation", "text")
+    }
     try:
         calibrate_file(model, output, kind=kind, **chosen)
     except SvdEngineError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from svdengine.commands.arguments import ModelArgument, check_writable
-from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto
+from svdengine.commands.calibrate import KINDS, THRESHOLDS, RankOrAuto, paper_options
 from svdengine.commands.conversion import Wanted, announce, convert_file
 from svdengine.files.hub_name import HubName
 
@@ -51,7 +51,8 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, 
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "none"]),
-    help="The predictor's kind; by default lowbit (svd with --rank), and none for a model outside the ReLU family.",
+    help="The predictor's kind; by default svd for a large model and with --rank, lowbit for one with a hidden size"
+    " below 2048, and none for a model outside the ReLU family.",
 )
 @click.option(
     "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Rank of the predictor's SVD."
@@ -64,6 +65,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, 
     show_default=True,
     help="How its thresholds are chosen.",
 )
+@paper_options
 @click.option(
     "--text",
     type=click.Path(path_type=Path),

@@ -53,6 +53,7 @@ def predictor_report(predictor: Predictor) -> dict[str, Any]:
     return {
         "kind": _text(about.get("kind")),
         "thresholds": _text(about.get("thresholds")),
+        "ablation": _text(about["ablation"]) if "ablation" in about else None,
         "budget": _numbers(about.get("budget")),
         "outcome": _numbers(about.get("outcome")),
         "tokens": _number(about.get("tokens")),
@@ -68,7 +69,8 @@ def predictor_lines(report: Mapping[str, Any]) -> list[str]:
     """The report as text."""
     none = "none" if report["thresholds"] == "trained" else "unknown"
     budget = ", ".join(f"{name} {value:g}" for name, value in report["budget"].items()) or none
-    lines = [f"predictor: {report['kind']}; thresholds: {report['thresholds']}; budget: {budget}"]
+    ablation = f", ablation {report['ablation']}" if report["ablation"] not in (None, "full") else ""
+    lines = [f"predictor: {report['kind']}; thresholds: {report['thresholds']}{ablation}; budget: {budget}"]
     if report["outcome"]:
         lines.append("outcome: " + ", ".join(f"{name} {value:.4g}" for name, value in report["outcome"].items()))
     lines += ["", _line("layer", [heading for heading, *_ in _COLUMNS])]

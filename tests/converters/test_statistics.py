@@ -146,3 +146,16 @@ def test_memory_does_not_grow_with_the_text() -> None:
     for _ in range(50):
         collector.add(np.ones((2, 64, 90), np.float32), held_out=False)
     assert {name: array.nbytes for name, array in collector._state().items()} == before
+
+
+def test_moments_of_the_sample_stand_for_those_that_were_not_summed() -> None:
+    size = {"fit_rows": 400, "held_out_rows": 50}
+    summed = collect_statistics(
+        executor_of(), WINDOWS, StatisticsCollector(CONFIG.layer_count, CONFIG.hidden_size, **size)
+    )
+    collector = StatisticsCollector(CONFIG.layer_count, CONFIG.hidden_size, **size, moments=False)
+    sampled = collect_statistics(executor_of(), WINDOWS, collector)
+    assert len(sampled.layers) == CONFIG.layer_count and sampled.tokens == summed.tokens
+    for one, other in zip(sampled.layers, summed.layers, strict=True):  # float16 rows, all of them
+        np.testing.assert_allclose(one.mean, other.mean, atol=1e-3)
+        np.testing.assert_allclose(one.second_moment, other.second_moment, atol=5e-3)

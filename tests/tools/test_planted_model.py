@@ -41,6 +41,7 @@ def decoded(path: Path, *, predict: bool) -> NeuronCounts:
     [
         ("q8", Sparsity(rank=64, predicted=0.15, active=0.10, noise=0.05)),
         ("q4", Sparsity(rank=96, predicted=0.30, active=0.20, noise=0.02)),
+        ("f16", Sparsity(rank=64, predicted=0.50, active=0.10, noise=0.05)),  # the paper's density
     ],
 )
 def test_the_shares_are_those_asked_for(tmp_path: Path, dtype: str, sparsity: Sparsity) -> None:

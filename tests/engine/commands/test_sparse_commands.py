@@ -60,6 +60,20 @@ def test_calibrate_to_its_own_file(folder: Path, tmp_path: Path) -> None:
     assert "made for another model" in error_of("generate", other, "-p", "hello", "--predictor", made)
 
 
+def test_calibrate_as_the_paper_does(folder: Path, tmp_path: Path) -> None:
+    made, common = tmp_path / "p.safetensors", ("--text", folder / "text.txt", "--thresholds", "greedy")
+    arguments = ("calibrate", folder / "dense.svdp", "-o", made, *common, "--s", 0.6, "--rank", 24)
+    found = done(*arguments)
+    table = found.stdout.splitlines()
+    assert table[0] == "predictor: svd; thresholds: greedy; budget: s 0.6"
+    assert "statistics 1/" in found.stderr and "layers 2/2" in found.stderr and "loss" not in found.stderr
+    report = json.loads(done(*arguments, "--ablation", "constant", "--json").stdout)
+    assert report["thresholds"] == "greedy" and report["ablation"] == "constant" and report["layers"][0]["rank"] == 24
+    shared = ("calibrate", folder / "dense.svdp", "--text", folder / "text.txt")
+    assert "belong to greedy thresholds" in error_of(*shared, "--s", 0.6)
+    assert "meet no budget but their own" in error_of(*shared, "--thresholds", "greedy", "--density", 0.4)
+
+
 def test_calibrate_in_place_and_to_a_copy(folder: Path, tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "m.svdp")
     chats = tmp_path / "chats.jsonl"

@@ -1,0 +1,50 @@
+"""The search for an error within a loss, on rises of many shapes."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svdengine.converters.loss_search import ERROR_RANGE, MAX_TRIALS, search_error
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.floats(1e-3, 1e3), st.floats(0.3, 1.5), st.floats(1e-4, 0.05), st.floats(0, 2e-4))
+def test_the_limit_is_met_and_nearly_used(scale: float, power: float, limit: float, gain: float) -> None:
+    """The rise grows as a power of the error; small errors may even make the loss smaller."""
+    trials = []
+
+    def rise_at(error: float) -> float:
+        trials.append(error)
+        return scale * error**power - gain
+
+    found = search_error(rise_at, limit)
+    assert len(trials) <= MAX_TRIALS and ERROR_RANGE[0] <= found.error <= ERROR_RANGE[1]
+    if math.isnan(found.rise):
+        assert rise_at(min(trials)) > limit
+        return
+    assert found.rise <= limit and found.rise == rise_at(found.error)
+    right = ((limit + gain) / scale) ** (1 / power)
+    if 2 * ERROR_RANGE[0] < right < ERROR_RANGE[1]:
+        assert found.error >= 0.6 * right
+
+
+def test_a_power_law_takes_few_trials() -> None:
+    trials = []
+
+    def rise_at(error: float) -> float:
+        trials.append(error)
+        return 30 * error**0.8
+
+    assert search_error(rise_at, 0.005).rise == pytest.approx(0.00475, abs=0.0003)
+    assert len(trials) <= 4
+
+
+def test_where_nothing_is_within_the_limit_the_smallest_error_is_taken() -> None:
+    found = search_error(lambda error: 1.0, 0.01)
+    assert found.error == pytest.approx(ERROR_RANGE[0]) and math.isnan(found.rise)
+
+
+def test_where_all_is_within_the_limit_the_error_grows_towards_the_largest() -> None:
+    assert search_error(lambda error: 0.0, 0.01).error > 0.05
