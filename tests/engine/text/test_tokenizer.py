@@ -190,3 +190,12 @@ def test_published_patterns_are_taken(pattern: str) -> None:
 def test_looking_at_any_pattern_ends(pattern: str) -> None:
     with contextlib.suppress(ModelFileError):
         check_pattern(pattern)
+
+
+@pytest.mark.parametrize("tokens", [[], {"unk token": "x"}, {"unk_token": 3}, {"unk_token": None}])
+def test_template_tokens_are_names_and_texts(tokens: Any) -> None:
+    with pytest.raises(ValueError, match="template_tokens must map"):
+        TokenizerInfo.from_dict({"kind": "none", "template_tokens": tokens or [1]}, 5)
+    info = TokenizerInfo.from_dict({"kind": "none", "template_tokens": {"unk_token": "<unk>"}}, 5)
+    assert TokenizerInfo.from_dict(info.to_dict(), 5) == info
+    assert "template_tokens" not in TokenizerInfo("none").to_dict()
