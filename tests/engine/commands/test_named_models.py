@@ -113,7 +113,7 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "hello", "max_tokens": 3}\n')
     assert "perplexity" in done("eval", DENSE, "--perplexity", str(tmp_path / "t.txt"), "--window", "32").stdout
     assert "tg4" in done("bench", DENSE, "-p", "0", "-n", "4", "-r", "1").stdout
-    assert "made from: " in done("inspect", DENSE).stdout
+    assert f"made from: {DENSE}@{hub.repos[DENSE].refs['main']} by" in done("inspect", DENSE).stdout
     output = tmp_path / "out.jsonl"
     done("batch", str(tmp_path / "in.jsonl"), DENSE, "-o", str(output))
     assert json.loads(output.read_text())["error"] is None
@@ -216,7 +216,7 @@ def test_convert_names_its_output(hub: Hub, folders: Path, tmp_path: Path) -> No
     assert kept["file"].endswith("--q4-down-q8.svdp") and kept["dtype"] == "q4"
     assert done("convert", DENSE, "-o", str(tmp_path / "own.svdp")).stderr.count("runs dense") == 1
     with read_model_file(tmp_path / "own.svdp") as file:
-        assert "hub" not in json.loads(file.metadata["provenance"])
+        assert json.loads(file.metadata["provenance"])["hub"]["repository"] == DENSE
     shutil.copytree(folders / "dense", tmp_path / "local")
     shutil.copy(folders / "tiny.gguf", tmp_path / "tiny.v1.gguf")
     for source, output in (("local", "local-q8.svdp"), ("tiny.v1.gguf", "tiny.v1-q8.svdp")):
