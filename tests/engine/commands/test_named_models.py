@@ -18,8 +18,10 @@ from small_checkpoints import checkpoint_weights, gguf_tensors, hf_tensors, writ
 import svdengine
 from svdengine.cli import main
 from svdengine.commands import conversion
+from svdengine.commands.options import model_label
 from svdengine.converters import calibration_text
 from svdengine.errors import ConversionError, ModelFileError
+from svdengine.files.hub_name import parse_model
 from svdengine.files.model_file import read_model_file
 from svdengine.files.models_folder import kept_models
 
@@ -274,3 +276,9 @@ def test_a_models_folder_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: p
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SVDENGINE_MODELS", str(tmp_path / "file" / "models"))
     assert "cannot make the models folder" in error_of("pull", DENSE)
+
+
+def test_what_a_served_model_is_called() -> None:
+    assert model_label({"model": parse_model("hf://org/Some-Model.v1")}) == "Some-Model.v1"
+    assert model_label({"model": parse_model("folder/some.svdp")}) == "some"
+    assert model_label({"model": None}) == "smollm2"
