@@ -59,7 +59,7 @@ def convert(
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
     sources = list(find_sources(checkpoint))
     provenance: dict[str, Any] = {
-        "source": source.resolve().name,
+        "source": source.resolve().name if hub is None else str(hub["source"]),
         "files": describe_files(checkpoint.files),
         "tool": f"svdengine {metadata.version('svdengine')}",
         "dtype": dtype,
@@ -71,7 +71,7 @@ def convert(
     if activation is not None:
         provenance["activation"] = activation
     if hub is not None:
-        provenance[HUB] = dict(hub)
+        provenance[HUB] = {key: value for key, value in hub.items() if key != "source"}
     if checkpoint.notes:
         provenance["notes"] = checkpoint.notes
     with ModelWriter(

@@ -125,7 +125,9 @@ def announce(config: ModelConfig, wanted: Wanted, notes: Sequence[str] = ()) -> 
         f"{config.family}, {_shown_count(told.parameters)} parameters: in {wanted.dtype} a file of"
         f" {shown_bytes(told.file_bytes)}, which takes {shown_bytes(told.memory_bytes)} of memory to run{short}"
     )
-    _say(f"runs {'sparse' if told.sparse else 'dense'}: {told.why}")
+    exact = "; without a predictor it computes all gates, and skips what they leave at zero"
+    more = exact if told.sparse and told.calibration_seconds is None else ""
+    _say(f"runs {'sparse' if told.sparse else 'dense'}: {told.why}{more}")
     if told.calibration_seconds is not None:
         _say(f"calibrating its predictor takes about {shown_time(told.calibration_seconds)}")
 

@@ -91,13 +91,13 @@ def command(source: HubName | Path, output: Path | None, **options: Any) -> None
             make_model(source, wanted)
             return
         check_writable(output)
-        checkpoint = download_model(source, wanted, output.parent)
-        _convert_path(checkpoint, output, wanted, announced=checkpoint.is_dir())
+        checkpoint, hub = download_model(source, wanted, output.parent)
+        _convert_path(checkpoint, output, wanted, hub)
         return
     _convert_path(source, output, wanted)
 
 
-def _convert_path(source: Path, output: Path | None, wanted: Wanted, *, announced: bool = False) -> None:
+def _convert_path(source: Path, output: Path | None, wanted: Wanted, hub: dict[str, Any] | None = None) -> None:
     from svdengine.converters.conversion import open_checkpoint
     from svdengine.errors import RequestError
 
@@ -112,8 +112,8 @@ def _convert_path(source: Path, output: Path | None, wanted: Wanted, *, announce
         if output.exists():
             raise RequestError(f"{output} is there already; name it with -o to replace it")
         check_writable(output)
-    if not announced:
+    if hub is None or not source.is_dir():  # what a folder on a hub comes to was said before its download
         announce(config, wanted, checkpoint.notes)
-    convert_file(source, output, wanted, kind)
+    convert_file(source, output, wanted, kind, hub=hub)
     seconds = time.perf_counter() - begin
     click.echo(f"{output}: {output.stat().st_size / 1e6:.1f} MB in {seconds:.1f} s", err=True)

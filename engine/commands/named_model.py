@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -58,11 +58,16 @@ def make_model(name: HubName, wanted: Wanted, *, newest: bool = True) -> Path:
         return path
 
 
-def download_model(name: HubName, wanted: Wanted, target: Path) -> Path:
-    """The checkpoint of a name, in the hub's cache, to be converted into the folder `target`. Raises SvdEngineError."""
+def download_model(name: HubName, wanted: Wanted, target: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint of a name, in the hub's cache, to be converted into the folder `target`; and what it is there.
+
+    Raises SvdEngineError.
+    """
     from svdengine.files.hub import find_repository
 
-    return _download(find_repository(name), wanted, target)[0]
+    repository = find_repository(name)
+    source, file = _download(repository, wanted, target)
+    return source, _provenance(repository, file)
 
 
 def _download(repository: Repository, wanted: Wanted, target: Path) -> tuple[Path, str | None]:
@@ -133,16 +138,9 @@ def _convert(repository: Repository, source: Path, file: str | None, wanted: Wan
     path = path_of(wanted.variant(kind))
     if path.exists():
         return path
-    hub = {
-        "repository": name.repository,
-        "revision": name.revision,
-        "asked": name.file,
-        "commit": repository.commit,
-        "file": file,
-    }
     weights = path.with_name(f"{path.stem}{UNFINISHED}{path.suffix}")
     try:
-        convert_file(source, path, wanted, kind, weights=weights, hub=hub)
+        convert_file(source, path, wanted, kind, weights=weights, hub=_provenance(repository, file))
     except ConversionError as error:
         if wanted.kind is not None or not weights.exists():
             raise
@@ -150,6 +148,19 @@ def _convert(repository: Repository, source: Path, file: str | None, wanted: Wan
         weights.replace(path)
         _say(f"warning: it has no predictor and runs dense: {error.__cause__ or error}")
     return path
+
+
+def _provenance(repository: Repository, file: str | None) -> dict[str, Any]:
+    """What a model file keeps of where it came from (models_folder.py); `source` is a name that makes it again."""
+    name = repository.name
+    return {
+        "source": str(HubName(name.repository, file, repository.commit)),
+        "repository": name.repository,
+        "revision": name.revision,
+        "asked": name.file,
+        "commit": repository.commit,
+        "file": file,
+    }
 
 
 def _tell_download(repository: Repository, files: list[str]) -> None:

@@ -26,6 +26,7 @@ def test_convert_and_inspect(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert done.stdout == ""
     assert "MB in" in done.stderr
+    assert "in q4 a file of" in done.stderr and "without a predictor it computes all gates" in done.stderr
     shown = CliRunner().invoke(inspect_command, [output])
     assert shown.exit_code == 0, shown.output
     for text in ("hidden_size", "down_T", "q4", "3 x 150 x 90", "predictor: none", "made from: hf", "parameters:"):

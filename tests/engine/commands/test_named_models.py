@@ -18,8 +18,10 @@ from small_checkpoints import checkpoint_weights, gguf_tensors, hf_tensors, writ
 import svdengine
 from svdengine.cli import main
 from svdengine.commands import conversion
+from svdengine.commands.options import model_label
 from svdengine.converters import calibration_text
 from svdengine.errors import ConversionError, ModelFileError
+from svdengine.files.hub_name import parse_model
 from svdengine.files.model_file import read_model_file
 from svdengine.files.models_folder import kept_models
 
@@ -113,7 +115,7 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "hello", "max_tokens": 3}\n')
     assert "perplexity" in done("eval", DENSE, "--perplexity", str(tmp_path / "t.txt"), "--window", "32").stdout
     assert "tg4" in done("bench", DENSE, "-p", "0", "-n", "4", "-r", "1").stdout
-    assert "made from: " in done("inspect", DENSE).stdout
+    assert f"made from: {DENSE}@{hub.repos[DENSE].refs['main']} by" in done("inspect", DENSE).stdout
     output = tmp_path / "out.jsonl"
     done("batch", str(tmp_path / "in.jsonl"), DENSE, "-o", str(output))
     assert json.loads(output.read_text())["error"] is None
@@ -216,7 +218,7 @@ def test_convert_names_its_output(hub: Hub, folders: Path, tmp_path: Path) -> No
     assert kept["file"].endswith("--q4-down-q8.svdp") and kept["dtype"] == "q4"
     assert done("convert", DENSE, "-o", str(tmp_path / "own.svdp")).stderr.count("runs dense") == 1
     with read_model_file(tmp_path / "own.svdp") as file:
-        assert "hub" not in json.loads(file.metadata["provenance"])
+        assert json.loads(file.metadata["provenance"])["hub"]["repository"] == DENSE
     shutil.copytree(folders / "dense", tmp_path / "local")
     shutil.copy(folders / "tiny.gguf", tmp_path / "tiny.v1.gguf")
     for source, output in (("local", "local-q8.svdp"), ("tiny.v1.gguf", "tiny.v1-q8.svdp")):
@@ -274,3 +276,9 @@ def test_a_models_folder_that_cannot_be(hub: Hub, tmp_path: Path, monkeypatch: p
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("SVDENGINE_MODELS", str(tmp_path / "file" / "models"))
     assert "cannot make the models folder" in error_of("pull", DENSE)
+
+
+def test_what_a_served_model_is_called() -> None:
+    assert model_label({"model": parse_model("hf://org/Some-Model.v1")}) == "Some-Model.v1"
+    assert model_label({"model": parse_model("folder/some.svdp")}) == "some"
+    assert model_label({"model": None}) == "smollm2"
