@@ -10,20 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_harness import Kernel, at, matrix_of, padded, quantized_rows
 from model_zoo import block_table, make_batch, random_tokens, stored, zoo
 from numpy.typing import NDArray
 from random_predictors import make_predictor
 
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
-from svdengine.kernels.cpu.gemv import gemv, gemv_many
 from svdengine.kernels.executor import FfnMode
-from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, quantize
+from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 
 ZOO = zoo()
 LENGTH, OTHERS, KNOWN = 40, 5, 20  # tokens of the sequence that is looked at; sequences beside it, and their tokens
-# Every format with 1, 2, 3 and 9 query heads a KV head, windows, parallel layers, and both layouts of down.
+# Every format, and 1, 3 and 9 query heads a KV head, windows, parallel layers, and both layouts of down.
 DENSE = [("llama", name) for name in WEIGHT_FORMATS]
 DENSE += [("llama_relu_biases", name) for name in WEIGHT_FORMATS]
 DENSE += [
@@ -159,7 +157,7 @@ def test_a_context_of_several_runs_of_attention() -> None:
 
 
 def test_other_steps_are_not() -> None:
-    """What the option is for: without it the rows of a step change what each of them gets, in all but one path."""
+    """What the option is for: without it the rows of a step change what each of them gets."""
     config = ZOO["llama_relu_biases"]
     arrays, formats, _ = stored(config, "q4")
     setup = ExecutorSetup(config, arrays, formats, block_count=24, max_batch_rows=64)
@@ -171,22 +169,3 @@ def test_other_steps_are_not() -> None:
         )
     finally:
         executor.close()
-
-
-@pytest.mark.parametrize("name", WEIGHT_FORMATS)
-@pytest.mark.parametrize(("rows", "columns", "n"), [(37, 600, 21), (3, 64, 7), (70, 1100, 40)])
-def test_many_rows_are_multiplied_as_one(name: WeightFormat, rows: int, columns: int, n: int) -> None:
-    random = np.random.default_rng(0)
-    parts = quantize(random.standard_normal((rows, columns), np.float32), name)
-    matrix = matrix_of(parts, name, rows, columns)
-    x, bias = padded(random.standard_normal((n, columns), np.float32)), random.standard_normal(rows).astype(np.float32)
-    q = quantized_rows(x)
-    one, many = np.zeros((n, rows), np.float32), np.zeros((n, rows), np.float32)
-    single = Kernel(gemv)
-    for row, quantized, out in zip(x, q, one, strict=True):
-        single(matrix, at(bias), at(row), at(quantized), at(out), 0, rows)
-    first = min(16, rows - 1)
-    for a, b in ((0, first), (first, rows)):
-        strides = x.strides[0], at(q), q.strides[0], n, at(many), many.strides[0]
-        Kernel(gemv_many)(matrix, at(bias), at(x), *strides, a, b)
-    np.testing.assert_array_equal(many, one)
