@@ -359,7 +359,7 @@ _ALL = (
     ),
     Format("q6", (Part("", "U8", lambda c: c * 3 // 4), *_AFFINE), 16, _quantize_q6, _dequantize_q6),
     Format("q4", (Part("", "U8", lambda c: c // 2), *_AFFINE), 16, _quantize_q4, _dequantize_q4),
-    Format("ternary", (Part("", "U8", lambda c: c // 4), *_AFFINE), 8, _quantize_ternary, _dequantize_ternary),
+    Format("ternary", (Part("", "U8", lambda c: c // 4), *_AFFINE), 16, _quantize_ternary, _dequantize_ternary),
 )
 FORMATS: Mapping[WeightFormat, Format] = MappingProxyType({format.name: format for format in _ALL})
 PART_SUFFIXES: tuple[str, ...] = tuple(dict.fromkeys(part.suffix for format in _ALL for part in format.parts))

@@ -12,6 +12,7 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.model import LAYER_MATRICES, O
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul, matmul_together, ready, rows_of, share
+from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import ATTENTION_STAGE
 
 
@@ -171,6 +172,7 @@ def project_attention(model, work, inputs, layer, n, member, threads, sync):
     if n == 1 and work.invariant:
         if member > 0:
             copy_row(work.attention, work.attention + member * work.attention_stride, model.attention_stride)
+        barrier(sync, threads)  # before the first member changes what the others copy
     elif n == 1:
         # Every member joins the parts of all heads for itself.
         size = sum_bytes(model.value_stride)

@@ -31,6 +31,8 @@ DENSE += [
     ("opt", "q4"),
     ("falcon_7b", "q4"),
     ("falcon_40b", "f16"),
+    ("bitnet", "ternary"),
+    ("gemma3", "q8"),
 ]
 SPARSE = [("llama_relu_biases", name) for name in WEIGHT_FORMATS] + [("bamboo", "q4"), ("opt", "q8")]
 
