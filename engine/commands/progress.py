@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TextIO
 
 _EVERY = 30.0  # seconds between lines off a terminal
-_FIRST = 3.0  # seconds after which a time left is believed
+_FIRST = 3.0  # seconds after which a time left is believed, and a stage is worth a line off a terminal
 _REDRAW = 0.1  # seconds between two states of the line on a terminal
 
 
@@ -26,13 +26,13 @@ class StageProgress:
         self._first = 0  # steps that were done when the stage began
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report a step. Nothing is written where the last line is too young, but for the first and last of a stage."""
+        """Report a step. Little is written: see `_due`."""
         now = self._clock()
         if stage != self._stage:
             self._stage, self._begin, self._first = stage, now, done
-            self._shown = now - _EVERY
+            self._shown = now - _EVERY + (0 if self._moving else _FIRST)
         ended = done >= total
-        if not ended and now - self._shown < (_REDRAW if self._moving else _EVERY):
+        if not self._due(now, ended):
             return
         self._shown = now
         line = f"{stage} {done}/{total}{'' if ended else self._left(now, done, total)}"
@@ -41,6 +41,12 @@ class StageProgress:
         else:
             self._file.write(line + "\n")
         self._file.flush()
+
+    def _due(self, now: float, ended: bool) -> bool:
+        """On a terminal the line is kept fresh. Elsewhere, one comes now and then, and at the end of a long stage."""
+        if self._moving:
+            return ended or now - self._shown >= _REDRAW
+        return now - self._shown >= _EVERY or (ended and now - self._begin >= _FIRST)
 
     def _left(self, now: float, done: int, total: int) -> str:
         spent, steps = now - self._begin, done - self._first

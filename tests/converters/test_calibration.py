@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from model_zoo import random_tokens, random_weights, zoo
 
-from svdengine.converters import calibration
+from svdengine.converters import calibration, calibration_size
 from svdengine.converters.calibration import CalibrationOptions, calibrate
 from svdengine.converters.end_to_end import mean_loss, sparse_loss
 from svdengine.converters.statistics import is_held_out
@@ -115,6 +115,20 @@ def test_automatic_choice_reads_no_more_than_any_fixed_one(model: ModelFile, exe
     chosen = traffic(CalibrationOptions(kind="auto", max_error=5e-4))
     for kind, rank, bits in (("svd", 64, None), ("lowbit", None, 1), ("lowbit", None, 2)):
         assert chosen <= 1.05 * traffic(CalibrationOptions(kind=kind, rank=rank, bits=bits, max_error=5e-4))
+
+
+def test_a_large_model_is_calibrated_from_its_sampled_rows(
+    model: ModelFile, executor: ReferenceExecutor, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration_size, "LARGE", 64)
+    size = calibration_size.calibration_size(model.config)
+    assert (size.kind, size.moments, size.rank) == ("svd", False, 64)
+    found = calibrate(model, executor, WINDOWS, CalibrationOptions(rank=32, max_error=0.01))
+    for row, other in zip(found.about["table"], predictor.about["table"], strict=True):
+        assert row["auroc"] == pytest.approx(other["auroc"], abs=0.02)
+        assert row["predicted_density"] == pytest.approx(other["predicted_density"], abs=0.05)
+    chosen = calibrate(model, executor, WINDOWS, CalibrationOptions(max_error=0.01))
+    assert [layer.rank for layer in chosen.layers] == [64, 64]
 
 
 def test_what_cannot_be_calibrated_is_refused(model: ModelFile, executor: ReferenceExecutor, tmp_path: Path) -> None:

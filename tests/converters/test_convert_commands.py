@@ -1,6 +1,7 @@
 """The commands convert and inspect."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,22 @@ def test_a_relu_model_gets_a_predictor(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="is complete, but has no predictor: the calibration text has"):
         run(convert_command, *arguments)
     assert json.loads(run(inspect_command, output, "--json").stdout)["predictor"] is None
+
+
+def test_the_papers_own_predictor(tmp_path: Path) -> None:
+    write_hf(tmp_path / "hf")
+    output, text = str(tmp_path / "m.svdp"), tmp_path / "text.txt"
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz ", k=6000)  # of many kinds: all columns are in use
+    text.write_text("".join(letters), encoding="utf-8")
+    greedy = ["--predictor", "svd", "--calibration", "greedy", "--s", "0.5", "--rank", "8", "--text", str(text)]
+    done = run(convert_command, str(tmp_path / "hf"), "-o", output, *greedy)
+    assert done.exit_code == 0, done.output
+    report = json.loads(run(inspect_command, output, "--json").stdout)["predictor"]
+    assert (report["kind"], report["thresholds"], report["budget"]) == ("svd", "greedy", {"s": 0.5})
+    assert [layer["rank"] for layer in report["layers"]] == [8] * 3
+    text.write_text("a" * 3000, encoding="utf-8")  # few inputs, again and again
+    with pytest.raises(ConversionError, match=r"is complete, but has no predictor: layer 0: .* no Cholesky factor"):
+        run(convert_command, str(tmp_path / "hf"), "-o", output, *greedy)
 
 
 def test_a_model_outside_the_relu_family_gets_none(tmp_path: Path) -> None:

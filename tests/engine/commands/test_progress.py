@@ -24,8 +24,20 @@ def test_off_a_terminal_a_line_comes_now_and_then_with_the_time_left() -> None:
         report("layers", done, 32)
         clock.now += 10
     lines = file.getvalue().splitlines()
-    assert lines[0] == "layers 1/32" and lines[-1] == "layers 32/32" and len(lines) == 12
-    assert lines[1] == "layers 4/32, 5 min left" and all("\r" not in line for line in lines)
+    assert lines[0] == "layers 2/32, 5 min left" and lines[-1] == "layers 32/32" and len(lines) == 11
+    assert lines[1] == "layers 5/32, 4 min left" and all("\r" not in line for line in lines)
+
+
+def test_off_a_terminal_short_stages_say_nothing() -> None:
+    file, clock = io.StringIO(), Clock()
+    report = StageProgress(file, clock)
+    for done in range(1, 5):
+        report("statistics", done, 4)
+        clock.now += 0.7
+    report("layers", 1, 2)
+    clock.now += 4
+    report("layers", 2, 2)
+    assert file.getvalue() == "layers 2/2\n"
 
 
 def test_each_stage_begins_anew() -> None:
@@ -36,7 +48,7 @@ def test_each_stage_begins_anew() -> None:
     report("layers", 5, 10)  # taken up where it was left
     clock.now = 140
     report("layers", 6, 10)
-    assert file.getvalue().splitlines() == ["statistics 1/2", "layers 5/10", "layers 6/10, 3 min left"]
+    assert file.getvalue().splitlines() == ["layers 6/10, 3 min left"]
 
 
 def test_on_a_terminal_one_line_moves_until_the_stage_ends() -> None:
@@ -51,11 +63,11 @@ def test_on_a_terminal_one_line_moves_until_the_stage_ends() -> None:
 
 
 def test_no_time_is_guessed_from_nothing() -> None:
-    file, clock = io.StringIO(), Clock()
+    file, clock = Terminal(), Clock()
     report = StageProgress(file, clock)
     report("layers", 1, 1)
     report("loss", 0, 8)
-    assert file.getvalue().splitlines() == ["layers 1/1", "loss 0/8"]
+    assert file.getvalue().split() == ["layers", "1/1", "loss", "0/8"]
 
 
 def test_times_in_words() -> None:
