@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.calibration_text import file_windows
 from svdengine.converters.checkpoint import Checkpoint, describe_files
+from svdengine.converters.machine_text import WINDOW, machine_windows
+from svdengine.converters.weight_calibration import Quantizer, WeightCalibration
 from svdengine.errors import ConversionError
 from svdengine.files.model_writer import ModelWriter
-from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
+from svdengine.kernels.formats import WEIGHT_FORMATS, Parts, WeightFormat
 from svdengine.models import refuse_unread_tensors
 from svdengine.models.family import Source
 from svdengine.models.tensors import TensorSpec, tensor_specs
+from svdengine.text.chat_template import ChatTemplate
+from svdengine.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]  # called with the bytes written so far, and the bytes of the whole file
 
@@ -29,11 +37,14 @@ def convert(
     *,
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
+    calibration: WeightCalibration | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
     `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q4; `down_dtype` that
     of the FFNs' down projections, by default `dtype`.
+    With `calibration`, weights of `q4` and `q6` are rounded for the inputs that they have on text, which takes minutes
+    for a large model; see converters/weight_calibration.py. The checkpoint must have a tokenizer then.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
     converted and ModelFileError when `output` cannot be written; nothing is left behind then.
@@ -46,6 +57,7 @@ def convert(
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
     sources = list(find_sources(checkpoint))
+    windows = None if calibration is None else calibration_windows(checkpoint, calibration)
     provenance = {
         "source": source.resolve().name,
         "files": describe_files(checkpoint.files),
@@ -58,6 +70,8 @@ def convert(
         provenance["down_dtype"] = down_dtype
     if activation is not None:
         provenance["activation"] = activation
+    if windows is not None:
+        provenance["calibrated_tokens"] = sum(map(len, windows))
     with ModelWriter(
         output,
         checkpoint.config,
@@ -68,14 +82,79 @@ def convert(
         embedding_dtype=embedding_dtype,
         down_dtype=down_dtype,
     ) as writer:
-        for spec, layer, origin in sources:
-            array = build_tensor(checkpoint, origin)
-            try:
-                writer.write(spec.name, array, layer)
-            except ValueError as error:
-                raise ConversionError(f"{source}: tensor {', '.join(origin.names)}: {error}") from error
-            if progress is not None:
-                progress(writer.written_bytes, writer.size_bytes)
+        run = _Conversion(checkpoint, writer, {(spec.name, layer): origin for spec, layer, origin in sources}, progress)
+        if windows is not None:
+            Quantizer(checkpoint.config, writer.formats, run.read, run.write, run.write_parts).run(windows)
+        else:
+            for name, layer in run.origins:
+                run.write(name, layer, run.read(name, layer))
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Tensors on their way from a checkpoint into a file, by canonical name and layer."""
+
+    checkpoint: Checkpoint
+    writer: ModelWriter
+    origins: Mapping[tuple[str, int], Source]
+    progress: Progress | None
+
+    def read(self, name: str, layer: int) -> NDArray[np.float32]:
+        return build_tensor(self.checkpoint, self.origins[name, layer])
+
+    def write(self, name: str, layer: int, array: NDArray[np.float32]) -> None:
+        with self._named(name, layer):
+            self.writer.write(name, array, layer)
+
+    def write_parts(self, name: str, layer: int, parts: Parts) -> None:
+        with self._named(name, layer):
+            self.writer.write_parts(name, parts, layer)
+
+    @contextmanager
+    def _named(self, name: str, layer: int) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            origin = ", ".join(self.origins[name, layer].names)
+            raise ConversionError(f"{self.checkpoint.path}: tensor {origin}: {error}") from error
+        if self.progress is not None:
+            self.progress(self.writer.written_bytes, self.writer.size_bytes)
+
+
+def why_not_calibrated(checkpoint: Checkpoint) -> str | None:
+    """Why weights cannot be calibrated on text; None when they can."""
+    return "the checkpoint has no tokenizer" if checkpoint.tokenizer.info.kind == "none" else None
+
+
+def calibration_windows(checkpoint: Checkpoint, calibration: WeightCalibration) -> list[list[int]]:
+    """Windows of token ids to calibrate weights on. Raises ConversionError when there are none."""
+    reason = why_not_calibrated(checkpoint)
+    if reason is not None:
+        raise ConversionError(f"{checkpoint.path}: weights cannot be calibrated: {reason}")
+    stored, window = checkpoint.tokenizer, min(WINDOW, checkpoint.config.max_position)
+    tokenizer = Tokenizer(stored.info, stored.data)
+    if calibration.text:
+        reader: Any = _Reader(tokenizer, stored.chat_template)
+        windows = file_windows(reader, calibration.text, calibration.tokens, window)
+    else:
+        windows = machine_windows(tokenizer, stored.chat_template, calibration.tokens, window)
+    if not windows or max(map(max, windows)) >= checkpoint.config.vocab_size:
+        raise ConversionError(f"{checkpoint.path}: weights cannot be calibrated: the tokenizer does not fit the model")
+    return windows
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What reads text files and chats."""
+
+    tokenizer: Tokenizer
+    template: str | None
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise ConversionError("the checkpoint has no chat template, so that chats cannot be read; give plain text")
+        return ChatTemplate(self.template, self.tokenizer)
 
 
 def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:

@@ -28,6 +28,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     type=click.Choice(DTYPES),
     help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
 )
+@click.option("--quick", is_flag=True, help="Round q4 and q6 weights to nearest, without calibrating them.")
 @click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
 @click.option(
     "--predictor",
@@ -51,7 +52,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Text to calibrate on; see `calibrate`.",
+    help="Text to calibrate on, weights of q4 and q6 and the predictor; see `calibrate`.",
 )
 def command(
     source: Path,
@@ -59,11 +60,15 @@ def command(
     dtype: str,
     embedding_dtype: str | None,
     down_dtype: str | None,
+    quick: bool,
     activation: str | None,
     kind: str | None,
     **options: Any,
 ) -> None:
     """Convert SRC, a Hugging Face folder or a .gguf file, into a model file.
+
+    With q4 and q6, weights are rounded for the inputs that they have on text: that of --text, or text that every
+    machine has. This takes seconds to minutes by the size of the model; --quick leaves it out.
 
     A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with its own defaults, once the
     weights are written. If that is interrupted, the model file is complete without one.
@@ -71,14 +76,23 @@ def command(
     from typing import cast
 
     from svdengine.converters import convert
-    from svdengine.converters.conversion import open_checkpoint
+    from svdengine.converters.conversion import open_checkpoint, why_not_calibrated
+    from svdengine.converters.weight_calibration import WeightCalibration
     from svdengine.files.predictor_file import why_not_sparse
     from svdengine.kernels.formats import WeightFormat
 
     begin = time.perf_counter()
-    config = open_checkpoint(source, activation).config
+    checkpoint = open_checkpoint(source, activation)
+    config = checkpoint.config
     if kind not in (None, "none") and not config.sparse_ffn:
         raise click.UsageError(f"--predictor {kind}: {why_not_sparse(config)}")
+    calibration = None
+    if not quick and {dtype, embedding_dtype, down_dtype} & {"q4", "q6"}:
+        reason = why_not_calibrated(checkpoint)
+        if reason is None:
+            calibration = WeightCalibration(text=options["text"])
+        else:
+            click.echo(f"Weights are rounded to nearest, not calibrated: {reason}", err=True)
     with click.progressbar(length=1, label=f"Converting to {dtype}", file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -93,6 +107,7 @@ def command(
             progress,
             embedding_dtype=cast("WeightFormat | None", embedding_dtype),
             down_dtype=cast("WeightFormat | None", down_dtype),
+            calibration=calibration,
         )
         bar.update(max(0, (bar.length or 0) - bar.pos))
     if config.sparse_ffn and kind != "none":
