@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from svdengine.converters.calibration_text import file_windows
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.converters.machine_text import WINDOW, machine_windows
-from svdengine.converters.weight_calibration import Quantizer, WeightCalibration
+from svdengine.converters.weight_calibration import Observe, Quantizer, WeightCalibration
 from svdengine.errors import ConversionError
 from svdengine.files.model_writer import ModelWriter
 from svdengine.kernels.formats import WEIGHT_FORMATS, Parts, WeightFormat
@@ -38,6 +38,7 @@ def convert(
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
     calibration: WeightCalibration | None = None,
+    observe: Observe | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
@@ -45,6 +46,7 @@ def convert(
     of the FFNs' down projections, by default `dtype`.
     With `calibration`, weights of `q4` and `q6` are rounded for the inputs that they have on text, which takes minutes
     for a large model; see converters/weight_calibration.py. The checkpoint must have a tokenizer then.
+    `observe` is told what rounding changed in each of these matrices.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
     converted and ModelFileError when `output` cannot be written; nothing is left behind then.
@@ -84,7 +86,7 @@ def convert(
     ) as writer:
         run = _Conversion(checkpoint, writer, {(spec.name, layer): origin for spec, layer, origin in sources}, progress)
         if windows is not None:
-            Quantizer(checkpoint.config, writer.formats, run.read, run.write, run.write_parts).run(windows)
+            Quantizer(checkpoint.config, writer.formats, run.read, run.write, run.write_parts, observe).run(windows)
         else:
             for name, layer in run.origins:
                 run.write(name, layer, run.read(name, layer))
@@ -121,25 +123,22 @@ class _Conversion:
             self.progress(self.writer.written_bytes, self.writer.size_bytes)
 
 
-def why_not_calibrated(checkpoint: Checkpoint) -> str | None:
-    """Why weights cannot be calibrated on text; None when they can."""
-    return "the checkpoint has no tokenizer" if checkpoint.tokenizer.info.kind == "none" else None
-
-
 def calibration_windows(checkpoint: Checkpoint, calibration: WeightCalibration) -> list[list[int]]:
     """Windows of token ids to calibrate weights on. Raises ConversionError when there are none."""
-    reason = why_not_calibrated(checkpoint)
-    if reason is not None:
-        raise ConversionError(f"{checkpoint.path}: weights cannot be calibrated: {reason}")
+    if checkpoint.tokenizer.info.kind == "none":
+        raise ConversionError(
+            f"{checkpoint.path}: has no tokenizer, so that weights cannot be calibrated; give --quick"
+        )
     stored, window = checkpoint.tokenizer, min(WINDOW, checkpoint.config.max_position)
     tokenizer = Tokenizer(stored.info, stored.data)
+    tokens = calibration.tokens_for(checkpoint.config)
     if calibration.text:
         reader: Any = _Reader(tokenizer, stored.chat_template)
-        windows = file_windows(reader, calibration.text, calibration.tokens, window)
+        windows = file_windows(reader, calibration.text, tokens, window)
     else:
-        windows = machine_windows(tokenizer, stored.chat_template, calibration.tokens, window)
+        windows = machine_windows(tokenizer, stored.chat_template, tokens, window)
     if not windows or max(map(max, windows)) >= checkpoint.config.vocab_size:
-        raise ConversionError(f"{checkpoint.path}: weights cannot be calibrated: the tokenizer does not fit the model")
+        raise ConversionError(f"{checkpoint.path}: the tokenizer does not fit the model to calibrate it; give --quick")
     return windows
 
 

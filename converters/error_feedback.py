@@ -29,12 +29,17 @@ Array = NDArray[np.float32]
 
 MOST_LEVEL: dict[WeightFormat, int] = {"q4": 15, "q6": 63}  # the highest level of each format that this is for
 
-_DAMPING = 0.03  # of the mean of H's diagonal, added to it: less fits the calibration text too closely
+_DAMPING = 0.1  # of the mean of H's diagonal, added to it: less fits the calibration text too closely
 _HEADROOM = 1.1  # of a row's units: feedback can widen a group's range
 _UNITS = 255  # that a scale or minimum can count
 _AT_ONCE = 1 << 24  # weights: a vocabulary's matrix is rounded in parts, so that memory stays bounded
 _NEURONS = 64  # rounded between two products
-_PARTS_OF_RANGE = np.array([1.0, 0.9, 0.8], np.float32)
+# What is tried for a group: a share of its range, and into how many steps that is cut. Where the source has 4 bits, its
+# 15 steps are 4 of 60 each.
+_TRIALS: dict[WeightFormat, Array] = {
+    "q4": np.array([(1.0, 15), (0.9, 15), (0.8, 15)], np.float32),
+    "q6": np.array([(1.0, 63), (1.0, 60), (0.95, 63)], np.float32),
+}
 _REFITS = 3
 _NO_SPREAD = np.float32(1e-6)  # share of the sums below which levels do not tell scale from minimum
 _ZERO, _ONE, _MOST_UNITS = np.float32(0), np.float32(1), np.float32(_UNITS)
@@ -74,7 +79,8 @@ def round_columns(matrix: Array, feedback: Feedback, weight_format: WeightFormat
 def _round_rows(matrix: Array, feedback: Feedback, weight_format: WeightFormat) -> Parts:
     w = _padded(matrix)
     rows, columns = w.shape
-    order, factor, most = feedback.order, feedback.factor, MOST_LEVEL[weight_format]
+    order, factor = feedback.order, feedback.factor
+    most, trials = MOST_LEVEL[weight_format], _TRIALS[weight_format]
     unit = _units(w, most)
     w = np.ascontiguousarray(w[:, order])
     errors = np.zeros_like(w)  # of the columns done so far, in `order`
@@ -85,7 +91,19 @@ def _round_rows(matrix: Array, feedback: Feedback, weight_format: WeightFormat) 
         before = errors[:, :at] @ factor[:at, at:end]
         found, pair = np.zeros((rows, GROUP), np.uint8), np.zeros((2, rows), np.uint8)
         metric = np.ascontiguousarray(factor[at:end, at:end])
-        _share(rows, _round_group_of_columns, w[:, at:end], before, metric, unit, most, found, pair, errors[:, at:end])
+        _share(
+            rows,
+            _round_group_of_columns,
+            w[:, at:end],
+            before,
+            metric,
+            unit,
+            most,
+            trials,
+            found,
+            pair,
+            errors[:, at:end],
+        )
         levels[:, order[at:end]] = found
         beside[:, :, order[at] // GROUP] = pair
     return pack_affine(levels, beside[0], beside[1], unit, weight_format)
@@ -95,7 +113,7 @@ def round_neurons(matrix: Array, feedback: Feedback, weight_format: WeightFormat
     """Store matrix (neurons, outputs), a row an input, for `neuron_feedback`. Raises ValueError on NaN or infinity."""
     w = _padded(matrix)[feedback.order]
     neurons, outputs = w.shape
-    factor, most = feedback.factor, MOST_LEVEL[weight_format]
+    factor, most, trials = feedback.factor, MOST_LEVEL[weight_format], _TRIALS[weight_format]
     unit = _units(w, most)
     errors = np.zeros_like(w)
     levels = np.zeros((neurons, outputs), np.uint8)
@@ -105,7 +123,7 @@ def round_neurons(matrix: Array, feedback: Feedback, weight_format: WeightFormat
         block = slice(at, end)
         before = np.ascontiguousarray(factor[:at, block].T @ errors[:at])
         metric = np.ascontiguousarray(factor[block, block])
-        args = w[block], before, metric, unit[block], most, levels[block], beside[:, block], errors[block]
+        args = w[block], before, metric, unit[block], most, trials, levels[block], beside[:, block], errors[block]
         _share(outputs // GROUP, _round_block_of_neurons, *args)
     back = np.argsort(feedback.order)
     return pack_affine(levels[back], beside[0][back], beside[1][back], unit[back], weight_format)
@@ -159,7 +177,7 @@ def _share(count: int, work: Callable[..., None], *args: object) -> None:
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
-def _round_group_of_columns(first, last, w, before, metric, unit, most, levels, beside, errors):  # type: ignore[no-untyped-def]
+def _round_group_of_columns(first, last, w, before, metric, unit, most, trials, levels, beside, errors):  # type: ignore[no-untyped-def]
     """Round a group of columns of the rows first..last: w (rows, 32).
 
     before (rows, 32): what the errors so far add to the terms of these columns. metric (32, 32): the factor here.
@@ -177,7 +195,7 @@ def _round_group_of_columns(first, last, w, before, metric, unit, most, levels, 
             alone = w[row, j] + before[row, j] / metric[j, j]
             low, high = min(low, alone), max(high, alone)
         units = unit[row, 0], unit[row, 1]
-        scale, minimum = _fit_group(wanted, metric, ones, -low, high, units, np.float32(most), best, work)
+        scale, minimum = _fit_group(wanted, metric, ones, -low, high, units, np.float32(most), trials, best, work)
         for j in range(n):
             levels[row, j] = np.uint8(best[j])
             errors[row, j] = w[row, j] - (scale * units[0] * best[j] - minimum * units[1])
@@ -185,7 +203,7 @@ def _round_group_of_columns(first, last, w, before, metric, unit, most, levels, 
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
-def _round_block_of_neurons(first, last, w, before, metric, unit, most, levels, beside, errors):  # type: ignore[no-untyped-def]
+def _round_block_of_neurons(first, last, w, before, metric, unit, most, trials, levels, beside, errors):  # type: ignore[no-untyped-def]
     """Round the groups first..last, each 32 outputs, of a block of neurons, one neuron after the other.
 
     w, before, levels, errors (neurons, outputs); metric (neurons, neurons); beside (2, neurons, groups). A neuron's
@@ -204,7 +222,7 @@ def _round_block_of_neurons(first, last, w, before, metric, unit, most, levels, 
                 wanted[k] = w[i, at + k] + spread[i, k] / metric[i, i]
                 low, high = min(low, wanted[k]), max(high, wanted[k])
             units = unit[i, 0], unit[i, 1]
-            scale, minimum = _fit_group(wanted, plain, ones, -low, high, units, np.float32(most), best, work)
+            scale, minimum = _fit_group(wanted, plain, ones, -low, high, units, np.float32(most), trials, best, work)
             for k in range(size):
                 levels[i, at + k] = np.uint8(best[k])
                 errors[i, at + k] = w[i, at + k] - (scale * units[0] * best[k] - minimum * units[1])
@@ -215,21 +233,21 @@ def _round_block_of_neurons(first, last, w, before, metric, unit, most, levels, 
 
 
 @numba.njit(nogil=True, cache=True, error_model="numpy", fastmath=True)
-def _fit_group(wanted, metric, ones, low, high, units, most, best, work):  # type: ignore[no-untyped-def]
+def _fit_group(wanted, metric, ones, low, high, units, most, trials, best, work):  # type: ignore[no-untyped-def]
     """Scale and minimum of a group, in units, and its levels, which go into `best` (n,).
 
     They make |wanted - scale (levels metric) + minimum ones|^2 small, where ones = sum of metric's rows. low, high: the
-    range around 0 that the levels are to span. work (2, n).
+    range around 0 that the levels are to span. trials (t, 2): as in `_TRIALS`. work (2, n).
     """
     least, scale, minimum = np.float32(np.inf), _ZERO, _ZERO
     step, offset = _ZERO, _ZERO
-    for trial in range(len(_PARTS_OF_RANGE) + _REFITS):
-        refit = trial >= len(_PARTS_OF_RANGE)
+    for trial in range(len(trials) + _REFITS):
+        refit = trial >= len(trials)
         if not refit:
-            offset = low * _PARTS_OF_RANGE[trial]
+            offset = low * trials[trial, 0]
         m = min(_MOST_UNITS, np.rint(offset / units[1])) if units[1] > _ZERO else _ZERO
         if not refit:
-            step = (high * _PARTS_OF_RANGE[trial] + m * units[1]) / most
+            step = (high * trials[trial, 0] + m * units[1]) / trials[trial, 1]
         s = max(_ONE, min(_MOST_UNITS, np.rint(step / units[0]))) if units[0] > _ZERO else _ZERO
         loss = _round_in_turn(wanted, metric, ones, s * units[0], m * units[1], most, work[0], work[1])
         if loss < least:
@@ -238,7 +256,7 @@ def _fit_group(wanted, metric, ones, low, high, units, most, best, work):  # typ
             best_step, best_offset = _least_squares(wanted, work[1], ones)
         elif refit:
             break
-        if trial >= len(_PARTS_OF_RANGE) - 1:
+        if trial >= len(trials) - 1:
             step, offset = best_step, best_offset
             if step <= _ZERO:
                 break

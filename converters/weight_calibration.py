@@ -33,8 +33,11 @@ Array = NDArray[np.float32]
 ReadTensor = Callable[[str, int], Array]  # canonical name, layer (0 of what has none) -> float32
 WriteTensor = Callable[[str, int, Array], None]  # as it is
 WriteParts = Callable[[str, int, Parts], None]
+Observe = Callable[[str, int, float], None]  # name, layer, share of its output's energy that rounding a matrix changed
 
-TOKENS = 8192
+TOKENS = 16_384  # by default; half of them for a model whose hidden size is beyond _LARGE
+_LARGE = 2048
+_OBSERVED = 512  # tokens of which that share is taken
 EMBEDDINGS = ("embedding", "lm_head")
 
 
@@ -42,8 +45,12 @@ EMBEDDINGS = ("embedding", "lm_head")
 class WeightCalibration:
     """What `q4` and `q6` weights are calibrated on."""
 
-    tokens: int = TOKENS
+    tokens: int | None = None  # None: as many as the size of the model leaves time for
     text: Sequence[Path] = field(default=())  # UTF-8 text, or chats in .jsonl files; none: text that every machine has
+
+    def tokens_for(self, config: ModelConfig) -> int:
+        """How many tokens of text to use."""
+        return self.tokens or (TOKENS if config.hidden_size <= _LARGE else TOKENS // 2)
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Quantizer:
     read: ReadTensor
     write: WriteTensor
     write_parts: WriteParts
+    observe: Observe | None = None
 
     def run(self, windows: Sequence[Sequence[int]]) -> None:
         """Round and write every tensor, calibrated on these windows of token ids.
@@ -116,8 +124,12 @@ class Quantizer:
             feedback = feedback or self._feedback(name, layer, matrix, inputs)
             parts = (round_neurons if name == "down_T" else round_columns)(matrix, feedback, weight_format)
             self.write_parts(name, layer, parts)
-            if name not in EMBEDDINGS:
-                weights[name] = dequantize(parts, weight_format, matrix.shape[1])
+            if name in EMBEDDINGS and self.observe is None:
+                continue
+            weights[name] = dequantize(parts, weight_format, matrix.shape[1])
+            if self.observe is not None and inputs is not None:
+                step = -(-len(inputs) // _OBSERVED)
+                self.observe(name, layer, changed_share(matrix, weights[name], inputs[::step], name == "down_T"))
 
     def _feedback(self, name: str, layer: int, matrix: Array, inputs: Array | None) -> Feedback:
         if inputs is None:
@@ -128,3 +140,11 @@ class Quantizer:
                 f"layer {layer}: what {name} reads holds NaN or infinity; the model's weights may be damaged"
             )
         return (neuron_feedback if name == "down_T" else column_feedback)(moment)
+
+
+def changed_share(matrix: Array, rounded: Array, inputs: Array, neuron_major: bool) -> float:
+    """The energy of what rounding changes in the outputs for inputs (n, columns), as a share of the outputs'."""
+    exact = inputs @ (matrix if neuron_major else matrix.T)
+    error = inputs @ (rounded - matrix if neuron_major else (rounded - matrix).T)
+    energy = float(np.square(exact).sum(dtype=np.float64))
+    return float(np.square(error).sum(dtype=np.float64)) / energy if energy else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4")  # WEIGHT_FORMATS, without Num
     help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
 )
 @click.option("--quick", is_flag=True, help="Round q4 and q6 weights to nearest, without calibrating them.")
+@click.option("--verbose", is_flag=True, help="Say what calibrated rounding changed, tensor by tensor.")
 @click.option("--activation", metavar="NAME", help="The FFN's activation, where the checkpoint names it wrongly.")
 @click.option(
     "--predictor",
@@ -61,6 +63,7 @@ def command(
     embedding_dtype: str | None,
     down_dtype: str | None,
     quick: bool,
+    verbose: bool,
     activation: str | None,
     kind: str | None,
     **options: Any,
@@ -76,23 +79,17 @@ def command(
     from typing import cast
 
     from svdengine.converters import convert
-    from svdengine.converters.conversion import open_checkpoint, why_not_calibrated
+    from svdengine.converters.conversion import open_checkpoint
     from svdengine.converters.weight_calibration import WeightCalibration
     from svdengine.files.predictor_file import why_not_sparse
     from svdengine.kernels.formats import WeightFormat
 
     begin = time.perf_counter()
-    checkpoint = open_checkpoint(source, activation)
-    config = checkpoint.config
+    config = open_checkpoint(source, activation).config
     if kind not in (None, "none") and not config.sparse_ffn:
         raise click.UsageError(f"--predictor {kind}: {why_not_sparse(config)}")
-    calibration = None
-    if not quick and {dtype, embedding_dtype, down_dtype} & {"q4", "q6"}:
-        reason = why_not_calibrated(checkpoint)
-        if reason is None:
-            calibration = WeightCalibration(text=options["text"])
-        else:
-            click.echo(f"Weights are rounded to nearest, not calibrated: {reason}", err=True)
+    calibrated = not quick and not {"q4", "q6"}.isdisjoint({dtype, embedding_dtype, down_dtype})
+    changed: dict[str, list[float]] = {}
     with click.progressbar(length=1, label=f"Converting to {dtype}", file=sys.stderr) as bar:
 
         def progress(done: int, total: int) -> None:
@@ -107,9 +104,12 @@ def command(
             progress,
             embedding_dtype=cast("WeightFormat | None", embedding_dtype),
             down_dtype=cast("WeightFormat | None", down_dtype),
-            calibration=calibration,
+            calibration=WeightCalibration(text=options["text"]) if calibrated else None,
+            observe=(lambda name, _, share: changed.setdefault(name, []).append(share)) if verbose else None,
         )
         bar.update(max(0, (bar.length or 0) - bar.pos))
+    if changed:
+        click.echo("\n".join(_changes(changed, output)))
     if config.sparse_ffn and kind != "none":
         _calibrate(output, kind or ("lowbit" if options["rank"] is None else "svd"), options)
     seconds = time.perf_counter() - begin
@@ -124,3 +124,19 @@ def _calibrate(output: Path, kind: str, options: dict[str, Any]) -> None:
         calibrate_file(output, output, kind=kind, **options)
     except SvdEngineError as error:
         raise ConversionError(f"{output} is complete, but has no predictor: {error}") from error
+
+
+def _changes(changed: Mapping[str, Sequence[float]], output: Path) -> Iterator[str]:
+    """Of each tensor its format, its size, and what rounding changed: a share of its output's energy."""
+    from svdengine.files.model_file import read_model_file
+    from svdengine.kernels.formats import gather_parts
+
+    yield "| tensor | format | MB | changed, mean of layers | worst layer |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    with read_model_file(output) as file:
+        for name, shares in sorted(changed.items(), key=lambda item: -sum(item[1]) / len(item[1])):
+            size = sum(part.nbytes for part in gather_parts(file.arrays, name).values()) / 1e6
+            worst = max(range(len(shares)), key=shares.__getitem__)
+            mean = sum(shares) / len(shares)
+            layer = f"{shares[worst]:.3%} in {worst}" if len(shares) > 1 else ""
+            yield f"| {name} | {file.formats[name]} | {size:.1f} | {mean:.3%} | {layer} |"
