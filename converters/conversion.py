@@ -60,7 +60,7 @@ def convert(
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
     sources = list(find_sources(checkpoint))
     windows = None if calibration is None else calibration_windows(checkpoint, calibration)
-    provenance = {
+    provenance: dict[str, Any] = {
         "source": source.resolve().name,
         "files": describe_files(checkpoint.files),
         "tool": f"svdengine {metadata.version('svdengine')}",
