@@ -71,7 +71,7 @@ def command(
     """Convert SRC, a Hugging Face folder or a .gguf file, into a model file.
 
     With q4 and q6, weights are rounded for the inputs that they have on text: that of --text, or text that every
-    machine has. This takes seconds to minutes by the size of the model; --quick leaves it out.
+    machine has. This takes minutes, or longer for a large model; --quick leaves it out.
 
     A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with its own defaults, once the
     weights are written. If that is interrupted, the model file is complete without one.
