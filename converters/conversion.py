@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,15 +12,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.calibration_text import file_windows
 from svdengine.converters.checkpoint import Checkpoint, describe_files
+from svdengine.converters.machine_text import WINDOW, machine_windows
+from svdengine.converters.weight_calibration import Observe, Quantizer, WeightCalibration
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.model_writer import ModelWriter
 from svdengine.files.models_folder import HUB
-from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
+from svdengine.kernels.formats import WEIGHT_FORMATS, Parts, WeightFormat
 from svdengine.models import refuse_unread_tensors
 from svdengine.models.family import Source
 from svdengine.models.tensors import TensorSpec, tensor_specs
+from svdengine.text.chat_template import ChatTemplate
+from svdengine.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]  # called with the bytes written so far, and the bytes of the whole file
 
@@ -33,12 +40,17 @@ def convert(
     embedding_dtype: WeightFormat | None = None,
     down_dtype: WeightFormat | None = None,
     hub: Mapping[str, Any] | None = None,
+    calibration: WeightCalibration | None = None,
+    observe: Observe | None = None,
     look: Callable[[ModelFile], None] | None = None,
 ) -> None:
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
     `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q6, q4 and
     ternary; `down_dtype` that of the FFNs' down projections, by default `dtype`.
+    With `calibration`, weights of `q4` and `q6` are rounded for the inputs that they have on text, which takes minutes
+    for a large model; see converters/weight_calibration.py. The checkpoint must have a tokenizer then.
+    `observe` is told what rounding changed in each of these matrices.
     `activation` replaces the one that the checkpoint names, for a checkpoint that names it wrongly. `hub` says what the
     checkpoint is on a hub (engine/files/models_folder.py), and is kept in the provenance. An existing
     `output` is replaced, but only by a complete file. Raises ConversionError when the checkpoint cannot be
@@ -58,6 +70,7 @@ def convert(
     if any(output.exists() and output.samefile(file) for file in checkpoint.files):
         raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
     sources = list(find_sources(checkpoint))
+    windows = None if calibration is None else calibration_windows(checkpoint, calibration)
     provenance: dict[str, Any] = {
         "source": source.resolve().name if hub is None else str(hub["source"]),
         "files": describe_files(checkpoint.files),
@@ -74,6 +87,8 @@ def convert(
         provenance[HUB] = {key: value for key, value in hub.items() if key != "source"}
     if checkpoint.notes:
         provenance["notes"] = checkpoint.notes
+    if windows is not None:
+        provenance["calibrated_tokens"] = sum(map(len, windows))
     with ModelWriter(
         output,
         checkpoint.config,
@@ -84,17 +99,79 @@ def convert(
         embedding_dtype=embedding_dtype,
         down_dtype=down_dtype,
     ) as writer:
-        for spec, layer, origin in sources:
-            array = build_tensor(checkpoint, origin)
-            try:
-                writer.write(spec.name, array, layer)
-            except ValueError as error:
-                raise ConversionError(f"{source}: tensor {', '.join(origin.names)}: {error}") from error
-            if progress is not None:
-                progress(writer.written_bytes, writer.size_bytes)
+        run = _Conversion(checkpoint, writer, {(spec.name, layer): origin for spec, layer, origin in sources}, progress)
+        if windows is not None:
+            Quantizer(checkpoint.config, writer.formats, run.read, run.write, run.write_parts, observe).run(windows)
+        else:
+            for name, layer in run.origins:
+                run.write(name, layer, run.read(name, layer))
         if look is not None:
             with read_model_file(writer.temporary) as file:
                 look(file)
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Tensors on their way from a checkpoint into a file, by canonical name and layer."""
+
+    checkpoint: Checkpoint
+    writer: ModelWriter
+    origins: Mapping[tuple[str, int], Source]
+    progress: Progress | None
+
+    def read(self, name: str, layer: int) -> NDArray[np.float32]:
+        return build_tensor(self.checkpoint, self.origins[name, layer])
+
+    def write(self, name: str, layer: int, array: NDArray[np.float32]) -> None:
+        with self._named(name, layer):
+            self.writer.write(name, array, layer)
+
+    def write_parts(self, name: str, layer: int, parts: Parts) -> None:
+        with self._named(name, layer):
+            self.writer.write_parts(name, parts, layer)
+
+    @contextmanager
+    def _named(self, name: str, layer: int) -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            origin = ", ".join(self.origins[name, layer].names)
+            raise ConversionError(f"{self.checkpoint.path}: tensor {origin}: {error}") from error
+        if self.progress is not None:
+            self.progress(self.writer.written_bytes, self.writer.size_bytes)
+
+
+def calibration_windows(checkpoint: Checkpoint, calibration: WeightCalibration) -> list[list[int]]:
+    """Windows of token ids to calibrate weights on. Raises ConversionError when there are none."""
+    if checkpoint.tokenizer.info.kind == "none":
+        raise ConversionError(
+            f"{checkpoint.path}: has no tokenizer, so that weights cannot be calibrated; give --quick"
+        )
+    stored, window = checkpoint.tokenizer, min(WINDOW, checkpoint.config.max_position)
+    tokenizer = Tokenizer(stored.info, stored.data)
+    tokens = calibration.tokens_for(checkpoint.config)
+    if calibration.text:
+        reader: Any = _Reader(tokenizer, stored.chat_template)
+        windows = file_windows(reader, calibration.text, tokens, window)
+    else:
+        windows = machine_windows(tokenizer, stored.chat_template, tokens, window)
+    if not windows or max(map(max, windows)) >= checkpoint.config.vocab_size:
+        raise ConversionError(f"{checkpoint.path}: the tokenizer does not fit the model to calibrate it; give --quick")
+    return windows
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """What reads text files and chats."""
+
+    tokenizer: Tokenizer
+    template: str | None
+
+    @property
+    def chat_template(self) -> ChatTemplate:
+        if self.template is None:
+            raise ConversionError("the checkpoint has no chat template, so that chats cannot be read; give plain text")
+        return ChatTemplate(self.template, self.tokenizer)
 
 
 def open_checkpoint(source: Path, activation: str | None = None) -> Checkpoint:

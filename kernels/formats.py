@@ -132,6 +132,21 @@ def check_stored(spec: TensorSpec, arrays: Mapping[str, NDArray], formats: Mappi
             raise ValueError(f"{spec.name}{suffix}: found {found}, expected {dtype} {shape}")
 
 
+def pack_affine(
+    levels: NDArray[np.uint8],
+    scale: NDArray[np.uint8],
+    minimum: NDArray[np.uint8],
+    row: NDArray[np.float32],
+    weight_format: WeightFormat,
+) -> Parts:
+    """The stored parts of a `q4` or `q6` matrix whose levels (rows, C) were chosen elsewhere.
+
+    scale, minimum: (rows, C / 32); row: (rows, 2).
+    """
+    packed = {"q4": _pack_nibbles, "q6": _pack_six_bits}[weight_format](levels)
+    return {"": packed, ".scale": scale, ".min": minimum, ".row": row}
+
+
 # Floats
 
 

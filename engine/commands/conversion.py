@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from svdengine.kernels.formats import WeightFormat
     from svdengine.models.config import ModelConfig
 
+_CALIBRATED = {"q4", "q6"}  # formats whose weights are rounded for what they read
 _OF_PREDICTOR = ("rank", "thresholds", "share", "ablation", "text")  # fields of Wanted that calibration takes
 
 
@@ -40,6 +41,13 @@ class Wanted:
     ablation: str | None = None
     text: tuple[Path, ...] = ()
     check: bool = True  # whether the activation is checked by measuring
+    quick: bool = False  # weights of q4 and q6 are rounded to nearest, without text
+    verbose: bool = False
+
+    @property
+    def calibrates_weights(self) -> bool:
+        """Whether text decides how weights are rounded."""
+        return not self.quick and not _CALIBRATED.isdisjoint((self.dtype, self.embedding_dtype, self.down_dtype))
 
     def predictor_kind(self, config: ModelConfig) -> str | None:
         """The kind of predictor that a model gets. Raises UsageError on one that it has no use for."""
@@ -60,14 +68,15 @@ class Wanted:
         parts += [f"embedding-{self.embedding_dtype}"] if self.embedding_dtype else []
         parts += [f"down-{self.down_dtype}"] if self.down_dtype else []
         parts += [self.activation.replace(":", "-")] if self.activation else []
+        parts += ["quick"] if self.quick else []
         if kind is not None:
             parts.append(kind)
             parts += [str(self.rank)] if self.rank is not None else []
             parts += [self.thresholds] if self.thresholds != "error" else []
             parts += [f"s{self.share:g}"] if self.share is not None else []
             parts += [self.ablation] if self.ablation is not None else []
-            if self.text:
-                parts.append(hashlib.sha256(json.dumps([str(t) for t in self.text]).encode()).hexdigest()[:6])
+        if self.text and (kind is not None or self.calibrates_weights):
+            parts.append(hashlib.sha256(json.dumps([str(t) for t in self.text]).encode()).hexdigest()[:6])
         return "-".join(parts)
 
 
@@ -178,7 +187,9 @@ def _shown_count(count: int) -> str:
 
 def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[str, Any] | None) -> None:
     from svdengine.converters import convert
+    from svdengine.converters.weight_calibration import WeightCalibration
 
+    changed: dict[str, list[float]] = {}
     stage, progress = f"converting to {wanted.dtype}, MB", StageProgress()
     convert(
         source,
@@ -189,8 +200,28 @@ def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[st
         embedding_dtype=cast("WeightFormat | None", wanted.embedding_dtype),
         down_dtype=cast("WeightFormat | None", wanted.down_dtype),
         hub=hub,
+        calibration=WeightCalibration(text=wanted.text) if wanted.calibrates_weights else None,
+        observe=(lambda name, _, share: changed.setdefault(name, []).append(share)) if wanted.verbose else None,
         look=_check if wanted.check else None,
     )
+    if changed:
+        click.echo("\n".join(_changes(changed, output)))
+
+
+def _changes(changed: Mapping[str, Sequence[float]], output: Path) -> Iterator[str]:
+    """Of each tensor its format, its size, and what rounding changed: a share of its output's energy."""
+    from svdengine.files.model_file import read_model_file
+    from svdengine.kernels.formats import gather_parts
+
+    yield "| tensor | format | MB | changed, mean of layers | worst layer |"
+    yield "| --- | --- | ---: | ---: | ---: |"
+    with read_model_file(output) as file:
+        for name, shares in sorted(changed.items(), key=lambda item: -sum(item[1]) / len(item[1])):
+            size = sum(part.nbytes for part in gather_parts(file.arrays, name).values()) / 1e6
+            worst = max(range(len(shares)), key=shares.__getitem__)
+            mean = sum(shares) / len(shares)
+            layer = f"{shares[worst]:.3%} in {worst}" if len(shares) > 1 else ""
+            yield f"| {name} | {file.formats[name]} | {size:.1f} | {mean:.3%} | {layer} |"
 
 
 def _check(file: ModelFile) -> None:

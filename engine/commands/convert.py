@@ -36,6 +36,8 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, 
     type=click.Choice(DTYPES),
     help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
 )
+@click.option("--quick", is_flag=True, help="Round q4 and q6 weights to nearest, without calibrating them.")
+@click.option("--verbose", is_flag=True, help="Say what calibrated rounding changed, tensor by tensor.")
 @click.option(
     "--activation",
     metavar="NAME",
@@ -71,7 +73,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, 
     type=click.Path(path_type=Path),
     multiple=True,
     metavar="FILE",
-    help="Text to calibrate on; see `calibrate`.",
+    help="Text to calibrate on, weights of q4 and q6 and the predictor; see `calibrate`.",
 )
 def command(source: HubName | Path, output: Path | None, **options: Any) -> None:
     """Convert SRC into a model file: a Hugging Face folder, a .gguf file, or the name of a model on a hub.
@@ -79,6 +81,9 @@ def command(source: HubName | Path, output: Path | None, **options: Any) -> None
     Without -o the model file is written beside the source, and that of a name into the models folder, where other
     commands find it by the name. A model of the ReLU family gets a predictor, as `svdengine calibrate` makes it with
     its own defaults, once the weights are written. If that is interrupted, the model file is complete without one.
+
+    With q4 and q6, weights are rounded for the inputs that they have on text: that of --text, or text that every
+    machine has. This takes minutes, or longer for a large model; --quick leaves it out.
 
     Before the file is put in place, a short text is run through it under each activation that its weights could mean.
     Where another one than the stated predicts the text far better, the conversion stops with both figures.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from svdengine.files.model_file import CHAT_TEMPLATE, FORMAT, FORMAT_VERSION, stored_tensors
 from svdengine.files.tensor_writer import PAGE, Declared, TensorWriter, size_of
-from svdengine.kernels.formats import Parts, WeightFormat, quantize
+from svdengine.kernels.formats import Parts, WeightFormat, quantize, stored_parts
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo
@@ -116,6 +116,11 @@ class ModelWriter:
             raise
 
     @property
+    def formats(self) -> Mapping[str, WeightFormat]:
+        """How each matrix is stored."""
+        return self._formats
+
+    @property
     def size_bytes(self) -> int:
         """Of the whole file."""
         return self._writer.size_bytes
@@ -149,6 +154,16 @@ class ModelWriter:
         for row in range(0, rows, step):
             parts = quantize(array[row : row + step], self._formats[name])
             self._write_rows(name, parts, layer * rows + row)
+
+    def write_parts(self, name: str, parts: Parts, layer: int = 0) -> None:
+        """Store a matrix that was quantised elsewhere, in the format that the file has for it."""
+        spec = self._specs[name]
+        rows, columns = spec.shape[-2:]
+        expected = {suffix: shape for suffix, (shape, _) in stored_parts(self._formats[name], rows, columns).items()}
+        found = {suffix: part.shape for suffix, part in parts.items()}
+        if found != expected:
+            raise ValueError(f"found parts of the shapes {found}, expected {expected}")
+        self._write_rows(name, parts, layer * rows)
 
     def write_raw(self, name: str, array: NDArray[Any]) -> None:
         """Store one of the `extra` tensors, whole."""

@@ -5,7 +5,7 @@ An activation vector is given in float32 and as quantize.py lays it out; the for
 
 from __future__ import annotations
 
-from svdengine.kernels.cpu.formats.dispatch import dot_four, dot_row
+from svdengine.kernels.cpu.formats.dispatch import dot_four, dot_one_row, dot_row
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import load_real, store_real
 
@@ -42,7 +42,10 @@ def gemv_many(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, ou
                     )  # fmt: skip
                     for lane in range(4):
                         store_real(to + 4 * lane, load_real(to + 4 * lane) + load_real(bias + 4 * (row + lane)))
-        gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, whole, stop)
+        for row in range(whole, stop):
+            for i in range(n):
+                value = dot_one_row(matrix, row, x + i * x_stride, quantized + i * quantized_stride, 0)
+                store_real(out + i * out_stride + 4 * row, value + load_real(bias + 4 * row))
 
 
 @jit

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.formats.dispatch import add_four
+from svdengine.kernels.cpu.formats.dispatch import add_four, add_some
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, ROW_BYTES
 from svdengine.kernels.cpu.matrix import ROWS as MATRIX_ROWS
@@ -30,7 +30,7 @@ def add_range(matrix, weights, first, last, out):
         )  # fmt: skip
     for i in range(whole, last):
         zero = np.float32(0)
-        add_four(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out, 0, columns)
+        add_some(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out, 0, columns)
 
 
 @jit
@@ -56,7 +56,7 @@ def add_to_few(matrix, weights, weights_stride, n, out, out_stride, first, last)
                     load_real(h), load_real(h + 4), load_real(h + 8), load_real(h + 12), to, first, last,
                 )  # fmt: skip
             for i in range(whole, stop):
-                add_four(matrix, i, i, i, i, load_real(at + 4 * i), zero, zero, zero, to, first, last)
+                add_some(matrix, i, i, i, i, load_real(at + 4 * i), zero, zero, zero, to, first, last)
 
 
 @jit

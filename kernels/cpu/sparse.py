@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.formats.dispatch import add_four, dot_four, dot_row
+from svdengine.kernels.cpu.formats.dispatch import add_four, dot_four, dot_one_row
 from svdengine.kernels.cpu.gemv import STREAM_AHEAD
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, DATA, FORMAT, Q2, ROWS
@@ -65,7 +65,7 @@ def project(model, layer, quantized, z, first, last):
     matrix = model.matrices[layer * LAYER_MATRICES + FACTOR_B]
     relu = model.predictor_relu[layer]
     for row in range(first, last):
-        value = dot_row(matrix, row, quantized, quantized, STREAM_AHEAD)
+        value = dot_one_row(matrix, row, quantized, quantized, STREAM_AHEAD)
         store_real(z + 4 * row, _ZERO if relu and value < _ZERO else value)
 
 
@@ -74,7 +74,7 @@ def add_row_scores(total, factor, first, z, scratch):
     """total + A z of 16 neurons from `first`, for factors that are not in panels."""
     for lane in range(NEURONS):
         row = min(first + lane, factor[ROWS] - 1)
-        store_real(scratch + 4 * lane, dot_row(factor, row, z, z, STREAM_AHEAD))
+        store_real(scratch + 4 * lane, dot_one_row(factor, row, z, z, STREAM_AHEAD))
     return total + load_f32(scratch)
 
 

@@ -18,7 +18,7 @@ from svdengine.kernels.cpu.formats.q4 import Q4_KERNELS
 from svdengine.kernels.cpu.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cpu.formats.q8 import Q8_KERNELS
 from svdengine.kernels.cpu.formats.ternary import TERNARY_KERNELS
-from svdengine.kernels.cpu.jit import inlined
+from svdengine.kernels.cpu.jit import inlined, jit
 from svdengine.kernels.cpu.matrix import FORMAT, RESIDUALS, ROWS
 from svdengine.kernels.cpu.simd import zero_f32
 from svdengine.kernels.formats import FORMATS
@@ -37,7 +37,7 @@ def check_codes(matrices: NDArray[np.int64]) -> None:
             raise ValueError(f"a matrix has the format code {matrix[FORMAT]}, which no kernel reads")
 
 
-def _by_format(operation: str, parameters: str, otherwise: str = "") -> Any:
+def _by_format(operation: str, parameters: str, otherwise: str = "", compiled: Any = jit) -> Any:
     """A compiled function that runs `operation` of the matrix's format.
 
     It is a chain of comparisons, written out because compiled code cannot choose a function from a table.
@@ -49,12 +49,16 @@ def _by_format(operation: str, parameters: str, otherwise: str = "") -> Any:
         lines.append(f"    if code == {FORMATS[kernels.name].code}:")
         lines.append(f"        return {kernels.name}(matrix, {parameters})")
     exec("\n".join([*lines, f"    return {otherwise}"]), scope)
-    return inlined(scope[operation])
+    return compiled(scope[operation])
 
 
-dot_row = _by_format("dot_row", "row, x, quantized, ahead", "nan")
+# Once for each row of a product: in place of the call.
+dot_row = _by_format("dot_row", "row, x, quantized, ahead", "nan", inlined)
+add_four = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last", "", inlined)
+# Once for several rows or many columns, or seldom. A copy at each place would be a minute of compiling, and no faster.
 dot_four = _by_format("dot_four", "r0, r1, r2, r3, n0, n1, n2, n3, x, quantized, out")
-add_four = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last")
+dot_one_row = _by_format("dot_row", "row, x, quantized, ahead", "nan")
+add_some = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last")
 load_weights = _by_format("load_weights", "row, column", "zero_f32()")
 pack_panel = _by_format("pack_panel", "first, start, stop, panel, staging")
 pack_columns = _by_format("pack_columns", "first, start, stop, panel")
