@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from svdengine.converters.calibration_size import calibration_size
 from svdengine.files.model_file import stored_tensors
 from svdengine.files.model_writer import format_for
 from svdengine.files.predictor_file import why_not_sparse
@@ -17,9 +18,10 @@ from svdengine.scheduling.block_pool import context_limit, kv_pool_bytes_per_tok
 _PROGRAM_BYTES = 200 << 20  # Python, its libraries, the compiled kernels and a step's workspace
 _PREDICTOR_BITS = 2.2  # a weight of the gate, of the default predictor: two bits, and scales
 
-# Seconds of one core, of a model with 135 M parameters, and of one layer of Llama-2-7B's shape (98 s on two cores).
-_PARAMETER_SECONDS = 1.5e-6
-_FIT_SECONDS = 1.06e-9
+# Seconds of one core, for each parameter and for each product of a fit: of a model with 135 M parameters, which writes
+# its text itself, and of Llama-2-7B's shape (BENCHMARKS.md, "Calibrating a 7B model").
+_SMALL = (1.5e-6, 1.06e-9)
+_LARGE = (1.4e-7, 1.1e-10)
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,10 @@ def forecast(
 def calibration_seconds(config: ModelConfig, cores: int) -> float:
     """Roughly how long the default calibration takes.
 
-    The whole model writes the text and reads it ten times or so; each layer's fit multiplies its gate with the
-    covariance of the inputs.
+    A small model writes the text and reads it ten times or so, a large one reads less; each layer's fit multiplies its
+    gate with the covariance of the inputs.
     """
+    per_parameter, per_product = _SMALL if calibration_size(config).written else _LARGE
     parameters = sum(math.prod(spec.shape) for spec in tensor_specs(config))
     fits = config.layer_count * config.ffn_size * config.hidden_size**2
-    return (parameters * _PARAMETER_SECONDS + fits * _FIT_SECONDS) / cores
+    return (parameters * per_parameter + fits * per_product) / cores

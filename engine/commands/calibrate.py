@@ -146,7 +146,8 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(model: HubName | Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Make a predictor for MODEL, a .svdp file or a name of `list`, and write it into that file.
 
-    The text should be like what the model will read and write; without --text, the model writes it itself. One
+    The text should be like what the model will read and write; without --text, a small model writes it
+    itself, and a large one gets text that every machine has. One
     window of text in five is held out, and the table that is printed is measured on it. At most one budget may be
     given. The file is replaced only when all is done; with -o it is left as it is.
     """
@@ -186,8 +187,9 @@ def calibrate_file(
 ) -> Predictor:
     """Calibrate a model file as the options of the command say, and write what came of it."""
     from svdengine.converters.calibration import CalibrationOptions, calibrate
-    from svdengine.converters.calibration_size import default_kind, default_tokens
+    from svdengine.converters.calibration_size import calibration_size, default_kind, default_tokens
     from svdengine.converters.calibration_text import WINDOW, file_windows
+    from svdengine.converters.machine_text import machine_windows
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
     from svdengine.loading import load
@@ -201,11 +203,14 @@ def calibrate_file(
         _check_candidates(file, wanted)
         context = min(WINDOW, file.config.max_position)
         tokens = tokens or default_tokens(file.config, thresholds)
+        written = calibration_size(file.config).written
     check_writable(output)
     progress = StageProgress()
-    windows = [] if text else _written_windows(model, device, threads, tokens, context, progress)
+    windows = _written_windows(model, device, threads, tokens, context, progress) if written and not text else []
     with load(model, device, "dense", threads, context=context, kv_tokens=context) as llm:
-        windows = windows or file_windows(llm, text, tokens, context)
+        if text:
+            windows = file_windows(llm, text, tokens, context)
+        windows = windows or machine_windows(llm.tokenizer, llm.model_file.chat_template, tokens, context)
         executor: Any = llm.executor
         predictor = calibrate(llm.model_file, executor, windows, wanted, state=state, progress=progress)
         if output.suffix == ".svdp" or output == model:

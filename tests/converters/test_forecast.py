@@ -11,7 +11,7 @@ from svdengine.converters.forecast import calibration_seconds, forecast
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 
 
-@pytest.mark.parametrize("dtype", WEIGHT_FORMATS)
+@pytest.mark.parametrize("dtype", [name for name in WEIGHT_FORMATS if name != "ternary"])  # of BitNet alone
 def test_the_size_of_the_file(tmp_path: Path, dtype: WeightFormat) -> None:
     convert(write_hf(tmp_path / "hf"), tmp_path / "m.svdp", dtype, down_dtype="q8")
     told = forecast(CONFIG, dtype, down_dtype="q8", predictor=False)
@@ -31,5 +31,5 @@ def test_sparse_and_dense() -> None:
 def test_calibration_takes_longer_for_more() -> None:
     large = replace(CONFIG, hidden_size=4096, ffn_size=11008, layer_count=32, vocab_size=32000)
     assert 0 < calibration_seconds(CONFIG, 2) < 5
-    assert 30 * 60 < calibration_seconds(large, 2) < 5 * 3600
+    assert 10 * 60 < calibration_seconds(large, 2) < 20 * 60
     assert calibration_seconds(large, 2) == 2 * calibration_seconds(large, 4)

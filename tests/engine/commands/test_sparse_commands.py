@@ -131,8 +131,8 @@ def test_calibrate_with_trained_predictors(folder: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--predictor", "powerinfer"), "is read from a GGUF file (--from)"),
-        (("--from", "p.gguf"), "is read from a GGUF file (--from)"),
+        (("--predictor", "powerinfer"), "is read from a GGUF file or a folder (--from)"),
+        (("--from", "p.gguf"), "is read from a GGUF file or a folder (--from)"),
         (("--predictor", "powerinfer", "--from", "missing.gguf"), "missing.gguf: No such file"),
         (("--predictor", "powerinfer", "--from", "dense.svdp"), "neither a folder nor a GGUF file"),
         (("--predictor", "powerinfer", "--from", "one.gguf"), "has predictors for 1 layers"),
