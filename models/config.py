@@ -160,8 +160,16 @@ class ModelConfig:
             raise ValueError("local_rope needs a rope that turns as many dimensions")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back."""
-        return asdict(self)
+        """Plain JSON types; `from_dict` reads them back.
+
+        Fields that version 0.1.0 did not have are left out where they say nothing, so that a model stays what it was:
+        predictors and KV files know theirs by a hash of this.
+        """
+        fields = _said(asdict(self))
+        for rope in ("rope", "local_rope"):
+            if fields.get(rope) is not None:
+                fields[rope] = _said(fields[rope])
+        return fields
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ModelConfig:
@@ -178,6 +186,15 @@ class ModelConfig:
             raise ValueError(f"model config: {error}") from error
         config.validate()
         return config
+
+
+# Fields that were added after version 0.1.0, of ModelConfig and of Rope, and what says nothing.
+_LATER = {"local_rope": None, "score_scale": 1.0, "post_norms": False, "sub_norms": False, "rotated": 0}
+
+
+def _said(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields without those of _LATER that say nothing."""
+    return {name: value for name, value in fields.items() if name not in _LATER or value != _LATER[name]}
 
 
 def _check_range(field: str, value: int, low: int, high: int) -> None:

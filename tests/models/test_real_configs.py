@@ -1,5 +1,6 @@
 """Settings of published checkpoints, with all the fields that they have beyond what is read: each one is taken."""
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -217,7 +218,7 @@ def test_is_taken(name: str) -> None:
     settings, expected = CONFIGS[name]
     config = config_from_hf(settings)
     rope = {"rope": config.rope.scaling, "rotated": config.rope.rotated} if config.rope else {"rope": None}
-    found: dict[str, Any] = config.to_dict() | rope
+    found: dict[str, Any] = asdict(config) | rope
     assert {key: found[key] for key in expected} == expected
 
 

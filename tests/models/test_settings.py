@@ -373,3 +373,14 @@ def test_rope_that_cannot_be_computed_is_refused(changes: dict[str, Any], messag
     config["rope"] |= changes
     with pytest.raises(ValueError, match=message):
         ModelConfig.from_dict(config)
+
+
+def test_a_model_stays_what_it_was() -> None:
+    """Predictors know their model by a hash of these fields: a field that says nothing new must not be among them."""
+    later = {"local_rope", "score_scale", "post_norms", "sub_norms"}
+    config = config_from_hf(LLAMA)
+    stored = config.to_dict()
+    assert not later & set(stored) and "rotated" not in stored["rope"]
+    assert ModelConfig.from_dict(stored) == config
+    said = replace(config, sub_norms=True, score_scale=0.5).to_dict()
+    assert later & set(said) == {"sub_norms", "score_scale"} and ModelConfig.from_dict(said).sub_norms
