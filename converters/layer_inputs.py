@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.norm import normalize, rms_norm
-from svdengine.kernels.reference import activate, attend, linear, rotate
-from svdengine.kernels.rope import rope_tables
+from svdengine.kernels.norm import normalize
+from svdengine.kernels.reference import attend, project
 from svdengine.models.config import ModelConfig
 
 Array = NDArray[np.float32]
@@ -49,13 +48,7 @@ def embed(config: ModelConfig, shared: Weights, texts: Texts) -> Array:
 
 def mix(config: ModelConfig, weights: Weights, layer: int, texts: Texts, x: Array) -> Array:
     """Attention of normed rows x (n, d), up to what the output projection reads: (n, heads * head_dim)."""
-    heads = (len(x), -1, config.head_dim)
-    q, k, v = (linear(x, weights[name], weights.get(f"{name}.bias")).reshape(heads) for name in ("q", "k", "v"))
-    if config.qk_norm:
-        q, k = (rms_norm(a, weights[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
-    if config.rope is not None:
-        cos, sin = rope_tables(config, texts.positions, config.rope_of(layer))
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    q, k, v = project(config, weights, layer, texts.positions, x)
     window = config.sliding_window if layer in config.sliding_window_layers else 0
     mixed = np.empty_like(q)
     for start, end in texts.bounds:
@@ -65,16 +58,3 @@ def mix(config: ModelConfig, weights: Weights, layer: int, texts: Texts, x: Arra
         mixed[start:end] = attend(q[start:end], k[start:end], v[start:end], visible, config.attention_scale)
     joined = mixed.reshape(len(x), -1)
     return normalize(config, weights, "attention_sub_norm", joined) if config.sub_norms else joined
-
-
-def neurons(config: ModelConfig, weights: Weights, x: Array) -> Array:
-    """What the down projection reads, for normed rows x (n, d): (n, f)."""
-    up = linear(x, weights["up"], weights.get("up.bias"))
-    if config.gated:
-        gate = linear(x, weights["gate"], weights.get("gate.bias"))
-        if config.activation == "drelu":
-            up = activate("relu", up)
-        made = activate(config.activation, gate, config.activation_threshold) * up
-    else:
-        made = activate(config.activation, up, config.activation_threshold)
-    return normalize(config, weights, "ffn_sub_norm", made) if config.sub_norms else made

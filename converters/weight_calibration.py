@@ -22,11 +22,11 @@ from svdengine.converters.error_feedback import (
     round_columns,
     round_neurons,
 )
-from svdengine.converters.layer_inputs import Texts, embed, mix, neurons
+from svdengine.converters.layer_inputs import Texts, embed, mix
 from svdengine.errors import ConversionError
 from svdengine.kernels.formats import Parts, WeightFormat, dequantize
 from svdengine.kernels.norm import normalize
-from svdengine.kernels.reference import linear
+from svdengine.kernels.reference import dense_neurons, linear
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
 
@@ -104,7 +104,7 @@ class Quantizer:
         if not config.shared_norm:
             h = normalize(config, weights, "ffn_norm", x if config.parallel else attended)
         self._round(("gate", "up") if config.gated else ("up",), weights, layer, h)
-        h = neurons(config, weights, h)
+        h = dense_neurons(config, weights, h)
         if config.sparse_ffn:
             self._round(("down_T",), weights, layer, h)
             down = weights["down_T"].T

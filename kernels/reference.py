@@ -155,15 +155,7 @@ class ReferenceExecutor(BaseExecutor):
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
         config, lw = self.config, self.layers[layer]
-        heads = (len(x), -1, config.head_dim)
-
-        # Project, normalise and rotate: (n, heads, head_dim).
-        q, k, v = (linear(x, lw[name], lw.get(f"{name}.bias")).reshape(heads) for name in ("q", "k", "v"))
-        if config.qk_norm:
-            q, k = (rms_norm(a, lw[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
-        if config.rope is not None:
-            cos, sin = rope_tables(config, batch.positions, config.rope_of(layer))
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k, v = project(config, lw, layer, batch.positions, x)
 
         # All rows of the step are in the cache before any of them attends.
         slots = slots_of(batch.block_tables[batch.sequences], batch.positions[:, None])[:, 0]
@@ -186,10 +178,30 @@ class ReferenceExecutor(BaseExecutor):
         return linear(heads_joined, lw["o"], lw.get("o.bias"))
 
 
-def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
-    """The feed-forward network of a layer: (n, d) -> (n, d). `weights` holds that layer's tensors.
+def project(
+    config: ModelConfig, weights: Weights, layer: int, positions: NDArray[np.int32], x: Array
+) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of normed rows x (n, d), normed and rotated: each (n, heads, head_dim)."""
+    heads = (len(x), -1, config.head_dim)
+    q, k, v = (linear(x, weights[name], weights.get(f"{name}.bias")).reshape(heads) for name in ("q", "k", "v"))
+    if config.qk_norm:
+        q, k = (rms_norm(a, weights[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
+    if config.rope is not None:
+        cos, sin = rope_tables(config, positions, config.rope_of(layer))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    return q, k, v
 
-    The neurons' activations (n, f) are act(gate x) * (up x) when gated, else act(up x).
+
+def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
+    """The feed-forward network of a layer: (n, d) -> (n, d). `weights` holds that layer's tensors."""
+    down = weights["down_T"].T if config.sparse_ffn else weights["down"]
+    return linear(dense_neurons(config, weights, x), down, weights.get("down.bias"))
+
+
+def dense_neurons(config: ModelConfig, weights: Weights, x: Array) -> Array:
+    """What the down projection reads, for normed rows x (n, d): (n, f).
+
+    The neurons' activations are act(gate x) * (up x) when gated, else act(up x).
     """
     up = linear(x, weights["up"], weights.get("up.bias"))
     if config.gated:
@@ -199,10 +211,7 @@ def ffn(config: ModelConfig, weights: Weights, x: Array) -> Array:
         neurons = activate(config.activation, gate, config.activation_threshold) * up
     else:
         neurons = activate(config.activation, up, config.activation_threshold)
-    if config.sub_norms:
-        neurons = normalize(config, weights, "ffn_sub_norm", neurons)
-    down = weights["down_T"].T if config.sparse_ffn else weights["down"]
-    return linear(neurons, down, weights.get("down.bias"))
+    return normalize(config, weights, "ffn_sub_norm", neurons) if config.sub_norms else neurons
 
 
 def sparse_ffn(
