@@ -11,6 +11,11 @@ from typing import Any
 
 import numba
 
+try:
+    import fcntl
+except ImportError:  # Windows: processes that start together each compile
+    fcntl = None  # type: ignore[assignment]
+
 from svdengine.kernels.cpu.isa import active_isa
 from svdengine.kernels.cpu.jit import kernel_cache_directory
 
@@ -24,11 +29,27 @@ def compile_entry(function: Any, *arguments: Any) -> None:
     if signature in function.overloads:
         return
     name = function.py_func.__name__
-    if any(kernel_cache_directory().glob(f"**/*.{name}-*.nbi")):
+    if _is_compiled(name):
         function.compile(signature)
         return
-    with _announced(f"compiling kernels for {active_isa()}, once on this machine"):
-        function.compile(signature)
+    with _announced(f"compiling kernels for {active_isa()}, once on this machine"), _one_at_a_time(name):
+        function.compile(signature)  # from the cache, if another process was first
+
+
+def _is_compiled(name: str) -> bool:
+    return any(kernel_cache_directory().glob(f"*.{name}-*.nbi"))
+
+
+@contextmanager
+def _one_at_a_time(name: str) -> Iterator[None]:
+    """Hold the lock of a kernel among the processes of this machine, so that those that start together compile once."""
+    if fcntl is None:
+        yield
+        return
+    kernel_cache_directory().mkdir(parents=True, exist_ok=True)
+    with (kernel_cache_directory() / f"{name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed, which the end of a process does too
+        yield
 
 
 @contextmanager

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
+from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 
 from svdengine.kernels.cpu.isa import active_isa
 from svdengine.kernels.user_cache import user_cache_directory
@@ -34,15 +34,33 @@ def kernel_cache_directory() -> Path:
     return user_cache_directory() / "kernels" / digest.hexdigest()[:16]
 
 
-@contextmanager
-def _numba_cache_in(directory: Path) -> Iterator[None]:
-    config: Any = numba.config
-    before = config.CACHE_DIR
-    config.CACHE_DIR = str(directory)
-    try:
-        yield
-    finally:
-        config.CACHE_DIR = before
+class _BySources(_CacheLocator):
+    """Where Numba keeps a function's compiled code: under the digest of all sources, wherever they are installed.
+
+    Numba's own places go by the path and the time of the source file, so that a second environment with the same
+    sources, or an image that brings compiled kernels along, would compile them again.
+    """
+
+    def __init__(self, line: int) -> None:
+        self._line = line
+
+    @classmethod
+    def from_function(cls, py_func: Callable[..., Any], py_file: str) -> _BySources:
+        return cls(py_func.__code__.co_firstlineno)
+
+    def get_cache_path(self) -> str:
+        return str(kernel_cache_directory())
+
+    def get_source_stamp(self) -> str:
+        return kernel_cache_directory().name
+
+    def get_disambiguator(self) -> str:
+        return str(self._line)
+
+
+class _CacheBySources(FunctionCache):
+    class _impl_class(CompileResultCacheImpl):
+        _locator_classes: Any = [_BySources]  # noqa: RUF012  # as in the base class
 
 
 def jit(function: Callable[..., Any]) -> Any:
@@ -69,5 +87,6 @@ def _compiled_lazily(function: Callable[..., Any], **options: bool) -> Any:
 
 def entry(function: Callable[..., Any]) -> Any:
     """As `jit`, for the few functions that Python calls: cached on disk."""
-    with _numba_cache_in(kernel_cache_directory()):
-        return numba.njit(nogil=True, error_model="numpy", cache=True)(function)
+    dispatcher: Any = numba.njit(nogil=True, error_model="numpy")(function)
+    dispatcher._cache = _CacheBySources(function)  # as `enable_caching` does, with another place
+    return dispatcher

@@ -107,3 +107,39 @@ def test_the_demo_model_says_what_to_set(tmp_path: Path) -> None:
     done = in_a_process(tmp_path, "from svdengine.cli import main; main(['generate', '-p', 'a'])", HOME="/dev/null")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: cannot make the cache folder") and "set XDG_CACHE_HOME" in done.stderr
+
+
+COMPILES_ONCE = """
+import os
+from pathlib import Path
+from svdengine.kernels.cpu import compilation
+from svdengine.kernels.cpu.jit import entry
+
+@entry
+def twice(x):
+    return 2 * x
+
+real = twice.compile
+def compile(signature):
+    real(signature)
+    (Path(os.environ["RESULTS"]) / f"{os.getpid()}").write_text(str(sum(twice.stats.cache_hits.values())))
+twice.compile = compile
+compilation.compile_entry(twice, 3)
+assert twice(3) == 6
+"""
+
+
+def test_processes_that_start_together_compile_once_wherever_the_sources_lie(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    processes = []
+    for place in ("a", "b", "c"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "once.py").write_text(COMPILES_ONCE)  # the same source, another path and time
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "RESULTS": str(results)}
+        command = [sys.executable, "-c", "import once"]
+        processes.append(subprocess.Popen(command, env=environment, cwd=tmp_path / place, stderr=subprocess.PIPE))
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert sorted(file.read_text() for file in results.iterdir()) == ["0", "1", "1"]
