@@ -50,11 +50,13 @@ def create_executor(
     ffn: FfnMode = "dense",
     gpu_memory: int | None = None,
     deterministic: bool = False,
+    interleave: bool = True,
 ) -> BaseExecutor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
 
     `gpu_memory`: bytes that the model may take on a GPU, by default what is free; FFN rows that do not fit stay in host
     memory, which is said on standard error. `deterministic`: a row gets the same bits whatever rows are beside it.
+    `interleave`: the CPU copies matrices that are read whole to where it reads them faster.
     Raises DeviceError when the device is not there, too small, or cannot be deterministic, RequestError on unusable
     arguments.
     """
@@ -78,6 +80,7 @@ def create_executor(
         predictor=predictor,
         ffn=ffn,
         deterministic=deterministic,
+        interleave=interleave,
     )
     if chosen in ("cuda", "ascend"):
         try:

@@ -12,7 +12,7 @@ from svdengine.files.hub_name import HubName, parse_model
 from svdengine.files.model_file import read_model_file
 from svdengine.files.models_folder import kept_path
 from svdengine.files.predictor_file import find_predictor, require_predictor
-from svdengine.files.residency import arrange_memory
+from svdengine.files.residency import read_by_every_token, room_for, settle
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import Executor, FfnMode
 from svdengine.llm import LLM
@@ -92,7 +92,9 @@ def load(
         if kv_tokens is None and kv_memory is None:
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
-        fits = arrange_memory(model_file, mlock=mlock, prefetch=prefetch)
+        room = room_for(model_file)
+        if prefetch:
+            model_file.prefetch(read_by_every_token(model_file, room))
         opened = create_executor(
             model_file,
             device=device,
@@ -104,12 +106,14 @@ def load(
             ffn=mode,
             gpu_memory=gpu_memory,
             deterministic=deterministic,
+            interleave=room.copies,
         )
+        settle(model_file, room, opened.copied, opened.copies, mlock=mlock)
         if opened.name not in _READ_THE_MAP:
             _close(watches)
             watches = []
         executor: Executor = opened
-        if not fits and opened.name != "cuda":  # a GPU has its own copy of the weights
+        if not room.whole and opened.name != "cuda":  # a GPU has its own copy of the weights
             executor = AdvisingExecutor(opened, model_file)
         return LLM(
             model_file,

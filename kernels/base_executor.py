@@ -32,6 +32,7 @@ class ExecutorSetup:
     predictor: Predictor | None = None
     ffn: FfnMode = "dense"
     deterministic: bool = False  # a row gets the same bits whatever rows are beside it; only the CPU can do so
+    interleave: bool = True  # the CPU copies matrices that are read whole, to where they are read faster
 
 
 class BaseExecutor(ABC):
@@ -61,6 +62,8 @@ class BaseExecutor(ABC):
         self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
         self._counted = NO_NEURONS
         self._closed = False
+        self.copied: tuple[str, ...] = ()  # matrices that are no longer read where they were given
+        self.copies: tuple[NDArray, ...] = ()  # what is read in their place
         self._common = {*vars(self), "_common"}
 
     @abstractmethod

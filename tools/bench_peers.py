@@ -100,7 +100,7 @@ def _bandwidth(threads: int) -> float:
 
 
 def _cores() -> int:
-    from svdengine.kernels.cpu.executor import default_threads
+    from svdengine.kernels.cores import default_threads
 
     return default_threads()
 

@@ -150,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if min(*options.concurrency, options.rounds, options.tokens) < 1:
         parser.error("--concurrency, --rounds and --tokens must be at least 1")
     try:
-        from svdengine.kernels.cpu.executor import default_threads
+        from svdengine.kernels.cores import default_threads
 
         options.threads = options.threads or default_threads()
         rows = compare(*_models(options.model), options)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
 
-Advice = Literal["random", "sequential", "willneed", "normal"]
+Advice = Literal["random", "sequential", "willneed", "normal", "dontneed"]
 
 
 def advise(pages: mmap.mmap, start: int, end: int, advice: Advice) -> None:
@@ -35,11 +36,15 @@ def lock(pages: mmap.mmap, start: int, end: int) -> None:
     """Keep bytes start..end in memory until the map is closed. Raises DeviceError when that is not permitted."""
     if end <= start:
         return
-    address = np.frombuffer(pages, np.uint8).ctypes.data
-    number = _mlock(address + start, end - start)
+    lock_array(np.frombuffer(pages, np.uint8, end - start, start))
+
+
+def lock_array(array: NDArray[Any]) -> None:
+    """Keep an array in memory for as long as it is there. Raises DeviceError when that is not permitted."""
+    number = _mlock(array.ctypes.data, array.nbytes)
     if number:
         raise DeviceError(
-            f"the system does not let this process lock {(end - start) / 1e6:.1f} MB of memory"
+            f"the system does not let this process lock {array.nbytes / 1e6:.1f} MB of memory"
             f" ({os.strerror(number)}{_limit()}); raise the limit (ulimit -l unlimited), or leave mlock out"
         )
 

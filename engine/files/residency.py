@@ -7,37 +7,60 @@ attention, the embeddings and the predictor, and of the FFN only the rows of act
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from svdengine.files.memory_advice import lock_array
+from svdengine.kernels.control_groups import memory_limits
+from svdengine.kernels.formats import PART_SUFFIXES
 
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
 
 _FFN_ROWS = ("gate", "up", "down_T")
 _MEMORY = Path("/proc/meminfo")
-_MEMBERSHIP = Path("/proc/self/cgroup")
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
-def arrange_memory(
-    model_file: ModelFile, *, mlock: bool = False, prefetch: bool = False, memory: int | None = None
-) -> bool:
-    """Lock and prefetch. `memory`: bytes there are; by default what is left on this machine.
+@dataclass(frozen=True)
+class Room:
+    """How much of a model the memory holds."""
 
-    Returns whether the file fits into memory. Where it does not, only what every token reads is locked and prefetched,
-    and the executor is to be an AdvisingExecutor. Raises DeviceError when the system refuses to lock that much.
-    """
+    whole: bool  # the file; where it does not fit, the executor is to be an AdvisingExecutor
+    copies: bool  # also matrices a second time for a while, as when the CPU interleaves them
+
+
+def room_for(model_file: ModelFile, memory: int | None = None) -> Room:
+    """What of a model fits into `memory` bytes; by default what is left on this machine."""
     memory = usable_memory() if memory is None else memory
-    fits = memory is None or model_file.size_bytes < memory
+    if memory is None:
+        return Room(True, True)
+    return Room(model_file.size_bytes < memory, model_file.size_bytes * 3 // 2 < memory)
+
+
+def read_by_every_token(model_file: ModelFile, room: Room) -> list[str]:
+    """The stored arrays that are worth locking and prefetching: all, but for FFN rows where there is no room."""
     rows = ffn_row_names(model_file)
-    names = [name for name in model_file.arrays if fits or name not in rows]
-    if prefetch:
-        model_file.prefetch(names)
+    return [name for name in model_file.arrays if room.whole or name not in rows]
+
+
+def settle(
+    model_file: ModelFile, room: Room, copied: Sequence[str], copies: Sequence[NDArray[Any]], *, mlock: bool
+) -> None:
+    """After an executor was opened: let go of the file's pages of matrices that it copied; lock the rest, and copies.
+
+    copied: names of matrices. Raises DeviceError when the system refuses to lock that much.
+    """
+    let_go = {name + suffix for name in copied for suffix in PART_SUFFIXES}
+    model_file.advise([name for name in model_file.arrays if name in let_go], "dontneed")
     if mlock:
-        model_file.lock(names)
-    return fits
+        model_file.lock([name for name in read_by_every_token(model_file, room) if name not in let_go])
+        for array in copies:
+            lock_array(array)
 
 
 def ffn_row_names(model_file: ModelFile) -> list[str]:
@@ -52,26 +75,12 @@ def ffn_row_names(model_file: ModelFile) -> list[str]:
 
 def usable_memory() -> int | None:
     """Bytes that a model may take: what other programs leave of the machine's memory, or a control group's limit."""
-    limits = [memory_bytes(), *_cgroup_limits()]
+    limits = [memory_bytes(), *memory_limits()]
     with suppress(OSError, StopIteration):
         lines = _MEMORY.read_text(encoding="ascii").splitlines()
         limits.append(1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:"))))
     known = [limit for limit in limits if limit]
     return min(known) if known else None
-
-
-def _cgroup_limits() -> Iterator[int]:
-    """Memory limits of this process's control group and of those around it, of either version of cgroups."""
-    with suppress(OSError):
-        for line in _MEMBERSHIP.read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and "memory" not in controllers.split(","):
-                continue
-            root, name = (_CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (_CGROUPS, "memory.max")
-            parts = Path(path.lstrip("/")).parts
-            for depth in range(len(parts) + 1):
-                with suppress(OSError, ValueError):  # "max": no limit
-                    yield int(root.joinpath(*parts[:depth], name).read_text(encoding="ascii"))
 
 
 def memory_bytes() -> int | None:

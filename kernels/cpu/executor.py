@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import Batch
+from svdengine.kernels.cores import default_threads
 from svdengine.kernels.cpu.aligned import aligned
 from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.kv_blocks import KvBlocks
-from svdengine.kernels.cpu.model import build_model
+from svdengine.kernels.cpu.model import build_model, read_whole
 from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.quantize import quantized_bytes
 from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
@@ -47,14 +47,6 @@ from svdengine.models import ModelConfig
 _KV_DTYPES: Mapping[KvDtype, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
-def default_threads() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:
-        return os.cpu_count() or 1
-
-
 class CpuExecutor(BaseExecutor):
     """Runs a model on the CPU. Raises DeviceError for a number of threads that makes no sense."""
 
@@ -67,7 +59,11 @@ class CpuExecutor(BaseExecutor):
         if not 1 <= self.threads <= 1024:
             raise DeviceError(f"threads must lie in 1..1024, found {threads}")
         tables = _rope(config, self.context)
-        self._model, self._keep = build_model(config, setup.arrays, setup.formats, tables)
+        self.copied = tuple(read_whole(config, setup.formats)) if setup.interleave else ()
+        self._model, self._keep, copies = build_model(
+            config, setup.arrays, setup.formats, tables, in_panels=self.copied, threads=self.threads
+        )
+        self.copies = tuple(copies)
         self._kv = KvBlocks(self._model, self.block_count, _KV_DTYPES[setup.kv_dtype])
         self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
         self._inputs = _inputs(self.max_batch_rows, self._max_blocks, self.threads, config.layer_count)

@@ -19,6 +19,8 @@ from svdengine.kernels.user_cache import user_cache_directory
 # What compiled code takes from outside this folder, as constants: the formats' codes, sizes of blocks.
 _SHARED = tuple(Path(__file__).parents[1] / name for name in ("formats.py", "lowbit.py", "batch.py"))
 
+_NOT_COMPILED = ("executor.py", "compilation.py", "aligned.py", "kv_blocks.py", "place.py", "isa.py")  # Python alone
+
 
 @cache
 def kernel_cache_directory() -> Path:
@@ -27,7 +29,8 @@ def kernel_cache_directory() -> Path:
     Numba's own cache looks only at the file of the outermost function, so an edit of a callee would go unseen.
     """
     digest = hashlib.sha256()
-    for source in [*sorted(Path(__file__).parent.rglob("*.py")), *_SHARED]:
+    sources = [source for source in sorted(Path(__file__).parent.rglob("*.py")) if source.name not in _NOT_COMPILED]
+    for source in [*sources, *_SHARED]:
         digest.update(source.read_bytes())
     for part in (active_isa(), numba.__version__, llvmlite.__version__, sys.version):
         digest.update(part.encode())

@@ -15,6 +15,9 @@ DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BIAS_V
 PART_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
 RESIDUALS = {2: 102, 1: 101}  # codes of a predictor's low-bit residual (kernels/lowbit.py), by its bits
 Q2, Q1 = RESIDUALS[2], RESIDUALS[1]
+PANEL_CODES: dict[WeightFormat, int] = {"q8": 208, "q6": 206, "q4": 204}  # of interleaved matrices (panels.py)
+FIRST_PANEL_CODE = 200
+PANEL_ROWS = 16
 
 
 def matrix_fields(

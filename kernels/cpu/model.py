@@ -1,19 +1,21 @@
 """The model as compiled code sees it: a NamedTuple of numbers and small arrays, one type for every model.
 
-Weights stay where they are (the file's mmap): a matrix is a row of integers, its parts' addresses, format and sizes.
+A matrix is a row of integers, its parts' addresses, format and sizes. Weights stay where they are (the file's mmap),
+but for matrices that are interleaved in memory (panels.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.formats.dispatch import check_codes
-from svdengine.kernels.cpu.matrix import BIAS_VECTOR, MATRIX_FIELDS, matrix_fields
-from svdengine.kernels.formats import FORMATS, STORED_DTYPES, WeightFormat, padded_columns, stored_parts
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, FORMAT, MATRIX_FIELDS, PANEL_CODES, matrix_fields
+from svdengine.kernels.cpu.panels import interleaved
+from svdengine.kernels.formats import FORMATS, STORED_DTYPES, Parts, WeightFormat, padded_columns, stored_parts
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 
 # Matrices of a layer, then those of the whole model after all layers.
@@ -84,53 +86,76 @@ def build_model(
     arrays: Mapping[str, NDArray],
     formats: Mapping[str, WeightFormat],
     rope_tables: tuple[NDArray[np.float32], NDArray[np.float32]],
-) -> tuple[Model, list[NDArray]]:
-    """Lay a model out for compiled code. Returns it and the arrays that must outlive it.
+    *,
+    in_panels: Collection[str] = (),
+    threads: int = 1,
+) -> tuple[Model, list[NDArray], list[NDArray]]:
+    """Lay a model out for compiled code. Returns it, the arrays that must outlive it, and those that are interleaved.
 
-    `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix. Raises ValueError when
-    an array's shape, type or layout is not what the config says: compiled code checks nothing.
+    `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix; those named by
+    `in_panels` are copied, interleaved, with so many threads. Raises ValueError when an array's shape, type or layout
+    is not what the config says: compiled code checks nothing.
     """
     keep: list[NDArray] = []
+    panels: list[NDArray] = []
     specs = {spec.name: spec for spec in tensor_specs(config)}
     count = config.layer_count * LAYER_MATRICES
     matrices = np.zeros((count + 2, MATRIX_FIELDS), np.int64)
     zeros = np.zeros(max(config.ffn_size, config.vocab_size, config.hidden_size, *_widths(config)) + 64, np.float32)
     keep.append(zeros)
+
+    def fields_of(name: str, side_by_side: bool) -> NDArray[np.int64]:
+        parts = _checked_parts(specs[name], arrays, formats[name])
+        rows, columns = specs[name].shape[-2:]
+        if side_by_side:
+            parts = interleaved(parts, formats[name], threads)
+        (panels if side_by_side else keep).extend(parts.values())
+        fields = matrix_fields(parts, formats[name], rows, columns, specs[name].shape[0] if specs[name].stacked else 1)
+        if side_by_side:
+            fields[:, FORMAT] = PANEL_CODES[formats[name]]
+        return fields
+
     for name, kind in _NAMES.items():
         if name in specs:
-            fields = _matrix_fields(specs[name], arrays, formats[name], keep)
+            fields = fields_of(name, name in in_panels)
             bias = _bias_addresses(config, name, arrays, zeros, keep)
             for layer in range(config.layer_count):
                 matrices[layer * LAYER_MATRICES + kind, :BIAS_VECTOR] = fields[layer]
                 matrices[layer * LAYER_MATRICES + kind, BIAS_VECTOR] = bias[layer]
     head = "embedding" if config.tied_embeddings else "lm_head"
     for slot, name in ((EMBEDDING, "embedding"), (LM_HEAD, head)):
-        matrices[count + slot, :BIAS_VECTOR] = _matrix_fields(specs[name], arrays, formats[name], keep)[0]
+        matrices[count + slot, :BIAS_VECTOR] = fields_of(name, slot == LM_HEAD and name in in_panels)[0]
         matrices[count + slot, BIAS_VECTOR] = zeros.ctypes.data
     check_codes(matrices)
     model = _model(config, specs, arrays, formats, matrices, formats[head], rope_tables)
-    return model, keep
+    return model, [*keep, *panels], panels
 
 
 def _widths(config: ModelConfig) -> tuple[int, int]:
     return config.head_count * config.head_dim, config.kv_head_count * config.head_dim
 
 
-def _matrix_fields(
-    spec: TensorSpec, arrays: Mapping[str, NDArray], weight_format: WeightFormat, keep: list[NDArray]
-) -> NDArray[np.int64]:
-    """(layers, BIAS_VECTOR) addresses and sizes of a stacked matrix; an unstacked one is one layer."""
+def _checked_parts(spec: TensorSpec, arrays: Mapping[str, NDArray], weight_format: WeightFormat) -> Parts:
+    """The stored parts of a matrix, (layers, ...); an unstacked one is one layer."""
     layers = spec.shape[0] if spec.stacked else 1
-    rows, columns = spec.shape[-2:]
-    parts: dict[str, NDArray] = {}
-    for suffix, (shape, dtype) in stored_parts(weight_format, rows, columns).items():
+    parts: Parts = {}
+    for suffix, (shape, dtype) in stored_parts(weight_format, spec.shape[-2], spec.shape[-1]).items():
         array = arrays[spec.name + suffix]
         expected = (layers, *shape) if spec.stacked else shape
         if array.shape != expected or array.dtype != STORED_DTYPES[dtype] or not array.flags.c_contiguous:
             raise ValueError(f"{spec.name}{suffix}: found {array.dtype} {array.shape}, expected {dtype} {expected}")
-        keep.append(array)
-        parts[suffix] = array
-    return matrix_fields(parts, weight_format, rows, columns, layers)
+        parts[suffix] = array.reshape(layers, *shape)
+    return parts
+
+
+def read_whole(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> list[str]:
+    """The matrices that can be interleaved: every step reads all of them, and their format has panels.
+
+    An embedding that is the lm_head too is interleaved for that alone.
+    """
+    head = "embedding" if config.tied_embeddings else "lm_head"
+    names = ["q", "k", "v", "o", head, *([] if config.sparse_ffn else ["gate", "up", "down"])]
+    return [name for name in names if formats.get(name) in PANEL_CODES]
 
 
 def _bias_addresses(

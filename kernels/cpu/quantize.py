@@ -6,13 +6,15 @@ It would also let a token depend visibly on the rows beside it, whose sums diffe
 activation to its next level, the level should be a small one. A predictor's residuals read the high plane alone.
 
 A quantised row of C columns is one buffer: C high bytes, C low bytes, then per group of 32 a float32 scale, the scaled
-sum of the 16-bit values, and that of the high plane (what weights are offset by multiplies these).
+sum of the 16-bit values, that of the high plane (what weights are offset by multiplies these), and in int32 what takes
+back what weights that are offset by BIAS add to a sum of products: -BIAS times the sum of the 16-bit values.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from svdengine.kernels.cpu.dot import BIAS
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
     absolute_f32,
@@ -23,6 +25,7 @@ from svdengine.kernels.cpu.simd import (
     minimum_f32,
     round_f32,
     splat_f32,
+    store_int,
     store_real,
     store_whole_i8,
     sum_lanes,
@@ -35,7 +38,7 @@ _LOWEST = np.float32(-127)  # -128 would overflow where weights lend activations
 
 def quantized_bytes(columns: int) -> int:
     """Size of a quantised row of `columns`, a multiple of 64, rounded up to whole cache lines."""
-    return -(-(2 * columns + 3 * columns // 8) // 64) * 64
+    return -(-(2 * columns + 4 * columns // 8) // 64) * 64
 
 
 @jit
@@ -44,6 +47,7 @@ def quantize_groups(x, out, columns, first, last):
     scales = out + 2 * columns
     sums = scales + columns // 8
     high_sums = sums + columns // 8
+    offsets = high_sums + columns // 8
     for start in range(first, last, 32):
         a = load_f32(x + 4 * start)
         b = load_f32(x + 4 * start + 64)
@@ -64,5 +68,7 @@ def quantize_groups(x, out, columns, first, last):
         store_whole_i8(out + columns + start + 16, low_b)
         high = sum_lanes(high_a + high_b) * _STEP
         store_real(scales + start // 8, scale)
-        store_real(sums + start // 8, scale * (high + sum_lanes(low_a + low_b)))
+        whole = high + sum_lanes(low_a + low_b)  # exact: at most 2^20
+        store_real(sums + start // 8, scale * whole)
+        store_int(offsets + start // 8, -BIAS * np.int64(whole))
         store_real(high_sums + start // 8, scale * high)

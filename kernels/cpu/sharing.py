@@ -9,7 +9,8 @@ from __future__ import annotations
 from svdengine.kernels.cpu.gemm import gemm
 from svdengine.kernels.cpu.gemv import gemv, gemv_few, gemv_many
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, FIRST_PANEL_CODE, FORMAT
+from svdengine.kernels.cpu.panel_product import multiply_panels
 from svdengine.kernels.cpu.sync import barrier, fetch_add
 from svdengine.kernels.cpu.workspace import STAGES
 
@@ -70,10 +71,13 @@ def counter_of(inputs, layer, stage):
 def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch, invariant):
     """out[:, first..last] = x times rows first..last of a matrix, plus its bias.
 
-    One by one or a few, rows get the same bits; `gemm` adds up in another order, which `invariant` forbids.
+    One by one or a few, rows get the same bits, and from interleaved matrices always; `gemm` adds up in another order,
+    which `invariant` forbids. first: a multiple of 16.
     """
     bias = matrix[BIAS_VECTOR]
-    if n == 1:
+    if matrix[FORMAT] >= FIRST_PANEL_CODE:
+        multiply_panels(matrix, bias, quantized, quantized_stride, n, out, out_stride, first, last)
+    elif n == 1:
         gemv(matrix, bias, x, quantized, out, first, last)
     elif n <= FEW:
         gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last)

@@ -24,8 +24,11 @@ from svdengine.kernels.cpu.formats.kernels import PANEL, FormatKernels, columns_
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, MIN, ROW, ROWS, SCALE
 from svdengine.kernels.cpu.simd import (
+    F32,
     F32V,
     I8,
+    I16,
+    I32,
     I64,
     address,
     emit_prefetch,
@@ -42,7 +45,7 @@ from svdengine.kernels.cpu.simd import (
     operation,
     prefetch,
     real,
-    splat,
+    shuffle,
     splat_f32,
     store,
     store_f32,
@@ -60,6 +63,10 @@ class Unpacking(NamedTuple):
     block_bytes: int
     emit_block: Any  # (builder, at) -> 64 bytes, in the order of the columns
     emit_sixteen: Any  # (builder, at, v) -> 16 bytes, levels from column 16 v of the block; v: an int64 value
+    emit_add: Any = (
+        None  # (builder, at, totals, weights, lowest) -> the four totals of a block's columns, to which a row
+    )
+    # is added: of each of its two groups level * weight - lowest, vectors; None: level by level
 
 
 class _Operations(NamedTuple):
@@ -70,8 +77,18 @@ class _Operations(NamedTuple):
     store_block: Any
 
 
+def _pairs(builder: Any, at: Any, factors: Any) -> Any:
+    """Two bytes at each of four addresses times that address' factor, 8 float32: all are converted together."""
+    pairs, both = ir.Constant(ir.VectorType(I16, 4), ir.Undefined), ir.Constant(ir.VectorType(F32, 4), ir.Undefined)
+    for i, (place, factor) in enumerate(zip(at, factors, strict=True)):
+        pairs = builder.insert_element(pairs, load(builder, place, I16), ir.Constant(I32, i))
+        both = builder.insert_element(both, factor, ir.Constant(I32, i))
+    values = builder.uitofp(builder.bitcast(pairs, ir.VectorType(I8, 8)), ir.VectorType(F32, 8))
+    return builder.fmul(values, shuffle(builder, both, both, [0, 0, 1, 1, 2, 2, 3, 3]))
+
+
 def _operations(unpacking: Unpacking) -> _Operations:
-    size, emit_block, emit_sixteen = unpacking
+    size, emit_block, emit_sixteen, emit_add = unpacking
 
     def emit_dots(builder, weights, high, low):
         return emit_dot_16(builder, emit_block(builder, weights), high, low)
@@ -99,6 +116,13 @@ def _operations(unpacking: Unpacking) -> _Operations:
         """As `dot_chunk`, for 64 columns; the scales are those of the first two lanes."""
         return emit_scaled(builder, total, emit_dots(builder, weights, high, low), scales, 0)
 
+    def add_levels(builder, at, totals, weights, lowest):
+        sums = []
+        for v, total in enumerate(totals):
+            levels = builder.uitofp(emit_sixteen(builder, at, ir.Constant(I64, v)), F32V)
+            sums.append(builder.fsub(fused(builder, levels, weights[v // 2], total), lowest[v // 2]))
+        return sums
+
     @operation(
         types.void, address, address, address, address, address, address, address, address, address, index,
         real, real, real, real, real, real, real, real, index,
@@ -113,16 +137,12 @@ def _operations(unpacking: Unpacking) -> _Operations:
             to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
             columns, groups = builder.mul(i, ir.Constant(I64, size)), builder.mul(i, ir.Constant(I64, 2))
             totals = [load(builder, to, F32V, 64 * v) for v in range(4)]
-            rows = zip((w0, w1, w2, w3), (s0, s1, s2, s3), (h0, h1, h2, h3), (m0, m1, m2, m3), strict=True)
-            for w, s, h, m in rows:
-                at, scales = builder.add(w, columns), builder.add(s, groups)
-                for half in range(2):
-                    scale = builder.uitofp(load(builder, scales, I8, half), ir.FloatType())
-                    low = builder.uitofp(load(builder, builder.add(scales, minima), I8, half), ir.FloatType())
-                    weight, lowest = splat(builder, builder.fmul(scale, h)), splat(builder, builder.fmul(low, m))
-                    for v in (2 * half, 2 * half + 1):
-                        levels = builder.uitofp(emit_sixteen(builder, at, ir.Constant(I64, v)), F32V)
-                        totals[v] = builder.fsub(fused(builder, levels, weight, totals[v]), lowest)
+            scales = [builder.add(s, groups) for s in (s0, s1, s2, s3)]
+            weights = _pairs(builder, scales, (h0, h1, h2, h3))
+            lowest = _pairs(builder, [builder.add(s, minima) for s in scales], (m0, m1, m2, m3))
+            for i, w in enumerate((w0, w1, w2, w3)):
+                of_row = [[shuffle(builder, p, p, [2 * i + half] * 16) for half in range(2)] for p in (weights, lowest)]
+                totals = (emit_add or add_levels)(builder, builder.add(w, columns), totals, *of_row)
             for v in range(4):
                 store(builder, builder.add(to, ir.Constant(I64, 64 * v)), totals[v])
             return []

@@ -19,7 +19,7 @@ from svdengine.kernels.cpu.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cpu.formats.q8 import Q8_KERNELS
 from svdengine.kernels.cpu.formats.ternary import TERNARY_KERNELS
 from svdengine.kernels.cpu.jit import inlined, jit
-from svdengine.kernels.cpu.matrix import FORMAT, RESIDUALS, ROWS
+from svdengine.kernels.cpu.matrix import FORMAT, PANEL_CODES, RESIDUALS, ROWS
 from svdengine.kernels.cpu.simd import zero_f32
 from svdengine.kernels.formats import FORMATS
 
@@ -31,7 +31,7 @@ ALL: tuple[FormatKernels, ...] = (
 
 def check_codes(matrices: NDArray[np.int64]) -> None:
     """Raise ValueError when a matrix, a row of `matrices` that has rows itself, has a code that no kernel reads."""
-    known = {FORMATS[kernels.name].code for kernels in ALL} | set(RESIDUALS.values())
+    known = {FORMATS[kernels.name].code for kernels in ALL} | {*RESIDUALS.values(), *PANEL_CODES.values()}
     for matrix in matrices:
         if matrix[ROWS] and int(matrix[FORMAT]) not in known:
             raise ValueError(f"a matrix has the format code {matrix[FORMAT]}, which no kernel reads")

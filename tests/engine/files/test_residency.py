@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from model_zoo import zoo
 from tiny_model import write_tiny_model
@@ -13,9 +14,10 @@ import svdengine
 from svdengine import DeviceError
 from svdengine.files import residency
 from svdengine.files.model_file import ModelFile, read_model_file
-from svdengine.files.residency import arrange_memory, ffn_row_names, memory_bytes, usable_memory
+from svdengine.files.residency import ffn_row_names, memory_bytes, read_by_every_token, room_for, settle, usable_memory
 from svdengine.files.tensor_file import read_header
 from svdengine.files.tensor_writer import PAGE
+from svdengine.kernels import control_groups
 from svdengine.tools.random_model import write_svdp
 
 
@@ -39,8 +41,16 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return made
 
 
+def arrange(file: ModelFile, memory: int, copied: tuple[str, ...] = ()) -> bool:
+    """Prefetch and lock as `load` does; whether the file fits."""
+    room = room_for(file, memory)
+    file.prefetch(read_by_every_token(file, room))
+    settle(file, room, copied, (), mlock=True)
+    return room.whole
+
+
 def test_a_model_that_fits_is_taken_whole(file: ModelFile, calls: list[tuple[str, int]]) -> None:
-    assert arrange_memory(file, mlock=True, prefetch=True, memory=1 << 40)
+    assert arrange(file, 1 << 40)
     assert {what for what, _ in calls} == {"prefetch", "lock"}
     weights = sum(array.nbytes for array in file.arrays.values())
     for what in ("prefetch", "lock"):
@@ -48,7 +58,7 @@ def test_a_model_that_fits_is_taken_whole(file: ModelFile, calls: list[tuple[str
 
 
 def test_of_a_larger_one_only_what_every_token_reads(file: ModelFile, calls: list[tuple[str, int]]) -> None:
-    assert not arrange_memory(file, mlock=True, prefetch=True, memory=file.size_bytes // 2)
+    assert not arrange(file, file.size_bytes // 2)
     rows = sum(file.arrays[name].nbytes for name in ffn_row_names(file))
     weights = sum(array.nbytes for array in file.arrays.values())
     assert rows > weights // 3
@@ -57,8 +67,30 @@ def test_of_a_larger_one_only_what_every_token_reads(file: ModelFile, calls: lis
     assert {what for what, _ in calls} == {"prefetch", "lock"}
 
 
+def test_what_was_copied_is_let_go_and_its_copy_locked(
+    file: ModelFile, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert arrange(file, 1 << 40)
+    before = sum(size for name, size in calls if name == "lock")
+    calls.clear()
+    locked: list[int] = []
+    monkeypatch.setattr("svdengine.files.residency.lock_array", lambda array: locked.append(array.nbytes))
+    room = room_for(file, 1 << 40)
+    settle(file, room, ("q", "o"), (np.zeros(100, np.uint8),), mlock=True)
+    copied = sum(array.nbytes for name, array in file.arrays.items() if name.split(".")[0] in ("q", "o"))
+    assert copied <= sum(size for name, size in calls if name == "dontneed") < copied + 4 * mmap.PAGESIZE
+    assert sum(size for name, size in calls if name == "lock") <= before - copied
+    assert locked == [100]
+
+
+def test_room_for_copies_is_more_than_room(file: ModelFile) -> None:
+    size = file.size_bytes
+    assert room_for(file, 2 * size).copies and not room_for(file, size * 5 // 4).copies
+    assert room_for(file, size * 5 // 4).whole and not room_for(file, size // 2).whole
+
+
 def test_the_system_takes_the_advice(file: ModelFile) -> None:
-    for advice in ("random", "sequential", "willneed", "normal"):
+    for advice in ("random", "sequential", "willneed", "normal", "dontneed"):
         file.advise(file.arrays, advice)  # type: ignore[arg-type]
     file.prefetch(file.arrays)
     file.prefetch([])
@@ -119,7 +151,7 @@ def test_limits_of_control_groups_and_what_others_leave(
     for name, text in limits.items():
         (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "groups" / name).write_text(text + "\n")
-    monkeypatch.setattr(residency, "_MEMBERSHIP", tmp_path / "membership")
-    monkeypatch.setattr(residency, "_CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(control_groups, "MEMBERSHIP", tmp_path / "membership")
+    monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(residency, "_MEMORY", tmp_path / "meminfo")
     assert usable_memory() == expected

@@ -1,0 +1,194 @@
+"""Products of interleaved matrices (panels.py) with one to eight activation rows at once.
+
+Every row of activations takes the same steps however many there are, so that a row gets the same bits in any company.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from svdengine.kernels.cpu.dot import BIAS, emit_dot
+from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_CODES, ROW, SCALE
+from svdengine.kernels.cpu.simd import (
+    F32,
+    F32V,
+    I8,
+    I8V,
+    I16,
+    I32,
+    I32V,
+    I64,
+    address,
+    emit_f16,
+    emit_prefetch,
+    fused,
+    index,
+    load,
+    loop,
+    operation,
+    splat,
+    store,
+)
+from svdengine.kernels.formats import WeightFormat
+
+AHEAD = 6144  # bytes ahead of a panel's values that memory is asked for
+_ROW_BYTES: dict[WeightFormat, int] = {"q8": 64, "q6": 48, "q4": 32}  # of 64 columns
+
+
+def _shifted(builder, vector, right):
+    """Bytes shifted right; what crosses into a byte is left to a mask."""
+    if not right:
+        return vector
+    wide = ir.VectorType(I16, 32)
+    shifted = builder.lshr(builder.bitcast(vector, wide), ir.Constant(wide, [right] * 32))
+    return builder.bitcast(shifted, I8V)
+
+
+def _masked(builder, vector, mask):
+    return builder.and_(vector, ir.Constant(I8V, [mask] * 64))
+
+
+def _emit_weights(weight_format, builder, at, group, step):
+    """16 rows x 4 columns of a block of 64: those of word `step` of a group of 32, as `emit_dot` wants them."""
+    if weight_format == "q8":
+        return load(builder, at, I8V, 64 * (8 * group + step))
+    halves = _masked(builder, _shifted(builder, load(builder, at, I8V, 64 * step), 4 * group), 15)
+    if weight_format == "q4":
+        return halves
+    word = 8 * group + step
+    pairs = load(builder, at, I8V, 64 * (8 + word % 4))
+    right = 2 * (word // 4) - 4  # the pair moves to the bits above the half
+    if right >= 0:
+        pairs = _shifted(builder, pairs, right)
+    else:
+        wide = ir.VectorType(I16, 32)
+        pairs = builder.bitcast(builder.shl(builder.bitcast(pairs, wide), ir.Constant(wide, [-right] * 32)), I8V)
+    return builder.or_(halves, _masked(builder, pairs, 48))
+
+
+def panel_tile(weight_format: WeightFormat, count: int) -> Any:
+    """out (count, 16) = bias + a panel (16 rows) times `count` quantised activation rows."""
+    affine = weight_format != "q8"
+    block_bytes, scale_bytes = 16 * _ROW_BYTES[weight_format], 16 if affine else 32  # of a block, of a group
+
+    def emit_dots(builder, at, x, columns, group):
+        """(count) sums of a group's integer products, 16 int32 each."""
+        high, low = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
+        for step in range(8):
+            w = _emit_weights(weight_format, builder, at, group, step)
+            for t in range(count):
+                for sums, plane in ((high, x[t]), (low, builder.add(x[t], columns))):
+                    four = load(builder, plane, I32, 32 * group + 4 * step)
+                    sums[t] = emit_dot(builder, sums[t], w, builder.bitcast(splat(builder, four), I8V))
+        eight = ir.Constant(I32V, [8] * 16)
+        return [builder.add(builder.shl(h, eight), rest) for h, rest in zip(high, low, strict=True)]
+
+    def emit_level(builder, at, unit):
+        """A group's scales, or minima, of 16 rows."""
+        return builder.fmul(builder.uitofp(load(builder, at, ir.VectorType(I8, 16)), F32V), unit)
+
+    @operation(types.void, address, address, address, address, address, index, index, address, address, index)
+    def tile(builder, values, scales, minima, units, x, x_stride, columns, bias, out, out_stride):
+        rows = [builder.add(x, builder.mul(x_stride, ir.Constant(I64, t))) for t in range(count)]
+        factors = [builder.add(row, builder.mul(columns, ir.Constant(I64, 2))) for row in rows]
+        eighth = builder.lshr(columns, ir.Constant(I64, 3))  # bytes of one factor of every group
+        offsets = builder.mul(eighth, ir.Constant(I64, 3))
+        unit = load(builder, units, F32V) if affine else None
+        least = builder.fneg(load(builder, units, F32V, 64)) if affine else None
+
+        def body(block, totals):
+            at = builder.add(values, builder.mul(block, ir.Constant(I64, block_bytes)))
+            for line in range(0, block_bytes, 64):
+                emit_prefetch(builder, builder.add(at, ir.Constant(I64, AHEAD + line)))
+            x_at = builder.mul(block, ir.Constant(I64, 64))
+            for group in range(2):
+                dots = emit_dots(builder, at, [builder.add(row, x_at) for row in rows], columns, group)
+                place = builder.add(builder.mul(block, ir.Constant(I64, 2)), ir.Constant(I64, group))
+                of_group = builder.mul(place, ir.Constant(I64, scale_bytes))
+                scales_at, minima_at = builder.add(scales, of_group), builder.add(minima, of_group)
+                scale = emit_level(builder, scales_at, unit) if affine else emit_f16(builder, scales_at)
+                low = emit_level(builder, minima_at, least) if affine else None
+                results = []
+                for t in range(count):
+                    factor = builder.add(factors[t], builder.mul(place, ir.Constant(I64, 4)))
+                    if BIAS and not affine:
+                        offset = splat(builder, load(builder, builder.add(factor, offsets), I32))
+                        dots[t] = builder.add(dots[t], offset)
+                    product = builder.fmul(scale, splat(builder, load(builder, factor, F32)))
+                    total = fused(builder, builder.sitofp(dots[t], F32V), product, totals[t])
+                    if affine:
+                        a_sum = splat(builder, load(builder, builder.add(factor, eighth), F32))
+                        total = fused(builder, low, a_sum, total)
+                    results.append(total)
+                totals = results
+            return totals
+
+        blocks = builder.lshr(columns, ir.Constant(I64, 6))
+        totals = loop(builder, blocks, [ir.Constant(F32V, [0.0] * 16)] * count, body)
+        added = load(builder, bias, F32V)
+        for t, total in enumerate(totals):
+            to = builder.add(out, builder.mul(out_stride, ir.Constant(I64, t)))
+            store(builder, to, builder.fadd(total, added))
+
+    return tile
+
+
+def _by_rows(weight_format: WeightFormat) -> Any:
+    """A panel times n activation rows. Rows up to the next tile size may be read and written.
+
+    Levels that have to be unpacked leave no registers for tiles of 8 rows: those were slower.
+    """
+    tile_4, tile_2, tile_1 = (panel_tile(weight_format, count) for count in (4, 2, 1))
+    tile_8 = panel_tile(weight_format, 8) if weight_format == "q8" else tile_4
+    widest = 8 if weight_format == "q8" else 4
+
+    @jit
+    def times_rows(values, scales, minima, units, x, x_stride, columns, bias, out, out_stride, n):
+        t = 0
+        while t < n:
+            rows, to = x + t * x_stride, out + t * out_stride
+            if widest > 4 and n - t >= 8:
+                tile_8(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
+                t += 4
+            elif n - t > 2:
+                tile_4(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
+            elif n - t > 1:
+                tile_2(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
+            else:
+                tile_1(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
+            t += 4
+
+    return times_rows
+
+
+_q8_rows, _q6_rows, _q4_rows = _by_rows("q8"), _by_rows("q6"), _by_rows("q4")
+_Q8, _Q6 = PANEL_CODES["q8"], PANEL_CODES["q6"]
+
+
+@jit
+def multiply_panels(matrix, bias, quantized, stride, n, out, out_stride, first, last):
+    """out[:, first..last] = n quantised rows times rows first..last of an interleaved matrix, plus bias.
+
+    first is a multiple of 16; up to the next multiple of 16 after `last`, and of 4 after n, may be read and written.
+    """
+    columns, code = matrix[COLUMNS], matrix[FORMAT]
+    groups = columns // 32
+    for row in range(first, last, 16):
+        panel = row // 16
+        at, to = bias + 4 * row, out + 4 * row
+        if code == _Q8:
+            values, scales = matrix[DATA] + row * columns, matrix[SCALE] + panel * groups * 32
+            _q8_rows(values, scales, scales, scales, quantized, stride, columns, at, to, out_stride, n)
+        else:
+            scales, minima = matrix[SCALE] + row * groups, matrix[MIN] + row * groups
+            units = matrix[ROW] + 128 * panel
+            if code == _Q6:
+                values = matrix[DATA] + row * (columns // 4 * 3)
+                _q6_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
+            else:
+                values = matrix[DATA] + row * (columns // 2)
+                _q4_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
