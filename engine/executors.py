@@ -95,7 +95,9 @@ def create_executor(
         from svdengine.kernels.reference import ReferenceExecutor, float32_weights
 
         weights = float32_weights(setup.config, setup.arrays, setup.formats)
-        return ReferenceExecutor(setup.config, weights, block_count, max_batch_rows, predictor=predictor, ffn=ffn)
+        return ReferenceExecutor(
+            setup.config, weights, block_count, max_batch_rows, kv_dtype=kv_dtype, predictor=predictor, ffn=ffn
+        )
     from svdengine.kernels.cpu.executor import CpuExecutor
 
     return CpuExecutor(setup, threads=threads)

@@ -54,7 +54,7 @@ class LLM:
     that was forked afterwards it cannot run: its threads are not there.
 
     context: most tokens of one sequence, prompt and answer.
-    kv_dtype: how keys and values are cached, f16 or f32.
+    kv_dtype: how keys and values are cached: f16, q8 or f32.
     deterministic: whether a request gets the same bits whatever runs beside it.
     tokenizer: the Tokenizer of the model file.
     default_params: the SamplingParams that the model file states, where a call says nothing else.

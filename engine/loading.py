@@ -54,7 +54,7 @@ def load(
     threads: CPU threads, at most 1024; by default one a core.
     predictor: a predictor file of `svdengine calibrate`; by default the one in the model file, if there is one.
     context: most tokens of one sequence, prompt and answer; by default what the model was made for, at most 4096.
-    kv_dtype: how keys and values are cached, f16 or f32.
+    kv_dtype: how keys and values are cached: f16, q8 (8 bits, half the memory), or f32.
     kv_tokens: tokens that the KV cache holds for all sequences together; by default `sequences` whole contexts.
     kv_memory: the size of the KV cache in bytes, instead of in tokens.
     sequences: how many whole contexts the KV cache holds where neither kv_tokens nor kv_memory says.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Logits = NDArray[np.float32]  # (rows asked for, vocabulary)
 
-KvDtype = Literal["f16", "f32"]
+KvDtype = Literal["f16", "f32", "q8"]
 FfnMode = Literal["dense", "sparse", "auto"]
 FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 
@@ -129,7 +129,8 @@ class BlockStore(Protocol):
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
         """A copy of keys, after rope, and values: (blocks, 2, layers, BLOCK_SIZE, kv heads, head_dim).
 
-        It is float16 or float32, as they are cached.
+        It is float16 or float32, as they are cached. In 8 bits it is uint8, and the head's items are (groups, PACKED)
+        bytes: what `pack_kv` makes of them (kernels/kv_q8.py).
         """
         ...
 

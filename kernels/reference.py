@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import FfnMode, FfnPath, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
+from svdengine.kernels.kv_q8 import dequantize_kv, key_offsets, pack_kv, quantize_kv, unpack_kv
 from svdengine.kernels.norm import normalize, rms_norm
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
@@ -42,16 +44,21 @@ class ReferenceExecutor(BaseExecutor):
         block_count: int = 256,
         max_batch_rows: int = 512,
         *,
+        kv_dtype: KvDtype = "f32",
         predictor: Predictor | None = None,
         ffn: FfnMode = "dense",
     ):
         """Take `weights` as `tensor_specs(config)` names and shapes them: tensors of layers are stacked.
 
+        Keys and values are kept in float32, whatever `kv_dtype`; with "q8" they are rounded to what 8 bits hold.
+
         Raises ValueError when a tensor is missing or has another shape.
         """
         config.validate()
-        super().__init__(ExecutorSetup(config, weights, {}, block_count, max_batch_rows, ffn=ffn))
+        super().__init__(ExecutorSetup(config, weights, {}, block_count, max_batch_rows, kv_dtype=kv_dtype, ffn=ffn))
         self.predictor = predictor
+        self._rounds_kv = kv_dtype == "q8"
+        self._key_offsets = key_offsets(config, weights)
         self._kept: list[Array] | None = None  # what the FFNs of a step read, where it is wanted
         self._residual = np.empty((0, config.hidden_size), np.float32)  # of the latest step
         self.weights, self.layers = _by_layer(config, weights)
@@ -100,12 +107,15 @@ class ReferenceExecutor(BaseExecutor):
         """How a step runs its FFNs; see `Executor`."""
         return "predict" if self.ffn == "sparse" else "dense"
 
-    def read_blocks(self, blocks: Sequence[int]) -> Array:
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
         """See `BlockStore`."""
-        return np.stack([pool[:, list(blocks)].swapaxes(0, 1) for pool in self._pools()], 1)
+        found = np.stack([pool[:, list(blocks)].swapaxes(0, 1) for pool in self._pools()], 1)
+        return pack_kv(*quantize_kv(found)) if self._rounds_kv else found
 
-    def write_blocks(self, blocks: Sequence[int], data: Array) -> None:
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
         """See `BlockStore`."""
+        if self._rounds_kv and data.dtype == np.uint8:
+            data = dequantize_kv(*unpack_kv(data), self.config.head_dim)
         for i, pool in enumerate(self._pools()):
             expected = (len(blocks), 2, len(pool), *pool.shape[2:])
             if data.shape != expected or data.dtype != np.float32:
@@ -158,6 +168,8 @@ class ReferenceExecutor(BaseExecutor):
         q, k, v = project(config, lw, layer, batch.positions, x)
 
         # All rows of the step are in the cache before any of them attends.
+        if self._rounds_kv:
+            k, v = (dequantize_kv(*quantize_kv(x), config.head_dim) for x in (k - self._key_offsets[layer], v))
         slots = slots_of(batch.block_tables[batch.sequences], batch.positions[:, None])[:, 0]
         self.keys[layer, slots], self.values[layer, slots] = k, v
 

@@ -150,7 +150,7 @@ WRONG = {
     "misspelt_import": "from svdengine import Completions  # -> attr-defined",
     "device": 'svdengine.load("model.svdp", device="gpu")  # -> arg-type',
     "ffn_of_load": 'svdengine.load("model.svdp", ffn="sparce")  # -> arg-type',
-    "kv_dtype": 'svdengine.load("model.svdp", kv_dtype="q8")  # -> arg-type',
+    "kv_dtype": 'svdengine.load("model.svdp", kv_dtype="q3")  # -> arg-type',
     "any_text_for_a_device": 'svdengine.load("model.svdp", device=name)  # -> arg-type',
     "path": "svdengine.load(3)  # -> arg-type",
     "argument_of_load": 'svdengine.load("model.svdp", n_ctx=512)  # -> call-arg',

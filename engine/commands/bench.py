@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 @click.option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
 @click.option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
 @click.option(
+    "-d",
+    "--depth",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Tokens in the context before each test; they are not timed.",
+)
+@click.option(
     "--parallel",
     type=click.IntRange(1, 256),
     multiple=True,
@@ -42,7 +50,14 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
 def command(
-    pp: int, tg: int, parallel: tuple[int, ...], repetitions: int, faults: bool, as_json: bool, **options: Any
+    pp: int,
+    tg: int,
+    depth: int,
+    parallel: tuple[int, ...],
+    repetitions: int,
+    faults: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure MODEL, a .svdp file or a name on a hub: reading a prompt (pp) and decoding (tg).
 
@@ -55,7 +70,7 @@ def command(
 
     if not pp and not tg:
         raise click.UsageError("there is nothing to measure: --pp and --tg are both 0")
-    with open_model(options, context=max(pp, tg, 2), sequences=max(parallel)) as llm:
+    with open_model(options, context=max(depth + max(pp, tg), 2), sequences=max(parallel)) as llm:
         threads = options["threads"] or usable_cores()
         rows = run_benchmark(
             llm,
@@ -67,6 +82,7 @@ def command(
             paths=("dense", "sparse") if options["ffn"] == "both" else (options["ffn"],),
             sparsity_bias=options["sparsity_bias"] or 0.0,
             faults=faults,
+            depth=depth,
         )
         facts = _facts(llm, threads)
     bandwidth = _bandwidth(facts)  # the model has given its memory back

@@ -3,9 +3,10 @@
 A KV file is a safetensors file of n blocks, each after the one it builds on, those used last first. Its tensors:
 `tokens` (n, BLOCK_SIZE) I32, `lengths` (n,) I32, of the tokens that count; `parents` (n,) I32, the block before each in
 its sequence, or -1; `sparsity_bias` (n,) F64; `kv` (n, 2, layers, BLOCK_SIZE, kv heads, head_dim) F16 or F32, keys and
-values as `read_blocks` gives them; `checksum` (32,) U8, of all of these. Its `__metadata__` holds format,
-format_version, model (a hash of all that keys and values depend on) and ffn (the FFN's path). It is not trusted:
-everything is checked before anything is used. But who can write it can choose what the model remembers.
+values as `read_blocks` gives them, or in 8 bits (n, 2, layers, BLOCK_SIZE, kv heads, groups, 34) U8; `checksum` (32,)
+U8, of all of these. Its `__metadata__` holds format, format_version, model (a hash of all that keys and values depend
+on) and ffn (the FFN's path). It is not trusted: everything is checked before anything is used. But who can write it can
+choose what the model remembers.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import PAD_PREFIX, Declared, TensorWriter
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import BlockStore
+from svdengine.kernels.kv_q8 import packed_scales
 from svdengine.scheduling.prefix_cache import CachedBlock, PrefixCache, block_digest, root_digest
 from svdengine.scheduling.sampling import MAX_SPARSITY_BIAS
 
@@ -31,7 +33,7 @@ FORMAT = "svdp-kv"
 FORMAT_VERSION = "1"
 _PIECE = 32  # blocks that are copied at once
 _SMALL = ("tokens", "lengths", "parents", "sparsity_bias")
-_DTYPE_NAMES = {"float16": "F16", "float32": "F32", "int32": "I32", "float64": "F64"}
+_DTYPE_NAMES = {"float16": "F16", "float32": "F32", "int32": "I32", "float64": "F64", "uint8": "U8"}
 
 
 @dataclass(frozen=True)
@@ -177,7 +179,7 @@ def _check_tensors(file: TensorFile, store: BlockStore) -> NDArray[Any]:
     for name, (dtype, shape) in expected.items():
         entry = entries[name]
         if (entry.dtype, entry.shape) != (dtype, shape):
-            hint = "; set the same --kv-dtype, or delete the file" if name == "kv" and entry.shape == shape else ""
+            hint = "; set the same --kv-dtype, or delete the file" if name == "kv" and entry.dtype != dtype else ""
             raise ValueError(f"{name}: found {entry.dtype} {entry.shape}, expected {dtype} {shape}{hint}")
     return file.arrays["kv"]
 
@@ -209,7 +211,7 @@ def _read_blocks(file: TensorFile, vocab_size: int) -> list[SavedBlock]:
 def _check_content(file: TensorFile, kv: NDArray[Any]) -> None:
     checksum = _checksum_of({name: file.arrays[name] for name in _SMALL})
     for piece in _pieces(kv):
-        if not np.isfinite(piece).all():
+        if not np.isfinite(packed_scales(piece) if piece.dtype == np.uint8 else piece).all():
             raise ValueError("damaged: keys or values are not finite")
         checksum.update(np.ascontiguousarray(piece).data)
     if checksum.digest() != file.arrays["checksum"].tobytes():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from svdengine.kernels.batch import Batch
-from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, Logits, NeuronCounts, SamplingExecutor
+from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, NeuronCounts, SamplingExecutor
 from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
 from svdengine.measuring.page_faults import PageFaults, page_faults
 from svdengine.scheduling.block_pool import kv_read_bytes
@@ -31,6 +31,7 @@ class BenchRow:
     """One test: pp reads a prompt, tg decodes greedily, and ffn runs the FFNs of all layers alone.
 
     tg128x4 decodes 128 tokens of each of 4 sequences together; rates and bytes are then those of all their tokens.
+    tg128 @ d4096 decodes them after 4,096 other tokens, which are not timed.
 
     The ffn test runs the compiled stages of decoding on what enters the FFNs when a prompt is read, one token at a
     time; its tokens a second are what decoding would reach if nothing else cost time.
@@ -58,6 +59,8 @@ class Workload:
     tokens: int
     run: Callable[[], None]
     together: int = 1  # tokens of a step, where they belong to as many sequences
+    depth: int = 0  # tokens of each sequence that are there before
+    prepare: Callable[[], None] = lambda: None  # what puts them there
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,11 @@ def run_benchmark(
     parallel: Sequence[int] = (1,),
     sparsity_bias: float = 0.0,
     faults: bool = False,
+    depth: int = 0,
 ) -> list[BenchRow]:
     """Time a prompt of `pp` tokens and `tg` decoded tokens; 0 leaves a test out. `llm` must be idle.
+
+    Both come after `depth` other tokens, which are not timed; they and a test's must fit the context.
 
     Decoding is timed for each number of sequences in `parallel`, all decoded together.
     The tests run on each of the FFN's `paths`, by default the one that is set; where there are several, on a CPU, the
@@ -92,7 +98,7 @@ def run_benchmark(
     paths = paths or (before,)
     rows = []
     try:
-        for test in _tests(llm, pp, tg, parallel, sparsity_bias, alone=len(paths) > 1 and not faults):
+        for test in _tests(llm, pp, tg, parallel, sparsity_bias, depth, alone=len(paths) > 1 and not faults):
             done = _repeat(llm, test, paths, repetitions, report, faults)
             rows += [_row(llm, test, path, done[path], done.get("dense")) for path in paths]
     finally:
@@ -140,17 +146,22 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
 
 
-def _tests(llm: LLM, pp: int, tg: int, parallel: Sequence[int], sparsity_bias: float, alone: bool) -> list[Workload]:
+def _tests(
+    llm: LLM, pp: int, tg: int, parallel: Sequence[int], sparsity_bias: float, depth: int, alone: bool
+) -> list[Workload]:
     """The tests that were asked for; `alone`: the FFNs by themselves too, where the executor can."""
     executor = llm.executor
     bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
     prompt = _prompt(pp, llm.config.vocab_size)
-    tests = []
+    tests, at = [], f" @ d{depth}" if depth else ""
     if pp:
-        tests.append(Workload(f"pp{pp}", pp, lambda: _read_prompt(executor, prompt, bias)))
+        read, fill = partial(_read_prompt, executor, prompt, bias, depth), partial(_fill, executor, depth, pp, 1, bias)
+        tests.append(Workload(f"pp{pp}{at}", pp, read, depth=depth, prepare=fill))
     for count in parallel if tg else ():
-        name = f"tg{tg}" if count == 1 else f"tg{tg}x{count}"
-        tests.append(Workload(name, tg * count, partial(_decode, executor, tg, count, sparsity_bias), count))
+        name = f"tg{tg}{at}" if count == 1 else f"tg{tg}x{count}{at}"
+        decode = partial(_decode, executor, tg, count, sparsity_bias, depth)
+        fill = partial(_fill, executor, depth, tg, count, bias)
+        tests.append(Workload(name, tg * count, decode, count, depth, fill))
     from svdengine.kernels.cpu.executor import CpuExecutor
 
     if tg and alone and isinstance(executor, CpuExecutor):
@@ -196,10 +207,10 @@ def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> flo
         return bytes_per_token(llm, neurons, count) - sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)
     if test.name.startswith("pp"):
         steps = -(-tokens // llm.executor.max_batch_rows)
-        kv = kv_read_bytes(config, tokens, llm.kv_dtype) / tokens
+        kv = kv_read_bytes(config, test.depth * steps + tokens, llm.kv_dtype) / tokens
     else:
         each = tokens // test.together
-        steps, kv = each, kv_read_bytes(config, (each + 1) / 2, llm.kv_dtype)
+        steps, kv = each, kv_read_bytes(config, test.depth + (each + 1) / 2, llm.kv_dtype)
     return kv + bytes_per_token(llm, neurons, count, steps / tokens)
 
 
@@ -222,6 +233,8 @@ def _repeat(
         if report is not None:
             report(f"{test.name} {number + 1}/{len(order)}")
         llm.ffn = path
+        if not done:
+            test.prepare()
         if path not in done:
             test.run()
         done.setdefault(path, []).append(_measured(llm.executor, test.run, faults))
@@ -242,19 +255,30 @@ def _prompt(count: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
 
 
-def _read_prompt(executor: Executor, tokens: np.ndarray, bias: np.ndarray | None) -> None:
+def _read_prompt(
+    executor: Executor, tokens: np.ndarray, bias: np.ndarray | None, depth: int = 0, first_block: int = 0
+) -> None:
+    """Read a prompt that begins at position `depth` of a sequence."""
     for start in range(0, len(tokens), executor.max_batch_rows):
         chunk = tokens[start : start + executor.max_batch_rows]
-        _forward(executor, chunk, start, bias, last=start + len(chunk) == len(tokens))
+        last = start + len(chunk) == len(tokens)
+        executor.forward(_batch(chunk, depth + start, bias, last=last, first_block=first_block))
 
 
-def _decode(executor: Executor, count: int, sequences: int, bias: float) -> None:
-    """Decode `count` tokens of each of some sequences, all in the same steps."""
+def _fill(executor: Executor, depth: int, more: int, sequences: int, bias: np.ndarray | None) -> None:
+    """Read the first `depth` tokens of each of some sequences, whose blocks have room for `more`."""
+    tokens = np.random.default_rng(1).integers(0, 100, depth).astype(np.int32)
+    for sequence in range(sequences):
+        _read_prompt(executor, tokens, bias, first_block=sequence * blocks_for(depth + more))
+
+
+def _decode(executor: Executor, count: int, sequences: int, bias: float, depth: int = 0) -> None:
+    """Decode `count` tokens of each of some sequences, all in the same steps, from position `depth`."""
     rows = np.arange(sequences, dtype=np.int32)
-    blocks = blocks_for(count)
+    blocks = blocks_for(depth + count)
     tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
     tokens = 1 + rows
-    for position in range(count):
+    for position in range(depth, depth + count):
         batch = Batch(
             tokens=tokens,
             positions=np.full_like(rows, position),
@@ -280,18 +304,14 @@ def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float
         executor.run_ffns(inputs[:, token % inputs.shape[1], None], sparsity_bias=bias)
 
 
-def _forward(executor: Executor, tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Logits:
-    return executor.forward(_batch(tokens, start, bias, last=last))
-
-
-def _batch(tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool) -> Batch:
-    """One step of a single sequence that fills blocks 0, 1, ... of the pool; `last`: with the last token's logits."""
+def _batch(tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool, first_block: int = 0) -> Batch:
+    """One step of a single sequence, whose blocks are neighbours in the pool; `last`: with the last token's logits."""
     end = start + len(tokens)
     return Batch(
         tokens=tokens,
         positions=np.arange(start, end, dtype=np.int32),
         sequences=np.zeros(len(tokens), np.int32),
-        block_tables=np.arange(blocks_for(end), dtype=np.int32)[None],
+        block_tables=np.arange(first_block, first_block + blocks_for(end), dtype=np.int32)[None],
         context_lengths=np.array([end], np.int32),
         logit_rows=np.array([len(tokens) - 1] if last else [], np.int32),
         sparsity_bias=bias,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from svdengine.errors import ContextOverflowError, RequestError, shown
 from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.kv_q8 import GROUP, group_count
 from svdengine.models.config import ModelConfig
 from svdengine.scheduling.numbers import check_integer
 from svdengine.scheduling.sequence import blocks_for
@@ -135,11 +136,21 @@ def pool_blocks(context: int, kv_tokens: int | None, kv_memory: int | None, toke
 
 def kv_bytes_per_token(config: ModelConfig, kv_dtype: str = "f16") -> int:
     """Bytes of keys and values that one token adds to the KV cache."""
-    return 2 * config.layer_count * config.kv_head_count * config.head_dim * (2 if kv_dtype == "f16" else 4)
+    heads, head_dim = 2 * config.layer_count * config.kv_head_count, config.head_dim
+    if kv_dtype == "q8":
+        return heads * (head_dim + 2 * group_count(head_dim))
+    return heads * head_dim * (2 if kv_dtype == "f16" else 4)
 
 
 def kv_pool_bytes_per_token(config: ModelConfig, kv_dtype: str = "f16") -> int:
-    """Bytes that a token takes in the KV pool of any executor, at most: a head's vectors are padded to 16 items."""
+    """Bytes that a token takes in the KV pool of any executor, at most: a head's vectors are padded to 16 items.
+
+    In 8 bits keys are padded to whole groups, and the scales of a block to a cache line.
+    """
+    if kv_dtype == "q8":
+        groups = group_count(config.head_dim)
+        key, value, scales = GROUP * groups, -(-config.head_dim // 16) * 16, -(-groups // 2) * 4
+        return config.layer_count * config.kv_head_count * (key + value + 2 * scales)
     return kv_bytes_per_token(replace(config, head_dim=-(-config.head_dim // 16) * 16), kv_dtype)
 
 

@@ -5,9 +5,9 @@
 Every replica is what `svdengine serve` runs, in a process of its own with its own KV cache; Ray Serve spreads requests
 over them, starts a replica again that died, and lets running answers end before it stops one. The model file must be
 at the same path on every machine. Arguments, beside `model`: replicas, threads (cores of a replica), device, ffn,
-predictor, context, kv_memory (bytes), name, max_requests (of a replica), api_key_file and host. API keys are also read
-from the environment of the replicas; the address on which Ray listens is Ray's own setting (`serve run` has it in its
-config file), and `host` only says here whether that is more than this machine.
+predictor, context, kv_dtype, kv_memory (bytes), name, max_requests (of a replica), api_key_file and host. API keys are
+also read from the environment of the replicas; the address on which Ray listens is Ray's own setting (`serve run` has
+it in its config file), and `host` only says here whether that is more than this machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ try:
 except ImportError as error:
     raise SvdEngineError('replicas need Ray Serve; run: pip install "svdengine[ray]"') from error
 
-_TEXTS = ("device", "ffn", "predictor")
+_TEXTS = ("device", "ffn", "predictor", "kv_dtype")
 _NUMBERS = ("context", "kv_memory")  # with threads, which Ray is told of too
 _SPARE = 64  # requests of a replica that do not run the model, such as /health, or are told to come later
 

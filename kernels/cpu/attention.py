@@ -10,9 +10,12 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.attention_tile import (
+    KV_F16,
+    KV_Q8,
     mask_outside,
     narrow_f16,
     narrow_f32,
+    narrow_q8,
     scores_1_f16,
     scores_1_f32,
     scores_2_f16,
@@ -23,14 +26,19 @@ from svdengine.kernels.cpu.attention_tile import (
     scores_4_f32,
     values_1_f16,
     values_1_f32,
+    values_1_q8,
     values_2_f16,
     values_2_f32,
+    values_2_q8,
     values_3_f16,
     values_3_f32,
+    values_3_q8,
     values_4_f16,
     values_4_f32,
+    values_4_q8,
 )
 from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.kv_q8 import GROUP, scores_1_q8, scores_2_q8, scores_3_q8, scores_4_q8, weigh_scales
 from svdengine.kernels.cpu.simd import (
     exp_f32,
     first_lane,
@@ -61,9 +69,9 @@ def exp_real(x):
 
 
 @jit
-def store_key_value(key, value, key_block, value_block, slot, head_dim, value_stride, half):
-    """Write one token's key and value head into its slot of a block."""
-    if half:
+def store_key_value(key, value, key_block, value_block, slot, head_dim, value_stride, kind):
+    """Write one token's key and value head into its slot of a block, in float16 or float32."""
+    if kind == KV_F16:
         for d in range(head_dim):
             store_half(key_block + 2 * (16 * d + slot), load_real(key + 4 * d))
             store_half(value_block + 2 * (value_stride * slot + d), load_real(value + 4 * d))
@@ -74,9 +82,19 @@ def store_key_value(key, value, key_block, value_block, slot, head_dim, value_st
 
 
 @jit
-def block_scores(count, half, queries, keys, key_dim, scores):
+def block_scores(count, kind, queries, keys, key_dim, scores):
     """Scores of `count` queries with one block; 16 floats a query, a run apart."""
-    if half:
+    if kind == KV_Q8:
+        groups = key_dim // GROUP
+        if count == 1:
+            scores_1_q8(queries, keys, groups, scores, _SCORE_BYTES)
+        elif count == 2:
+            scores_2_q8(queries, keys, groups, scores, _SCORE_BYTES)
+        elif count == 3:
+            scores_3_q8(queries, keys, groups, scores, _SCORE_BYTES)
+        else:
+            scores_4_q8(queries, keys, groups, scores, _SCORE_BYTES)
+    elif kind == KV_F16:
         if count == 1:
             scores_1_f16(queries, keys, key_dim, scores, _SCORE_BYTES)
         elif count == 2:
@@ -96,44 +114,64 @@ def block_scores(count, half, queries, keys, key_dim, scores):
 
 
 @jit
-def wide_values(count, half, weights, values, value_bytes, tokens, sums, stride):
+def wide_values(count, kind, weights, weight_stride, values, value_bytes, tokens, sums, stride):
     """sums += weights times 64 columns of values."""
-    if half:
+    if kind == KV_Q8:
         if count == 1:
-            values_1_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+            values_1_q8(weights, weight_stride, values, value_bytes, tokens, sums, stride)
         elif count == 2:
-            values_2_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+            values_2_q8(weights, weight_stride, values, value_bytes, tokens, sums, stride)
         elif count == 3:
-            values_3_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+            values_3_q8(weights, weight_stride, values, value_bytes, tokens, sums, stride)
         else:
-            values_4_f16(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+            values_4_q8(weights, weight_stride, values, value_bytes, tokens, sums, stride)
+    elif kind == KV_F16:
+        if count == 1:
+            values_1_f16(weights, weight_stride, values, value_bytes, tokens, sums, stride)
+        elif count == 2:
+            values_2_f16(weights, weight_stride, values, value_bytes, tokens, sums, stride)
+        elif count == 3:
+            values_3_f16(weights, weight_stride, values, value_bytes, tokens, sums, stride)
+        else:
+            values_4_f16(weights, weight_stride, values, value_bytes, tokens, sums, stride)
     elif count == 1:
-        values_1_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        values_1_f32(weights, weight_stride, values, value_bytes, tokens, sums, stride)
     elif count == 2:
-        values_2_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        values_2_f32(weights, weight_stride, values, value_bytes, tokens, sums, stride)
     elif count == 3:
-        values_3_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        values_3_f32(weights, weight_stride, values, value_bytes, tokens, sums, stride)
     else:
-        values_4_f32(weights, _SCORE_BYTES, values, value_bytes, tokens, sums, stride)
+        values_4_f32(weights, weight_stride, values, value_bytes, tokens, sums, stride)
 
 
 @jit
-def block_values(count, half, weights, values, value_stride, tokens, sums, stride):
-    """sums (count, value_stride) += weights times the values of `tokens` neighbouring tokens."""
-    size = 2 if half else 4
+def item_bytes(kind):
+    """Bytes of one item of a key or value."""
+    return 1 if kind == KV_Q8 else (2 if kind == KV_F16 else 4)
+
+
+@jit
+def block_values(count, kind, weights, weight_stride, values, value_stride, tokens, sums, stride):
+    """sums (count, value_stride) += weights times the values of `tokens` neighbouring tokens.
+
+    weight_stride: bytes from query to query. In 8 bits every group of columns has its weights, 64 bytes apart.
+    """
+    size = item_bytes(kind)
     column = 0
     while column + 64 <= value_stride:
-        at = values + size * column
-        wide_values(count, half, weights, at, size * value_stride, tokens, sums + 4 * column, stride)
+        line, at = weights + (2 * column if kind == KV_Q8 else 0), values + size * column
+        wide_values(count, kind, line, weight_stride, at, size * value_stride, tokens, sums + 4 * column, stride)
         column += 64
     while column < value_stride:
         at = values + size * column
         for t in range(count):
-            line, to = weights + t * _SCORE_BYTES, sums + t * stride + 4 * column
-            if half:
-                narrow_f16(line, _SCORE_BYTES, at, size * value_stride, tokens, to, stride)
+            line, to = weights + t * weight_stride, sums + t * stride + 4 * column
+            if kind == KV_Q8:
+                narrow_q8(line + 64 * (column // GROUP), weight_stride, at, value_stride, tokens, to, stride)
+            elif kind == KV_F16:
+                narrow_f16(line, weight_stride, at, size * value_stride, tokens, to, stride)
             else:
-                narrow_f32(line, _SCORE_BYTES, at, size * value_stride, tokens, to, stride)
+                narrow_f32(line, weight_stride, at, size * value_stride, tokens, to, stride)
         column += 16
 
 
@@ -177,25 +215,27 @@ def weigh_run(scores, count, sums, value_stride):
 
 
 @jit
-def attend(count, queries, lows, highs, keys, values, table, strides, sizes, half, first, last, sums, scratch):
+def attend(count, queries, lows, highs, keys, values, table, strides, sizes, kind, first, last, sums, scratch):
     """Add blocks first..last (exclusive) of a sequence to the sums of `count` queries of one KV head.
 
-    queries: (key_dim, count) float32, scaled. lows, highs: positions that each query sees. keys, values: the pools at
-    this layer and head. table: block of each 16 positions. strides: bytes from block to block in the two pools. sizes:
-    (key_dim, value_stride), of what is stored. scratch: a run of scores a query.
+    queries: (key_dim, count) float32, scaled, or what gather_q8 makes of them. lows, highs: positions that each query
+    sees. keys, values: the pools at this layer and head. table: block of each 16 positions. strides: bytes from block
+    to block in the two pools. sizes: (key_dim, value_stride), of what is stored. scratch: a run of scores a query, and
+    then a weight of each token and group.
     """
     key_dim, value_stride = sizes
     key_stride, value_block_stride = strides
     stride = sum_bytes(value_stride)
+    groups = key_dim // GROUP
     low, high = lows[0], highs[0]
     for t in range(1, count):
         low, high = min(low, lows[t]), max(high, highs[t])
-    size = 2 if half else 4
+    size = item_bytes(kind)
     for start in range(first, last, _RUN // 16):
         stop = min(last, start + _RUN // 16)
         for block in range(start, stop):
             at = scratch + 64 * (block - start)
-            block_scores(count, half, queries, keys + table[block] * key_stride, key_dim, at)
+            block_scores(count, kind, queries, keys + table[block] * key_stride, key_dim, at)
             for t in range(count):
                 line = at + t * _SCORE_BYTES
                 store_f32(line, mask_outside(load_f32(line), 16 * block, lows[t], highs[t], LOWEST))
@@ -205,9 +245,14 @@ def attend(count, queries, lows, highs, keys, values, table, strides, sizes, hal
             # Slots beyond the sequence are not read: they may hold another's NaN.
             a, b = max(0, low - 16 * block), min(16, high + 1 - 16 * block)
             if a < b:
-                at = values + table[block] * value_block_stride + size * a * value_stride
-                weights = scratch + 64 * (block - start) + 4 * a
-                block_values(count, half, weights, at, value_stride, b - a, sums, stride)
+                at = values + table[block] * value_block_stride
+                weights, weight_stride = scratch + 64 * (block - start), _SCORE_BYTES
+                if kind == KV_Q8:
+                    scaled = scratch + count * _SCORE_BYTES
+                    weigh_scales(count, weights, weight_stride, at + 16 * value_stride, groups, scaled)
+                    weights, weight_stride = scaled, 64 * groups
+                line = at + size * a * value_stride
+                block_values(count, kind, weights + 4 * a, weight_stride, line, value_stride, b - a, sums, stride)
 
 
 @jit

@@ -6,9 +6,10 @@ import numpy as np
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_query, store_key_value, sum_bytes
-from svdengine.kernels.cpu.attention_tile import QUERIES
+from svdengine.kernels.cpu.attention_tile import KV_Q8, QUERIES
 from svdengine.kernels.cpu.elementwise import copy_row, head_rms_norm, rms_norm, rotate, scale_head
 from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.kv_q8 import GROUP, QUERY, gather_q8, store_q8
 from svdengine.kernels.cpu.model import LAYER_MATRICES, O
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul, matmul_together, ready, rows_of, share
@@ -46,6 +47,7 @@ def project_qkv(model, work, layer, n, member, threads):
 def place_keys(model, work, cache, inputs, layer, n, member, threads):
     """Norm and rotate q and k heads, and write keys and values into their blocks."""
     heads = model.heads + model.kv_heads
+    scratch = work.scratch + member * work.scratch_stride
     first, last = share(n * heads, 1, member, threads)
     half = model.head_dim // 2
     for item in range(first, last):
@@ -67,10 +69,16 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
             block = inputs.block_tables[inputs.sequences[row], position // 16]
             place = (layer * model.kv_heads + kv) * cache.blocks + block
             value = work.v + row * work.kv_stride + 4 * kv * model.head_dim
-            store_key_value(
-                at, value, cache.keys + place * cache.key_head, cache.values + place * cache.value_head,
-                position % 16, model.head_dim, model.value_stride, cache.half,
-            )  # fmt: skip
+            key_block, value_block = cache.keys + place * cache.key_head, cache.values + place * cache.value_head
+            slot = position % 16
+            if cache.kind == KV_Q8:
+                offset = cache.offsets + 4 * (layer * model.kv_heads + kv) * cache.key_dim
+                store_q8(
+                    at, value, offset, key_block, value_block, slot, model.head_dim, cache.key_dim,
+                    model.value_stride, scratch,
+                )  # fmt: skip
+            else:
+                store_key_value(at, value, key_block, value_block, slot, model.head_dim, model.value_stride, cache.kind)
         else:
             scale_head(at, np.float32(model.attention_scale), model.head_dim)
 
@@ -79,13 +87,17 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
 def attend_group(model, cache, inputs, layer, row, rows, kv, head, heads, work, first, last, sums, scratch):
     """Add blocks first..last to the sums of a tile: `heads` query heads from `head` of each of `rows` rows."""
     count = rows * heads
-    queries, scores = scratch, scratch + 16 * model.key_dim
+    queries = scratch
+    scores = scratch + (QUERIES * QUERY * (cache.key_dim // GROUP) if cache.kind == KV_Q8 else 16 * cache.key_dim)
     lows = (np.int64(0), np.int64(0), np.int64(0), np.int64(0))
     highs = lows
     for t in range(count):
         r = row + t // heads
         at = work.q + r * work.q_stride + 4 * (head + t % heads) * model.head_dim
-        gather_query(at, t, count, model.head_dim, model.key_dim, queries)
+        if cache.kind == KV_Q8:
+            gather_q8(at, t, count, model.head_dim, cache.key_dim, queries, scores)
+        else:
+            gather_query(at, t, count, model.head_dim, cache.key_dim, queries)
         position = np.int64(inputs.positions[r])
         highs = tuple_setitem(highs, t, position)
         lows = tuple_setitem(lows, t, max(np.int64(0), position - model.windows[layer] + 1))
@@ -93,7 +105,7 @@ def attend_group(model, cache, inputs, layer, row, rows, kv, head, heads, work, 
     attend(
         count, queries, lows, highs, cache.keys + place * cache.key_head, cache.values + place * cache.value_head,
         inputs.block_tables[inputs.sequences[row]],
-        (cache.key_head, cache.value_head), (model.key_dim, model.value_stride), cache.half, first, last, sums, scores,
+        (cache.key_head, cache.value_head), (cache.key_dim, model.value_stride), cache.kind, first, last, sums, scores,
     )  # fmt: skip
 
 

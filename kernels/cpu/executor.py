@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from svdengine.kernels.batch import Batch
 from svdengine.kernels.cores import default_threads
 from svdengine.kernels.cpu.aligned import aligned
 from svdengine.kernels.cpu.compilation import compile_entry
-from svdengine.kernels.cpu.kv_blocks import KvBlocks
+from svdengine.kernels.cpu.kv_blocks import allocate_kv
 from svdengine.kernels.cpu.model import build_model, read_whole
 from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.quantize import quantized_bytes
@@ -38,13 +38,12 @@ from svdengine.kernels.cpu.workspace import (
     Inputs,
     Workspace,
 )
-from svdengine.kernels.executor import KvDtype, Logits, NeuronCounts
+from svdengine.kernels.executor import Logits, NeuronCounts
 from svdengine.kernels.formats import padded_columns
+from svdengine.kernels.kv_q8 import key_offsets
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
-
-_KV_DTYPES: Mapping[KvDtype, np.dtype[Any]] = {"f32": np.dtype(np.float32), "f16": np.dtype(np.float16)}
 
 
 class CpuExecutor(BaseExecutor):
@@ -64,7 +63,7 @@ class CpuExecutor(BaseExecutor):
             config, setup.arrays, setup.formats, tables, in_panels=self.copied, threads=self.threads
         )
         self.copies = tuple(copies)
-        self._kv = KvBlocks(self._model, self.block_count, _KV_DTYPES[setup.kv_dtype])
+        self._kv = allocate_kv(self._model, self.block_count, setup.kv_dtype, key_offsets(config, setup.arrays))
         self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
         self._inputs = _inputs(self.max_batch_rows, self._max_blocks, self.threads, config.layer_count)
         self._work = self._allocate_workspace()

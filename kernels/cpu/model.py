@@ -37,7 +37,6 @@ class Model(NamedTuple):
     heads: int
     kv_heads: int
     head_dim: int
-    key_dim: int  # dimensions of a stored key: head_dim, padded to 4
     value_stride: int  # floats in a stored value vector: head_dim, padded to 16
     attention_stride: int  # floats in a row of attention output, padded
     ffn: int
@@ -214,7 +213,6 @@ def _model(
         heads=config.head_count,
         kv_heads=config.kv_head_count,
         head_dim=hd,
-        key_dim=-(-hd // 4) * 4,
         value_stride=-(-hd // 16) * 16,
         attention_stride=padded_columns(config.head_count * hd),
         ffn=config.ffn_size,

@@ -57,14 +57,16 @@ class Workspace(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The KV block pool: [layer][kv head][block][...], keys dimension-major and values token-major."""
+    """The KV block pool: [layer][kv head][block][...], keys dimension-major, values token-major."""
 
     keys: int
     values: int
     key_head: int  # bytes of one block of one head
     value_head: int
     blocks: int
-    half: bool
+    key_dim: int  # dimensions of a stored key: head_dim, padded
+    kind: int  # KV_F32, KV_F16 or KV_Q8, of attention_tile.py
+    offsets: int  # (layers, kv heads, key_dim) float32: what keys are stored without; only in 8 bits
 
 
 class Inputs(NamedTuple):

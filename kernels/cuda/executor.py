@@ -58,6 +58,11 @@ class CudaExecutor(BaseExecutor):
                 " from on the GPU; use --device cpu"
             )
         sizes = Sizes.of(config, self.max_batch_rows, self.context)
+        if setup.kv_dtype not in ("f16", "f32"):
+            raise DeviceError(
+                f"the KV cache on a GPU is f16 or f32, found --kv-dtype {setup.kv_dtype}; use one of these, or --device"
+                " cpu"
+            )
         self.kv_bytes_per_token = kv_bytes_per_token(config, setup.kv_dtype)
         cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
         copies = _copy_items(config, self.max_batch_rows) if device.has_blas else (0, 0)

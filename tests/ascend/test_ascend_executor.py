@@ -382,9 +382,10 @@ def test_what_float16_does_not_hold_is_refused_by_name(make_npu: MakeNpu) -> Non
         pass
 
 
-def test_a_float32_cache_is_refused(make_npu: MakeNpu) -> None:
-    npu = make_npu()
-    with pytest.raises(DeviceError, match="the KV cache on Ascend is f16"), executors(npu, LLAMA, kv_dtype="f32"):
+@pytest.mark.parametrize("kv_dtype", ["f32", "q8"])
+def test_another_cache_than_float16_is_refused(make_npu: MakeNpu, kv_dtype: str) -> None:
+    message = f"the KV cache on Ascend is f16, found --kv-dtype {kv_dtype}"
+    with pytest.raises(DeviceError, match=message), executors(make_npu(), LLAMA, kv_dtype=kv_dtype):
         pass
 
 

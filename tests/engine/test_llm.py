@@ -3,6 +3,7 @@
 import gc
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tiny_model import write_tiny_model
 
 import svdengine
 from svdengine import LLM, ContextOverflowError, ModelFileError, RequestError, SamplingParams, SvdEngineError
-from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.reference import float32_weights
 from svdengine.measuring.benchmark import run_benchmark
 from svdengine.measuring.memory_traffic import weight_bytes
@@ -247,7 +248,7 @@ def test_unusable_requests(llm: LLM, call: Any, message: str) -> None:
         ({"threads": "two"}, "threads must be a whole number"),
         ({"context": 1}, "at least 2"),
         ({"context": 10**6}, "made for a context of 512"),
-        ({"kv_dtype": "q3"}, "kv_dtype must be one of f16, f32"),
+        ({"kv_dtype": "q3"}, "kv_dtype must be one of f16, f32, q8"),
         ({"kv_tokens": 5}, "kv_tokens must be at least"),
         ({"kv_tokens": 512, "kv_memory": 1 << 30}, "not as both"),
         ({"kv_memory": "1G"}, "kv_memory must be a whole number of bytes"),
@@ -326,15 +327,34 @@ def test_memory_traffic(llm: LLM) -> None:
     assert weight_bytes(llm.model_file) == sum(a.nbytes for a in arrays.values())  # the embedding is tied
     assert kv_bytes_per_token(config, "f32") == 2 * 2 * 3 * 10 * 4
     assert kv_read_bytes(config, 10) == 10 * kv_bytes_per_token(config)
+    assert kv_bytes_per_token(config, "q8") == 2 * 2 * 3 * (10 + 2)
+    common = replace(config, head_dim=64)  # the same memory holds nearly twice the tokens
+    assert kv_pool_bytes_per_token(common, "q8") / kv_pool_bytes_per_token(common) == 34 / 64
 
 
-@pytest.mark.parametrize("kv_dtype", ["f16", "f32"])
+@pytest.mark.parametrize("kv_dtype", ["f16", "f32", "q8"])
 def test_a_kv_pool_fills_the_memory_it_is_given(path: Path, kv_dtype: Any) -> None:
     with svdengine.load(path, device="cpu", threads=1, context=40, kv_memory=100_000, kv_dtype=kv_dtype) as llm:
         pool = llm.executor.block_count * BLOCK_SIZE
         padded = kv_pool_bytes_per_token(llm.config, kv_dtype)
         assert pool * llm.executor.kv_bytes_per_token <= 100_000 < (pool + BLOCK_SIZE) * padded
         assert padded >= kv_bytes_per_token(llm.config, kv_dtype)
+
+
+def test_benchmarks_at_depth_fill_the_context_first(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches: list[Batch] = []
+    forward = llm.executor.forward
+    monkeypatch.setattr(llm.executor, "forward", lambda batch: (batches.append(batch), forward(batch))[1])
+    rows = run_benchmark(llm, 6, 3, 2, depth=20, parallel=(1, 2))
+    assert [row.test for row in rows] == ["pp6 @ d20", "tg3 @ d20", "tg3x2 @ d20"]
+    steps = [(len(batch.tokens), int(batch.positions[0])) for batch in batches]
+    read = [(20, 0), *[(6, 20)] * 3]  # once, and then what is timed, which begins with a run that does not count
+    decoded = [(20, 0), *[(1, 20), (1, 21), (1, 22)] * 3, (20, 0), (20, 0), *[(2, 20), (2, 21), (2, 22)] * 3]
+    assert steps == read + decoded
+    filled = {int(block) for batch in batches[-11:-9] for block in batch.block_tables[0]}
+    assert filled == {int(block) for block in batches[-1].block_tables[:, :2].flat}
+    deeper = run_benchmark(llm, 0, 3, 1, depth=60)[0]
+    assert deeper.bytes_per_token - rows[1].bytes_per_token == pytest.approx(40 * kv_bytes_per_token(llm.config))
 
 
 def test_benchmark_rows(llm: LLM) -> None:

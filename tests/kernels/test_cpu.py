@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from svdengine.kernels.executor import KvDtype
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig
+from svdengine.models.config import Rope
 
 ZOO = zoo()
 LENGTH = 37
@@ -29,7 +31,7 @@ def executors(
     setup = ExecutorSetup(config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype=kv_dtype)
     cpu = CpuExecutor(setup, threads=threads)
     try:
-        yield cpu, ReferenceExecutor(config, exact, block_count=16)
+        yield cpu, ReferenceExecutor(config, exact, block_count=16, kv_dtype=kv_dtype)
     finally:
         cpu.close()
 
@@ -97,6 +99,56 @@ def test_half_precision_cache_stays_close() -> None:
     with executors(ZOO["llama"], "f32", kv_dtype="f16") as (cpu, reference):
         error = relative_error(run_in_chunks(cpu, tokens, [20, *[1] * 17]), run_in_chunks(reference, tokens, [LENGTH]))
     assert 0 < error < 2e-3
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3", "opt", "falcon_7b", "gemma3", "bamboo"])
+def test_eight_bit_cache_agrees_with_the_reference(name: str) -> None:
+    """Where the last bits of a key differ it may be rounded to another level, so that bounds are those of levels."""
+    config = ZOO[name]
+    tokens = random_tokens(config, LENGTH)
+    with executors(config, "f32", kv_dtype="q8") as (cpu, reference):
+        expected = run_in_chunks(reference, tokens, [LENGTH])
+        assert relative_error(run_in_chunks(reference, tokens, [3, 1, 17, 2, 9, 5]), expected) < 2e-3
+        for sizes in ([LENGTH], [1] * LENGTH, [3, 1, 17, 2, 9, 5]):
+            assert relative_error(run_in_chunks(cpu, tokens, sizes), expected) < 2e-3
+        blocks = block_table(LENGTH, first=1, step=2)
+        ours, theirs = cpu.read_blocks(blocks), reference.read_blocks(blocks)
+        levels, expected_levels = (x[..., 2:].view(np.int8)[:2].astype(int) for x in (ours, theirs))
+        assert np.abs(levels - expected_levels).max() <= 1 and (levels != expected_levels).mean() < 0.01
+    with executors(config, "f32") as (cpu, _):
+        assert 1e-4 < relative_error(run_in_chunks(cpu, tokens, [LENGTH]), expected) < 0.1  # they were rounded
+
+
+def test_biased_keys_keep_their_levels() -> None:
+    """Qwen2's: biases far larger than what differs from token to token, in dimensions that hardly turn."""
+    config = replace(ZOO["qwen2"], head_dim=16, rope=Rope(1e6))
+    arrays, formats, exact = stored(config, "f32")
+    arrays["k.bias"] = exact["k.bias"] = np.tile(np.float32(100) * (np.arange(16) % 8 > 5), (2, 3)).astype(np.float32)
+    tokens = random_tokens(config, LENGTH)
+    dense = run_in_chunks(ReferenceExecutor(config, exact, block_count=16), tokens, [LENGTH])
+    rounded = ReferenceExecutor(config, exact, block_count=16, kv_dtype="q8")
+    cpu = CpuExecutor(ExecutorSetup(config, arrays, formats, 16, max_batch_rows=64, kv_dtype="q8"), threads=2)
+    for executor in (rounded, cpu):
+        assert relative_error(run_in_chunks(executor, tokens, [LENGTH]), dense) < 0.02
+    cpu.close()
+
+
+def test_blocks_in_eight_bits_move_between_executors() -> None:
+    config = ZOO["qwen2"]
+    tokens = random_tokens(config, LENGTH)
+    table = block_table(LENGTH)
+    with executors(config, "f32", kv_dtype="q8") as (cpu, reference):
+        for first, second in ((cpu, reference), (reference, cpu)):
+            first.forward(make_batch([(tokens[:-1], 0)], [table]))
+            expected = first.forward(make_batch([(tokens[-1:], LENGTH - 1)], [table])).copy()
+            data = first.read_blocks(table)
+            moved = [b + 7 for b in table]
+            second.write_blocks(moved, data)
+            assert (second.read_blocks(moved)[:2] == data[:2]).all()
+            found = second.forward(make_batch([(tokens[-1:], LENGTH - 1)], [moved]))
+            assert relative_error(found, expected) < 2e-3
+        with pytest.raises(ValueError, match="expected uint8"):
+            cpu.write_blocks(table, np.zeros((3, 2, 2, 16, 3, 10), np.float16))
 
 
 def test_sequences_in_one_batch_do_not_see_each_other() -> None:

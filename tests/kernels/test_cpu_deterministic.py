@@ -16,7 +16,7 @@ from random_predictors import make_predictor
 
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
-from svdengine.kernels.executor import FfnMode
+from svdengine.kernels.executor import FfnMode, KvDtype
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 
 ZOO = zoo()
@@ -143,10 +143,13 @@ def test_auto_is_exact_bit_for_bit_whether_it_skips_zeros_or_not(name: str, weig
     np.testing.assert_array_equal(alone(name, weight_format, "auto"), alone(name, weight_format, "dense"))
 
 
-def test_a_context_of_several_runs_of_attention() -> None:
+@pytest.mark.parametrize("kv_dtype", ["f16", "q8"])
+def test_a_context_of_several_runs_of_attention(kv_dtype: KvDtype) -> None:
     config = replace(ZOO["qwen2"], max_position=512)
     arrays, formats, _ = stored(config, "q8")
-    setup = ExecutorSetup(config, arrays, formats, block_count=24, max_batch_rows=200, deterministic=True)
+    setup = ExecutorSetup(
+        config, arrays, formats, block_count=24, max_batch_rows=200, kv_dtype=kv_dtype, deterministic=True
+    )
     executor = CpuExecutor(setup, threads=1)
     try:
         tokens, table = random_tokens(config, 330), block_table(330)

@@ -82,6 +82,7 @@ def test_sizes_of_the_kv_cache(model: str) -> None:
     small = ("bench", model, "-p", "0", "-n", "16", "-r", "1", "--kv-memory", "100K")
     assert "fewer than 99 sequences of 16" in error_of(run(*small, "--parallel", "99"))
     assert run(*small).exit_code == 0
+    assert run("generate", model, "-p", "hello", "--kv-dtype", "q8", *GREEDY).exit_code == 0
 
 
 def test_generate_json(model: str, tmp_path: Path) -> None:
@@ -233,6 +234,9 @@ def test_bench(model: str) -> None:
     assert together[1]["bytes_per_token"] < together[0]["bytes_per_token"]
     table = run("bench", model, "-p", "8", "-n", "0", "-r", "1").stdout.splitlines()
     assert len(table) == 3 and len({line.count("|") for line in table}) == 1
+    deep = json.loads(run("bench", model, "-p", "4", "-n", "3", "-d", "30", "-r", "1", "--json").stdout)
+    assert [row["test"] for row in deep] == ["pp4 @ d30", "tg3 @ d30"]
+    assert "made for a context" in error_of(run("bench", model, "-d", "9999"))
     assert run("bench", model, "--pp", "0", "--tg", "0").exit_code == 2
     assert run("bench", model, "--pp", "-1").exit_code == 2
     assert "made for a context" in error_of(run("bench", model, "--pp", "9999"))

@@ -115,6 +115,40 @@ def test_the_cpu_saves_and_loads(path: Path, tmp_path: Path) -> None:
         assert reused.token_ids == first.token_ids
 
 
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_eight_bits_are_saved_and_loaded(path: Path, tmp_path: Path, device: Any) -> None:
+    with svdengine.load(path, device=device, context=128, threads=1, kv_dtype="q8") as llm:
+        first = llm.generate(SYSTEM, GREEDY)[0]
+        count = llm.save_kv(tmp_path / "kv")
+    entry = TensorFile(tmp_path / "kv").header.entries["kv"]
+    assert entry.dtype == "U8" and entry.shape[-1] == 34
+    for other_device in ("cpu", "reference"):
+        with svdengine.load(path, device=other_device, context=128, threads=1, kv_dtype="q8") as llm:
+            assert llm.load_kv(tmp_path / "kv") == count
+            again = llm.generate(SYSTEM, GREEDY)[0]
+            assert again.stats.cached_tokens > 0 and again.token_ids == first.token_ids
+    with svdengine.load(path, device=device, context=128, threads=1, kv_dtype="f16") as llm:
+        with pytest.raises(ModelFileError, match=r"kv: found U8 .*, expected F.*; set the same --kv-dtype"):
+            llm.load_kv(tmp_path / "kv")
+        assert llm.stats().blocks_cached == 0
+        llm.generate(SYSTEM, GREEDY)
+        llm.save_kv(tmp_path / "kv")
+    with (
+        svdengine.load(path, device=device, context=128, threads=1, kv_dtype="q8") as llm,
+        pytest.raises(ModelFileError, match=r"kv: found F.*, expected U8 .*; set the same --kv-dtype"),
+    ):
+        llm.load_kv(tmp_path / "kv")
+
+
+def test_scales_that_are_not_finite_are_refused(path: Path, tmp_path: Path) -> None:
+    with svdengine.load(path, device="reference", context=128, kv_dtype="q8") as llm:
+        llm.generate(SYSTEM, GREEDY)
+        llm.save_kv(tmp_path / "kv")
+        broken = rewrite(tmp_path / "kv", tmp_path / "broken", put("kv", (..., slice(2)), 0xFF))
+        with pytest.raises(ModelFileError, match="are not finite"):
+            llm.load_kv(broken)
+
+
 def test_files_of_other_models_are_refused(llm: LLM, saved: Path, tmp_path: Path) -> None:
     wide = write_tiny_model(tmp_path / "wide.svdp", tied_embeddings=False)
     with svdengine.load(wide, device="reference") as other, pytest.raises(ModelFileError, match="another model"):

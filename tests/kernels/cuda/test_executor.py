@@ -140,6 +140,16 @@ def test_half_precision_cache_stays_close(device: Any) -> None:
     assert 0 < error < 2e-3
 
 
+def test_an_eight_bit_cache_is_refused(device: Any) -> None:
+    with (
+        pytest.raises(
+            DeviceError, match="on a GPU is f16 or f32, found --kv-dtype q8; use one of these, or --device cpu"
+        ),
+        executors(device, LLAMA, kv_dtype="q8"),
+    ):
+        pass
+
+
 def test_sequences_in_one_batch_do_not_see_each_other(device: Any) -> None:
     a, b = random_tokens(LLAMA, 18, seed=1), random_tokens(LLAMA, 3, seed=2)
     with executors(device, LLAMA) as (cuda, reference):
