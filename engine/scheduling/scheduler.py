@@ -13,6 +13,7 @@ import numpy as np
 from svdengine.errors import ContextOverflowError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.scheduling.block_pool import BlockPool
+from svdengine.scheduling.forecast import AnswerLengths, most_further_blocks
 from svdengine.scheduling.prefix_cache import PrefixCache
 from svdengine.scheduling.sequence import Sequence, blocks_for
 
@@ -69,10 +70,11 @@ class Scheduler:
     """Continuous batching: a step mixes rows of sequences that decode with chunks of prompts.
 
     Sequences are ordered by priority, lower numbers first, and by arrival among equals. They are admitted in that
-    order, when the pool has blocks for all their tokens; where it has too few, running ones of a lower priority make
-    room. When a running sequence finds no block, the last in order goes back to the queue, and its tokens are computed
-    anew later, but for those that the prefix cache still has. So the first in order always advances, and every
-    sequence ends, unless others of a higher priority never cease to come.
+    order, when the pool has blocks for all their tokens and for what all are expected to grow by (forecast.py). Where
+    it has too few, running ones of a lower priority make room. When a running sequence finds no block all the same,
+    the last in order goes back to the queue, and its tokens are computed anew later, but for those that the prefix
+    cache still has. So the first in order always advances, and every sequence ends, unless others of a higher priority
+    never cease to come.
 
     Each decoding sequence gets its row of a step. The rest, but no more than `prefill_rows` where any decodes, goes to
     prompts: half of it to the first in order, what remains to the shortest. So a short prompt waits neither for a
@@ -97,6 +99,7 @@ class Scheduler:
         self._max_rows = max_batch_rows
         self._prefill_rows = prefill_rows
         self._arrivals = 0
+        self._lengths = AnswerLengths()
         self._waiting: list[Sequence] = []  # both in order
         self._running: list[Sequence] = []
 
@@ -171,6 +174,10 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Take out a sequence, whatever state it is in, and free its blocks; the prefix cache knows what they hold."""
+        self._lengths.learn(sequence)
+        self._take_out(sequence)
+
+    def _take_out(self, sequence: Sequence) -> None:
         if sequence in self._running:
             self._running.remove(sequence)
         elif sequence in self._waiting:
@@ -207,13 +214,12 @@ class Scheduler:
             insort(self._running, self._waiting.pop(0), key=_order)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence blocks for all its tokens. False when there are too few.
-
-        A block is left for each running sequence, so that the next steps need not send the new one back.
-        """
+        """Give a waiting sequence blocks for all its tokens. False when there are too few for it to stay."""
+        if self._is_hopeless(sequence):
+            return False
         found = self.prefix_cache.extend(sequence)
         missing = blocks_for(len(sequence)) - len(sequence.block_table)
-        while not self.pool.can_allocate(missing + len(self._running)):
+        while not self._fits(sequence, missing):
             if not self._running or self._running[-1].priority <= sequence.priority:
                 self.prefix_cache.retire(sequence)
                 return False
@@ -222,6 +228,20 @@ class Scheduler:
         sequence.reused = found
         self.prefix_hit_tokens += found
         return True
+
+    def _is_hopeless(self, sequence: Sequence) -> bool:
+        """Whether a sequence finds no room, nor anyone to make it: known without a look at its tokens."""
+        running = self._running
+        return bool(running) and not self.pool.can_allocate(1) and running[-1].priority <= sequence.priority
+
+    def _fits(self, sequence: Sequence, missing: int) -> bool:
+        """Whether there are blocks for a sequence now, and for it and those that run as they grow.
+
+        A sequence alone takes what there is: it is as far as any can get.
+        """
+        if not self._running or not self.pool.can_allocate(missing):
+            return self.pool.can_allocate(missing)
+        return self.pool.can_allocate(most_further_blocks((*self._running, sequence), self._lengths))
 
     def _share_rows(self) -> dict[Sequence, int]:
         """How many rows of the next step each running sequence gets."""
@@ -263,7 +283,7 @@ class Scheduler:
         return min(count, len(sequence.block_table) * BLOCK_SIZE - len(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.finish(sequence)
+        self._take_out(sequence)
         insort(self._waiting, sequence, key=_order)
         self.preemptions += 1
 

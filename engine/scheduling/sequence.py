@@ -28,6 +28,7 @@ class Sequence:
         if not tokens:
             raise ValueError("a sequence needs at least one token")
         self.tokens = list(tokens)
+        self.given = len(self.tokens)  # of them, those that it began with
         self.all_logits = all_logits  # logits of every token are wanted, not only of the last
         self.hidden = hidden  # hidden states of every token are wanted, and no logits
         self.sparsity_bias = sparsity_bias  # shifts the predictor's thresholds for all of its tokens

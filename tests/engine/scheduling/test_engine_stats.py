@@ -7,8 +7,8 @@ from svdengine.scheduling.request import ContextLimit, Generation, Scoring
 from svdengine.scheduling.sampling import SamplingParams
 
 
-def request(prompt: list[int], max_tokens: int) -> Generation:
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+def request(prompt: list[int], max_tokens: int, priority: int = 0) -> Generation:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, priority=priority)
     return Generation(prompt, params, vocab_size=50, end_tokens=frozenset(), limit=ContextLimit(128), decoder=None)
 
 
@@ -48,9 +48,10 @@ def test_counters() -> None:
 
 def test_preemptions_are_counted() -> None:
     engine = Engine(FakeExecutor(4, 64))
-    requests = [request([i] * 15, 30) for i in (1, 2)]
+    requests = [request([1] * 40, 64), request([2] * 40, 64, priority=-1)]
     for one in requests:
         engine.add(one)
+        engine.step()
     while not all(one.done for one in requests):
         engine.step()
     assert engine.stats().preemptions == 1

@@ -128,6 +128,27 @@ def test_the_last_admitted_is_preempted_and_comes_back() -> None:
     assert engine.pool.free_count == 4
 
 
+def test_under_pressure_no_token_is_computed_twice() -> None:
+    """32 clients in a pool that holds a third of what they will come to: they take turns, and nobody is sent back."""
+    executor = FakeExecutor(128, 256)
+    engine = Engine(executor)
+    random = np.random.default_rng(1)
+    waiting = [
+        request(random.integers(8, VOCAB, random.integers(30, 50)).tolist(), 1024, max_tokens=int(m), ignore_eos=True)
+        for m in random.integers(20, 129, 64)
+    ]
+    expected = sum(len(one.sequence) + one.params.max_tokens - 1 for one in waiting)
+    running: list[Generation] = []
+    while waiting or running:
+        while waiting and len(running) < 32:
+            running.append(waiting.pop())
+            engine.add(running[-1])
+        engine.step()
+        running = [one for one in running if not one.done]
+    assert engine.scheduler.preemptions == 0
+    assert executor.rows == expected
+
+
 def test_a_conversation_costs_only_its_new_tokens() -> None:
     executor = FakeExecutor(16, 64)
     engine = Engine(executor)
@@ -141,14 +162,15 @@ def test_a_conversation_costs_only_its_new_tokens() -> None:
 
 
 def test_a_preempted_sequence_finds_what_nobody_needed() -> None:
-    executor = FakeExecutor(6, 64)
+    executor = FakeExecutor(7, 64)
     engine = Engine(executor)
+    run(engine, *(request([i], 90, max_tokens=1) for i in range(20)))  # so that short answers are expected
     first = request([1] * 31, 90, max_tokens=40, ignore_eos=True)
-    second = request(list(range(40)), 90, max_tokens=10, ignore_eos=True)
+    second = request(list(range(40)), 90, max_tokens=30, ignore_eos=True)
     run(engine, first, second)
     assert engine.scheduler.preemptions == 1
     assert engine.scheduler.prefix_hit_tokens > 0
-    assert second.token_ids == alone(list(range(40)), 90, {"max_tokens": 10, "ignore_eos": True})
+    assert second.token_ids == alone(list(range(40)), 90, {"max_tokens": 30, "ignore_eos": True})
 
 
 def test_running_sequences_share_what_they_have_in_common() -> None:
