@@ -35,6 +35,7 @@ ReadTensor = Callable[[str, int], Array]  # canonical name, layer (0 of what has
 WriteTensor = Callable[[str, int, Array], None]  # as it is
 WriteParts = Callable[[str, int, Parts], None]
 Observe = Callable[[str, int, float], None]  # name, layer, share of its output's energy that rounding a matrix changed
+Also = Callable[[str, int, Array, Feedback], None]  # name, layer, a matrix as it was, what it is rounded by
 
 TOKENS = 16_384  # by default; half of them for a model whose hidden size is beyond _LARGE
 _LARGE = 2048
@@ -64,6 +65,7 @@ class Quantizer:
     write: WriteTensor
     write_parts: WriteParts
     observe: Observe | None = None
+    also: Also | None = None  # is shown each matrix that is rounded, to round it in other formats too
 
     def run(self, windows: Sequence[Sequence[int]]) -> None:
         """Round and write every tensor, calibrated on these windows of token ids.
@@ -129,8 +131,10 @@ class Quantizer:
                 self.write(name, layer, matrix)
                 continue
             feedback = feedback or self._feedback(name, layer, matrix, inputs)
-            parts = (round_neurons if name == "down_T" else round_columns)(matrix, feedback, weight_format)
+            parts = round_matrix(name, matrix, feedback, weight_format)
             self.write_parts(name, layer, parts)
+            if self.also is not None:
+                self.also(name, layer, matrix, feedback)
             if name in EMBEDDINGS and self.observe is None:
                 continue
             weights[name] = dequantize(parts, weight_format, matrix.shape[1])
@@ -147,6 +151,11 @@ class Quantizer:
                 f"layer {layer}: what {name} reads holds NaN or infinity; the model's weights may be damaged"
             )
         return (neuron_feedback if name == "down_T" else column_feedback)(moment)
+
+
+def round_matrix(name: str, matrix: Array, feedback: Feedback, weight_format: WeightFormat) -> Parts:
+    """Round the matrix of this name for what it reads."""
+    return (round_neurons if name == "down_T" else round_columns)(matrix, feedback, weight_format)
 
 
 def changed_share(matrix: Array, rounded: Array, inputs: Array, neuron_major: bool) -> float:
