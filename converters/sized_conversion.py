@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from svdengine.converters.calibration_size import LARGE
 from svdengine.converters.checkpoint import Checkpoint
-from svdengine.converters.conversion import Tensors, calibration_windows, convert, open_for, provenance_of
+from svdengine.converters.conversion import Tensors, calibration_windows, open_for, provenance_of
 from svdengine.converters.error_feedback import MOST_LEVEL, Feedback
 from svdengine.converters.format_choice import Choice, Option, choose_formats
-from svdengine.converters.format_trials import EXACT, Trials
-from svdengine.converters.weight_calibration import Quantizer, WeightCalibration, round_matrix
+from svdengine.converters.format_trials import BASE, Trials, expectations
+from svdengine.converters.weight_calibration import Quantizer, WeightCalibration, exact_states, round_matrix
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.model_writer import ModelWriter
@@ -35,7 +35,7 @@ from svdengine.models.tensors import tensor_specs
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
 
-FORMATS: tuple[WeightFormat, ...] = (EXACT, "q6", "q4")  # that tensors choose from
+FORMATS: tuple[WeightFormat, ...] = (BASE, "q6", "q4")  # that tensors choose from
 TRIAL_TOKENS = 2048  # that formats are compared on; a large model takes fewer
 _LARGE_TRIAL_TOKENS = 768
 
@@ -60,7 +60,8 @@ class SizedModel:
 
     options: Mapping[str, Sequence[Option]]  # of each tensor
     choice: Choice
-    loss: float | None  # measured, of the model as it is; None where nothing had to be chosen: it is all in q8
+    base: float  # the loss with all in 8 bits, which the options' losses and the choice's add to
+    loss: float  # measured, of the model as it is
 
 
 def convert_to_size(
@@ -94,15 +95,15 @@ def convert_to_size(
     )
     beside = _overhead(write, sizes) + wish.beside(checkpoint.config)
     budget = byte_budget(wish, checkpoint.config, sizes, beside)
-    if budget >= (most := sum(max(of.values()) for of in sizes.values())):
-        convert(source, output, EXACT, activation, hub=hub, look=look)
-        return SizedModel({}, Choice(dict.fromkeys(sizes, EXACT), most, 0.0), None)
     with _candidates(write) as writers, ExitStack() as stack:
         fitted, held_out = _windows(checkpoint, calibration)
         provenance["calibrated_tokens"] = sum(map(len, fitted))
         _round_all(tensors, writers, _carried(budget, sizes), fitted, partial(tell, "rounding, MB"))
         files = {name: stack.enter_context(read_model_file(writers[name].temporary)) for name in FORMATS}
-        result = _choose(Trials(files, held_out), sizes, budget, partial(tell, "trying formats"))
+        states = exact_states(checkpoint.config, tensors.read, held_out)
+        head = tensors.read("embedding" if checkpoint.config.tied_embeddings else "lm_head", 0)
+        trials = Trials(files, held_out, expectations(checkpoint.config, states, head, held_out))
+        result = _choose(trials, sizes, budget, partial(tell, "trying formats"))
         _compose(write, files, result.choice.formats, look)
     return result
 
@@ -115,11 +116,11 @@ def _choose(
     trials: Trials, sizes: Mapping[str, Mapping[WeightFormat, int]], budget: int, tell: Callable[[int, int], None]
 ) -> SizedModel:
     """Measure each tensor in each format, choose, and measure what was chosen."""
-    losses = trials.losses(tuple(sizes), tell)
+    base, losses = trials.losses(tuple(sizes), tell)
     options = {name: [Option(one, of[one], losses[name][one]) for one in FORMATS] for name, of in sizes.items()}
     choice = choose_formats(options, budget)
     assert choice is not None  # `byte_budget` leaves room for the smallest
-    return SizedModel(options, choice, trials.loss(choice.formats))
+    return SizedModel(options, choice, base, trials.loss(choice.formats))
 
 
 def matrix_sizes(config: ModelConfig) -> dict[str, dict[WeightFormat, int]]:
@@ -163,9 +164,9 @@ def _as_option(count: int) -> str:
 
 def _overhead(write: Callable[..., ModelWriter], sizes: Mapping[str, Mapping[WeightFormat, int]]) -> int:
     """Bytes of the file beside those matrices, at most: vectors, tokenizer, header."""
-    writer = write(EXACT)
+    writer = write(BASE)
     writer.abort()
-    return writer.size_bytes - sum(size[EXACT] for size in sizes.values()) + 2 * PAGE
+    return writer.size_bytes - sum(size[BASE] for size in sizes.values()) + 2 * PAGE
 
 
 @contextmanager
@@ -220,7 +221,7 @@ def _round_all(
 
     def also(name: str, layer: int, matrix: Array, feedback: Feedback) -> None:
         with tensors.named(name, layer):
-            writers[EXACT].write(name, matrix, layer)
+            writers[BASE].write(name, matrix, layer)
             for one in others:
                 writers[one].write_parts(name, round_matrix(name, matrix, feedback, one), layer)
         tell(sum(writer.written_bytes for writer in writers.values()) // 10**6, max(1, total // 10**6))
@@ -236,10 +237,10 @@ def _compose(
     look: Callable[[ModelFile], None] | None,
 ) -> None:
     """Put the model file together from what is there in each format."""
-    config = files[EXACT].config
-    with write(EXACT, formats=formats) as writer:
+    config = files[BASE].config
+    with write(BASE, formats=formats) as writer:
         for spec in tensor_specs(config):
-            parts = gather_parts(files[formats.get(spec.name, EXACT)].arrays, spec.name)
+            parts = gather_parts(files[formats.get(spec.name, BASE)].arrays, spec.name)
             for layer in range(config.layer_count if spec.stacked else 1):
                 here = {suffix: part[layer] if spec.stacked else part for suffix, part in parts.items()}
                 if spec.matrix:

@@ -67,10 +67,11 @@ class Quantizer:
     observe: Observe | None = None
     also: Also | None = None  # is shown each matrix that is rounded, to round it in other formats too
 
-    def run(self, windows: Sequence[Sequence[int]]) -> None:
+    def run(self, windows: Sequence[Sequence[int]]) -> Array:
         """Round and write every tensor, calibrated on these windows of token ids.
 
-        Raises ConversionError when what enters a matrix is not finite, and ValueError as `quantize` does.
+        Returns what the output projection reads for all of their tokens, (n, d). Raises ConversionError when what
+        enters a matrix is not finite, and ValueError as `quantize` does.
         """
         config, texts = self.config, Texts.of(windows)
         specs = tensor_specs(config)
@@ -91,6 +92,7 @@ class Quantizer:
         x = normalize(config, shared, "output_norm", x)
         name = "embedding" if config.tied_embeddings else "lm_head"
         self._round((name,), {name: self.read(name, 0)}, 0, x)
+        return x
 
     def _layer(self, weights: dict[str, Array], layer: int, texts: Texts, x: Array) -> Array:
         """Round a layer; what it makes of x (n, d)."""
@@ -151,6 +153,12 @@ class Quantizer:
                 f"layer {layer}: what {name} reads holds NaN or infinity; the model's weights may be damaged"
             )
         return (neuron_feedback if name == "down_T" else column_feedback)(moment)
+
+
+def exact_states(config: ModelConfig, read: ReadTensor, windows: Sequence[Sequence[int]]) -> Array:
+    """What the output projection reads when nothing is rounded, (n, d), for all tokens of these windows."""
+    formats: dict[str, WeightFormat] = {spec.name: "f32" for spec in tensor_specs(config) if spec.matrix}
+    return Quantizer(config, formats, read, lambda *_: None, lambda *_: None).run(windows)
 
 
 def round_matrix(name: str, matrix: Array, feedback: Feedback, weight_format: WeightFormat) -> Parts:

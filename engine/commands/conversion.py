@@ -228,9 +228,7 @@ def _convert_to_size(
         hub=hub,
         look=_check if wanted.check else None,
     )
-    if made.loss is None:
-        _say("note: all of it in q8 is no larger than that")
-    elif wanted.verbose:
+    if wanted.verbose:
         click.echo("\n".join(_costs(made)))
 
 
@@ -254,8 +252,9 @@ def _costs(made: SizedModel) -> Iterator[str]:
         yield f"| {name} | {chosen} | {exact.size / 1e6:.1f} | {' | '.join(cells)} | {1e9 * rate(name):.3f} |"
     yield ""
     yield (
-        f"lost: divergence from all of it in {FORMATS[0]}, in 0.001 nats a token, where only that tensor is in the"
-        f" format. Together {1e3 * made.choice.loss:.2f} were expected, and {1e3 * (made.loss or 0):.2f} measured."
+        "lost: what that tensor in the format adds to the divergence from the checkpoint's own weights, in 0.001 nats a"
+        f" token. All of it in {FORMATS[0]} has {1e3 * made.base:.2f}; what was chosen should have"
+        f" {1e3 * (made.base + made.choice.loss):.2f}, and has {1e3 * made.loss:.2f}."
     )
 
 
