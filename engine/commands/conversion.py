@@ -139,6 +139,16 @@ def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
     )
 
 
+def working_bytes(config: ModelConfig, wanted: Wanted) -> int:
+    """Bytes that converting takes beside the file for as long as it works, before a predictor is made."""
+    from svdengine.converters.forecast import forecast
+    from svdengine.converters.sized_conversion import FORMATS
+
+    if not wanted.chooses_formats:
+        return 0
+    return sum(forecast(config, one, one, predictor=False).file_bytes for one in FORMATS)
+
+
 def announce(config: ModelConfig, wanted: Wanted, notes: Sequence[str] = ()) -> None:
     """Say what will come: the file, the memory to run it, whether it runs sparse and why, and how long that takes.
 

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from small_checkpoints import CONFIG, write_hf
 
+from svdengine.commands.conversion import Wanted, working_bytes
 from svdengine.commands.convert import command as convert_command
 from svdengine.converters.format_trials import divergence
 from svdengine.converters.sized_conversion import SizedModel, Wish, convert_to_size, matrix_sizes
@@ -125,6 +126,13 @@ def test_the_predictor_counts(checkpoint: Path) -> None:
 def test_wrong_usage(checkpoint: Path, options: list[str], what: str) -> None:
     done = convert(checkpoint, *options)
     assert done.exit_code == 2 and what in done.stderr
+
+
+def test_conversions_of_several_sizes_have_names_of_their_own() -> None:
+    assert Wanted(size=95 << 20).variant(None) == "95M"
+    assert Wanted(bits=4.75, activation="relu").variant("lowbit") == "4.75-bits-relu-lowbit"
+    assert working_bytes(CONFIG, Wanted(dtype="q4")) == 0
+    assert working_bytes(CONFIG, Wanted(bits=5.0)) > sum(of["q8"] + of["q6"] + of["q4"] for of in SIZES.values())
 
 
 def test_divergence() -> None:
