@@ -3,7 +3,7 @@
 import itertools
 from typing import Any
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from svdengine.converters.format_choice import Option, best_choices, choose_formats
@@ -11,6 +11,7 @@ from svdengine.converters.format_choice import Option, best_choices, choose_form
 FORMATS: Any = ("q8", "q6", "q4")
 SIZES = st.integers(1, 1000)
 LOSSES = st.integers(0, 1000).map(float)  # whole numbers, so that sums are exact in any order
+RELAXED = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TENSORS = st.lists(st.lists(st.tuples(SIZES, LOSSES), min_size=1, max_size=3), min_size=1, max_size=4)
 
 
@@ -21,6 +22,7 @@ def options_of(tensors: list[list[tuple[int, float]]]) -> dict[str, list[Option]
     }
 
 
+@RELAXED
 @given(TENSORS, st.integers(0, 4000))
 def test_it_is_the_best_that_fits(tensors: list[list[tuple[int, float]]], budget: int) -> None:
     options = options_of(tensors)
@@ -40,6 +42,7 @@ def test_it_is_the_best_that_fits(tensors: list[list[tuple[int, float]]], budget
     assert found.formats.keys() == options.keys()
 
 
+@RELAXED
 @given(TENSORS, st.integers(0, 4000), st.integers(0, 1000))
 def test_more_bytes_never_lose_more(tensors: list[list[tuple[int, float]]], budget: int, more: int) -> None:
     options = options_of(tensors)
@@ -49,6 +52,7 @@ def test_more_bytes_never_lose_more(tensors: list[list[tuple[int, float]]], budg
         assert found is not None and found.loss <= less.loss
 
 
+@RELAXED
 @given(TENSORS)
 def test_choices_rise_in_size_and_fall_in_loss(tensors: list[list[tuple[int, float]]]) -> None:
     best = best_choices(options_of(tensors))
