@@ -100,7 +100,7 @@ def command(source: HubName | Path, output: Path | None, **options: Any) -> None
     machine has. This takes minutes, or longer for a large model; --quick leaves it out.
 
     --bits and --size measure on that text what each tensor loses in each format, and spend bytes where they pay;
-    --verbose shows it. That takes about twice the time, and room for 2.3 times the model in q8 beside the file.
+    --verbose shows it. That takes longer than one format, and room for 2.3 times the model in q8 beside the file.
 
     Before the file is put in place, a short text is run through it under each activation that its weights could mean.
     Where another one than the stated predicts the text far better, the conversion stops with both figures.
