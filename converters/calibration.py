@@ -199,12 +199,18 @@ def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Seque
             )
         opens = open_predictor_folder if options.source.is_dir() else open_powerinfer
         return opens(options.source, model_file, options.thresholds == "trained")
-    config, rank = model_file.config, options.rank
-    if options.kind == "svd" and rank is None:
-        paper = options.thresholds == GREEDY
+    return find_shapes(model_file.config, options.kind, options.rank, options.bits, options.thresholds)
+
+
+def find_shapes(
+    config: ModelConfig, kind: str, rank: int | None, bits: int | None, thresholds: str
+) -> Sequence[PredictorShape]:
+    """The shapes that a layer's predictor may have. Raises ConversionError where there is none."""
+    if kind == "svd" and rank is None:
+        paper = thresholds == GREEDY
         rank = paper_rank(config.hidden_size, config.ffn_size) if paper else calibration_size(config).rank
     try:
-        return candidate_shapes(options.kind, rank, options.bits, config)
+        return candidate_shapes(kind, rank, bits, config)
     except ValueError as error:
         raise ConversionError(str(error)) from error
 

@@ -61,32 +61,16 @@ def convert(
     for wanted in (dtype, embedding_dtype or dtype, down_dtype or dtype):
         if wanted not in WEIGHT_FORMATS:
             raise ConversionError(f"unknown dtype {wanted!r}; there are {', '.join(WEIGHT_FORMATS)}")
-    checkpoint = open_checkpoint(source, activation)
+    checkpoint = open_for(source, output, activation)
     if "ternary" in (dtype, embedding_dtype, down_dtype) and not checkpoint.config.sub_norms:
         raise ConversionError(
             f"{source}: ternary is for models that were trained with weights of -s, 0 and s (BitNet), found a"
             f" {checkpoint.config.family} model; use q4"
         )
-    if any(output.exists() and output.samefile(file) for file in checkpoint.files):
-        raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
-    sources = list(find_sources(checkpoint))
+    tensors = Tensors.of(checkpoint)
     windows = None if calibration is None else calibration_windows(checkpoint, calibration)
-    provenance: dict[str, Any] = {
-        "source": source.resolve().name if hub is None else str(hub["source"]),
-        "files": describe_files(checkpoint.files),
-        "tool": f"svdengine {metadata.version('svdengine')}",
-        "dtype": dtype,
-    }
-    if embedding_dtype is not None:
-        provenance["embedding_dtype"] = embedding_dtype
-    if down_dtype is not None:
-        provenance["down_dtype"] = down_dtype
-    if activation is not None:
-        provenance["activation"] = activation
-    if hub is not None:
-        provenance[HUB] = {key: value for key, value in hub.items() if key != "source"}
-    if checkpoint.notes:
-        provenance["notes"] = checkpoint.notes
+    dtypes = {"dtype": dtype, "embedding_dtype": embedding_dtype, "down_dtype": down_dtype, "activation": activation}
+    provenance = provenance_of(checkpoint, source, {key: value for key, value in dtypes.items() if value}, hub)
     if windows is not None:
         provenance["calibrated_tokens"] = sum(map(len, windows))
     with ModelWriter(
@@ -99,44 +83,87 @@ def convert(
         embedding_dtype=embedding_dtype,
         down_dtype=down_dtype,
     ) as writer:
-        run = _Conversion(checkpoint, writer, {(spec.name, layer): origin for spec, layer, origin in sources}, progress)
+        run = _Conversion(tensors, writer, progress)
         if windows is not None:
-            Quantizer(checkpoint.config, writer.formats, run.read, run.write, run.write_parts, observe).run(windows)
+            Quantizer(checkpoint.config, writer.formats, tensors.read, run.write, run.write_parts, observe).run(windows)
         else:
-            for name, layer in run.origins:
-                run.write(name, layer, run.read(name, layer))
+            for name, layer in tensors.origins:
+                run.write(name, layer, tensors.read(name, layer))
         if look is not None:
             with read_model_file(writer.temporary) as file:
                 look(file)
 
 
+def open_for(source: Path, output: Path, activation: str | None = None) -> Checkpoint:
+    """Open a checkpoint that is to become `output`. Raises ConversionError."""
+    checkpoint = open_checkpoint(source, activation)
+    if any(output.exists() and output.samefile(file) for file in checkpoint.files):
+        raise ConversionError(f"{output}: the output would replace the checkpoint; choose another name")
+    return checkpoint
+
+
+def provenance_of(
+    checkpoint: Checkpoint, source: Path, settings: Mapping[str, Any], hub: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a model file says of how it was made."""
+    provenance: dict[str, Any] = {
+        "source": source.resolve().name if hub is None else str(hub["source"]),
+        "files": describe_files(checkpoint.files),
+        "tool": f"svdengine {metadata.version('svdengine')}",
+        **settings,
+    }
+    if hub is not None:
+        provenance[HUB] = {key: value for key, value in hub.items() if key != "source"}
+    if checkpoint.notes:
+        provenance["notes"] = checkpoint.notes
+    return provenance
+
+
 @dataclass(frozen=True)
-class _Conversion:
-    """Tensors on their way from a checkpoint into a file, by canonical name and layer."""
+class Tensors:
+    """Tensors of a checkpoint, by canonical name and layer."""
 
     checkpoint: Checkpoint
-    writer: ModelWriter
     origins: Mapping[tuple[str, int], Source]
-    progress: Progress | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Tensors:
+        """All that the model has. Raises ConversionError when one is missing, or is there without a use."""
+        return cls(checkpoint, {(spec.name, layer): origin for spec, layer, origin in find_sources(checkpoint)})
 
     def read(self, name: str, layer: int) -> NDArray[np.float32]:
+        """One of them. Raises ConversionError."""
         return build_tensor(self.checkpoint, self.origins[name, layer])
 
-    def write(self, name: str, layer: int, array: NDArray[np.float32]) -> None:
-        with self._named(name, layer):
-            self.writer.write(name, array, layer)
-
-    def write_parts(self, name: str, layer: int, parts: Parts) -> None:
-        with self._named(name, layer):
-            self.writer.write_parts(name, parts, layer)
-
     @contextmanager
-    def _named(self, name: str, layer: int) -> Iterator[None]:
+    def named(self, name: str, layer: int) -> Iterator[None]:
+        """Turn a ValueError into a ConversionError that says which tensor it is about."""
         try:
             yield
         except ValueError as error:
             origin = ", ".join(self.origins[name, layer].names)
             raise ConversionError(f"{self.checkpoint.path}: tensor {origin}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Conversion:
+    """Tensors on their way from a checkpoint into a file."""
+
+    tensors: Tensors
+    writer: ModelWriter
+    progress: Progress | None
+
+    def write(self, name: str, layer: int, array: NDArray[np.float32]) -> None:
+        with self.tensors.named(name, layer):
+            self.writer.write(name, array, layer)
+        self._tell()
+
+    def write_parts(self, name: str, layer: int, parts: Parts) -> None:
+        with self.tensors.named(name, layer):
+            self.writer.write_parts(name, parts, layer)
+        self._tell()
+
+    def _tell(self) -> None:
         if self.progress is not None:
             self.progress(self.writer.written_bytes, self.writer.size_bytes)
 
@@ -145,7 +172,7 @@ def calibration_windows(checkpoint: Checkpoint, calibration: WeightCalibration) 
     """Windows of token ids to calibrate weights on. Raises ConversionError when there are none."""
     if checkpoint.tokenizer.info.kind == "none":
         raise ConversionError(
-            f"{checkpoint.path}: has no tokenizer, so that weights cannot be calibrated; give --quick"
+            f"{checkpoint.path}: has no tokenizer, so that weights cannot be calibrated; give --dtype with --quick"
         )
     stored, window = checkpoint.tokenizer, min(WINDOW, checkpoint.config.max_position)
     tokenizer = Tokenizer(stored.info, stored.data)
@@ -156,7 +183,9 @@ def calibration_windows(checkpoint: Checkpoint, calibration: WeightCalibration) 
     else:
         windows = machine_windows(tokenizer, stored.chat_template, tokens, window)
     if not windows or max(map(max, windows)) >= checkpoint.config.vocab_size:
-        raise ConversionError(f"{checkpoint.path}: the tokenizer does not fit the model to calibrate it; give --quick")
+        raise ConversionError(
+            f"{checkpoint.path}: the tokenizer does not fit the model to calibrate it; give --dtype with --quick"
+        )
     return windows
 
 

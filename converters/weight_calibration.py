@@ -35,6 +35,7 @@ ReadTensor = Callable[[str, int], Array]  # canonical name, layer (0 of what has
 WriteTensor = Callable[[str, int, Array], None]  # as it is
 WriteParts = Callable[[str, int, Parts], None]
 Observe = Callable[[str, int, float], None]  # name, layer, share of its output's energy that rounding a matrix changed
+Also = Callable[[str, int, Array, Feedback], None]  # name, layer, a matrix as it was, what it is rounded by
 
 TOKENS = 16_384  # by default; half of them for a model whose hidden size is beyond _LARGE
 _LARGE = 2048
@@ -64,11 +65,13 @@ class Quantizer:
     write: WriteTensor
     write_parts: WriteParts
     observe: Observe | None = None
+    also: Also | None = None  # is shown each matrix that is rounded, to round it in other formats too
 
-    def run(self, windows: Sequence[Sequence[int]]) -> None:
+    def run(self, windows: Sequence[Sequence[int]]) -> Array:
         """Round and write every tensor, calibrated on these windows of token ids.
 
-        Raises ConversionError when what enters a matrix is not finite, and ValueError as `quantize` does.
+        Returns what the output projection reads for all of their tokens, (n, d). Raises ConversionError when what
+        enters a matrix is not finite, and ValueError as `quantize` does.
         """
         config, texts = self.config, Texts.of(windows)
         specs = tensor_specs(config)
@@ -89,6 +92,7 @@ class Quantizer:
         x = normalize(config, shared, "output_norm", x)
         name = "embedding" if config.tied_embeddings else "lm_head"
         self._round((name,), {name: self.read(name, 0)}, 0, x)
+        return x
 
     def _layer(self, weights: dict[str, Array], layer: int, texts: Texts, x: Array) -> Array:
         """Round a layer; what it makes of x (n, d)."""
@@ -129,8 +133,10 @@ class Quantizer:
                 self.write(name, layer, matrix)
                 continue
             feedback = feedback or self._feedback(name, layer, matrix, inputs)
-            parts = (round_neurons if name == "down_T" else round_columns)(matrix, feedback, weight_format)
+            parts = round_matrix(name, matrix, feedback, weight_format)
             self.write_parts(name, layer, parts)
+            if self.also is not None:
+                self.also(name, layer, matrix, feedback)
             if name in EMBEDDINGS and self.observe is None:
                 continue
             weights[name] = dequantize(parts, weight_format, matrix.shape[1])
@@ -147,6 +153,17 @@ class Quantizer:
                 f"layer {layer}: what {name} reads holds NaN or infinity; the model's weights may be damaged"
             )
         return (neuron_feedback if name == "down_T" else column_feedback)(moment)
+
+
+def exact_states(config: ModelConfig, read: ReadTensor, windows: Sequence[Sequence[int]]) -> Array:
+    """What the output projection reads when nothing is rounded, (n, d), for all tokens of these windows."""
+    formats: dict[str, WeightFormat] = {spec.name: "f32" for spec in tensor_specs(config) if spec.matrix}
+    return Quantizer(config, formats, read, lambda *_: None, lambda *_: None).run(windows)
+
+
+def round_matrix(name: str, matrix: Array, feedback: Feedback, weight_format: WeightFormat) -> Parts:
+    """Round the matrix of this name for what it reads."""
+    return (round_neurons if name == "down_T" else round_columns)(matrix, feedback, weight_format)
 
 
 def changed_share(matrix: Array, rounded: Array, inputs: Array, neuron_major: bool) -> float:

@@ -1,9 +1,10 @@
 """The KV cache in 8 bits: of a head's key or value, every 32 items share a float16 scale.
 
 This is the definition of the rounding, which executors follow bit by bit. The groups are those of q8 weights and of
-llama.cpp's q8_0. Keys are rounded after rope, less an offset where the model has a bias for them. What is the same in
-the keys of all positions adds the same to all scores of a query, which softmax does not see. Qwen2 has biases of 200 in
-dimensions that hardly turn; in the levels they would leave no room for what differs from token to token.
+llama.cpp's q8_0. Keys are rounded after rope. Where the model has a bias for them, it would leave no room in the levels
+for what differs from token to token: Qwen2's are up to 200. So keys are first made less by what the bias adds at all
+positions alike, which adds the same to all scores of a query, and softmax does not see that. Dimensions in which the
+bias turns are made smaller, and queries larger there (as SmoothAttention does with measured sizes, arXiv:2405.04532).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from svdengine.models.config import ModelConfig
 GROUP = 32  # items of a head that share a scale; the last group of a head may have fewer
 PACKED = 2 + GROUP  # bytes of a group outside an executor: the scale, then the levels
 _LARGEST = np.float32(127)
-_OFFSET_POSITIONS = 4096  # that the offset is the mean over; another number would make older KV files wrong
+_POSITIONS = 4096  # that a bias is looked at; another number would make older KV files wrong
 
 
 def group_count(head_dim: int) -> int:
@@ -44,25 +45,29 @@ def quantize_kv(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.fl
     return np.clip(level, -_LARGEST, _LARGEST).astype(np.int8), scale
 
 
-def key_offsets(config: ModelConfig, arrays: Mapping[str, NDArray]) -> NDArray[np.float32]:
-    """What is taken from the keys of every position: (layers, kv heads, head_dim), zeros where `k` has no bias.
+def key_shape(config: ModelConfig, arrays: Mapping[str, NDArray]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """What every key is less, and then divided by, before it is rounded: each (layers, kv heads, head_dim).
 
-    It is the mean of the rotated bias over the first positions: all of it in dimensions that turn slowly, and nothing
-    in those that turn often. `arrays` has the bias as k.bias, (layers, kv heads x head_dim).
+    The first is the mean of the rotated bias over the first positions: all of it in dimensions that turn slowly, and
+    nothing in those that turn often. The second is how far the bias strays from that: half of its root mean square, to
+    a power of 2, and at least 1. Queries are multiplied with it. `arrays` has the bias as k.bias, (layers, kv heads x
+    head_dim); zeros and ones where there is none.
     """
     shape = (config.layer_count, config.kv_head_count, config.head_dim)
+    offsets, factors = np.zeros(shape, np.float32), np.ones(shape, np.float32)
     if "k.bias" not in arrays or config.qk_norm:
-        return np.zeros(shape, np.float32)
+        return offsets, factors
     bias = np.asarray(arrays["k.bias"], np.float32).reshape(shape)
     if config.rope is None:
-        return bias
-    offsets = np.empty_like(bias)
+        return bias, factors
     for layer in range(config.layer_count):
-        tables = rope_tables(config, np.arange(_OFFSET_POSITIONS), config.rope_of(layer))
-        cos, sin = (table.mean(0) for table in tables)
+        cos, sin = rope_tables(config, np.arange(_POSITIONS), config.rope_of(layer))
         first, second = np.split(bias[layer], 2, axis=-1)
-        offsets[layer] = np.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
-    return offsets
+        c, s = cos.mean(0), sin.mean(0)
+        offsets[layer] = np.concatenate([first * c - second * s, second * c + first * s], -1)
+        strays = np.sqrt((first**2 + second**2) * np.maximum(0, (cos**2 + sin**2).mean(0) - c**2 - s**2))
+        factors[layer] = np.tile(np.exp2(np.rint(np.log2(np.maximum(1, strays / 2)))), 2)
+    return offsets, factors
 
 
 def dequantize_kv(level: NDArray[np.int8], scale: NDArray[np.float16], head_dim: int) -> NDArray[np.float32]:

@@ -17,7 +17,7 @@ from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
-from svdengine.kernels.kv_q8 import dequantize_kv, key_offsets, pack_kv, quantize_kv, unpack_kv
+from svdengine.kernels.kv_q8 import dequantize_kv, key_shape, pack_kv, quantize_kv, unpack_kv
 from svdengine.kernels.norm import normalize, rms_norm
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
@@ -58,7 +58,7 @@ class ReferenceExecutor(BaseExecutor):
         super().__init__(ExecutorSetup(config, weights, {}, block_count, max_batch_rows, kv_dtype=kv_dtype, ffn=ffn))
         self.predictor = predictor
         self._rounds_kv = kv_dtype == "q8"
-        self._key_offsets = key_offsets(config, weights)
+        self._offsets, self._factors = key_shape(config, weights)
         self._kept: list[Array] | None = None  # what the FFNs of a step read, where it is wanted
         self._residual = np.empty((0, config.hidden_size), np.float32)  # of the latest step
         self.weights, self.layers = _by_layer(config, weights)
@@ -110,12 +110,16 @@ class ReferenceExecutor(BaseExecutor):
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
         """See `BlockStore`."""
         found = np.stack([pool[:, list(blocks)].swapaxes(0, 1) for pool in self._pools()], 1)
-        return pack_kv(*quantize_kv(found)) if self._rounds_kv else found
+        if not self._rounds_kv:
+            return found
+        found[:, 0] /= self._factors[:, None]
+        return pack_kv(*quantize_kv(found))
 
     def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
         """See `BlockStore`."""
         if self._rounds_kv and data.dtype == np.uint8:
             data = dequantize_kv(*unpack_kv(data), self.config.head_dim)
+            data[:, 0] *= self._factors[:, None]
         for i, pool in enumerate(self._pools()):
             expected = (len(blocks), 2, len(pool), *pool.shape[2:])
             if data.shape != expected or data.dtype != np.float32:
@@ -169,7 +173,9 @@ class ReferenceExecutor(BaseExecutor):
 
         # All rows of the step are in the cache before any of them attends.
         if self._rounds_kv:
-            k, v = (dequantize_kv(*quantize_kv(x), config.head_dim) for x in (k - self._key_offsets[layer], v))
+            factor = self._factors[layer]
+            k, v = (dequantize_kv(*quantize_kv(x), config.head_dim) for x in ((k - self._offsets[layer]) / factor, v))
+            k = k * factor
         slots = slots_of(batch.block_tables[batch.sequences], batch.positions[:, None])[:, 0]
         self.keys[layer, slots], self.values[layer, slots] = k, v
 

@@ -115,10 +115,14 @@ def random_weights(config: ModelConfig, seed: int = 0) -> dict[str, NDArray[np.f
     return weights
 
 
+# A format of its own for each of the matrices that read the same, as `convert --bits` may choose them.
+MIXED: dict[str, WeightFormat] = {"k": "q8", "v": "q6", "o": "q8", "gate": "q6", "down": "q6", "down_T": "q8"}
+
+
 def stored(
-    config: ModelConfig, weight_format: WeightFormat, seed: int = 0
+    config: ModelConfig, weight_format: WeightFormat, seed: int = 0, others: Mapping[str, WeightFormat] | None = None
 ) -> tuple[dict[str, NDArray], dict[str, WeightFormat], dict[str, NDArray[np.float32]]]:
-    """Stored arrays, their formats, and the float32 weights that they stand for."""
+    """Stored arrays, their formats, and the float32 weights that they stand for; `others` are formats by name."""
     arrays: dict[str, NDArray] = {}
     formats: dict[str, WeightFormat] = {}
     exact: dict[str, NDArray[np.float32]] = {}
@@ -130,6 +134,7 @@ def stored(
         chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
         if weight_format in ("q4", "ternary") and name in ("embedding", "lm_head"):
             chosen = "q8"
+        chosen = (others or {}).get(name, chosen)
         formats[name] = chosen
         layers = [quantize(w, chosen) for w in (weights if spec.stacked else weights[None])]
         for suffix in layers[0]:

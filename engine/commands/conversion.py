@@ -18,6 +18,7 @@ from svdengine.commands.progress import StageProgress
 
 if TYPE_CHECKING:
     from svdengine.converters.forecast import Forecast
+    from svdengine.converters.sized_conversion import SizedModel
     from svdengine.files.model_file import ModelFile
     from svdengine.kernels.formats import WeightFormat
     from svdengine.models.config import ModelConfig
@@ -31,6 +32,8 @@ class Wanted:
     """What a checkpoint is to become; the options of `svdengine convert`."""
 
     dtype: str = "q8"
+    bits: float | None = None  # a weight, on average: formats are chosen for it
+    size: int | None = None  # bytes of the whole file, likewise
     embedding_dtype: str | None = None
     down_dtype: str | None = None
     activation: str | None = None
@@ -47,7 +50,21 @@ class Wanted:
     @property
     def calibrates_weights(self) -> bool:
         """Whether text decides how weights are rounded."""
-        return not self.quick and not _CALIBRATED.isdisjoint((self.dtype, self.embedding_dtype, self.down_dtype))
+        return self.chooses_formats or (
+            not self.quick and not _CALIBRATED.isdisjoint((self.dtype, self.embedding_dtype, self.down_dtype))
+        )
+
+    @property
+    def chooses_formats(self) -> bool:
+        """Whether each tensor gets the format in which it pays."""
+        return self.bits is not None or self.size is not None
+
+    @property
+    def format(self) -> str:
+        """The formats, in a word."""
+        if self.bits is not None:
+            return f"{self.bits:g} bits"
+        return self.dtype if self.size is None else "mixed formats"
 
     def predictor_kind(self, config: ModelConfig) -> str | None:
         """The kind of predictor that a model gets. Raises UsageError on one that it has no use for."""
@@ -65,6 +82,8 @@ class Wanted:
     def variant(self, kind: str | None) -> str:
         """A short name that tells conversions of one checkpoint apart: q8-lowbit, q4-down-q8."""
         parts = [self.dtype]
+        if self.chooses_formats:
+            parts = [f"{self.bits:g}-bits" if self.bits is not None else f"{(self.size or 0) / 2**20:.6g}M"]
         parts += [f"embedding-{self.embedding_dtype}"] if self.embedding_dtype else []
         parts += [f"down-{self.down_dtype}"] if self.down_dtype else []
         parts += [self.activation.replace(":", "-")] if self.activation else []
@@ -97,7 +116,7 @@ def convert_file(
     """
     first = output if weights is None or kind is None else weights
     if weights is None or not first.exists():
-        _convert_weights(source, first, wanted, hub)
+        (_convert_to_size if wanted.chooses_formats else _convert_weights)(source, first, wanted, kind, hub)
     if kind is not None:
         _calibrate(first, output, kind, wanted)
 
@@ -107,6 +126,9 @@ def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
     from svdengine.converters.forecast import forecast
     from svdengine.measuring.machine import usable_cores
 
+    if wanted.chooses_formats:
+        cores, predictor = usable_cores(), wanted.predictor_kind(config) is not None
+        return forecast(config, "q8", predictor=predictor, cores=cores, bits=wanted.bits, size=wanted.size)
     return forecast(
         config,
         cast("WeightFormat", wanted.dtype),
@@ -115,6 +137,16 @@ def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
         predictor=wanted.predictor_kind(config) is not None,
         cores=usable_cores(),
     )
+
+
+def working_bytes(config: ModelConfig, wanted: Wanted) -> int:
+    """Bytes that converting takes beside the file for as long as it works, before a predictor is made."""
+    from svdengine.converters.forecast import forecast
+    from svdengine.converters.sized_conversion import FORMATS
+
+    if not wanted.chooses_formats:
+        return 0
+    return sum(forecast(config, one, one, predictor=False).file_bytes for one in FORMATS)
 
 
 def announce(config: ModelConfig, wanted: Wanted, notes: Sequence[str] = ()) -> None:
@@ -131,7 +163,7 @@ def announce(config: ModelConfig, wanted: Wanted, notes: Sequence[str] = ()) -> 
     if memory is not None and told.memory_bytes > memory:
         short = f"; {shown_bytes(memory)} are free, so it will be slow: parts are read from storage for every token"
     _say(
-        f"{config.family}, {_shown_count(told.parameters)} parameters: in {wanted.dtype} a file of"
+        f"{config.family}, {_shown_count(told.parameters)} parameters: in {wanted.format} a file of"
         f" {shown_bytes(told.file_bytes)}, which takes {shown_bytes(told.memory_bytes)} of memory to run{short}"
     )
     exact = "; without a predictor it computes all gates, and skips what they leave at zero"
@@ -185,7 +217,58 @@ def _shown_count(count: int) -> str:
     return f"{count:,}"
 
 
-def _convert_weights(source: Path, output: Path, wanted: Wanted, hub: Mapping[str, Any] | None) -> None:
+def _convert_to_size(
+    source: Path, output: Path, wanted: Wanted, kind: str | None, hub: Mapping[str, Any] | None
+) -> None:
+    """Convert with the formats that the wanted size is best spent on."""
+    from svdengine.converters.forecast import predictor_bytes
+    from svdengine.converters.sized_conversion import Wish, convert_to_size
+    from svdengine.converters.weight_calibration import WeightCalibration
+
+    def beside(config: ModelConfig) -> int:
+        return 0 if kind is None else predictor_bytes(config, kind, wanted.rank, wanted.thresholds)
+
+    made = convert_to_size(
+        source,
+        output,
+        Wish(wanted.bits, wanted.size, beside),
+        wanted.activation,
+        StageProgress(),
+        calibration=WeightCalibration(text=wanted.text),
+        hub=hub,
+        look=_check if wanted.check else None,
+    )
+    if wanted.verbose:
+        click.echo("\n".join(_costs(made)))
+
+
+def _costs(made: SizedModel) -> Iterator[str]:
+    """Of each tensor what it loses in each format, alone, and which it got; those that cost most a byte come first."""
+    from svdengine.converters.sized_conversion import FORMATS
+
+    def rate(name: str) -> float:
+        """Nats lost a byte saved, in the smallest format."""
+        of = made.options[name]
+        return of[-1].loss / (of[0].size - of[-1].size)
+
+    others = FORMATS[1:]
+    columns = [f"{one}: MB | lost" for one in others]
+    yield f"| tensor | chosen | {FORMATS[0]}: MB | {' | '.join(columns)} | lost a MB saved |"
+    yield f"| --- | --- | ---: |{' ---: | ---: |' * len(others)} ---: |"
+    for name in sorted(made.options, key=rate, reverse=True):
+        exact, *rest = made.options[name]
+        cells = [f"{option.size / 1e6:.1f} | {1e3 * option.loss:.2f}" for option in rest]
+        chosen = made.choice.formats[name]
+        yield f"| {name} | {chosen} | {exact.size / 1e6:.1f} | {' | '.join(cells)} | {1e9 * rate(name):.3f} |"
+    yield ""
+    yield (
+        "lost: what that tensor in the format adds to the divergence from the checkpoint's own weights, in 0.001 nats a"
+        f" token. All of it in {FORMATS[0]} has {1e3 * made.base:.2f}; what was chosen should have"
+        f" {1e3 * (made.base + made.choice.loss):.2f}, and has {1e3 * made.loss:.2f}."
+    )
+
+
+def _convert_weights(source: Path, output: Path, wanted: Wanted, _: str | None, hub: Mapping[str, Any] | None) -> None:
     from svdengine.converters import convert
     from svdengine.converters.weight_calibration import WeightCalibration
 

@@ -17,6 +17,7 @@ from svdengine.commands.conversion import (
     forecast_of,
     free_bytes,
     shown_bytes,
+    working_bytes,
 )
 from svdengine.files.hub_name import HubName
 from svdengine.files.models_folder import UNFINISHED, file_name, find_kept, models_folder
@@ -103,7 +104,8 @@ def _download_folder(repository: Repository, wanted: Wanted, target: Path) -> Pa
     _tell_download(repository, weights)
     announce(config, wanted, notes)
     copies = 2 if told.calibration_seconds is not None else 1  # a predictor is written into a copy
-    _check_room(repository, weights, target, copies * told.file_bytes)
+    room = max(copies * told.file_bytes, told.file_bytes + working_bytes(config, wanted))
+    _check_room(repository, weights, target, room)
     return download(repository, weights)
 
 

@@ -85,11 +85,16 @@ class ModelWriter:
         metadata: Mapping[str, str] | None = None,
         embedding_dtype: WeightFormat | None = None,
         down_dtype: WeightFormat | None = None,
+        formats: Mapping[str, WeightFormat] | None = None,
     ) -> None:
-        """Lay the file out. Raises ModelFileError when it cannot be made."""
+        """Lay the file out. `formats` has those of single matrices, whatever else is said.
+
+        Raises ModelFileError when it cannot be made.
+        """
         self._specs = {spec.name: spec for spec in tensor_specs(config)}
         matrices = [name for name, spec in self._specs.items() if spec.matrix]
         self._formats = {name: format_for(name, dtype, embedding_dtype, down_dtype) for name in matrices}
+        self._formats.update(formats or {})
         tensors: dict[str, Declared] = {}
         for name, spec in self._specs.items():
             tensors.update(stored_tensors(spec, self._formats.get(name, "f32")))
@@ -168,6 +173,10 @@ class ModelWriter:
     def write_raw(self, name: str, array: NDArray[Any]) -> None:
         """Store one of the `extra` tensors, whole."""
         self._writer.write(name, array)
+
+    def abort(self) -> None:
+        """Give the file up before the block ends."""
+        self._writer.abort()
 
     def _write_rows(self, name: str, parts: Parts, first_row: int) -> None:
         for suffix, part in parts.items():

@@ -72,10 +72,10 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
             key_block, value_block = cache.keys + place * cache.key_head, cache.values + place * cache.value_head
             slot = position % 16
             if cache.kind == KV_Q8:
-                offset = cache.offsets + 4 * (layer * model.kv_heads + kv) * cache.key_dim
+                shape = 4 * (layer * model.kv_heads + kv) * cache.key_dim
                 store_q8(
-                    at, value, offset, key_block, value_block, slot, model.head_dim, cache.key_dim,
-                    model.value_stride, scratch,
+                    at, value, cache.offsets + shape, cache.factors + shape, key_block, value_block, slot,
+                    model.head_dim, cache.key_dim, model.value_stride, scratch,
                 )  # fmt: skip
             else:
                 store_key_value(at, value, key_block, value_block, slot, model.head_dim, model.value_stride, cache.kind)
@@ -95,7 +95,8 @@ def attend_group(model, cache, inputs, layer, row, rows, kv, head, heads, work, 
         r = row + t // heads
         at = work.q + r * work.q_stride + 4 * (head + t % heads) * model.head_dim
         if cache.kind == KV_Q8:
-            gather_q8(at, t, count, model.head_dim, cache.key_dim, queries, scores)
+            factor = cache.factors + 4 * (layer * model.kv_heads + kv) * cache.key_dim
+            gather_q8(at, t, count, model.head_dim, cache.key_dim, factor, queries, scores)
         else:
             gather_query(at, t, count, model.head_dim, cache.key_dim, queries)
         position = np.int64(inputs.positions[r])

@@ -40,7 +40,7 @@ from svdengine.kernels.cpu.workspace import (
 )
 from svdengine.kernels.executor import Logits, NeuronCounts
 from svdengine.kernels.formats import padded_columns
-from svdengine.kernels.kv_q8 import key_offsets
+from svdengine.kernels.kv_q8 import key_shape
 from svdengine.kernels.predictor import Predictor, largest_rank
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig
@@ -63,7 +63,7 @@ class CpuExecutor(BaseExecutor):
             config, setup.arrays, setup.formats, tables, in_panels=self.copied, threads=self.threads
         )
         self.copies = tuple(copies)
-        self._kv = allocate_kv(self._model, self.block_count, setup.kv_dtype, key_offsets(config, setup.arrays))
+        self._kv = allocate_kv(self._model, self.block_count, setup.kv_dtype, key_shape(config, setup.arrays))
         self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
         self._inputs = _inputs(self.max_batch_rows, self._max_blocks, self.threads, config.layer_count)
         self._work = self._allocate_workspace()

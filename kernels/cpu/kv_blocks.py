@@ -18,11 +18,11 @@ from svdengine.kernels.kv_q8 import GROUP, PACKED, group_count, pack_kv, unpack_
 
 
 def allocate_kv(
-    model: Model, block_count: int, kv_dtype: KvDtype, offsets: NDArray[np.float32]
+    model: Model, block_count: int, kv_dtype: KvDtype, shape: tuple[NDArray[np.float32], NDArray[np.float32]]
 ) -> KvBlocks | QuantizedKvBlocks:
-    """An empty pool. `offsets`: what keys in 8 bits are stored without (`key_offsets`)."""
+    """An empty pool. `shape`: what is done to keys before they are rounded (`key_shape`)."""
     if kv_dtype == "q8":
-        return QuantizedKvBlocks(model, block_count, offsets)
+        return QuantizedKvBlocks(model, block_count, *shape)
     return KvBlocks(model, block_count, np.dtype(np.float32 if kv_dtype == "f32" else np.float16))
 
 
@@ -40,7 +40,7 @@ class KvBlocks:
         self._values = values.view(dtype).reshape(*heads, BLOCK_SIZE, model.value_stride)
         self.bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
         kind = KV_F16 if dtype == np.float16 else KV_F32
-        self.cache = Cache(keys.ctypes.data, values.ctypes.data, key_head, value_head, block_count, key_dim, kind, 0)
+        self.cache = Cache(keys.ctypes.data, values.ctypes.data, key_head, value_head, block_count, key_dim, kind, 0, 0)
 
     def read(self, blocks: Sequence[int]) -> NDArray[Any]:
         """See BlockStore."""
@@ -61,7 +61,9 @@ class KvBlocks:
 class QuantizedKvBlocks:
     """The same in 8 bits, as kv_q8.py lays them out. A block of a head is levels, then scales, to a cache line."""
 
-    def __init__(self, model: Model, block_count: int, offsets: NDArray[np.float32]) -> None:
+    def __init__(
+        self, model: Model, block_count: int, offsets: NDArray[np.float32], factors: NDArray[np.float32]
+    ) -> None:
         self._groups, self._value_stride = group_count(model.head_dim), model.value_stride
         key_dim = GROUP * self._groups
         scales = 2 * self._groups * BLOCK_SIZE
@@ -71,8 +73,11 @@ class QuantizedKvBlocks:
         keys, values = aligned(count * key_head), aligned(count * value_head)
         self._keys, self._values = keys.reshape(*heads, key_head), values.reshape(*heads, value_head)
         self.bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
-        self._offsets = np.zeros((*heads[:2], key_dim), np.float32)
-        self._offsets[..., : model.head_dim] = offsets
+        self._offsets, self._factors = (
+            np.zeros((*heads[:2], key_dim), np.float32),
+            np.ones((*heads[:2], key_dim), np.float32),
+        )
+        self._offsets[..., : model.head_dim], self._factors[..., : model.head_dim] = offsets, factors
         self.cache = Cache(
             keys.ctypes.data,
             values.ctypes.data,
@@ -82,6 +87,7 @@ class QuantizedKvBlocks:
             key_dim,
             KV_Q8,
             self._offsets.ctypes.data,
+            self._factors.ctypes.data,
         )
 
     def read(self, blocks: Sequence[int]) -> NDArray[np.uint8]:

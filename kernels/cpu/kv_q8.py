@@ -101,17 +101,18 @@ def round_group(x, scale_at, levels):
 
 
 @jit
-def store_q8(key, value, offset, key_block, value_block, slot, head_dim, key_dim, value_stride, scratch):
-    """Write one token's key head, less the offset (key_dim), and its value head into their slot of a block."""
+def store_q8(key, value, offset, factor, key_block, value_block, slot, head_dim, key_dim, value_stride, scratch):
+    """Write one token's key head, less offset and divided by factor (key_dim), and its value head into a block."""
     levels, staging = scratch, scratch + 64
     groups = key_dim // GROUP
     key_scales, value_scales = key_block + 16 * key_dim, value_block + 16 * value_stride
     for g in range(groups):
         count = min(GROUP, head_dim - GROUP * g)
         at = 2 * (16 * g + slot)
-        x, less = load_group(key + 4 * GROUP * g, count, staging), offset + 4 * GROUP * g
-        store_f32(staging, load_f32(x) - load_f32(less))
-        store_f32(staging + 64, load_f32(x + 64) - load_f32(less + 64))
+        x = load_group(key + 4 * GROUP * g, count, staging)
+        for half in range(4 * GROUP * g, 4 * GROUP * (g + 1), 64):
+            shaped = (load_f32(x + half - 4 * GROUP * g) - load_f32(offset + half)) / load_f32(factor + half)
+            store_f32(staging + half - 4 * GROUP * g, shaped)
         round_group(staging, key_scales + at, levels)
         for i in range(8):
             store_int(key_block + _KEYS * g + 64 * i + 4 * slot, load_int(levels + 4 * i))
@@ -121,12 +122,13 @@ def store_q8(key, value, offset, key_block, value_block, slot, head_dim, key_dim
 
 
 @jit
-def gather_q8(query, t, count, head_dim, key_dim, to, staging):
-    """Query t of a tile of `count`, in integers."""
+def gather_q8(query, t, count, head_dim, key_dim, factor, to, staging):
+    """Query t of a tile of `count`, in integers, times what keys were divided by."""
     for g in range(key_dim // GROUP):
         at = to + QUERY * (g * count + t)
         x = load_group(query + 4 * GROUP * g, min(GROUP, head_dim - GROUP * g), staging)
-        a, b = load_f32(x), load_f32(x + 64)
+        more = factor + 4 * GROUP * g
+        a, b = load_f32(x) * load_f32(more), load_f32(x + 64) * load_f32(more + 64)
         scale = max_lanes(maximum_f32(absolute_f32(a), absolute_f32(b))) / _BOTH_PLANES
         inverse = splat_f32(_ONE / scale if scale > _ZERO else _ZERO)
         a, b = round_f32(a * inverse), round_f32(b * inverse)

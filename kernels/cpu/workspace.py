@@ -66,7 +66,8 @@ class Cache(NamedTuple):
     blocks: int
     key_dim: int  # dimensions of a stored key: head_dim, padded
     kind: int  # KV_F32, KV_F16 or KV_Q8, of attention_tile.py
-    offsets: int  # (layers, kv heads, key_dim) float32: what keys are stored without; only in 8 bits
+    offsets: int  # (layers, kv heads, key_dim) float32: what keys are stored without; only in 8 bits, as is the next
+    factors: int  # of the same shape: what they are divided by then
 
 
 class Inputs(NamedTuple):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from model_zoo import block_table, make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
+from model_zoo import MIXED, block_table, make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
 
 from svdengine.kernels.base_executor import ExecutorSetup
@@ -25,9 +25,13 @@ LENGTH = 37
 
 @contextmanager
 def executors(
-    config: ModelConfig, weight_format: WeightFormat, threads: int = 2, kv_dtype: KvDtype = "f32"
+    config: ModelConfig,
+    weight_format: WeightFormat,
+    threads: int = 2,
+    kv_dtype: KvDtype = "f32",
+    others: Mapping[str, WeightFormat] | None = None,
 ) -> Iterator[tuple[CpuExecutor, ReferenceExecutor]]:
-    arrays, formats, exact = stored(config, weight_format)
+    arrays, formats, exact = stored(config, weight_format, others=others)
     setup = ExecutorSetup(config, arrays, formats, block_count=16, max_batch_rows=64, kv_dtype=kv_dtype)
     cpu = CpuExecutor(setup, threads=threads)
     try:
@@ -68,6 +72,15 @@ def test_every_format_agrees_with_its_dequantised_weights(name: str, weight_form
         expected = run_in_chunks(reference, tokens, [LENGTH])
         for sizes in ([LENGTH], [1] * LENGTH, [6, 5, 4, 3, 2, 6, 5, 4, 2]):
             assert kl_divergence(expected, run_in_chunks(cpu, tokens, sizes)) < bound
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_relu_biases"])
+def test_matrices_that_read_the_same_may_have_several_formats(name: str) -> None:
+    tokens = random_tokens(ZOO[name], LENGTH)
+    with executors(ZOO[name], "q4", others=MIXED) as (cpu, reference):
+        expected = run_in_chunks(reference, tokens, [LENGTH])
+        for sizes in ([LENGTH], [1] * LENGTH, [6, 5, 4, 3, 2, 6, 5, 4, 2]):
+            assert kl_divergence(expected, run_in_chunks(cpu, tokens, sizes)) < 1e-6
 
 
 @pytest.mark.parametrize("weight_format", ["f32", "q8"])

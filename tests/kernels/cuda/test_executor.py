@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from model_zoo import block_table, make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
+from model_zoo import MIXED, block_table, make_batch, random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
 from random_predictors import make_predictor
 
@@ -83,7 +83,7 @@ def executors(
     device: Any, config: ModelConfig, weight_format: WeightFormat = "f32", **options: Any
 ) -> Iterator[tuple[CudaExecutor, ReferenceExecutor]]:
     """The executor under test, and the reference with the weights that its stored ones stand for."""
-    arrays, formats, exact = stored(config, weight_format)
+    arrays, formats, exact = stored(config, weight_format, others=options.pop("others", None))
     memory = {name: options.pop(name) for name in ("gpu_memory", "host_memory") if name in options}
     options = {"kv_dtype": "f32", "block_count": 8, "max_batch_rows": 40, **options}
     cuda = CudaExecutor(ExecutorSetup(config, arrays, formats, **options), device=device, **memory)
@@ -110,6 +110,11 @@ def test_float32_agrees_with_the_reference(device: Any, name: str) -> None:
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 def test_every_format_agrees_with_its_dequantised_weights(device: Any, name: str, weight_format: WeightFormat) -> None:
     check(device, MODELS[name], [2, 1], weight_format=weight_format)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_relu_tied"])
+def test_matrices_that_read_the_same_may_have_several_formats(device: Any, name: str) -> None:
+    check(device, MODELS[name], [2, 1], weight_format="q4", others=MIXED)
 
 
 def test_a_prompt_is_read_in_tiles(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
