@@ -1,6 +1,5 @@
 """Calibration end to end on a small model: budgets, what the result says of itself, files, and what is refused."""
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +9,8 @@ from model_zoo import random_tokens, random_weights, zoo
 
 from svdengine.converters import calibration, calibration_size
 from svdengine.converters.calibration import CalibrationOptions, calibrate
-from svdengine.converters.end_to_end import mean_loss, sparse_loss
-from svdengine.converters.statistics import is_held_out
+from svdengine.converters.end_to_end import LossMeter
+from svdengine.converters.split_text import ONE_KIND, is_held_out
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.model_writer import ModelWriter
@@ -80,8 +79,11 @@ def test_the_loss_budget_is_met_and_used(model: ModelFile, executor: ReferenceEx
     options = CalibrationOptions(kind="lowbit", bits=2, max_loss=0.01)
     found = calibrate(model, executor, WINDOWS, options, progress=lambda stage, *_: stages.append(stage))
     held_out = [w for i, w in enumerate(WINDOWS) if is_held_out(i)]
-    rise = math.expm1(sparse_loss(executor, found, held_out) - mean_loss(executor, held_out))
-    assert rise <= 0.01 + 1e-6 and rise == pytest.approx(found.about["outcome"]["perplexity_rise"], abs=1e-5)
+    meter = LossMeter(executor, {ONE_KIND: held_out})
+    cost = meter.costs(found)[ONE_KIND]
+    assert 0.001 < cost.expected_rise <= 0.01 + 1e-6 and cost.tokens == sum(len(w) - 1 for w in held_out)
+    assert found.about["outcome"]["perplexity_rise"] == pytest.approx(cost.expected_rise, abs=1e-5)
+    assert found.about["kinds"][ONE_KIND]["kl"] == pytest.approx(cost.kl, abs=1e-5)
     assert all(row["predicted_density"] < 0.9 for row in found.about["table"])
     assert executor.ffn == "dense" and executor.predictor is None
     assert list(dict.fromkeys(stages)) == ["statistics", "layers", "loss"]
