@@ -21,7 +21,13 @@ from svdengine.converters.predictor_folder import PredictorFolder, open_predicto
 from svdengine.converters.predictor_quality import mean_auroc, select
 from svdengine.converters.predictors import find_basis, sampled_deviation
 from svdengine.converters.split_text import SplitText, Windows, one_in_five
-from svdengine.converters.statistics import SampledMoments, Statistics, StatisticsCollector, collect_statistics
+from svdengine.converters.statistics import (
+    FIT_ROWS,
+    SampledMoments,
+    Statistics,
+    StatisticsCollector,
+    collect_statistics,
+)
 from svdengine.converters.thresholds import (
     CALIBRATORS,
     STRICTNESS,
@@ -255,7 +261,8 @@ def _collector(
 ) -> StatisticsCollector:
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
-        return StatisticsCollector(config.layer_count, config.hidden_size, moments=size.moments)
+        rows = max(FIT_ROWS, size.threshold_rows)
+        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
     return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
