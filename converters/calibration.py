@@ -48,7 +48,7 @@ TrainedPredictors = PowerInferFile | PredictorFolder
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 
-MAX_LOSS = 0.001  # the default budget: on it hangs that 99 in 100 tokens stay the likeliest
+MAX_LOSS = 0.0005  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
 GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
 # Where the search for a budget begins: a price, or a share of active tokens that is missed.
 _FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 5e-3, "recall": 1e-2, "uniform": 1e-2}

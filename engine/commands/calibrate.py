@@ -128,7 +128,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--max-loss",
     type=Number(),
     metavar="X",
-    help="Budget: rise of the perplexity on the worst kind of held-out text.  [default: 0.001]",
+    help="Budget: rise of the perplexity on the worst kind of held-out text.  [default: 0.0005]",
 )
 @click.option(
     "--max-error", type=Number(), metavar="X", help="Budget: share of each FFN's output energy that is missed."
