@@ -10,6 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
+from svdengine.kernels.cpu import isa
 from svdengine.kernels.cpu.dot import BIAS, emit_dot
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_CODES, ROW, SCALE
@@ -22,6 +23,7 @@ from svdengine.kernels.cpu.simd import (
     I32,
     I32V,
     I64,
+    ISA,
     address,
     emit_f16,
     emit_prefetch,
@@ -36,6 +38,7 @@ from svdengine.kernels.cpu.simd import (
 from svdengine.kernels.formats import WeightFormat
 
 AHEAD = 6144  # bytes ahead of a panel's values that memory is asked for
+_NEVER = 1 << 40
 _ROW_BYTES: dict[WeightFormat, int] = {"q8": 64, "q6": 48, "q4": 32}  # of 64 columns
 
 
@@ -140,27 +143,32 @@ def panel_tile(weight_format: WeightFormat, count: int) -> Any:
 def _by_rows(weight_format: WeightFormat) -> Any:
     """A panel times n activation rows. Rows up to the next tile size may be read and written.
 
-    Levels that have to be unpacked leave no registers for tiles of 8 rows: those were slower.
+    The largest tile is what the registers hold: where a vector takes two of sixteen, 2 rows. With AVX-512 it is 8 rows,
+    and 4 where levels have to be unpacked.
     """
-    tile_4, tile_2, tile_1 = (panel_tile(weight_format, count) for count in (4, 2, 1))
-    tile_8 = panel_tile(weight_format, 8) if weight_format == "q8" else tile_4
-    widest = 8 if weight_format == "q8" else 4
+    widest = 2 if ISA != isa.AVX512 else 8 if weight_format == "q8" else 4
+    tile_1, tile_2 = panel_tile(weight_format, 1), panel_tile(weight_format, 2)
+    tile_4 = panel_tile(weight_format, 4) if widest >= 4 else tile_2
+    tile_8 = panel_tile(weight_format, 8) if widest >= 8 else tile_4
+    eight, three = 8 if widest >= 8 else _NEVER, 3 if widest >= 4 else _NEVER  # rows from which a tile is taken
 
     @jit
     def times_rows(values, scales, minima, units, x, x_stride, columns, bias, out, out_stride, n):
         t = 0
         while t < n:
             rows, to = x + t * x_stride, out + t * out_stride
-            if widest > 4 and n - t >= 8:
+            if n - t >= eight:
                 tile_8(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
-                t += 4
-            elif n - t > 2:
+                t += 8
+            elif n - t >= three:
                 tile_4(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
-            elif n - t > 1:
+                t += 4
+            elif n - t >= 2:
                 tile_2(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
+                t += 2
             else:
                 tile_1(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
-            t += 4
+                t += 1
 
     return times_rows
 

@@ -10,6 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
+from svdengine.kernels.cpu import isa
 from svdengine.kernels.cpu.dot import emit_dot
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
@@ -19,6 +20,7 @@ from svdengine.kernels.cpu.simd import (
     I32,
     I32V,
     I64,
+    ISA,
     address,
     fused,
     index,
@@ -133,7 +135,11 @@ def transpose_words(builder, source, stride, to):
         store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
 
 
-integer_tile_8, integer_tile_4, integer_tile_2 = (integer_tile(t) for t in (8, 4, 2))
+# Where a vector takes two of sixteen registers, tiles of integers hold 2 rows: more were slower.
+_WIDE = ISA == isa.AVX512
+integer_tile_2 = integer_tile(2)
+integer_tile_4, integer_tile_8 = (integer_tile(t) if _WIDE else integer_tile_2 for t in (4, 8))
+_FIVE, _THREE = (5, 3) if _WIDE else (1 << 40, 1 << 40)  # rows from which a tile of 8, of 4 is taken
 float_tile_8, float_tile_4, float_tile_2 = float_tile(8), float_tile(4), float_tile(2)
 
 
@@ -142,10 +148,10 @@ def integer_tiles(panel, x, x_stride, columns, out, out_stride, n):
     """out (n, 16) += panel times n quantised rows. Rows up to the next tile size may be read and written."""
     t = 0
     while t < n:
-        if n - t > 4:
+        if n - t >= _FIVE:
             integer_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
             t += 8
-        elif n - t > 2:
+        elif n - t >= _THREE:
             integer_tile_4(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
             t += 4
         else:
