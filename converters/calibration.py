@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -11,29 +11,31 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from svdengine.converters.calibration_size import CalibrationSize, calibration_size, paper_rank
-from svdengine.converters.end_to_end import SparseExecutor, mean_loss, sparse_loss
+from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
-from svdengine.converters.loss_search import MAX_TRIALS, search_error
+from svdengine.converters.loss_search import MAX_TRIALS, Scale, search_strictness
 from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, build_paper_predictor
 from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
 from svdengine.converters.predictor_folder import PredictorFolder, open_predictor_folder
 from svdengine.converters.predictor_quality import mean_auroc, select
 from svdengine.converters.predictors import find_basis, sampled_deviation
+from svdengine.converters.split_text import SplitText, Windows, one_in_five
 from svdengine.converters.statistics import (
+    FIT_ROWS,
     SampledMoments,
     Statistics,
     StatisticsCollector,
-    Windows,
     collect_statistics,
-    is_held_out,
 )
 from svdengine.converters.thresholds import (
     CALIBRATORS,
+    STRICTNESS,
     Calibrator,
     ThresholdTable,
     calibrate_thresholds,
     fixed_thresholds,
+    level_of_strictness,
     make_sample,
 )
 from svdengine.errors import ConversionError
@@ -46,8 +48,10 @@ TrainedPredictors = PowerInferFile | PredictorFolder
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 
-MAX_LOSS = 0.005  # the default budget
+MAX_LOSS = 0.0005  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
 GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
+# Where the search for a budget begins: a price, or a share of active tokens that is missed.
+_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 5e-3, "recall": 1e-2, "uniform": 1e-2}
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
 
@@ -69,7 +73,7 @@ class CalibrationOptions:
     thresholds: Calibrator | Literal["greedy"] = "error"
     share: float | None = None  # the paper's s
     ablation: Ablation | None = None  # of the paper
-    max_loss: float | None = None  # rise of the held-out perplexity, as a share: 0.005 is half a percent
+    max_loss: float | None = None  # rise of perplexity on the worst held-out kind, as a share
     max_error: float | None = None  # share of the FFN output's energy that is missed, in each layer
     density: float | None = None  # share of neurons that are predicted, in each layer
 
@@ -140,7 +144,7 @@ class _LayerWork:
 def calibrate(
     model_file: ModelFile,
     executor: SparseExecutor,
-    windows: Windows,
+    text: SplitText | Windows,
     options: CalibrationOptions | None = None,
     *,
     state: Path | None = None,
@@ -148,10 +152,11 @@ def calibrate(
 ) -> Predictor:
     """The predictor of a model, from windows of token ids that resemble what it will read and write.
 
-    One window in five is held out: from these come the errors and densities that are reported, and the loss that
-    bounds them. `state` keeps the statistics of an interrupted pass. Raises ConversionError when the model has no
-    zeros to skip, the text is too short, or a value is not finite.
+    From the held-out ones come the errors and densities that are reported, and the loss that bounds them; of windows
+    that are not split, one in five is held out. `state` keeps the statistics of an interrupted pass. Raises
+    ConversionError when the model has no zeros to skip, the text is too short, or a value is not finite.
     """
+    text = text if isinstance(text, SplitText) else one_in_five(text)
     options = options or CalibrationOptions()
     require_sparse(model_file.config)
     candidates = find_candidates(model_file, options)
@@ -160,8 +165,8 @@ def calibrate(
     fingerprint = model_fingerprint(model_file)
     statistics = collect_statistics(
         executor,
-        windows,
-        _collector(config, size, windows, options),
+        text,
+        _collector(config, size, text, options),
         model=fingerprint,
         state=state,
         progress=lambda done, total: report("statistics", done, total),
@@ -170,9 +175,7 @@ def calibrate(
     for index in range(config.layer_count):
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
         report("layers", index + 1, config.layer_count)
-    held_out = [window for index, window in enumerate(windows) if is_held_out(index) and len(window) > 1]
-    held_out = held_out[:: -(-sum(map(len, held_out)) // size.loss_tokens)] if held_out else []
-    levels, outcome = _meet_budget(executor, work, held_out, options, report)
+    levels, outcome, kinds = _meet_budget(executor, work, text.held_out_kinds(size.loss_tokens), options, report)
     measured = [
         _measure_layer(model_file, statistics, index, w.kind, w.at(level))
         for index, (w, level) in enumerate(zip(work, levels, strict=True))
@@ -183,6 +186,7 @@ def calibrate(
         **({"ablation": options.paper.ablation} if options.thresholds == GREEDY else {}),
         "budget": options.budget,
         "outcome": outcome,
+        "kinds": {kind: _rounded(asdict(cost)) for kind, cost in kinds.items()},
         "fingerprint": fingerprint,
         "tokens": statistics.tokens,
         "table": [row for _, row in measured],
@@ -259,12 +263,13 @@ def _calibrate_layer(
 
 
 def _collector(
-    config: ModelConfig, size: CalibrationSize, windows: Windows, options: CalibrationOptions
+    config: ModelConfig, size: CalibrationSize, text: SplitText, options: CalibrationOptions
 ) -> StatisticsCollector:
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
-        return StatisticsCollector(config.layer_count, config.hidden_size, moments=size.moments)
-    tokens = sum(len(window) for index, window in enumerate(windows) if not is_held_out(index))
+        rows = max(FIT_ROWS, size.threshold_rows)
+        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
+    tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
     return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
 
@@ -278,42 +283,56 @@ def _better_reading(networks: Sequence[Network], x: np.ndarray, truth: Neurons) 
 
 
 def _meet_budget(
-    executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, options: CalibrationOptions, report: Progress
-) -> tuple[list[float], dict[str, float]]:
-    """The level of each layer's thresholds, and what the budget came to."""
+    executor: SparseExecutor,
+    work: list[_LayerWork],
+    held_out: Mapping[str, Windows],
+    options: CalibrationOptions,
+    report: Progress,
+) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
+    """The level of each layer's thresholds, what the budget came to, and what that costs on each kind of text."""
     if options.thresholds in _NO_BUDGET:
-        return [0.0] * len(work), {}
+        return [0.0] * len(work), {}, {}
     ((name, limit),) = options.budget.items()
     if name == "max_error":
-        return [w.table.level_of_error(limit) for w in work], {}
+        return [w.table.level_of_error(limit) for w in work], {}, {}
     if name == "density":
-        return [w.table.level_of_density(limit) for w in work], {}
-    return _meet_loss(executor, work, held_out, limit, report)
+        return [w.table.level_of_density(limit) for w in work], {}, {}
+    return _meet_loss(executor, work, held_out, cast(Calibrator, options.thresholds), limit, report)
 
 
 def _meet_loss(
-    executor: SparseExecutor, work: list[_LayerWork], held_out: Windows, limit: float, report: Progress
-) -> tuple[list[float], dict[str, float]]:
-    """Find the largest error, the same in every layer, at which the held-out perplexity rises by at most `limit`."""
+    executor: SparseExecutor,
+    work: list[_LayerWork],
+    held_out: Mapping[str, Windows],
+    calibrator: Calibrator,
+    limit: float,
+    report: Progress,
+) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
+    """Find the strictest level, the same in every layer, at which no kind of held-out text costs more than `limit`."""
     steps, done = MAX_TRIALS + 1, 1
-    dense = mean_loss(executor, held_out)
+    meter = LossMeter(executor, held_out)
+    costs: dict[float, dict[str, SparseCost]] = {}
     report("loss", done, steps)
 
-    def rise_at(error: float) -> float:
+    def cost_at(strictness: float) -> float:
         nonlocal done
-        levels = [w.table.level_of_error(error) for w in work]
-        trial = Predictor(tuple(w.at(level) for w, level in zip(work, levels, strict=True)), {})
-        rise = math.expm1(sparse_loss(executor, trial, held_out) - dense)
+        level = level_of_strictness(calibrator, strictness)
+        costs[strictness] = meter.costs(Predictor(tuple(w.at(level) for w in work), {}))
         done += 1
-        report("loss", done, steps)
-        return rise
+        report("loss", min(done, steps), steps)
+        return max(cost.expected_rise for cost in costs[strictness].values())
 
-    found = search_error(rise_at, limit)
+    scale = STRICTNESS[calibrator]
+    found = search_strictness(cost_at, limit, Scale(float(scale[0]), float(scale[-1]), _FIRST_TRIALS[calibrator]))
+    if found.strictness not in costs:
+        cost_at(found.strictness)  # the least strict of all, which costs more than was wanted
     if done < steps:
         report("loss", steps, steps)
-    outcome = {"error": found.error, "perplexity": math.exp(dense)}
-    levels = [w.table.level_of_error(found.error) for w in work]
-    return levels, outcome if math.isnan(found.rise) else {**outcome, "perplexity_rise": found.rise}
+    kinds = costs[found.strictness]
+    rise = max(cost.expected_rise for cost in kinds.values())
+    name = "price" if calibrator == "error" else "missed"
+    outcome = {name: found.strictness, "perplexity": meter.perplexity, "perplexity_rise": rise}
+    return [level_of_strictness(calibrator, found.strictness)] * len(work), outcome, kinds
 
 
 def _measure_layer(
@@ -335,6 +354,10 @@ def _measure_layer(
         "dense_bytes": _dense_bytes(layer),
     }
     return replace(predictor, frequency=(found > 0).mean(0, dtype=np.float32).astype(np.float16)), row
+
+
+def _rounded(values: Mapping[str, float]) -> dict[str, float]:
+    return {name: value if isinstance(value, int) else round(value, 6) for name, value in values.items()}
 
 
 def _auroc(found: np.ndarray, truth: Neurons) -> float | None:

@@ -28,11 +28,10 @@ def calibration_size(config: ModelConfig) -> CalibrationSize:
 
     From d = 2048 on an SVD of about 2.3 % of the neurons costs 0.7 bits a gate weight, takes seconds to make where a
     low-bit copy takes a minute, and is the paper's own choice. The second moments of 32 layers of d = 4096 would fill
-    4 GB, their sampled rows 1.5 GB. They may be fewer than d: the SVD
-    is a projection, which takes no inverse.
+    4 GB, their sampled rows 1.5 GB. They may be fewer than d: the SVD is a projection, which takes no inverse.
     """
     if config.hidden_size < LARGE:
-        return CalibrationSize("lowbit", None, 16_384, 8192, 5000, 16, True, True)
+        return CalibrationSize("lowbit", None, 24_576, 16_384, 5000, 16, True, True)
     rank = paper_rank(config.hidden_size, config.ffn_size)
     return CalibrationSize("svd", rank, 4096, 2048, 768, 16, False, False)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from svdengine.converters.split_text import SplitText, one_in_five
 from svdengine.errors import ConversionError, RequestError
 from svdengine.scheduling.sampling import SamplingParams
 
@@ -59,18 +60,20 @@ QUESTIONS = (
 )
 
 
-def file_windows(llm: LLM, paths: Sequence[Path], tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:
+def split_files(llm: LLM, paths: Sequence[Path], tokens: int = TOKENS, window: int = WINDOW) -> SplitText:
     """Windows of text files and, by the suffix .jsonl, of files of chats, in random order: the same share of each file.
 
-    Raises ConversionError as `text_windows` and `chat_windows` do.
+    Each file is a kind of text, by its name, and has one window in five held out, about. Raises ConversionError as
+    `text_windows` and `chat_windows` do.
     """
     share = max(1, tokens // len(paths))
-    windows: list[list[int]] = []
+    found: list[tuple[list[int], str]] = []
     for path in paths:
-        windows += (chat_windows if path.suffix == ".jsonl" else text_windows)(llm, path, share, window)
+        windows = (chat_windows if path.suffix == ".jsonl" else text_windows)(llm, path, share, window)
+        found += [(ids, path.name) for ids in windows]
     # Every fifth window is held out: in random order these come from all files.
-    order = np.random.default_rng(0).permutation(len(windows)) if len(paths) > 1 else range(len(windows))
-    return [windows[i] for i in order]
+    order = np.random.default_rng(0).permutation(len(found)) if len(paths) > 1 else range(len(found))
+    return one_in_five([found[i][0] for i in order], [found[i][1] for i in order])
 
 
 def text_windows(llm: LLM, path: Path, tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.converters.calibration_text import file_windows
+from svdengine.converters.calibration_text import split_files
 from svdengine.converters.checkpoint import Checkpoint, describe_files
 from svdengine.converters.default_formats import calibrated_formats
 from svdengine.converters.machine_text import WINDOW, machine_windows
@@ -183,7 +183,7 @@ def calibration_windows(checkpoint: Checkpoint, calibration: WeightCalibration) 
     tokens = calibration.tokens_for(checkpoint.config)
     if calibration.text:
         reader: Any = _Reader(tokenizer, stored.chat_template)
-        windows = file_windows(reader, calibration.text, tokens, window)
+        windows = [list(ids) for ids in split_files(reader, calibration.text, tokens, window).windows]
     else:
         windows = machine_windows(tokenizer, stored.chat_template, tokens, window)
     if not windows or max(map(max, windows)) >= checkpoint.config.vocab_size:

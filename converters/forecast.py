@@ -21,8 +21,8 @@ _PREDICTOR_BITS = 2.2  # a weight of the gate, of the default predictor: two bit
 _ABOUT_PREDICTOR = 4096  # bytes of a layer's share of header and description
 
 # Seconds of one core, for each parameter and for each product of a fit: of a model with 135 M parameters, which writes
-# its text itself, and of Llama-2-7B's shape (BENCHMARKS.md, "Calibrating a 7B model").
-_SMALL = (1.5e-6, 1.06e-9)
+# some of its text itself, and of Llama-2-7B's shape (BENCHMARKS.md, "Calibrating a 7B model").
+_SMALL = (3.3e-6, 1.06e-9)
 _LARGE = (1.4e-7, 1.1e-10)
 
 
@@ -96,8 +96,8 @@ def predictor_bytes(config: ModelConfig, kind: str, rank: int | None, thresholds
 def calibration_seconds(config: ModelConfig, cores: int) -> float:
     """Roughly how long the default calibration takes.
 
-    A small model writes the text and reads it ten times or so, a large one reads less; each layer's fit multiplies its
-    gate with the covariance of the inputs.
+    A small model writes some of the text and reads all of it a few times, a large one reads less; each layer's fit
+    multiplies its gate with the covariance of the inputs.
     """
     per_parameter, per_product = _SMALL if calibration_size(config).written else _LARGE
     parameters = sum(math.prod(spec.shape) for spec in tensor_specs(config))

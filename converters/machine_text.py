@@ -1,15 +1,15 @@
-"""Text of many kinds that every machine has, to calibrate weights on: no model has to write it.
+"""Text of many kinds that every machine has, to calibrate on: no model has to write it.
 
-Passages of our own writing (calibration_passages.txt: prose, letters, questions, chats, several languages, markup),
-source code and documentation of Python's standard library, and descriptions of installed packages. Nobody's license is
-among them, and no file of the user.
+Passages of our own writing (calibration_passages.txt: each begins with a line `%% kind`), source code and documentation
+of Python's standard library, and descriptions of installed packages. Nobody's license is among them, and no file of the
+user.
 """
 
 from __future__ import annotations
 
 import ast
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata, resources
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from svdengine.text.tokenizer import Tokenizer
 
 WINDOW = 256  # tokens
 
-_SEPARATOR = "\n%%\n"  # between passages
+CODE, DOCUMENTATION, DESCRIPTIONS = "Python", "documentation", "packages"  # kinds that are not passages
+_HEADING = "%% "  # of a passage, before its kind
 _USER, _ASSISTANT = "User: ", "Assistant: "
 _SIZES = range(8_000, 200_000)  # bytes of source files that are taken
 _MOST_FILES = 400
@@ -34,23 +35,55 @@ def machine_windows(tokenizer: Tokenizer, template: str | None, tokens: int, win
     Chats are written by the model's `template`, where it has one that works. The same machine and tokenizer give the
     same windows. Raises ModelFileError when there is no tokenizer.
     """
+    found = machine_kinds(tokenizer, template, window)
+    others = [found.pop(name) for name in (CODE, DOCUMENTATION, DESCRIPTIONS)]
+    kinds = [_in_turn(list(found.values())), *others]
+    windows: list[list[int]] = []
+    count = 0
+    for ids in _in_turn(kinds):
+        windows.append(ids)
+        count += len(ids)
+        if count >= tokens:
+            break
+    return windows
+
+
+def machine_kinds(tokenizer: Tokenizer, template: str | None, window: int = WINDOW) -> dict[str, Iterator[list[int]]]:
+    """Windows of each kind of text by its name: the kinds of passages, then code, documentation and descriptions.
+
+    Raises ModelFileError when there is no tokenizer.
+    """
     start = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     cut = _Cutter(tokenizer, start, window)
     chat = _chat_template(template, tokenizer)
-    kinds = [_passages(cut, chat), _sources(cut, _code), _sources(cut, _documentation), _descriptions(cut)]
-    windows: list[list[int]] = []
-    count = 0
-    while kinds and count < tokens:
-        for kind in list(kinds):
+    kinds = {kind: _passages(texts, cut, chat) for kind, texts in read_passages().items()}
+    return kinds | {
+        CODE: _sources(cut, _code),
+        DOCUMENTATION: _sources(cut, _documentation),
+        DESCRIPTIONS: _descriptions(cut),
+    }
+
+
+def read_passages() -> Mapping[str, Sequence[str]]:
+    """The passages of our own by their kind."""
+    text = resources.files("svdengine.converters").joinpath("calibration_passages.txt").read_text(encoding="utf-8")
+    kinds: dict[str, list[str]] = {}
+    for passage in f"\n{text.strip()}".split(f"\n{_HEADING}")[1:]:
+        kind, _, body = passage.partition("\n")
+        kinds.setdefault(kind, []).append(body)
+    return kinds
+
+
+def _in_turn(kinds: Sequence[Iterator[list[int]]]) -> Iterator[list[int]]:
+    """One window of each kind after the other, until all have ended."""
+    left = list(kinds)
+    while left:
+        for kind in list(left):
             ids = next(kind, None)
             if ids is None:
-                kinds.remove(kind)
-                continue
-            windows.append(ids)
-            count += len(ids)
-            if count >= tokens:
-                break
-    return windows
+                left.remove(kind)
+            else:
+                yield ids
 
 
 class _Cutter:
@@ -77,9 +110,8 @@ def _chat_template(template: str | None, tokenizer: Tokenizer) -> ChatTemplate |
         return None
 
 
-def _passages(cut: _Cutter, chat: ChatTemplate | None) -> Iterator[list[int]]:
-    text = resources.files("svdengine.converters").joinpath("calibration_passages.txt").read_text(encoding="utf-8")
-    for passage in text.split(_SEPARATOR):
+def _passages(texts: Sequence[str], cut: _Cutter, chat: ChatTemplate | None) -> Iterator[list[int]]:
+    for passage in texts:
         ids = _chat_ids(chat, passage) if chat is not None and passage.startswith(_USER) else None
         found = cut.text(passage) if ids is None else cut.ids(ids)
         if found is not None:

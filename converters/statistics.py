@@ -18,15 +18,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.split_text import HELD_OUT_EVERY, SplitText, Windows, one_in_five
 from svdengine.errors import ConversionError
 from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import TensorWriter
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 
-Windows = Sequence[Sequence[int]]  # token ids of each window
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
-HELD_OUT_EVERY = 5  # one window in five is held out
 FIT_ROWS = 8192
 HELD_OUT_ROWS = 2048
 _SAVE_SECONDS = 60.0
@@ -79,11 +78,6 @@ class SampledMoments(Sequence[LayerStatistics]):
             return [self[index] for index in range(*layer.indices(len(self)))]
         x = self._rows[layer].astype(np.float32)
         return LayerStatistics(x.mean(0, dtype=np.float64), (x.T @ x).astype(np.float64) / len(x))
-
-
-def is_held_out(window: int) -> bool:
-    """Whether the window with this index is kept for measuring."""
-    return window % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
 
 
 def needed_tokens(hidden_size: int) -> int:
@@ -220,20 +214,23 @@ class StatisticsCollector:
 
 def collect_statistics(
     source: FfnInputs,
-    windows: Windows,
+    text: SplitText | Windows,
     collector: StatisticsCollector,
     *,
     model: str = "",
     state: Path | None = None,
     progress: Progress | None = None,
 ) -> Statistics:
-    """Run `windows` through `source` and return their statistics.
+    """Run the windows of `text` through `source` and return their statistics.
 
+    Of windows that are not split, one in five is held out.
     With `state`, progress is kept in that file now and then and taken up from it; after a whole pass it holds the
     result, from which other predictors can be made at once. `model`, the model's fingerprint, tells such files apart.
     Raises ConversionError on inputs that are not finite, on too few tokens, and on a state file of another text.
     """
-    fingerprint = f"{model} {windows_fingerprint(windows)}"
+    text = text if isinstance(text, SplitText) else one_in_five(text)
+    windows = text.windows
+    fingerprint = f"{model} {windows_fingerprint(text)}"
     if state is not None and state.exists():
         collector.load(state, fingerprint)
     saved, first, whole = time.monotonic(), collector.windows_done, True
@@ -241,7 +238,7 @@ def collect_statistics(
         for index in range(collector.windows_done, len(windows)):
             inputs = np.concatenate([source.ffn_inputs(b) for b in window_batches(windows[index], source)], 1)
             whole = False  # an interruption must not leave a state with half a window
-            collector.add(inputs, is_held_out(index))
+            collector.add(inputs, text.held_out[index])
             collector.windows_done, whole = index + 1, True
             if progress is not None:
                 progress(index + 1, len(windows))
@@ -254,11 +251,11 @@ def collect_statistics(
     return collector.result()
 
 
-def windows_fingerprint(windows: Windows) -> str:
-    """A hash of all token ids and of where the windows end."""
+def windows_fingerprint(text: SplitText) -> str:
+    """A hash of all token ids, of where the windows end, and of which are held out."""
     digest = hashlib.sha256()
-    for window in windows:
-        digest.update(np.asarray([*window, -1], np.int64).tobytes())
+    for window, held_out in zip(text.windows, text.held_out, strict=True):
+        digest.update(np.asarray([*window, -2 if held_out else -1], np.int64).tobytes())
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ converters/ffn_layer.py: a neuron's share of a token's squared FFN output.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +28,8 @@ CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
 # Energy that may be lost for the bytes of one dense FFN; and the levels of the other calibrators.
 LAMBDAS = np.geomspace(1e-6, 10.0, 43)
 RECALLS = 1 - np.concatenate([[0.0], np.geomspace(1e-5, 0.9, 64)])
+# What the levels of a table stand for, ascending; the same in all layers. 1e-6 stands for a recall of all.
+STRICTNESS = {"error": LAMBDAS, "recall": np.maximum(1 - RECALLS, 1e-6), "uniform": np.maximum(1 - RECALLS, 1e-6)}
 SLACK = 0.25  # of the spread by which thresholds are lowered, since new tokens miss more than those that were fitted
 
 Array = NDArray[np.float32]
@@ -67,6 +70,12 @@ class ThresholdTable:
     def _split(self, level: float) -> tuple[int, np.float32]:
         low = min(max(int(level), 0), len(self.thresholds) - 2)
         return low, np.float32(min(max(level - low, 0.0), 1.0))
+
+
+def level_of_strictness(calibrator: Calibrator, strictness: float) -> float:
+    """The level of a price (error) or of a share of active tokens that may be missed (recall, uniform)."""
+    known = np.log(STRICTNESS[calibrator])
+    return float(np.interp(math.log(strictness), known, np.arange(len(known))))
 
 
 def make_sample(scores: Array, neurons: Neurons, estimates: bool = True) -> Sample:

@@ -83,7 +83,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--tokens",
     type=click.IntRange(256, 1 << 31),
     metavar="N",
-    help="Tokens of text to use.  [default: 16384; of a large model 4096]",
+    help="Tokens of text to use.  [default: 24576; of a large model 4096]",
 )
 @click.option(
     "--predictor",
@@ -124,7 +124,12 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     " greedy: as the paper does, with its svd predictor.",
 )
 @paper_options
-@click.option("--max-loss", type=Number(), metavar="X", help="Budget: rise of the perplexity.  [default: 0.005]")
+@click.option(
+    "--max-loss",
+    type=Number(),
+    metavar="X",
+    help="Budget: rise of the perplexity on the worst kind of held-out text.  [default: 0.0005]",
+)
 @click.option(
     "--max-error", type=Number(), metavar="X", help="Budget: share of each FFN's output energy that is missed."
 )
@@ -146,9 +151,9 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def command(model: HubName | Path, output: Path | None, as_json: bool, **options: Any) -> None:
     """Make a predictor for MODEL, a .svdp file or a name of `list`, and write it into that file.
 
-    The text should be like what the model will read and write; without --text, a small model writes it
-    itself, and a large one gets text that every machine has. One
-    window of text in five is held out, and the table that is printed is measured on it. At most one budget may be
+    The text should be like what the model will read and write; without --text it is text of many kinds
+    that every machine has, and a small model writes some of it. Part of the text is held out, of the default
+    one whole kinds, and the tables that are printed are measured on it. At most one budget may be
     given. The file is replaced only when all is done; with -o it is left as it is.
     """
     from svdengine.measuring.predictor_table import predictor_lines, predictor_report
@@ -188,8 +193,8 @@ def calibrate_file(
     """Calibrate a model file as the options of the command say, and write what came of it."""
     from svdengine.converters.calibration import CalibrationOptions, calibrate
     from svdengine.converters.calibration_size import calibration_size, default_kind, default_tokens
-    from svdengine.converters.calibration_text import WINDOW, file_windows
-    from svdengine.converters.machine_text import machine_windows
+    from svdengine.converters.calibration_text import WINDOW, split_files
+    from svdengine.converters.default_text import default_text, written_tokens
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
     from svdengine.loading import load
@@ -203,16 +208,17 @@ def calibrate_file(
         _check_candidates(file, wanted)
         context = min(WINDOW, file.config.max_position)
         tokens = tokens or default_tokens(file.config, thresholds)
-        written = calibration_size(file.config).written
+        writes = calibration_size(file.config).written and not text
     check_writable(output)
     progress = StageProgress()
-    windows = _written_windows(model, device, threads, tokens, context, progress) if written and not text else []
+    written = _written_windows(model, device, threads, written_tokens(tokens), context, progress) if writes else []
     with load(model, device, "dense", threads, context=context, kv_tokens=context) as llm:
         if text:
-            windows = file_windows(llm, text, tokens, context)
-        windows = windows or machine_windows(llm.tokenizer, llm.model_file.chat_template, tokens, context)
+            split = split_files(llm, text, tokens, context)
+        else:
+            split = default_text(llm.tokenizer, llm.model_file.chat_template, tokens, context, written)
         executor: Any = llm.executor
-        predictor = calibrate(llm.model_file, executor, windows, wanted, state=state, progress=progress)
+        predictor = calibrate(llm.model_file, executor, split, wanted, state=state, progress=progress)
         if output.suffix == ".svdp" or output == model:
             write_model_with_predictor(output, llm.model_file, predictor)
         else:

@@ -30,6 +30,15 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
     ("KB", "bytes", lambda size: f"{size / 1e3:.1f}"),
 )
 
+# Of a kind of held-out text: heading, field, and how it is written.
+_COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("tokens", "tokens", "{}".format),
+    ("perplexity", "perplexity", "{:.2f}".format),
+    ("rise", "perplexity_rise", "{:+.2%}".format),
+    ("KL, nats", "kl", "{:.5f}".format),
+    ("same", "agreement", "{:.1%}".format),
+)
+
 
 def predictor_report(predictor: Predictor) -> dict[str, Any]:
     """A description in plain JSON types. `about` may come from any file: what is not as expected is left out."""
@@ -56,6 +65,7 @@ def predictor_report(predictor: Predictor) -> dict[str, Any]:
         "ablation": _text(about["ablation"]) if "ablation" in about else None,
         "budget": _numbers(about.get("budget")),
         "outcome": _numbers(about.get("outcome")),
+        "kinds": _kinds(about.get("kinds")),
         "tokens": _number(about.get("tokens")),
         "layers": layers,
         "totals": {
@@ -73,6 +83,9 @@ def predictor_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [f"predictor: {report['kind']}; thresholds: {report['thresholds']}{ablation}; budget: {budget}"]
     if report["outcome"]:
         lines.append("outcome: " + ", ".join(f"{name} {value:.4g}" for name, value in report["outcome"].items()))
+    if report["kinds"]:
+        lines += ["", _line("held out", [heading for heading, *_ in _COSTS], 18)]
+        lines += [_line(kind, _cells(row, _COSTS), 18) for kind, row in report["kinds"].items()]
     lines += ["", _line("layer", [heading for heading, *_ in _COLUMNS])]
     for row in report["layers"]:
         lines.append(_line(str(row["layer"]), _cells(row)))
@@ -81,12 +94,22 @@ def predictor_lines(report: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _cells(row: Mapping[str, Any]) -> list[str]:
-    return ["-" if row[name] is None else form(row[name]) for _, name, form in _COLUMNS]
+def _cells(row: Mapping[str, Any], columns: tuple[tuple[str, str, Callable[[Any], str]], ...] = _COLUMNS) -> list[str]:
+    return ["-" if row[name] is None else form(row[name]) for _, name, form in columns]
 
 
-def _line(first: str, cells: list[str]) -> str:
-    return f"{first:<6}" + "".join(f"{cell:>11}" for cell in cells)
+def _line(first: str, cells: list[str], width: int = 6) -> str:
+    return f"{first:<{width}}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def _kinds(value: Any) -> dict[str, dict[str, float | int | None]]:
+    """What the predictor costs on each kind of held-out text."""
+    kinds = value.items() if isinstance(value, dict) else ()
+    return {
+        _text(kind): {name: _number(costs.get(name)) for _, name, _ in _COSTS}
+        for kind, costs in kinds
+        if isinstance(costs, dict)
+    }
 
 
 def _number(value: Any) -> float | int | None:

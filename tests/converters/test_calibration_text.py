@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from svdengine.converters.calibration_text import chat_windows, file_windows, sampled_windows, text_windows
-from svdengine.converters.statistics import is_held_out
+from svdengine.converters.calibration_text import chat_windows, sampled_windows, split_files, text_windows
 from svdengine.errors import ConversionError, RequestError
 from svdengine.scheduling.sampling import SamplingParams
 
@@ -59,11 +58,12 @@ def test_files_share_the_tokens_and_the_held_out_windows(tmp_path: Path) -> None
     paths = [tmp_path / name for name in ("a", "b", "c", "d", "e")]
     for path in paths:
         path.write_text(path.name * 1000)
-    windows = file_windows(model(), paths, tokens=1000, window=20)
-    assert [sum(w[0] == ord(p.name) for w in windows) for p in paths] == [10] * 5
-    held_out = [w for i, w in enumerate(windows) if is_held_out(i)]
-    assert len({w[0] for w in held_out}) > 2
-    assert windows == file_windows(model(), paths, tokens=1000, window=20)
+    text = split_files(model(), paths, tokens=1000, window=20)
+    assert [sum(w[0] == ord(p.name) for w in text.windows) for p in paths] == [10] * 5
+    assert all(window[0] == ord(kind) for window, kind in zip(text.windows, text.kinds, strict=True))
+    held_out = text.held_out_kinds(10_000)
+    assert sum(map(len, held_out.values())) == 10 and len(held_out) > 2 and len(text.fitting) == 40
+    assert text == split_files(model(), paths, tokens=1000, window=20)
 
 
 def test_chats_are_written_by_the_template(tmp_path: Path) -> None:

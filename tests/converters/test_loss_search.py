@@ -1,4 +1,4 @@
-"""The search for an error within a loss, on rises of many shapes."""
+"""The search for a strictness within a loss, on rises of many shapes."""
 
 import math
 
@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svdengine.converters.loss_search import ERROR_RANGE, MAX_TRIALS, search_error
+from svdengine.converters.loss_search import MAX_TRIALS, Scale, search_strictness
+
+SCALE = Scale(1e-5, 0.1, 5e-4)
 
 
 @settings(max_examples=200, deadline=None)
@@ -19,15 +21,15 @@ def test_the_limit_is_met_and_nearly_used(scale: float, power: float, limit: flo
         trials.append(error)
         return scale * error**power - gain
 
-    found = search_error(rise_at, limit)
-    assert len(trials) <= MAX_TRIALS and ERROR_RANGE[0] <= found.error <= ERROR_RANGE[1]
+    found = search_strictness(rise_at, limit, SCALE)
+    assert len(trials) <= MAX_TRIALS and SCALE.low <= found.strictness <= SCALE.high
     if math.isnan(found.rise):
         assert rise_at(min(trials)) > limit
         return
-    assert found.rise <= limit and found.rise == rise_at(found.error)
+    assert found.rise <= limit and found.rise == rise_at(found.strictness)
     right = ((limit + gain) / scale) ** (1 / power)
-    if 2 * ERROR_RANGE[0] < right < ERROR_RANGE[1]:
-        assert found.error >= 0.6 * right
+    if 2 * SCALE.low < right < SCALE.high:
+        assert found.strictness >= 0.6 * right
 
 
 def test_a_power_law_takes_few_trials() -> None:
@@ -37,14 +39,14 @@ def test_a_power_law_takes_few_trials() -> None:
         trials.append(error)
         return 30 * error**0.8
 
-    assert search_error(rise_at, 0.005).rise == pytest.approx(0.00475, abs=0.0003)
+    assert search_strictness(rise_at, 0.005, SCALE).rise == pytest.approx(0.00475, abs=0.0003)
     assert len(trials) <= 4
 
 
 def test_where_nothing_is_within_the_limit_the_smallest_error_is_taken() -> None:
-    found = search_error(lambda error: 1.0, 0.01)
-    assert found.error == pytest.approx(ERROR_RANGE[0]) and math.isnan(found.rise)
+    found = search_strictness(lambda error: 1.0, 0.01, SCALE)
+    assert found.strictness == pytest.approx(SCALE.low) and math.isnan(found.rise)
 
 
 def test_where_all_is_within_the_limit_the_error_grows_towards_the_largest() -> None:
-    assert search_error(lambda error: 0.0, 0.01).error > 0.05
+    assert search_strictness(lambda error: 0.0, 0.01, SCALE).strictness > 0.05

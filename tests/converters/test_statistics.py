@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from model_zoo import random_tokens, random_weights, zoo
 
+from svdengine.converters.split_text import is_held_out
 from svdengine.converters.statistics import (
     Reservoir,
     Statistics,
     StatisticsCollector,
     collect_statistics,
-    is_held_out,
     window_batches,
 )
 from svdengine.errors import ConversionError

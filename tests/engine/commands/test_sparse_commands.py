@@ -91,6 +91,18 @@ def test_calibrate_in_place_and_to_a_copy(folder: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chats.jsonl", "copy.svdp", "m.svdp"]
 
 
+def test_what_each_kind_of_held_out_text_costs_is_told_and_kept(folder: Path, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "m.svdp")
+    (tmp_path / "other.txt").write_text(TEXT[::-1], encoding="utf-8")
+    files = ("--text", folder / "text.txt", "--text", tmp_path / "other.txt")
+    told = done("calibrate", model, *files, "--predictor", "svd", "--rank", 24, "--max-loss", 0.05).stdout
+    shown = done("inspect", model).stdout
+    for lines in (told.splitlines(), shown.splitlines()):
+        start = next(i for i, line in enumerate(lines) if line.startswith("held out"))
+        assert lines[start].split()[2:] == ["tokens", "perplexity", "rise", "KL,", "nats", "same"]
+        assert {line.split()[0] for line in lines[start + 1 : start + 3]} == {"text.txt", "other.txt"}
+
+
 def write_networks(path: Path, layers: int = 2, rank: int = 100) -> Path:
     """Trained predictors that know nothing, for the tiny model."""
     import gguf
