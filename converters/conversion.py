@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from svdengine.converters.calibration_text import split_files
 from svdengine.converters.checkpoint import Checkpoint, describe_files
+from svdengine.converters.default_formats import calibrated_formats
 from svdengine.converters.machine_text import WINDOW, machine_windows
 from svdengine.converters.weight_calibration import Observe, Quantizer, WeightCalibration
 from svdengine.errors import ConversionError
@@ -47,7 +48,8 @@ def convert(
     """Convert a Hugging Face folder or a GGUF file into the model file `output`.
 
     `embedding_dtype` is that of embedding and output projection, by default `dtype`, but q8 with q6, q4 and
-    ternary; `down_dtype` that of the FFNs' down projections, by default `dtype`.
+    ternary; `down_dtype` that of the FFNs' down projections, by default `dtype`. A calibrated q4 has q6 for both where
+    that hardly makes the file larger (converters/default_formats.py).
     With `calibration`, weights of `q4` and `q6` are rounded for the inputs that they have on text, which takes minutes
     for a large model; see converters/weight_calibration.py. The checkpoint must have a tokenizer then.
     `observe` is told what rounding changed in each of these matrices.
@@ -69,6 +71,8 @@ def convert(
         )
     tensors = Tensors.of(checkpoint)
     windows = None if calibration is None else calibration_windows(checkpoint, calibration)
+    if windows is not None:
+        embedding_dtype, down_dtype = calibrated_formats(checkpoint.config, dtype, embedding_dtype, down_dtype)
     dtypes = {"dtype": dtype, "embedding_dtype": embedding_dtype, "down_dtype": down_dtype, "activation": activation}
     provenance = provenance_of(checkpoint, source, {key: value for key, value in dtypes.items() if value}, hub)
     if windows is not None:

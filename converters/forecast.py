@@ -8,10 +8,8 @@ from dataclasses import dataclass
 from svdengine.converters.calibration import find_shapes
 from svdengine.converters.calibration_size import calibration_size
 from svdengine.converters.predictor_choice import PredictorShape
-from svdengine.files.model_file import stored_tensors
-from svdengine.files.model_writer import format_for
+from svdengine.files.model_writer import weight_bytes
 from svdengine.files.predictor_file import why_not_sparse
-from svdengine.files.tensor_writer import size_of
 from svdengine.kernels.formats import WeightFormat, format_named, padded_columns
 from svdengine.kernels.lowbit import BLOCK
 from svdengine.models.config import ModelConfig
@@ -55,10 +53,7 @@ def forecast(
 
     bits: of a weight, on average, and size: of the whole file, where formats are chosen for either.
     """
-    weights = 0
-    for spec in tensor_specs(config):
-        stored = stored_tensors(spec, format_for(spec.name, dtype, embedding_dtype, down_dtype))
-        weights += sum(map(size_of, stored.values()))
+    weights = weight_bytes(config, dtype, embedding_dtype, down_dtype)
     parameters = sum(math.prod(spec.shape) for spec in tensor_specs(config))
     if bits is not None:
         weights = min(weights, int(parameters * bits / 8))

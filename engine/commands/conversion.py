@@ -123,17 +123,23 @@ def convert_file(
 
 def forecast_of(config: ModelConfig, wanted: Wanted) -> Forecast:
     """What a conversion will come to on this machine."""
+    from svdengine.converters.default_formats import calibrated_formats
     from svdengine.converters.forecast import forecast
     from svdengine.measuring.machine import usable_cores
 
     if wanted.chooses_formats:
         cores, predictor = usable_cores(), wanted.predictor_kind(config) is not None
         return forecast(config, "q8", predictor=predictor, cores=cores, bits=wanted.bits, size=wanted.size)
+    dtype = cast("WeightFormat", wanted.dtype)
+    embedding = cast("WeightFormat | None", wanted.embedding_dtype)
+    down = cast("WeightFormat | None", wanted.down_dtype)
+    if wanted.calibrates_weights:
+        embedding, down = calibrated_formats(config, dtype, embedding, down)
     return forecast(
         config,
-        cast("WeightFormat", wanted.dtype),
-        cast("WeightFormat | None", wanted.embedding_dtype),
-        cast("WeightFormat | None", wanted.down_dtype),
+        dtype,
+        embedding,
+        down,
         predictor=wanted.predictor_kind(config) is not None,
         cores=usable_cores(),
     )

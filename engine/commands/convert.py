@@ -43,12 +43,14 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, 
 @click.option(
     "--embedding-dtype",
     type=click.Choice(DTYPES),
-    help="How embedding and output projection are stored; by default like the rest, and in q8 with q6, q4 and ternary.",
+    help="How embedding and output projection are stored; by default like the rest, and in q8 with q6, q4 and ternary,"
+    " or q6 with a calibrated q4 of a small model.",
 )
 @click.option(
     "--down-dtype",
     type=click.Choice(DTYPES),
-    help="How the FFNs' down projections are stored; by default like the rest. They lose most by 4 bits.",
+    help="How the FFNs' down projections are stored; by default like the rest, and in q6 with a calibrated q4 of a"
+    " small model. They lose most by 4 bits.",
 )
 @click.option("--quick", is_flag=True, help="Round q4 and q6 weights to nearest, without calibrating them.")
 @click.option("--verbose", is_flag=True, help="Say what calibrated rounding changed, tensor by tensor.")

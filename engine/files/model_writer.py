@@ -43,6 +43,17 @@ def format_for(
     return dtype
 
 
+def weight_bytes(
+    config: ModelConfig,
+    dtype: WeightFormat,
+    embedding_dtype: WeightFormat | None = None,
+    down_dtype: WeightFormat | None = None,
+) -> int:
+    """Bytes of all tensors in a file of `dtype`, without header and tokenizer."""
+    formats = ((spec, format_for(spec.name, dtype, embedding_dtype, down_dtype)) for spec in tensor_specs(config))
+    return sum(size_of(part) for spec, one in formats for part in stored_tensors(spec, one).values())
+
+
 @dataclass(frozen=True)
 class StoredTokenizer:
     """A tokenizer as the file holds it: a description, the bytes of tokenizer.json or tokenizer.model, a template."""

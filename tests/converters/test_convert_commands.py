@@ -35,7 +35,7 @@ def test_convert_and_inspect(tmp_path: Path) -> None:
     report = json.loads(CliRunner().invoke(inspect_command, [output, "--json"]).stdout)
     assert report["totals"]["file_bytes"] == (tmp_path / "m.svdp").stat().st_size
     assert report["totals"]["parameters"] == sum(tensor["parameters"] for tensor in report["tensors"])
-    assert {tensor["name"]: tensor["format"] for tensor in report["tensors"]}["embedding"] == "q8"
+    assert {tensor["name"]: tensor["format"] for tensor in report["tensors"]}["embedding"] == "q6"
     assert report["config"]["layer_count"] == 3
     assert report["predictor"] is None
 

@@ -144,12 +144,13 @@ def test_convert_calibrates_by_default(tmp_path: Path) -> None:
     convert(tmp_path / "hf", tmp_path / "plain.svdp", "q4")
     with read_model_file(tmp_path / "plain.svdp") as plain:
         assert all(np.array_equal(plain.arrays[name], array) for name, array in quick.items())
-    calibrated, provenance, _ = run(tmp_path, "--dtype", "q4", "--text", str(text))
+    options = ("--dtype", "q4", "--embedding-dtype", "q8", "--text", str(text))
+    calibrated, provenance, _ = run(tmp_path, *options)
     assert provenance["calibrated_tokens"] > 256
     same = {name for name, array in quick.items() if np.array_equal(array, calibrated[name])}
     assert {"embedding", "attention_norm.weight", "output_norm.weight"} <= same  # of other formats
     assert not {"q", "k", "v", "o", "gate", "up", "down_T"} & same
-    again, _, _ = run(tmp_path, "--dtype", "q4", "--text", str(text))
+    again, _, _ = run(tmp_path, *options)
     assert all(np.array_equal(again[name], array) for name, array in calibrated.items())
     _, provenance, _ = run(tmp_path, "--dtype", "q8")
     assert "calibrated_tokens" not in provenance
@@ -169,7 +170,7 @@ def test_verbose_prints_what_rounding_changed(tmp_path: Path) -> None:
     arguments = [str(tmp_path / "hf"), "-o", str(tmp_path / "m.svdp"), "--predictor", "none", "--text", str(text)]
     done = CliRunner().invoke(convert_command, [*arguments, "--dtype", "q4", "--verbose"], catch_exceptions=False)
     rows = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert {row[0].removeprefix("| ") for row in rows} == {"q", "k", "v", "o", "gate", "up", "down_T"}
+    assert {row[0].removeprefix("| ") for row in rows} == {"q", "k", "v", "o", "gate", "up", "down_T", "lm_head"}
     shares = [float(row[3].rstrip("%")) for row in rows]
     assert shares == sorted(shares, reverse=True) and all(0 < share < 5 for share in shares)
 
