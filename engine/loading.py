@@ -13,6 +13,7 @@ from svdengine.files.model_file import read_model_file
 from svdengine.files.models_folder import kept_path
 from svdengine.files.predictor_file import find_predictor, require_predictor
 from svdengine.files.residency import read_by_every_token, room_for, settle
+from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import Executor, FfnMode
 from svdengine.llm import LLM
@@ -80,6 +81,7 @@ def load(
     path = kept_path(named) if isinstance(named, HubName) else path
     model_file = read_model_file(path)
     watches: list[FileWatch] = []
+    opened: BaseExecutor | None = None
     try:
         watches.append(FileWatch(Path(path)))
         found = find_predictor(model_file, predictor)
@@ -127,6 +129,8 @@ def load(
             watches=watches,
         )
     except BaseException as error:
+        if opened is not None:
+            opened.close()
         model_file.close()
         _close(watches)
         if isinstance(error, MemoryError):

@@ -62,7 +62,7 @@ class BaseExecutor(ABC):
         self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
         self._counted = NO_NEURONS
         self._closed = False
-        self.copied: tuple[str, ...] = ()  # matrices that are no longer read where they were given
+        self.copied: tuple[str, ...] = ()  # matrices that steps read as copies, not where they were given
         self.copies: tuple[NDArray, ...] = ()  # what is read in their place
         self._common = {*vars(self), "_common"}
 

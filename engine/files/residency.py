@@ -53,12 +53,14 @@ def settle(
 ) -> None:
     """After an executor was opened: let go of the file's pages of matrices that it copied; lock the rest, and copies.
 
-    copied: names of matrices. Raises DeviceError when the system refuses to lock that much.
+    copied: names of matrices; of an embedding that is the lm_head too, single rows are still read in the file. Raises
+    DeviceError when the system refuses to lock that much.
     """
     let_go = {name + suffix for name in copied for suffix in PART_SUFFIXES}
     model_file.advise([name for name in model_file.arrays if name in let_go], "dontneed")
     if mlock:
-        model_file.lock([name for name in read_by_every_token(model_file, room) if name not in let_go])
+        unread = {name for name in let_go if name.split(".")[0] != "embedding"}
+        model_file.lock([name for name in read_by_every_token(model_file, room) if name not in unread])
         for array in copies:
             lock_array(array)
 

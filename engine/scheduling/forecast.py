@@ -12,8 +12,10 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Iterable
 
+import numpy as np
+
 from svdengine.kernels.batch import BLOCK_SIZE
-from svdengine.scheduling.sequence import Sequence, blocks_for
+from svdengine.scheduling.sequence import Sequence
 
 _FIRST_GUESS = 256  # tokens of an answer, before some have ended; the first ones to end are short
 _SOME = 16
@@ -56,10 +58,11 @@ class AnswerLengths:
 def most_further_blocks(sequences: Iterable[Sequence], lengths: AnswerLengths) -> int:
     """The largest number of blocks, beyond those that they have, that sequences will need at any time."""
     growing = sorted(((lengths.remaining(sequence), sequence) for sequence in sequences), key=lambda pair: pair[0])
-    most, given_back = 0, 0
-    for i, (steps, sequence) in enumerate(growing):
-        needed = sum(blocks_for(len(s) + steps) - len(s.block_table) for _, s in growing[i:])
-        most = max(most, needed - given_back)
-        # What is shared with others by way of the prefix cache may stay in use.
-        given_back += len(sequence.block_table) - sequence.reused // BLOCK_SIZE
-    return most
+    steps = np.array([remaining for remaining, _ in growing])
+    tokens = np.array([len(sequence) for _, sequence in growing])
+    held = np.array([len(sequence.block_table) for _, sequence in growing])
+    # What is shared with others by way of the prefix cache may stay in use.
+    own = held - [sequence.reused // BLOCK_SIZE for _, sequence in growing]
+    # Row i: what each needs when the i-th ends; those before it have ended, and given back what was theirs.
+    needed = np.triu(-(-(tokens + steps[:, None]) // BLOCK_SIZE) - held).sum(1) - (np.cumsum(own) - own)
+    return max(int(needed.max(initial=0)), 0)

@@ -20,7 +20,10 @@ def aligned(size: int) -> NDArray[np.uint8]:
 
 def large(size: int) -> NDArray[np.uint8]:
     """Zeroed bytes that start on a page, in huge pages where the system has them, for fewer address lookups."""
-    room = mmap.mmap(-1, max(size, 1))
+    try:
+        room = mmap.mmap(-1, max(size, 1))
+    except OSError as error:  # a limit of the process, such as ulimit -v
+        raise MemoryError(f"there is no room for {size} bytes") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):
             room.madvise(mmap.MADV_HUGEPAGE)

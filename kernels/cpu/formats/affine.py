@@ -63,10 +63,9 @@ class Unpacking(NamedTuple):
     block_bytes: int
     emit_block: Any  # (builder, at) -> 64 bytes, in the order of the columns
     emit_sixteen: Any  # (builder, at, v) -> 16 bytes, levels from column 16 v of the block; v: an int64 value
-    emit_add: Any = (
-        None  # (builder, at, totals, weights, lowest) -> the four totals of a block's columns, to which a row
-    )
-    # is added: of each of its two groups level * weight - lowest, vectors; None: level by level
+    # (builder, at, totals, weights, lowest) -> the four totals of a block's columns with a row added: of each of its
+    # two groups level * weight - lowest, vectors. None: level by level.
+    emit_add: Any = None
 
 
 class _Operations(NamedTuple):

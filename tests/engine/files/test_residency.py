@@ -1,6 +1,7 @@
 """What is kept in memory: advice, prefetching and locking of the pages of a model file."""
 
 import mmap
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,25 @@ def test_a_refused_lock_is_explained(file: ModelFile, monkeypatch: pytest.Monkey
     monkeypatch.setattr(resource, "getrlimit", lambda _: (65536, 65536))
     with pytest.raises(DeviceError, match=r"does not let this process lock .* MB .*limit is 0.1 MB.*leave mlock out"):
         file.lock(file.arrays)
+
+
+def test_a_refused_lock_leaves_no_thread_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svdengine.files.memory_advice._mlock", lambda address, size: 12)
+    path = write_tiny_model(tmp_path / "tiny.svdp")
+    before = threading.active_count()
+    with pytest.raises(DeviceError, match="lock"):
+        svdengine.load(path, device="cpu", threads=3, mlock=True)
+    assert threading.active_count() == before
+
+
+def test_an_embedding_whose_copy_is_the_head_stays_locked(
+    tmp_path: Path, calls: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("svdengine.files.residency.lock_array", lambda array: None)
+    with read_model_file(write_tiny_model(tmp_path / "tied.svdp")) as file:
+        settle(file, room_for(file, 1 << 40), ("embedding", "q"), (), mlock=True)
+        parts = [name for name in file.arrays if name.split(".")[0] != "q"]
+        assert sum(size for name, size in calls if name == "lock") >= sum(file.arrays[name].nbytes for name in parts)
 
 
 def test_load_takes_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
