@@ -10,16 +10,17 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
 from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
-from svdengine.kernels.cpu.rows import add_range, add_to_few
+from svdengine.kernels.cpu.rows import add_rows, list_range
 from svdengine.kernels.cpu.sharing import FEW, NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
-from svdengine.kernels.cpu.simd import store_int
 from svdengine.kernels.cpu.sparse import (
     LISTED,
-    compute_listed,
+    activate_part,
     count_neurons,
     list_neurons,
     project,
     start_sum,
+    up_listed,
+    weigh_listed,
 )
 from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, clear_unscaled, sparse_batch
 from svdengine.kernels.cpu.sync import barrier
@@ -68,7 +69,12 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
         out = work.ffn_add + member * work.hidden_stride
         start_sum(out, matrix[BIAS_VECTOR], model.hidden_stride, member == 0)
-        add_range(matrix, work.gate, first, last, out)
+        neurons = work.neurons + 4 * first
+        list_range(neurons, first, last)
+        add_rows(
+            matrix, neurons, last - first, work.gate + 4 * first, work.ffn_stride, 1, out, work.hidden_stride,
+            work.sums + member * work.hidden_stride, work.hidden_stride, 0, matrix[COLUMNS], scratch,
+        )  # fmt: skip
         barrier(sync, threads)
         return threads
     turn = 0
@@ -78,14 +84,20 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
         turn += 1
         first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
+    by_rows = model.transposed_down and (n <= FEW or work.invariant)
+    if by_rows:
+        first, last = share(model.ffn, NEURON_UNIT, member, threads)
+        list_range(work.neurons + 4 * first, first, last)
     barrier(sync, threads)
-    if model.transposed_down and (n <= FEW or work.invariant):
+    if by_rows:
         first, last = share(matrix[COLUMNS], COLUMN_UNIT, member, threads)
         for row in range(n):
             out = work.ffn_add + row * work.hidden_stride
             start_sum(out + 4 * first, matrix[BIAS_VECTOR] + 4 * first, last - first, True)
-        if first < last:  # there may be fewer units than members, and sums of rows have at least one block
-            add_to_few(matrix, work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride, first, last)
+        add_rows(
+            matrix, work.neurons, model.ffn, work.gate, work.ffn_stride, n, work.ffn_add, work.hidden_stride,
+            work.sums, work.hidden_stride, first, last, scratch,
+        )  # fmt: skip
     elif model.transposed_down:
         first, last = share(model.hidden, 16, member, threads)
         gemm_transposed(
@@ -109,7 +121,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     x = normed + member * work.hidden_stride
     quantized = work.hidden_q + member * work.hidden_q_stride
     first, last = share(model.ffn, NEURON_UNIT, member, threads)
-    count, total = last - first, model.ffn
+    count = last - first
     scratch = work.scratch + member * work.scratch_stride
     if inputs.sizes[MODE] == PREDICT:
         rank, columns = model.matrices[base + FACTOR_B, ROWS], model.matrices[base + FACTOR_A, COLUMNS]
@@ -124,8 +136,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
         shift = inputs.sparsity_bias[inputs.sequences[0]]
         count = list_neurons(model, layer, quantized, z_quantized, shift, neurons, first, last, scratch)
     else:
-        for i in range(first, last):
-            store_int(work.neurons + 4 * i, i)
+        list_range(work.neurons + 4 * first, first, last)
     if model.sub_norms:
         clear_unscaled(model, work, 0, 1, member, threads)
     inputs.counts[member, LISTED] = count
@@ -134,19 +145,28 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     for other in range(threads):
         total += inputs.counts[other, LISTED]
     first, last = share(total, NEURON_UNIT, member, threads)
-    out = work.ffn_add + member * work.hidden_stride
-    start_sum(out, model.matrices[base + DOWN, BIAS_VECTOR], model.hidden_stride, member == 0)
-    start, active = 0, 0
+    active, hidden, found, start = work.up + 4 * first, work.gate + 4 * first, 0, 0
     for other in range(threads):
         listed = inputs.counts[other, LISTED]
         a, b = max(first, start) - start, min(last, start + listed) - start
         if a < b:
             at = work.neurons + 4 * (share(model.ffn, NEURON_UNIT, other, threads)[0] + a)
-            active += compute_listed(
-                model, layer, x, quantized, at, b - a, inputs.sizes[GAP], work.unscaled, out, scratch
-            )
+            found += activate_part(
+                model, layer, x, quantized, at, b - a, inputs.sizes[GAP],
+                active + 4 * found, hidden + 4 * found, scratch,
+            )  # fmt: skip
         start += listed
-    count_neurons(inputs.counts, member, count, active, model.ffn if member == 0 else 0)
+    if model.gated:
+        up_listed(model, layer, x, quantized, active, found, hidden, scratch)
+    if model.sub_norms:
+        weigh_listed(model, layer, active, found, hidden, work.unscaled)
+    down, out = model.matrices[base + DOWN], work.ffn_add + member * work.hidden_stride
+    start_sum(out, down[BIAS_VECTOR], model.hidden_stride, member == 0)
+    add_rows(
+        down, active, found, hidden, work.ffn_stride, 1, out, work.hidden_stride,
+        work.sums + member * work.hidden_stride, work.hidden_stride, 0, down[COLUMNS], scratch,
+    )  # fmt: skip
+    count_neurons(inputs.counts, member, count, found, model.ffn if member == 0 else 0)
     barrier(sync, threads)
     return threads
 

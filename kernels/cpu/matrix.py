@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from svdengine.kernels.formats import FORMATS, WeightFormat, padded_columns
 
 # DATA, SCALE, MIN, ROW: addresses of the parts that the format has. ROW_BYTES: of one row's values. ACTIVATION_BITS: of
-# what it is multiplied with. BIAS_VECTOR: the address of what is added to the product.
-DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BIAS_VECTOR, MATRIX_FIELDS = range(11)
+# what it is multiplied with. BOUNDS: of a matrix whose weighted rows are summed in integers, the address of what
+# rows.py's `row_bounds` has of them. BIAS_VECTOR: the address of what is added to the product.
+DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BOUNDS, BIAS_VECTOR, MATRIX_FIELDS = range(12)
 PART_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
 RESIDUALS = {2: 102, 1: 101}  # codes of a predictor's low-bit residual (kernels/lowbit.py), by its bits
 Q2, Q1 = RESIDUALS[2], RESIDUALS[1]

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.formats.dispatch import check_codes
-from svdengine.kernels.cpu.matrix import BIAS_VECTOR, FORMAT, MATRIX_FIELDS, PANEL_CODES, matrix_fields
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, BOUNDS, FORMAT, MATRIX_FIELDS, PANEL_CODES, matrix_fields
 from svdengine.kernels.cpu.panels import interleaved
+from svdengine.kernels.cpu.rows import INTEGER_FORMATS, row_bounds
 from svdengine.kernels.formats import FORMATS, STORED_DTYPES, Parts, WeightFormat, padded_columns, stored_parts
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 
@@ -117,6 +118,10 @@ def build_model(
     for name, kind in _NAMES.items():
         if name in specs:
             fields = fields_of(name, name in in_panels)
+            if name == "down_T" and formats[name] in INTEGER_FORMATS:
+                bounds = row_bounds(_checked_parts(specs[name], arrays, formats[name]))
+                keep.append(bounds)
+                fields[:, BOUNDS] = bounds.ctypes.data + np.arange(len(bounds)) * bounds.strides[0]
             bias = _bias_addresses(config, name, arrays, zeros, keep)
             for layer in range(config.layer_count):
                 matrices[layer * LAYER_MATRICES + kind, :BIAS_VECTOR] = fields[layer]

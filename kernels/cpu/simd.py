@@ -398,3 +398,9 @@ def load_int(builder, at):
 def store_int(builder, at, value):
     """One int32."""
     store(builder, at, builder.trunc(value, I32))
+
+
+@operation(types.void, address, types.int64)
+def store_address(builder, at, value):
+    """One int64."""
+    store(builder, at, value)

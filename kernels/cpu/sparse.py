@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.formats.dispatch import add_four, dot_four, dot_one_row
+from svdengine.kernels.cpu.formats.dispatch import dot_four, dot_one_row
 from svdengine.kernels.cpu.gemv import STREAM_AHEAD
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, DATA, FORMAT, Q2, ROWS
@@ -28,7 +28,7 @@ from svdengine.kernels.cpu.model import (
     UP,
 )
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
-from svdengine.kernels.cpu.rows import fetch_part
+from svdengine.kernels.cpu.rows import AHEAD, fetch_first, listed
 from svdengine.kernels.cpu.score import (
     FACTOR_BYTES,
     NEURONS,
@@ -50,9 +50,6 @@ from svdengine.kernels.cpu.simd import (
 )
 from svdengine.kernels.formats import FORMATS
 
-CHUNK = 2048  # neurons of a list at once, between gate, up and down
-AHEAD = 8  # listed rows that are on their way from memory
-PART = 512  # columns of down that are added, and asked for, at once
 PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8  # counters of a thread, on a cache line of their own
 RESIDUAL_BYTES_2, RESIDUAL_BYTES_1 = RESIDUAL_BYTES[2], RESIDUAL_BYTES[1]
 _Q8 = FORMATS["q8"].code
@@ -127,19 +124,6 @@ def activate_real(x, kind, threshold):
 
 
 @jit
-def listed(neurons, k, count):
-    """The k-th listed neuron, or the last one where the list is over."""
-    return load_int(neurons + 4 * min(k, count - 1))
-
-
-@jit
-def fetch_first(matrix, neurons, count, first, last):
-    """Ask for columns first..last of the first rows of a list; products ask for rows that are AHEAD while they run."""
-    for k in range(min(AHEAD, count)):
-        fetch_part(matrix, load_int(neurons + 4 * k), first, last)
-
-
-@jit
 def dot_listed(matrix, neurons, k, count, x, quantized, out):
     """out[0..4] = four rows from the k-th of a list times one activation row."""
     later = k + AHEAD
@@ -151,23 +135,6 @@ def dot_listed(matrix, neurons, k, count, x, quantized, out):
         listed(neurons, later + 2, count), listed(neurons, later + 3, count),
         x, quantized, out,
     )  # fmt: skip
-
-
-@jit
-def add_listed(down, neurons, hidden, count, out, first, last):
-    """out[first..last] += hidden[k] times down's row of neuron k, for `count` listed neurons, four at a time."""
-    fetch_first(down, neurons, count, first, last)
-    for k in range(0, count, 4):
-        r0, h0 = load_int(neurons + 4 * k), load_real(hidden + 4 * k)
-        h1 = load_real(hidden + 4 * k + 4) if k + 1 < count else _ZERO
-        h2 = load_real(hidden + 4 * k + 8) if k + 2 < count else _ZERO
-        h3 = load_real(hidden + 4 * k + 12) if k + 3 < count else _ZERO
-        r1, r2, r3 = listed(neurons, k + 1, count), listed(neurons, k + 2, count), listed(neurons, k + 3, count)
-        for c in range(first, last, PART):
-            stop = min(c + PART, last)
-            for lane in range(AHEAD, min(AHEAD + 4, count - k)):
-                fetch_part(down, load_int(neurons + 4 * (k + lane)), c, stop)
-            add_four(down, r0, r1, r2, r3, h0, h1, h2, h3, out, c, stop)
 
 
 @jit
@@ -218,33 +185,20 @@ def weigh_listed(model, layer, active, found, hidden, unscaled):
 
 
 @jit
-def compute_listed(model, layer, x, quantized, neurons, count, gap, unscaled, out, scratch):
-    """out += the FFN of `count` listed neurons of one input. Returns how many were active.
+def activate_part(model, layer, x, quantized, neurons, count, gap, active, hidden, scratch):
+    """Exact gates of a part of a list, as `gate_listed`.
 
     gap: where it is not 0, rows that may lie on storage are asked for as soon as they are known (read_ahead.py).
     """
     base = layer * LAYER_MATRICES
-    down = model.matrices[base + DOWN]
     if gap > 0:
-        gate = model.matrices[base + (GATE if model.gated else UP)]
-        ask_for_rows(gate, neurons, count, gap)
-    active, hidden, four = scratch, scratch + 4 * CHUNK, scratch + 8 * CHUNK
-    total = 0
-    for start in range(0, count, CHUNK):
-        size = min(CHUNK, count - start)
-        found = gate_listed(model, layer, x, quantized, neurons + 4 * start, size, active, hidden, four)
-        if gap > 0:
-            ask_for_rows(down, active, found, gap)
-            if model.gated:
-                up = model.matrices[base + UP]
-                ask_for_rows(up, active, found, gap)
+        ask_for_rows(model.matrices[base + (GATE if model.gated else UP)], neurons, count, gap)
+    found = gate_listed(model, layer, x, quantized, neurons, count, active, hidden, scratch)
+    if gap > 0:
+        ask_for_rows(model.matrices[base + DOWN], active, found, gap)
         if model.gated:
-            up_listed(model, layer, x, quantized, active, found, hidden, four)
-        if model.sub_norms:
-            weigh_listed(model, layer, active, found, hidden, unscaled)
-        add_listed(down, active, hidden, found, out, 0, down[COLUMNS])
-        total += found
-    return total
+            ask_for_rows(model.matrices[base + UP], active, found, gap)
+    return found
 
 
 @jit

@@ -15,12 +15,12 @@ from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
 from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
+from svdengine.kernels.cpu.rows import add_rows
 from svdengine.kernels.cpu.score import NEURONS, list_positive
 from svdengine.kernels.cpu.sharing import NEURON_UNIT, share
 from svdengine.kernels.cpu.simd import load_int, load_real, store_int, store_real
 from svdengine.kernels.cpu.sparse import (
     LISTED,
-    add_listed,
     count_neurons,
     gate_listed,
     project,
@@ -208,22 +208,13 @@ def add_down(model, work, layer, first, count, total, member, threads):
     down = model.matrices[layer * LAYER_MATRICES + DOWN]
     neurons, _ = merged_list(work)
     scratch = work.scratch + member * work.scratch_stride
-    active, hidden = scratch, scratch + 4 * CHUNK
     begin, end = share(down[COLUMNS], COLUMN_UNIT, member, threads)
     if begin == end:
         return
-    for row in range(first, first + count):
-        out = work.ffn_add + row * work.hidden_stride
-        start_sum(out + 4 * begin, down[BIAS_VECTOR] + 4 * begin, end - begin, True)
-    for start in range(0, total, CHUNK):
-        stop = min(total, start + CHUNK)
-        for row in range(first, first + count):
-            values = work.gate + row * work.ffn_stride
-            found = 0
-            for k in range(start, stop):
-                value = load_real(values + 4 * k)
-                if value != _ZERO:
-                    store_int(active + 4 * found, load_int(neurons + 4 * k))
-                    store_real(hidden + 4 * found, value)
-                    found += 1
-            add_listed(down, active, hidden, found, work.ffn_add + row * work.hidden_stride, begin, end)
+    out, sums = work.ffn_add + first * work.hidden_stride, work.sums + first * work.hidden_stride
+    for row in range(count):
+        start_sum(out + row * work.hidden_stride + 4 * begin, down[BIAS_VECTOR] + 4 * begin, end - begin, True)
+    add_rows(
+        down, neurons, total, work.gate + first * work.ffn_stride, work.ffn_stride, count,
+        out, work.hidden_stride, sums, work.hidden_stride, begin, end, scratch,
+    )  # fmt: skip

@@ -38,6 +38,7 @@ class Workspace(NamedTuple):
     partial: int  # in decode: running sums of each head over a thread's part of the context
     attention_add: int  # what attention adds to x
     ffn_add: int  # what the FFN adds; with neuron-major down, one row a thread in decode
+    sums: int  # int32 of the size of ffn_add, zeros but while neuron-major rows are added
     gate: int
     up: int
     ffn_stride: int

@@ -13,7 +13,6 @@ from svdengine.kernels.cpu.formats import dispatch
 from svdengine.kernels.cpu.formats.kernels import FormatKernels
 from svdengine.kernels.cpu.gemm import gemm, gemm_transposed
 from svdengine.kernels.cpu.matrix import DATA, FORMAT
-from svdengine.kernels.cpu.rows import add_range
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, Parts, WeightFormat, quantize
 from svdengine.kernels.predictor import quantize_activations
 
@@ -69,16 +68,6 @@ def test_four_rows_are_bit_for_bit_those_of_one(case: Case) -> None:
     np.testing.assert_array_equal(out, np.array(alone, np.float32))
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 640), (64, 512)])
-def test_weighted_rows_are_added(case: Case, first: int, last: int) -> None:
-    out = np.ones(640, np.float32)
-    rows, weights = (1, 20, 7, 4), np.array([0.5, -2, 0, 3], np.float32)
-    Kernel(case.kernels.add_four)(case.matrix, *rows, *weights, at(out), first, last)
-    expected = np.ones(640, np.float32)
-    expected[first:last] += weights @ case.weights[list(rows), first:last]
-    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=2e-5)
-
-
 def test_single_weights(case: Case) -> None:
     load, out = Kernel(stored(case.kernels.load_weights)), np.zeros(16, np.float32)
     for row, column in ((0, 0), (20, 16), (3, 32), (3, 48), (7, 576), (4, 0)):
@@ -92,14 +81,6 @@ def test_columns_of_neuron_major_rows(case: Case) -> None:
     expected = np.zeros((8, 16), np.float32)
     expected[:5] = case.weights[16:21, 96:112]  # rows beyond the last are zeros
     np.testing.assert_allclose(panel, expected, rtol=1e-6, atol=1e-6)
-
-
-def test_a_range_of_rows_is_added() -> None:
-    add, hidden = Kernel(add_range), np.linspace(-1, 1, ROWS, dtype=np.float32)
-    for name in WEIGHT_FORMATS:
-        case, out = make_case(name), np.zeros(640, np.float32)
-        add(case.matrix, at(hidden), 2, 19, at(out))
-        np.testing.assert_allclose(out, hidden[2:19] @ case.weights[2:19], rtol=1e-4, atol=5e-5)
 
 
 def test_products_of_several_rows() -> None:

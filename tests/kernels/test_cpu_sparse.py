@@ -14,6 +14,7 @@ from random_predictors import make_network, make_predictor
 
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.kernels.cpu.rows import INTEGER_FORMATS
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor, scores
 from svdengine.models import ModelConfig
@@ -62,7 +63,9 @@ def test_a_batch_with_every_neuron_listed_agrees_with_dense(weight_format: Weigh
         cpu.ffn = "sparse"
         together = cpu.run_ffns(x).copy()
         cpu.ffn = "dense"
-        assert relative_error(together, cpu.run_ffns(x)) < 2e-5
+        # Where levels are summed in integers, the conditional path rounds hidden values to 16 bits.
+        bound = 2e-4 if weight_format in INTEGER_FORMATS else 2e-5
+        assert relative_error(together, cpu.run_ffns(x)) < bound
 
 
 @pytest.mark.parametrize("name", ["llama_relu_tied", "opt", "bamboo", "bitnet"])

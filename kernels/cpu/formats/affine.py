@@ -21,31 +21,24 @@ from svdengine.kernels.cpu.dot import (
     load_u8_pair,
 )
 from svdengine.kernels.cpu.formats.kernels import PANEL, FormatKernels, columns_by
+from svdengine.kernels.cpu.formats.sums import RowSums, adding, finishing, pack_planes
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, MIN, ROW, ROWS, SCALE
 from svdengine.kernels.cpu.simd import (
-    F32,
     F32V,
-    I8,
-    I16,
-    I32,
     I64,
     address,
     emit_prefetch,
     f32x16,
     fma,
-    fused,
     index,
-    load,
     load_f32,
+    load_int,
     load_real,
     load_u8_as_f32,
     load_u8_as_real,
-    loop,
     operation,
     prefetch,
-    real,
-    shuffle,
     splat_f32,
     store,
     store_f32,
@@ -63,31 +56,17 @@ class Unpacking(NamedTuple):
     block_bytes: int
     emit_block: Any  # (builder, at) -> 64 bytes, in the order of the columns
     emit_sixteen: Any  # (builder, at, v) -> 16 bytes, levels from column 16 v of the block; v: an int64 value
-    # (builder, at, totals, weights, lowest) -> the four totals of a block's columns with a row added: of each of its
-    # two groups level * weight - lowest, vectors. None: level by level.
-    emit_add: Any = None
 
 
 class _Operations(NamedTuple):
     dot_chunk: Any
     dot_block: Any
-    add_rows: Any
     load_sixteen: Any
     store_block: Any
 
 
-def _pairs(builder: Any, at: Any, factors: Any) -> Any:
-    """Two bytes at each of four addresses times that address' factor, 8 float32: all are converted together."""
-    pairs, both = ir.Constant(ir.VectorType(I16, 4), ir.Undefined), ir.Constant(ir.VectorType(F32, 4), ir.Undefined)
-    for i, (place, factor) in enumerate(zip(at, factors, strict=True)):
-        pairs = builder.insert_element(pairs, load(builder, place, I16), ir.Constant(I32, i))
-        both = builder.insert_element(both, factor, ir.Constant(I32, i))
-    values = builder.uitofp(builder.bitcast(pairs, ir.VectorType(I8, 8)), ir.VectorType(F32, 8))
-    return builder.fmul(values, shuffle(builder, both, both, [0, 0, 1, 1, 2, 2, 3, 3]))
-
-
 def _operations(unpacking: Unpacking) -> _Operations:
-    size, emit_block, emit_sixteen, emit_add = unpacking
+    size, emit_block, emit_sixteen = unpacking
 
     def emit_dots(builder, weights, high, low):
         return emit_dot_16(builder, emit_block(builder, weights), high, low)
@@ -115,39 +94,6 @@ def _operations(unpacking: Unpacking) -> _Operations:
         """As `dot_chunk`, for 64 columns; the scales are those of the first two lanes."""
         return emit_scaled(builder, total, emit_dots(builder, weights, high, low), scales, 0)
 
-    def add_levels(builder, at, totals, weights, lowest):
-        sums = []
-        for v, total in enumerate(totals):
-            levels = builder.uitofp(emit_sixteen(builder, at, ir.Constant(I64, v)), F32V)
-            sums.append(builder.fsub(fused(builder, levels, weights[v // 2], total), lowest[v // 2]))
-        return sums
-
-    @operation(
-        types.void, address, address, address, address, address, address, address, address, address, index,
-        real, real, real, real, real, real, real, real, index,
-    )  # fmt: skip
-    def add_rows(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, minima, h0, h1, h2, h3, m0, m1, m2, m3, blocks):
-        """The sum of four weighted rows; h: weights times the rows' units of scale, m: times those of the minima.
-
-        minima: bytes from a row's scales to its minima.
-        """
-
-        def body(i, _):
-            to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
-            columns, groups = builder.mul(i, ir.Constant(I64, size)), builder.mul(i, ir.Constant(I64, 2))
-            totals = [load(builder, to, F32V, 64 * v) for v in range(4)]
-            scales = [builder.add(s, groups) for s in (s0, s1, s2, s3)]
-            weights = _pairs(builder, scales, (h0, h1, h2, h3))
-            lowest = _pairs(builder, [builder.add(s, minima) for s in scales], (m0, m1, m2, m3))
-            for i, w in enumerate((w0, w1, w2, w3)):
-                of_row = [[shuffle(builder, p, p, [2 * i + half] * 16) for half in range(2)] for p in (weights, lowest)]
-                totals = (emit_add or add_levels)(builder, builder.add(w, columns), totals, *of_row)
-            for v in range(4):
-                store(builder, builder.add(to, ir.Constant(I64, 64 * v)), totals[v])
-            return []
-
-        loop(builder, blocks, [], body)
-
     @operation(f32x16, address, index)
     def load_sixteen(builder, at, v):
         """16 levels from column 16 v of a block, converted."""
@@ -158,7 +104,7 @@ def _operations(unpacking: Unpacking) -> _Operations:
         """A block's levels to 64 bytes."""
         store(builder, to, emit_block(builder, at))
 
-    return _Operations(dot_chunk, dot_block, add_rows, load_sixteen, store_block)
+    return _Operations(dot_chunk, dot_block, load_sixteen, store_block)
 
 
 def _dots(size: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, Any]:
@@ -258,27 +204,50 @@ def _dots(size: int, dot_chunk: Any, dot_block: Any) -> tuple[Any, Any]:
     return dot_row, dot_four
 
 
+def _scaling(load_levels: Any) -> Any:
+    """Planes of four rows' weights for as many groups as `load_levels` loads, and the sums of their weighted minima."""
+
+    @jit
+    def scale(s0, s1, s2, s3, minima, h0, h1, h2, h3, m0, m1, m2, m3, to, stride, side):
+        p0, p1 = load_levels(s0) * splat_f32(h0), load_levels(s1) * splat_f32(h1)
+        p2, p3 = load_levels(s2) * splat_f32(h2), load_levels(s3) * splat_f32(h3)
+        pack_planes(p0, p1, p2, p3, to, to + stride)
+        low = fma(load_levels(s0 + minima), splat_f32(m0), load_f32(side))
+        low = fma(load_levels(s1 + minima), splat_f32(m1), low)
+        low = fma(load_levels(s2 + minima), splat_f32(m2), low)
+        store_f32(side, fma(load_levels(s3 + minima), splat_f32(m3), low))
+
+    return scale
+
+
+scale_sixteen, scale_two = _scaling(load_u8_as_f32), _scaling(load_u8_pair)
+
+
+@jit
+def scale_four(matrix, rows, weights, planes, stride, side, first, last):
+    """See RowSums. The minima are added up as they are, weighted."""
+    size, scale, minima, unit = matrix[COLUMNS] // 32, matrix[SCALE] + first, matrix[MIN] - matrix[SCALE], matrix[ROW]
+    i0, i1, i2, i3 = load_int(rows), load_int(rows + 4), load_int(rows + 8), load_int(rows + 12)
+    s0, s1, s2, s3 = scale + i0 * size, scale + i1 * size, scale + i2 * size, scale + i3 * size
+    u0, u1, u2, u3 = unit + 8 * i0, unit + 8 * i1, unit + 8 * i2, unit + 8 * i3
+    h0, h1, h2, h3 = load_real(weights), load_real(weights + 4), load_real(weights + 8), load_real(weights + 12)
+    m0, m1, m2, m3 = h0 * load_real(u0 + 4), h1 * load_real(u1 + 4), h2 * load_real(u2 + 4), h3 * load_real(u3 + 4)
+    h0, h1, h2, h3 = h0 * load_real(u0), h1 * load_real(u1), h2 * load_real(u2), h3 * load_real(u3)
+    whole = (last - first) // 16 * 16
+    for g in range(0, whole, 16):
+        to, low = planes + 4 * g, side + 4 * g
+        scale_sixteen(s0 + g, s1 + g, s2 + g, s3 + g, minima, h0, h1, h2, h3, m0, m1, m2, m3, to, stride, low)
+    for g in range(whole, last - first, 2):
+        to, low = planes + 4 * g, side + 4 * g
+        scale_two(s0 + g, s1 + g, s2 + g, s3 + g, minima, h0, h1, h2, h3, m0, m1, m2, m3, to, stride, low)
+
+
 def affine_kernels(name: WeightFormat, unpacking: Unpacking) -> FormatKernels:
     """The kernels of a format that stores its levels as `unpacking` reads them."""
     size = unpacking.block_bytes
-    dot_chunk, dot_block, add_rows, load_sixteen, store_block = _operations(unpacking)
+    dot_chunk, dot_block, load_sixteen, store_block = _operations(unpacking)
     dot_row, dot_four = _dots(size, dot_chunk, dot_block)
     nothing = np.float32(0)
-
-    @jit
-    def add_four(matrix, r0, r1, r2, r3, h0, h1, h2, h3, out, first, last):
-        stride, groups = matrix[COLUMNS] // 64 * size, matrix[COLUMNS] // 32
-        data, scale = matrix[DATA] + first // 64 * size, matrix[SCALE] + first // 32
-        unit = matrix[ROW]
-        u0, u1, u2, u3 = unit + 8 * r0, unit + 8 * r1, unit + 8 * r2, unit + 8 * r3
-        add_rows(
-            out + 4 * first, data + r0 * stride, data + r1 * stride, data + r2 * stride, data + r3 * stride,
-            scale + r0 * groups, scale + r1 * groups, scale + r2 * groups, scale + r3 * groups,
-            matrix[MIN] - matrix[SCALE],
-            h0 * load_real(u0), h1 * load_real(u1), h2 * load_real(u2), h3 * load_real(u3),
-            h0 * load_real(u0 + 4), h1 * load_real(u1 + 4), h2 * load_real(u2 + 4), h3 * load_real(u3 + 4),
-            (last - first) // 64,
-        )  # fmt: skip
 
     @jit
     def load_weights(matrix, row, column):
@@ -313,4 +282,5 @@ def affine_kernels(name: WeightFormat, unpacking: Unpacking) -> FormatKernels:
                 to = panel + 640 * ((column - start) // 32 + step // 8) + 128 + 64 * (step % 8)
                 store_f32(to, load_f32(staging + 1024 + 64 * step))
 
-    return FormatKernels(name, dot_row, dot_four, add_four, load_weights, pack_panel, columns_by(load_weights))
+    sums = RowSums(scale_four, adding(size, unpacking.emit_block), finishing(affine=True))
+    return FormatKernels(name, dot_row, dot_four, load_weights, pack_panel, columns_by(load_weights), sums=sums)

@@ -38,27 +38,31 @@ def check_codes(matrices: NDArray[np.int64]) -> None:
 
 
 def _by_format(operation: str, parameters: str, otherwise: str = "", compiled: Any = jit) -> Any:
-    """A compiled function that runs `operation` of the matrix's format.
+    """A compiled function that runs `operation` of the matrix's format, or the one of its sums in integers.
 
     It is a chain of comparisons, written out because compiled code cannot choose a function from a table.
     """
     lines = [f"def {operation}(matrix, {parameters}):", "    code = matrix[FORMAT]"]
     scope: dict[str, Any] = {"FORMAT": FORMAT, "nan": np.float32(np.nan), "zero_f32": zero_f32}
     for kernels in ALL:
-        scope[kernels.name] = getattr(kernels, operation)
-        lines.append(f"    if code == {FORMATS[kernels.name].code}:")
-        lines.append(f"        return {kernels.name}(matrix, {parameters})")
+        function = getattr(kernels, operation, None) or getattr(kernels.sums, operation, None)
+        if function is not None:
+            scope[kernels.name] = function
+            lines.append(f"    if code == {FORMATS[kernels.name].code}:")
+            lines.append(f"        return {kernels.name}(matrix, {parameters})")
     exec("\n".join([*lines, f"    return {otherwise}"]), scope)
     return compiled(scope[operation])
 
 
 # Once for each row of a product: in place of the call.
 dot_row = _by_format("dot_row", "row, x, quantized, ahead", "nan", inlined)
-add_four = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last", "", inlined)
 # Once for several rows or many columns, or seldom. A copy at each place would be a minute of compiling, and no faster.
 dot_four = _by_format("dot_four", "r0, r1, r2, r3, n0, n1, n2, n3, x, quantized, out")
 dot_one_row = _by_format("dot_row", "row, x, quantized, ahead", "nan")
-add_some = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last")
+add_four = _by_format("add_four", "r0, r1, r2, r3, h0, h1, h2, h3, out, first, last")
+scale_four = _by_format("scale_four", "rows, weights, planes, stride, side, first, last")
+add_many = _by_format("add_many", "rows, ahead, table, count, stride, blocks")
+finish = _by_format("finish", "out, sums, side, unit, blocks")
 load_weights = _by_format("load_weights", "row, column", "zero_f32()")
 pack_panel = _by_format("pack_panel", "first, start, stop, panel, staging")
 pack_columns = _by_format("pack_columns", "first, start, stop, panel")

@@ -104,7 +104,7 @@ def float_kernels(name: WeightFormat, size: int, emit_sixteen: Any) -> FormatKer
             transpose_words(staging, 64, panel + 64 * (column - start))
 
     return FormatKernels(
-        name, dot_row, four_by_one(dot_row), add_four, load_weights, pack_panel, columns_by(load_weights)
+        name, dot_row, four_by_one(dot_row), load_weights, pack_panel, columns_by(load_weights), add_four=add_four
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from svdengine.kernels.cpu.formats.sums import RowSums
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ROWS
 from svdengine.kernels.cpu.simd import store_f32, store_real, zero_f32
@@ -26,11 +27,13 @@ class FormatKernels:
     # memory will be asked for next
     dot_four: Any  # (matrix, r0..r3, n0..n3, x, quantized, out): out[0..4] = four rows times an activation row, bit for
     # bit as dot_row has them; n0..n3: rows that will be wanted next
-    add_four: Any  # (matrix, r0..r3, h0..h3, out, first, last): out[first..last] += h0 * row r0 + ... + h3 * row r3
     load_weights: Any  # (matrix, row, column) -> f32x16: 16 weights from a column that is a multiple of 16
     pack_panel: Any  # (matrix, first, start, stop, panel, staging): columns start..stop of 16 rows from `first` as the
     # tiles of tile.py want them for the format's activation_bits; rows beyond the last count as zeros
     pack_columns: Any  # (matrix, first, start, stop, panel): rows start..stop of 16 columns from `first`, as float32
+    # Sums of weighted rows, by one of these two ways.
+    sums: RowSums | None = None  # in integers
+    add_four: Any = None  # (matrix, r0..r3, h0..h3, out, first, last): out[first..last] += h0 * row r0 + ... + h3 * r3
 
 
 def four_by_one(dot_row: Any) -> Any:

@@ -6,6 +6,8 @@ sum((w + BIAS) * a) - BIAS * sum(a), whose last sum is made once for all rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -21,6 +23,7 @@ from svdengine.kernels.cpu.dot import (
     load_f32_pair,
 )
 from svdengine.kernels.cpu.formats.kernels import PANEL, FormatKernels, columns_by
+from svdengine.kernels.cpu.formats.sums import RowSums, add_whole, adding, finishing, pack_planes
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, ROWS, SCALE
 from svdengine.kernels.cpu.simd import (
@@ -32,18 +35,14 @@ from svdengine.kernels.cpu.simd import (
     emit_prefetch,
     f32x16,
     fma,
-    fused,
-    half_to_float,
-    index,
     load,
     load_f16,
     load_f32,
     load_half,
-    loop,
+    load_int,
+    load_real,
     operation,
     prefetch,
-    real,
-    splat,
     splat_f32,
     store,
     store_f32,
@@ -77,32 +76,6 @@ def dot_block(builder, total, weights, high, low, scales):
     """As `dot_chunk`, for 64 columns; the scales are those of the first two lanes."""
     w = emit_bias(builder, load(builder, weights, I8V))
     return emit_scaled(builder, total, emit_dot_16(builder, w, high, low), scales, 0)
-
-
-@operation(
-    types.void, address, address, address, address, address, address, address, address, address, real, real, real, real,
-    index,
-)  # fmt: skip
-def add_rows(builder, out, w0, w1, w2, w3, s0, s1, s2, s3, h0, h1, h2, h3, blocks):
-    """The sum of four weighted rows; w, s: addresses of the rows and of their scales; blocks: of 64 columns."""
-
-    def body(i, _):
-        to = builder.add(out, builder.mul(i, ir.Constant(I64, 256)))
-        columns, groups = builder.mul(i, ir.Constant(I64, 64)), builder.mul(i, ir.Constant(I64, 4))
-        totals = [load(builder, to, F32V, 64 * v) for v in range(4)]
-        for w, s, h in zip((w0, w1, w2, w3), (s0, s1, s2, s3), (h0, h1, h2, h3), strict=True):
-            at, scales = builder.add(w, columns), builder.add(s, groups)
-            for group in range(2):
-                scale = half_to_float(builder, load(builder, scales, ir.HalfType(), 2 * group))
-                weight = splat(builder, builder.fmul(scale, h))
-                for v in (2 * group, 2 * group + 1):
-                    values = builder.sitofp(load(builder, at, ir.VectorType(I8, 16), 16 * v), F32V)
-                    totals[v] = fused(builder, values, weight, totals[v])
-        for v in range(4):
-            store(builder, builder.add(to, ir.Constant(I64, 64 * v)), totals[v])
-        return []
-
-    loop(builder, blocks, [], body)
 
 
 @operation(f32x16, address)
@@ -212,18 +185,6 @@ def dot_four(matrix, r0, r1, r2, r3, n0, n1, n2, n3, x, quantized, out):
 
 
 @jit
-def add_four(matrix, r0, r1, r2, r3, h0, h1, h2, h3, out, first, last):
-    """See FormatKernels."""
-    columns, groups = matrix[COLUMNS], matrix[COLUMNS] // 16
-    data, scale = matrix[DATA] + first, matrix[SCALE] + first // 16
-    add_rows(
-        out + 4 * first, data + r0 * columns, data + r1 * columns, data + r2 * columns, data + r3 * columns,
-        scale + r0 * groups, scale + r1 * groups, scale + r2 * groups, scale + r3 * groups,
-        h0, h1, h2, h3, (last - first) // 64,
-    )  # fmt: skip
-
-
-@jit
 def load_weights(matrix, row, column):
     """See FormatKernels."""
     at = row * matrix[COLUMNS] + column
@@ -254,4 +215,42 @@ def pack_panel(matrix, first, start, stop, panel, staging):
             store_f32(to, load_f32(staging + 1024 + 64 * step))
 
 
-Q8_KERNELS = FormatKernels("q8", dot_row, dot_four, add_four, load_weights, pack_panel, columns_by(load_weights))
+def scaling(load_scales: Any) -> Any:
+    """Planes of four rows' weights for as many groups as `load_scales` loads."""
+
+    @jit
+    def scale(s0, s1, s2, s3, h0, h1, h2, h3, to, stride, side):
+        p0, p1 = load_scales(s0) * splat_f32(h0), load_scales(s1) * splat_f32(h1)
+        p2, p3 = load_scales(s2) * splat_f32(h2), load_scales(s3) * splat_f32(h3)
+        add_whole(side, pack_planes(p0, p1, p2, p3, to, to + stride))
+
+    return scale
+
+
+scale_sixteen, scale_two = scaling(load_f16), scaling(load_f16_pair)
+
+
+@jit
+def scale_four(matrix, rows, weights, planes, stride, side, first, last):
+    """See RowSums."""
+    size, scale = matrix[COLUMNS] // 16, matrix[SCALE] + 2 * first
+    s0, s1 = scale + load_int(rows) * size, scale + load_int(rows + 4) * size
+    s2, s3 = scale + load_int(rows + 8) * size, scale + load_int(rows + 12) * size
+    h0, h1, h2, h3 = load_real(weights), load_real(weights + 4), load_real(weights + 8), load_real(weights + 12)
+    whole = (last - first) // 16 * 16
+    for g in range(0, 2 * whole, 32):
+        to, below = planes + 2 * g, side + 2 * g
+        scale_sixteen(s0 + g, s1 + g, s2 + g, s3 + g, h0, h1, h2, h3, to, stride, below)
+    for g in range(2 * whole, 2 * (last - first), 4):
+        to, below = planes + 2 * g, side + 2 * g
+        scale_two(s0 + g, s1 + g, s2 + g, s3 + g, h0, h1, h2, h3, to, stride, below)
+
+
+def _emit_block(builder, at):
+    return emit_bias(builder, load(builder, at, I8V))
+
+
+Q8_KERNELS = FormatKernels(
+    "q8", dot_row, dot_four, load_weights, pack_panel, columns_by(load_weights),
+    sums=RowSums(scale_four, adding(64, _emit_block), finishing(affine=False)),
+)  # fmt: skip
