@@ -186,7 +186,7 @@ class CpuExecutor(BaseExecutor):
         ffn, kv = stride(model.ffn), stride(model.kv_heads * model.head_dim)
         rank = largest_rank(model.hidden, model.ffn, relu=True)  # predictors come later
         widest = padded_columns(max(model.hidden, model.ffn, model.heads * model.head_dim))
-        scratch = max(24 * widest + 8192, 36 * padded_columns(model.hidden) + 40960, 1 << 18)
+        scratch = max(24 * widest + 8192, 1 << 18)
         self._logits = aligned(rows * stride(model.vocabulary)).view(np.float32).reshape(rows, -1)
         sizes = {
             "x": hidden, "normed": hidden, "second": hidden, "hidden_q": quantized(model.hidden),

@@ -11,7 +11,7 @@ from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
 from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.rows import add_rows, list_range
-from svdengine.kernels.cpu.sharing import FEW, NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
+from svdengine.kernels.cpu.sharing import NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
 from svdengine.kernels.cpu.sparse import (
     LISTED,
     activate_part,
@@ -25,6 +25,8 @@ from svdengine.kernels.cpu.sparse import (
 from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, clear_unscaled, sparse_batch
 from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, GAP, KEPT, MODE, PREDICT, UP_STAGE
+
+SUMMED = 16  # rows of a step for which rows of a neuron-major down are summed; more take a product of panels
 
 
 @jit
@@ -84,7 +86,7 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         ffn_hidden(model, work, layer, normed, n, member, threads, first, last)
         turn += 1
         first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
-    by_rows = model.transposed_down and (n <= FEW or work.invariant)
+    by_rows = model.transposed_down and (n <= SUMMED or work.invariant)
     if by_rows:
         first, last = share(model.ffn, NEURON_UNIT, member, threads)
         list_range(work.neurons + 4 * first, first, last)

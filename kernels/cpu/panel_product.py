@@ -173,7 +173,7 @@ def _by_rows(weight_format: WeightFormat) -> Any:
     return times_rows
 
 
-_q8_rows, _q6_rows, _q4_rows = _by_rows("q8"), _by_rows("q6"), _by_rows("q4")
+q8_rows, q6_rows, q4_rows = _by_rows("q8"), _by_rows("q6"), _by_rows("q4")
 _Q8, _Q6 = PANEL_CODES["q8"], PANEL_CODES["q6"]
 
 
@@ -190,13 +190,13 @@ def multiply_panels(matrix, bias, quantized, stride, n, out, out_stride, first, 
         at, to = bias + 4 * row, out + 4 * row
         if code == _Q8:
             values, scales = matrix[DATA] + row * columns, matrix[SCALE] + panel * groups * 32
-            _q8_rows(values, scales, scales, scales, quantized, stride, columns, at, to, out_stride, n)
+            q8_rows(values, scales, scales, scales, quantized, stride, columns, at, to, out_stride, n)
         else:
             scales, minima = matrix[SCALE] + row * groups, matrix[MIN] + row * groups
             units = matrix[ROW] + 128 * panel
             if code == _Q6:
                 values = matrix[DATA] + row * (columns // 4 * 3)
-                _q6_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
+                q6_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
             else:
                 values = matrix[DATA] + row * (columns // 2)
-                _q4_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
+                q4_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)

@@ -28,16 +28,15 @@ from svdengine.kernels.cpu.simd import (
 from svdengine.kernels.formats import Parts
 
 TOGETHER = 32  # outputs whose sums are made at once; rows that wait in the second-level cache for all of them
+CHUNK = 128  # the same where rows are added up in integers, several at once
 AHEAD = 8  # listed rows that are on their way from memory
 PART = 512  # columns that are added, and asked for, at once
 INTEGER_FORMATS = frozenset(kernels.name for kernels in ALL if kernels.sums is not None)
 _ROOM = np.float32(2e9 / 128)  # what the sizes of weights may add up to: an int32 of products with levels of a byte
 _ZERO = np.float32(0)
-# In the scratch memory: two lists of ROWS addresses, numbers and weights of as many rows, (planes, sums) and the units
-# of TOGETHER outputs.
-_NEXT, _NUMBERS = 8 * ROWS, 16 * ROWS
-_WEIGHTS, _TABLE = _NUMBERS + 4 * ROWS, _NUMBERS + 8 * ROWS
-_UNITS = _TABLE + 16 * TOGETHER
+# In the scratch memory: two lists of ROWS addresses, the units of TOGETHER outputs, then planes of the weights of ROWS
+# rows, for each output what `finish` takes off, and numbers and weights of the rows of a chunk.
+_NEXT, _UNITS = 8 * ROWS, 16 * ROWS
 _PLANES = _UNITS + 4 * TOGETHER
 
 
@@ -54,7 +53,7 @@ def row_bounds(parts: Parts) -> NDArray[np.float32]:
 def add_rows(matrix, rows, count, hidden, hidden_stride, n, out, out_stride, sums, sums_stride, first, last, scratch):
     """out[t, first..last] += the sum of `count` rows, their numbers at `rows`, times hidden[t], for n outputs t.
 
-    sums: int32 of the size of `out`, zeros before and after. scratch: 36 bytes a column and 40 KiB.
+    sums: int32 of the size of `out`, zeros before and after. scratch: 5 bytes a column, 8 a row and 8 KiB.
     """
     if first >= last:
         return
@@ -84,52 +83,67 @@ def unit_of(matrix, rows, count, hidden):
 def add_in_integers(
     matrix, rows, count, hidden, hidden_stride, n, out, out_stride, sums, sums_stride, first, last, scratch
 ):  # fmt: skip
-    """See `add_rows`."""
-    blocks, start, stop = (last - first) // 64, first // 32, last // 32
-    stride = ((stop - start) // 16 * 16 + 32) * 4
-    side = scratch + _PLANES + n * ROWS // 2 * stride
+    """See `add_rows`. Of several outputs each takes from a chunk the rows whose weight is not 0."""
+    blocks, groups = (last - first) // 64, (last - first) // 32
+    stride = (groups // 16 * 16 + 32) * 4
+    chunk = CHUNK if n > 1 else count + 4
+    side = scratch + _PLANES + ROWS // 2 * stride
+    numbers = side + n * stride
+    weights = numbers + 4 * chunk
     for t in range(n):
         store_real(scratch + _UNITS + 4 * t, unit_of(matrix, rows, count, hidden + t * hidden_stride))
         for g in range(0, stride, 64):
             store_f32(side + t * stride + g, zero_f32())
     fetch_first(matrix, rows, count, first, last)
-    data = matrix[DATA] + first * matrix[ROW_BYTES] // matrix[COLUMNS]
-    for k in range(0, count, ROWS):
-        for lane in range(ROWS):
-            row, later = listed(rows, k + lane, count), listed(rows, k + ROWS + lane, count)
-            store_int(scratch + _NUMBERS + 4 * lane, row)
-            store_address(scratch + 8 * lane, data + row * matrix[ROW_BYTES])
-            store_address(scratch + _NEXT + 8 * lane, data + later * matrix[ROW_BYTES])
-        outputs = 0
+    for start in range(0, count, chunk):
+        size, asked = min(chunk, count - start), start + chunk
         for t in range(n):
-            h, unit = hidden + t * hidden_stride + 4 * k, load_real(scratch + _UNITS + 4 * t)
-            if not scale_hidden(h, min(ROWS, count - k), unit, scratch + _WEIGHTS):
-                continue
-            planes, of_output = scratch + _PLANES + t * ROWS // 2 * stride, scratch + _TABLE + 16 * outputs
-            for four in range(0, 4 * ROWS, 16):
-                numbers, weights = scratch + _NUMBERS + four, scratch + _WEIGHTS + four
-                to = planes + four // 8 * stride
-                scale_four(matrix, numbers, weights, to, stride, side + t * stride, start, stop)
-            store_address(of_output, planes)
-            store_address(of_output + 8, sums + t * sums_stride + 4 * first)
-            outputs += 1
-        if outputs > 0:
-            add_many(matrix, scratch, scratch + _NEXT, scratch + _TABLE, outputs, stride, blocks)
+            h, unit = hidden + t * hidden_stride + 4 * start, load_real(scratch + _UNITS + 4 * t)
+            found = choose_rows(rows + 4 * start, h, size, n > 1, unit, numbers, weights)
+            to = sums + t * sums_stride + 4 * first
+            for k in range(0, found, ROWS):
+                some = min(ROWS, found - k)
+                add_some(
+                    matrix, numbers, k, found, weights, first, groups, stride, side + t * stride, to, some, scratch
+                )
+                asked = fetch_some(matrix, rows, asked, min(asked + AHEAD, start + 2 * chunk, count), first, last)
+        fetch_some(matrix, rows, asked, min(start + 2 * chunk, count), first, last)
     for t in range(n):
         to, total = out + t * out_stride + 4 * first, sums + t * sums_stride + 4 * first
         finish(matrix, to, total, side + t * stride, load_real(scratch + _UNITS + 4 * t), blocks)
 
 
 @jit
-def scale_hidden(hidden, count, unit, out):
-    """out[0..ROWS] = hidden / unit, and zeros from `count` on. Returns whether any is not 0."""
+def choose_rows(rows, hidden, count, skip, unit, numbers, weights):
+    """List rows and hidden / unit, without those that are 0 if told to `skip` them; returns how many."""
     inverse = np.float32(1) / unit if unit > _ZERO else _ZERO
-    found = False
-    for lane in range(ROWS):
-        h = load_real(hidden + 4 * lane) * inverse if lane < count else _ZERO
-        found = found or h != _ZERO
-        store_real(out + 4 * lane, h)
+    found = 0
+    for k in range(count):
+        h = load_real(hidden + 4 * k)
+        if h != _ZERO or not skip:
+            store_int(numbers + 4 * found, load_int(rows + 4 * k))
+            store_real(weights + 4 * found, h * inverse)
+            found += 1
+    while found % 4 != 0:  # fours are full
+        store_int(numbers + 4 * found, load_int(numbers + 4 * found - 4))
+        store_real(weights + 4 * found, _ZERO)
+        found += 1
     return found
+
+
+@jit
+def add_some(matrix, numbers, k, count, weights, first, groups, stride, side, sums, some, scratch):
+    """sums += `some` rows from the k-th of a list of `count`, both multiples of 4."""
+    planes, start, size = scratch + _PLANES, first // 32, matrix[ROW_BYTES]
+    data = matrix[DATA] + first * size // matrix[COLUMNS]
+    for lane in range(some):
+        store_address(scratch + 8 * lane, data + load_int(numbers + 4 * (k + lane)) * size)
+        store_address(scratch + _NEXT + 8 * lane, data + listed(numbers, k + ROWS + lane, count) * size)
+    for four in range(0, some, 4):
+        at = 4 * (k + four)
+        to = planes + four // 2 * stride
+        scale_four(matrix, numbers + at, weights + at, to, stride, side, start, start + groups)
+    add_many(matrix, scratch, scratch + _NEXT, planes, stride, sums, some // 4, groups // 2)
 
 
 @jit
@@ -183,6 +197,14 @@ def fetch_first(matrix, rows, count, first, last):
     """Ask for columns first..last of the first rows of a list; what reads them asks for rows that are AHEAD."""
     for k in range(min(AHEAD, count)):
         fetch_part(matrix, load_int(rows + 4 * k), first, last)
+
+
+@jit
+def fetch_some(matrix, rows, start, stop, first, last):
+    """Ask for columns first..last of the rows that a list has from `start` to `stop`. Returns `stop`, or `start`."""
+    for k in range(start, stop):
+        fetch_part(matrix, load_int(rows + 4 * k), first, last)
+    return max(start, stop)
 
 
 @jit

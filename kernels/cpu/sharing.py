@@ -9,13 +9,15 @@ from __future__ import annotations
 from svdengine.kernels.cpu.gemm import gemm
 from svdengine.kernels.cpu.gemv import gemv, gemv_few, gemv_many
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, FIRST_PANEL_CODE, FORMAT
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, FIRST_PANEL_CODE, FORMAT, ROWS
 from svdengine.kernels.cpu.panel_product import multiply_panels
+from svdengine.kernels.cpu.row_panels import can_interleave, multiply_in_panels
 from svdengine.kernels.cpu.sync import barrier, fetch_add
 from svdengine.kernels.cpu.workspace import STAGES
 
 PIECE = 32768  # weights
 FEW = 6  # rows of a step that are multiplied one by one: packing weights into panels would cost more
+SEVERAL = 32  # rows of a step for which rows of weights are interleaved as they are stored, rather than unpacked
 NEURON_UNIT = 16  # neurons are shared out in multiples of it
 
 
@@ -71,14 +73,20 @@ def counter_of(inputs, layer, stage):
 def matmul(matrix, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch, invariant):
     """out[:, first..last] = x times rows first..last of a matrix, plus its bias.
 
-    One by one or a few, rows get the same bits, and from interleaved matrices always; `gemm` adds up in another order,
-    which `invariant` forbids. first: a multiple of 16.
+    One by one, rows get the same bits in any company, and from interleaved matrices always; panels that are made on
+    the way, and those of `gemm`, add up in another order, which `invariant` forbids. first: a multiple of 16.
     """
     bias = matrix[BIAS_VECTOR]
     if matrix[FORMAT] >= FIRST_PANEL_CODE:
         multiply_panels(matrix, bias, quantized, quantized_stride, n, out, out_stride, first, last)
     elif n == 1:
         gemv(matrix, bias, x, quantized, out, first, last)
+    elif n <= SEVERAL and not invariant and can_interleave(matrix):
+        whole = first + (min(last, matrix[ROWS]) - first) // 16 * 16
+        if first < whole:
+            multiply_in_panels(matrix, bias, quantized, quantized_stride, n, out, out_stride, first, whole, scratch)
+        if whole < last:
+            gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, whole, last)
     elif n <= FEW:
         gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last)
     elif invariant:

@@ -114,24 +114,36 @@ def float_tile(count: int) -> Any:
     return tile
 
 
-def _transposed(builder, vectors):
-    """16 vectors of 16 lanes, transposed in four rounds of interleaving."""
-    low = [lane for pair in zip(range(8), range(16, 24), strict=True) for lane in pair]
-    high = [lane + 8 for lane in low]
-    for _ in range(4):
-        vectors = [
-            shuffle(builder, a, b, lanes)
-            for a, b in zip(vectors[:8], vectors[8:], strict=True)
-            for lanes in (low, high)
-        ]
-    return vectors
+def emit_transposed(builder, vectors):
+    """16 vectors of 16 lanes, transposed: four by four inside parts of four lanes, and then the parts themselves."""
+
+    def pair(a, b, lanes):
+        return shuffle(builder, a, b, [part + lane for part in range(0, 16, 4) for lane in lanes])
+
+    fours = []
+    for i in range(0, 16, 4):
+        a, b, c, d = vectors[i : i + 4]
+        low, high = (0, 16, 1, 17), (2, 18, 3, 19)
+        rounds = [(pair(a, b, low), pair(c, d, low)), (pair(a, b, high), pair(c, d, high))]
+        fours.append([pair(x, y, lanes) for x, y in rounds for lanes in ((0, 1, 16, 17), (2, 3, 18, 19))])
+    even, odd = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+    columns = [None] * 16
+    for m in range(4):
+        a, b, c, d = (four[m] for four in fours)
+        for start, parts in ((0, even), (1, odd)):
+            first = shuffle(builder, a, b, [*parts, *(16 + lane for lane in parts)])  # parts p and p + 2 of a, of b
+            last = shuffle(builder, c, d, [*parts, *(16 + lane for lane in parts)])
+            for half, lanes in ((0, [0, 1, 2, 3, 8, 9, 10, 11]), (2, [4, 5, 6, 7, 12, 13, 14, 15])):
+                joined = shuffle(builder, first, last, [*lanes, *(16 + lane for lane in lanes)])
+                columns[4 * (start + half) + m] = joined
+    return columns
 
 
 @operation(types.void, address, index, address)
 def transpose_words(builder, source, stride, to):
     """16 rows of 16 4-byte words, `stride` bytes apart, to 16 vectors whose lanes are the rows."""
     rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, 16)]
-    for i, vector in enumerate(_transposed(builder, rows)):
+    for i, vector in enumerate(emit_transposed(builder, rows)):
         store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
 
 

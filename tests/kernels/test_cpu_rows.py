@@ -42,7 +42,7 @@ class Matrix:
         """(n, padded columns) `start` + hidden (n, rows) times rows, in columns first..last."""
         hidden, rows = np.ascontiguousarray(hidden, np.float32), np.ascontiguousarray(rows, np.int32)
         out = np.full((len(hidden), self.weights.shape[1]), start, np.float32)
-        scratch = np.full(1 << 18, 0xA5, np.uint8)
+        scratch = np.full(1 << 19, 0xA5, np.uint8)
         ADD(
             self.fields, at(rows), len(rows), at(hidden), hidden.strides[0], len(hidden), at(out), out.strides[0],
             at(self.sums), self.sums.strides[0], first, self.weights.shape[1] if last is None else last, at(scratch),

@@ -39,8 +39,8 @@ from svdengine.kernels.cpu.simd import (
     store,
 )
 
-ROWS = 16  # added at once: as many as leave registers for their products
-_FOURS = ROWS // 4
+ROWS = 16  # added at once, at most
+_THREE = ir.Constant(I64, 3)
 _NO_SUMS = ir.Constant(I32V, [0] * 16)
 
 
@@ -51,9 +51,8 @@ class RowSums(NamedTuple):
     # groups first..last, in two planes that are `stride` bytes apart. weights: address of h / unit. side: by group what
     # `finish` takes off, to which the four rows' part is added
     scale_four: Any
-    # (matrix, rows, ahead, table, count, stride, blocks): sums += ROWS rows, for each of `count` entries of the table,
-    # (address of planes, address of sums). rows, ahead: ROWS addresses each, of what is added and of what memory is
-    # asked for
+    # (matrix, rows, ahead, planes, stride, sums, fours, blocks): sums += so many times four rows. rows, ahead: the
+    # addresses of what is added and of what memory is asked for
     add_many: Any
     # (matrix, out, sums, side, unit, blocks): out += unit * (sums - what `side` takes off); sums become 0
     finish: Any
@@ -108,52 +107,43 @@ def add_whole(builder, at, value):
 
 def adding(size: int, emit_block: Any) -> Any:
     """`add_many` of a format whose blocks of 64 columns have `size` bytes, read by emit_block(builder, at)."""
+    lines = 4 if size > 32 else 4 * size // 64  # to ask for at each block and four rows, in turn if not of all
 
-    @operation(types.void, address, address, address, index, index, index)
-    def of_blocks(builder, rows, ahead, table, count, stride, blocks):
-        places = [load(builder, rows, I64, 8 * i) for i in range(ROWS)]
-        lines = ROWS if size > 32 else ROWS * size // 64  # to ask for at each block, of different rows if not of all
-
+    @operation(types.void, address, address, address, index, address, index, index)
+    def of_blocks(builder, rows, ahead, planes, stride, sums, fours, blocks):
         def block(b, _):
             at = builder.mul(b, ir.Constant(I64, size))
-            weights = []
-            for four in range(0, ROWS, 4):
-                read = [emit_block(builder, builder.add(place, at)) for place in places[four : four + 4]]
-                weights += _interleaved(builder, read)
-            turn = builder.and_(builder.mul(b, ir.Constant(I64, lines)), ir.Constant(I64, ROWS - 1))
-            turn = builder.add(ahead, builder.shl(turn, ir.Constant(I64, 3)))
-            for i in range(lines):
-                emit_prefetch(builder, builder.add(load(builder, turn, I64, 8 * i), at))
-            groups, columns = builder.mul(b, ir.Constant(I64, 8)), builder.mul(b, ir.Constant(I64, 256))
+            turn = builder.shl(builder.and_(builder.mul(b, ir.Constant(I64, lines)), ir.Constant(I64, 3)), _THREE)
+            own = builder.add(planes, builder.mul(b, ir.Constant(I64, 8)))
 
-            def entry(t, _):
-                of_entry = builder.add(table, builder.mul(t, ir.Constant(I64, 16)))
-                planes = builder.add(load(builder, of_entry, I64), groups)
-                sums = builder.add(load(builder, of_entry, I64, 8), columns)
-                products = [[_NO_SUMS] * 4, [_NO_SUMS] * 4]
-                for four in range(_FOURS):
-                    for plane in range(2):
-                        pair = load(builder, planes, ir.VectorType(I32, 2))
-                        planes = builder.add(planes, stride)
-                        spread = builder.bitcast(shuffle(builder, pair, pair, [0] * 8 + [1] * 8), I8V)
-                        products[plane] = [
-                            emit_dot(builder, total, weights[4 * four + k], spread)
-                            for k, total in enumerate(products[plane])
-                        ]
-                for k, (high, low) in enumerate(zip(*products, strict=True)):
-                    to = builder.add(sums, ir.Constant(I64, 64 * k))
-                    both = builder.add(builder.shl(high, ir.Constant(I32V, [8] * 16)), low)
-                    store(builder, to, builder.add(load(builder, to, I32V), both))
-                return []
+            def four(f, products):
+                listed, wanted = (builder.add(start, builder.mul(f, ir.Constant(I64, 32))) for start in (rows, ahead))
+                places = [builder.add(load(builder, listed, I64, 8 * i), at) for i in range(4)]
+                weights = _interleaved(builder, [emit_block(builder, place) for place in places])
+                for i in range(lines):
+                    emit_prefetch(builder, builder.add(load(builder, builder.add(wanted, turn), I64, 8 * i), at))
+                place, results = builder.add(own, builder.mul(f, builder.shl(stride, ir.Constant(I64, 1)))), []
+                for plane in range(2):
+                    pair = load(builder, place, ir.VectorType(I32, 2))
+                    place = builder.add(place, stride)
+                    spread = builder.bitcast(shuffle(builder, pair, pair, [0] * 8 + [1] * 8), I8V)
+                    totals = products[4 * plane : 4 * plane + 4]
+                    results += [emit_dot(builder, t, w, spread) for t, w in zip(totals, weights, strict=True)]
+                return results
 
-            loop(builder, count, [], entry)
+            products = loop(builder, fours, [_NO_SUMS] * 8, four)
+            to = builder.add(sums, builder.mul(b, ir.Constant(I64, 256)))
+            for k in range(4):
+                both = builder.add(builder.shl(products[k], ir.Constant(I32V, [8] * 16)), products[4 + k])
+                place = builder.add(to, ir.Constant(I64, 64 * k))
+                store(builder, place, builder.add(load(builder, place, I32V), both))
             return []
 
         loop(builder, blocks, [], block)
 
     @jit
-    def add_many(matrix, rows, ahead, table, count, stride, blocks):
-        of_blocks(rows, ahead, table, count, stride, blocks)
+    def add_many(matrix, rows, ahead, planes, stride, sums, fours, blocks):
+        of_blocks(rows, ahead, planes, stride, sums, fours, blocks)
 
     return add_many
 
