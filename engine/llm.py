@@ -110,7 +110,7 @@ class LLM:
 
     @property
     def ffn(self) -> FfnMode:
-        """How FFNs run: dense, sparse, or auto, which takes for each step what is faster.
+        """How FFNs run: dense, exact, sparse, or auto, which takes for each step what is faster.
 
         It can be set, for steps from then on. That raises RequestError where the model cannot run sparse.
         """

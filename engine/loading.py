@@ -51,7 +51,8 @@ def load(
         `svdengine pull` has made one of. Nothing is downloaded here.
     device: cpu, cuda (an NVIDIA GPU), ascend (a Huawei NPU), reference (NumPy: slow, and the definition of correct), or
         auto: what the environment variable SVDENGINE_DEVICE names, else a GPU or NPU that can be used, else the CPU.
-    ffn: how FFNs run: dense, sparse, which needs a predictor, or auto, which takes for each step what costs less.
+    ffn: how FFNs run: dense; exact, which skips what is exactly 0 and has the results of dense; sparse, which needs a
+        predictor; or auto, which takes for each step what costs less.
     threads: CPU threads, at most 1024; by default one a core.
     predictor: a predictor file of `svdengine calibrate`; by default the one in the model file, if there is one.
     context: most tokens of one sequence, prompt and answer; by default what the model was made for, at most 4096.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Logits = NDArray[np.float32]  # (rows asked for, vocabulary)
 
 KvDtype = Literal["f16", "f32", "q8"]
-FfnMode = Literal["dense", "sparse", "auto"]
+FfnMode = Literal["dense", "exact", "sparse", "auto"]
 FfnPath = Literal["dense", "predict", "skip_zeros"]  # the last computes every gate, and skips what is exactly 0
 
 
@@ -69,7 +69,9 @@ class Executor(Protocol):
     name: str  # cpu, cuda, ascend, reference
     block_count: int  # KV blocks in the pool
     max_batch_rows: int  # most rows that one forward takes
-    ffn: FfnMode  # how the next steps run their FFNs: every neuron, those predicted active, or what takes less time
+    # How the next steps run their FFNs: every neuron, all but those that are exactly 0, those predicted active, or what
+    # takes less time.
+    ffn: FfnMode
     predictor: Predictor | None  # of the sparse path
 
     def forward(self, batch: Batch) -> Logits:

@@ -136,14 +136,14 @@ _FIELDS += ("seed", "max_tokens", "sparsity_bias")
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the MODEL argument and the options of `open_model`."""
-    return _apply((*_MODEL, _ffn_option("auto", "dense", "sparse"), *_EXECUTION, _SPECULATIVE), function)
+    return _apply((*_MODEL, _ffn_option("auto", "dense", "exact", "sparse"), *_EXECUTION, _SPECULATIVE), function)
 
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the same for a measurement, which can run both paths of the FFN, and --sparsity-bias."""
     options: tuple[Decorator, ...] = (
         *_MODEL,
-        _ffn_option("auto", "dense", "sparse", "both"),
+        _ffn_option("auto", "dense", "exact", "sparse", "both"),
         *_EXECUTION,
         _SPARSITY_BIAS,
     )
@@ -315,7 +315,8 @@ def _ffn_option(*choices: str) -> Decorator:
         type=click.Choice(choices),
         default="auto",
         show_default=True,
-        help="Compute all FFN neurons, or those that the predictor calls active; auto takes what is faster.",
+        help="Compute all FFN neurons, all but exact zeros (the same text, faster), or those that the predictor calls"
+        " active; auto takes what is faster.",
     )
 
 

@@ -101,6 +101,16 @@ def test_without_a_predictor_only_exact_zeros_are_skipped(name: str) -> None:
         assert counts.predicted == counts.total and 0.2 < counts.active / counts.total < 0.8
 
 
+@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("weight_format", ["q8", "q4"])
+def test_exact_decode_has_the_bits_of_dense_and_computes_less(name: str, weight_format: WeightFormat) -> None:
+    tokens = random_tokens(ZOO[name], LENGTH)
+    with executor(ZOO[name], weight_format, make_predictor(ZOO[name], 8, 2, threshold=1e9)) as cpu:
+        np.testing.assert_array_equal(decode(cpu, tokens, "exact"), decode(cpu, tokens, "dense"))
+        counts = cpu.neuron_counts()
+        assert counts.predicted == counts.total > counts.active > 0
+
+
 @pytest.mark.parametrize("name", ["llama_relu_biases", "opt"])
 def test_with_no_neuron_listed_the_ffn_is_its_bias(name: str) -> None:
     config = ZOO[name]

@@ -12,7 +12,7 @@ from random_predictors import make_predictor
 from test_cpu_sparse import executor
 
 from svdengine.kernels import ffn_times
-from svdengine.kernels.ffn_times import SIZES, FfnTimes, measure_ffn_times
+from svdengine.kernels.ffn_times import SIZES, FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.predictor import Predictor
 
 # A machine on which a dense FFN reads 300 rows at 1 us each, or computes 2 us a row of the step, whichever is longer.
@@ -42,6 +42,17 @@ def test_the_path_depends_on_densities_and_on_the_step() -> None:
     assert dense_from_two.fastest(2, 0.2, 0.1) == "predict"
     assert dense_from_two.fastest(32, 0.2, 0.1) == "dense"
     assert dense_from_two.fastest(2, 1.0, 0.9) == "dense"  # zeros are skipped in steps of one row only
+
+
+def test_exact_paths_predict_nothing() -> None:
+    predictor = make_predictor(zoo()["llama_relu_tied"], 8, 0, 0.0)
+
+    def unasked() -> FfnTimes:
+        raise AssertionError("no time matters")
+
+    for given in (None, predictor):
+        assert [choose_path("exact", rows, given, unasked) for rows in (1, 2, 32)] == ["skip_zeros", "dense", "dense"]
+        assert [choose_path("dense", rows, given, unasked) for rows in (1, 2, 32)] == ["dense"] * 3
 
 
 def test_without_a_gate_the_rows_of_up_are_the_gates() -> None:
