@@ -55,7 +55,9 @@ def greeting(llm: LLM) -> str:
 
     lines = [f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave"]
     from_storage = isinstance(llm.executor, AdvisingExecutor)  # a dense token would read all weights from storage
-    row = None if llm.predictor is None or llm.ffn in ("dense", "exact") or from_storage else decoding_against_dense(llm)
+    row = (
+        None if llm.predictor is None or llm.ffn in ("dense", "exact") or from_storage else decoding_against_dense(llm)
+    )
     if row is not None:
         if row.speedup is None or row.active_density is None:
             lines.append("its FFNs run dense, which is as fast on this machine")

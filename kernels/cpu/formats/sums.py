@@ -70,7 +70,7 @@ def _interleaved(builder: Any, rows: list[Any]) -> list[Any]:
         return shuffle(builder, a, b, lanes)
 
     pairs = [[unpack(rows[i], rows[i + 1], 1, upper) for i in (0, 2)] for upper in (False, True)]
-    return [unpack(*pair, 2, upper) for pair in pairs for upper in (False, True)]
+    return [unpack(a, b, 2, upper) for a, b in pairs for upper in (False, True)]
 
 
 @operation(f32x16, f32x16, f32x16, f32x16, f32x16, address, address)
