@@ -11,9 +11,10 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from svdengine.converters.calibration_size import CalibrationSize, calibration_size, paper_rank
-from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor
+from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor, latest_states, tells_hidden_states
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
 from svdengine.converters.loss_search import MAX_TRIALS, Scale, search_strictness
+from svdengine.converters.output_head import OutputHead, read_output_head
 from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, build_paper_predictor
 from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
@@ -50,8 +51,8 @@ Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), 
 
 MAX_LOSS = 0.0005  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
 GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
-# Where the search for a budget begins: a price, or a share of active tokens that is missed.
-_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 5e-3, "recall": 1e-2, "uniform": 1e-2}
+# Where the search for a loss begins, as a multiple of it: a price, or a share of active tokens that is missed.
+_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 2.0, "recall": 4.0, "uniform": 4.0}
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
 
@@ -163,6 +164,7 @@ def calibrate(
     report = progress or _silent
     config, size = model_file.config, calibration_size(model_file.config)
     fingerprint = model_fingerprint(model_file)
+    dense = _DenseStates(executor, text, read_output_head(model_file) if "max_loss" in options.budget else None)
     statistics = collect_statistics(
         executor,
         text,
@@ -170,12 +172,14 @@ def calibrate(
         model=fingerprint,
         state=state,
         progress=lambda done, total: report("statistics", done, total),
+        look=dense.keep,
     )
     work = []
     for index in range(config.layer_count):
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
         report("layers", index + 1, config.layer_count)
-    levels, outcome, kinds = _meet_budget(executor, work, text.held_out_kinds(size.loss_tokens), options, report)
+    held_out = text.held_out_kinds(size.loss_tokens)
+    levels, outcome, kinds = _meet_budget(executor, work, held_out, options, report, dense)
     measured = [
         _measure_layer(model_file, statistics, index, w.kind, w.at(level))
         for index, (w, level) in enumerate(zip(work, levels, strict=True))
@@ -192,6 +196,20 @@ def calibrate(
         "table": [row for _, row in measured],
     }
     return Predictor(tuple(layer for layer, _ in measured), about)
+
+
+class _DenseStates:
+    """Hidden states of held-out windows on the dense path, kept while statistics are gathered: no second run then."""
+
+    def __init__(self, executor: SparseExecutor, text: SplitText, head: OutputHead | None) -> None:
+        self.head = head if tells_hidden_states(executor) else None
+        self.states: dict[tuple[int, ...], np.ndarray] = {}  # (n, d) float32
+        self._executor, self._text = executor, text
+
+    def keep(self, index: int) -> None:
+        """Take those of the window that was just run."""
+        if self.head is not None and self._text.held_out[index]:
+            self.states[tuple(self._text.windows[index])] = latest_states(self._executor)
 
 
 def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | TrainedPredictors:
@@ -288,6 +306,7 @@ def _meet_budget(
     held_out: Mapping[str, Windows],
     options: CalibrationOptions,
     report: Progress,
+    dense: _DenseStates,
 ) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
     """The level of each layer's thresholds, what the budget came to, and what that costs on each kind of text."""
     if options.thresholds in _NO_BUDGET:
@@ -297,7 +316,7 @@ def _meet_budget(
         return [w.table.level_of_error(limit) for w in work], {}, {}
     if name == "density":
         return [w.table.level_of_density(limit) for w in work], {}, {}
-    return _meet_loss(executor, work, held_out, cast(Calibrator, options.thresholds), limit, report)
+    return _meet_loss(executor, work, held_out, cast(Calibrator, options.thresholds), limit, report, dense)
 
 
 def _meet_loss(
@@ -307,10 +326,11 @@ def _meet_loss(
     calibrator: Calibrator,
     limit: float,
     report: Progress,
+    dense: _DenseStates,
 ) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
     """Find the strictest level, the same in every layer, at which no kind of held-out text costs more than `limit`."""
     steps, done = MAX_TRIALS + 1, 1
-    meter = LossMeter(executor, held_out)
+    meter = LossMeter(executor, held_out, dense.head, dense.states)
     costs: dict[float, dict[str, SparseCost]] = {}
     report("loss", done, steps)
 
@@ -322,8 +342,9 @@ def _meet_loss(
         report("loss", min(done, steps), steps)
         return max(cost.expected_rise for cost in costs[strictness].values())
 
-    scale = STRICTNESS[calibrator]
-    found = search_strictness(cost_at, limit, Scale(float(scale[0]), float(scale[-1]), _FIRST_TRIALS[calibrator]))
+    low, high = (float(STRICTNESS[calibrator][end]) for end in (0, -1))
+    start = min(max(_FIRST_TRIALS[calibrator] * limit, low), high)
+    found = search_strictness(cost_at, limit, Scale(low, high, start))
     if found.strictness not in costs:
         cost_at(found.strictness)  # the least strict of all, which costs more than was wanted
     if done < steps:

@@ -220,10 +220,12 @@ def collect_statistics(
     model: str = "",
     state: Path | None = None,
     progress: Progress | None = None,
+    look: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run the windows of `text` through `source` and return their statistics.
 
-    Of windows that are not split, one in five is held out.
+    `look` is called with the number of each window that one step has run, before the next. Of windows that are not
+    split, one in five is held out.
     With `state`, progress is kept in that file now and then and taken up from it; after a whole pass it holds the
     result, from which other predictors can be made at once. `model`, the model's fingerprint, tells such files apart.
     Raises ConversionError on inputs that are not finite, on too few tokens, and on a state file of another text.
@@ -236,7 +238,11 @@ def collect_statistics(
     saved, first, whole = time.monotonic(), collector.windows_done, True
     try:
         for index in range(collector.windows_done, len(windows)):
-            inputs = np.concatenate([source.ffn_inputs(b) for b in window_batches(windows[index], source)], 1)
+            batches = window_batches(windows[index], source)
+            steps = [source.ffn_inputs(batch) for batch in batches]
+            inputs = steps[0] if len(steps) == 1 else np.concatenate(steps, 1)
+            if look is not None and len(steps) == 1:
+                look(index)
             whole = False  # an interruption must not leave a state with half a window
             collector.add(inputs, text.held_out[index])
             collector.windows_done, whole = index + 1, True
