@@ -52,8 +52,9 @@ Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), 
 MAX_LOSS = 0.0005  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
 GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
 # Where the search for a loss begins, as a multiple of it: a price, or a share of active tokens that is missed.
-_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 2.0, "recall": 4.0, "uniform": 4.0}
+_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 1.0, "recall": 4.0, "uniform": 4.0}
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
+_REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
 
 
@@ -259,7 +260,7 @@ def _calibrate_layer(
         paper = build_paper_predictor(index, layer, x, rank, options.paper, moments)
         return _LayerWork(paper, fixed_thresholds(np.zeros_like(paper.threshold)), options.kind)
     x = x[:rows]
-    truth, held_truth = run_neurons(layer, x), run_neurons(layer, held)
+    truth = run_neurons(layer, x)
     if isinstance(candidates, PowerInferFile | PredictorFolder):
         kind, name = options.kind, f"{candidates.path}, layer {index}"
         network = _better_reading(candidates.readings(index), x, truth)
@@ -267,15 +268,17 @@ def _calibrate_layer(
     else:
         moments, shape = statistics.layers[index], candidates[0]
         if len(candidates) > 1:
-            shape = choose_shape(candidates, layer, moments, (x, truth), (held, held_truth), options.factor_format)
+            shape = choose_shape(
+                candidates, layer, moments, (x, truth), (held, run_neurons(layer, held)), options.factor_format
+            )
         kind, basis = shape.kind, None
         if kind == "svd" and isinstance(statistics.layers, SampledMoments):
             basis = find_basis(kind, layer.gate, moments, shape.rank, sampled_deviation(truth.gates))
         predictor = build_candidate(shape, layer, moments, options.factor_format, basis)
-    sample, held_sample = (
-        make_sample(scores(predictor, rows), neurons, estimates=options.source is None)
-        for rows, neurons in ((x, truth), (held, held_truth))
-    )
+    estimates = options.source is None
+    sample, held_sample = make_sample(scores(predictor, x), truth, estimates), None
+    if not options.budget.keys() <= {"max_loss"}:  # which asks a layer for its own error or density
+        held_sample = make_sample(scores(predictor, held), run_neurons(layer, held), estimates)
     calibrator = cast(Calibrator, options.thresholds)
     return _LayerWork(predictor, calibrate_thresholds(calibrator, sample, held_sample, layer.row_bytes), kind)
 
@@ -286,7 +289,7 @@ def _collector(
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
         rows = max(FIT_ROWS, size.threshold_rows)
-        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
+        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
     return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
@@ -361,7 +364,7 @@ def _measure_layer(
 ) -> tuple[LayerPredictor, dict[str, Any]]:
     """A layer with its neurons' frequencies, and its row of the report, measured on held-out tokens."""
     layer = read_ffn_layer(model_file, index)
-    held = layer_sample(statistics, index, held_out=True)
+    held = layer_sample(statistics, index, held_out=True)[:_REPORT_ROWS]
     truth = run_neurons(layer, held)
     found = scores(predictor, held)
     selection = {name: round(value, 6) for name, value in asdict(select(found > 0, truth)).items()}

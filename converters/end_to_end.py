@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.logit_rows import LogitRows
 from svdengine.converters.output_head import OutputHead
-from svdengine.converters.parallel import over_parts
 from svdengine.converters.split_text import Windows
 from svdengine.converters.statistics import FfnInputs, window_batches
 from svdengine.errors import ConversionError
@@ -19,7 +19,6 @@ from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnMode, HiddenStates, Logits
 from svdengine.kernels.predictor import Predictor
 
-_ROWS = 8  # of logits that a core works on at once
 _LIKELIEST = 256  # tokens whose probabilities are kept at each position; the others count as one
 
 
@@ -110,7 +109,7 @@ class LossMeter:
     def _cost(self, kind: str) -> SparseCost:
         steps, rises, kl, agreed = self._dense[kind], [], 0.0, 0
         for step, (logits, _) in zip(steps, self._run(self._windows[kind]), strict=True):
-            found = _Logits.of(logits)
+            found = LogitRows.of(logits)
             rises.append(found.losses(step.targets) - step.losses)
             kl += _divergence(step, found.log_probabilities(step.likely))
             agreed += int((found.choice == step.choice).sum())
@@ -127,8 +126,8 @@ class LossMeter:
 
     def _run_dense(self, windows: Windows, known: Mapping[tuple[int, ...], NDArray[np.float32]]) -> Iterator[_Step]:
         for logits, targets in self._run(windows, known):
-            found = _Logits.of(logits)
-            likely = _likeliest(logits)
+            found = LogitRows.of(logits)
+            likely = found.likeliest(_LIKELIEST)
             yield _Step(targets, found.losses(targets), found.choice, likely, found.log_probabilities(likely))
 
     def _run(
@@ -163,52 +162,6 @@ def latest_states(executor: object) -> NDArray[np.float32]:
     """What the latest step left after the final norm, (n, d), on an executor that tells it."""
     assert isinstance(executor, HiddenStates)
     return executor.hidden_states()
-
-
-@dataclass(frozen=True)
-class _Logits:
-    """Logits of n rows, and what is asked of their softmax."""
-
-    logits: Logits  # (n, vocabulary)
-    scale: NDArray[np.float64]  # (n,) logarithm of the sum of exponentials
-    choice: NDArray[np.int64]  # (n,) likeliest token
-
-    @classmethod
-    def of(cls, logits: Logits) -> _Logits:
-        scale, choice = np.empty(len(logits)), np.empty(len(logits), np.int64)
-
-        def fill(part: slice) -> None:
-            rows = logits[part]
-            choice[part] = rows.argmax(1)
-            most = np.take_along_axis(rows, choice[part, None], 1)
-            scale[part] = most[:, 0] + np.log(np.exp(rows - most).sum(1), dtype=np.float64)
-
-        over_parts(fill, len(logits), size=_ROWS)
-        return cls(logits, scale, choice)
-
-    def losses(self, targets: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Of each token (n,), in nats. Raises ConversionError."""
-        losses = self.scale - self.logits[np.arange(len(targets)), targets]
-        if not np.isfinite(losses).all():
-            raise ConversionError("the model gave logits that are not finite")
-        return losses
-
-    def log_probabilities(self, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Of tokens (n, k)."""
-        found: NDArray[np.float32] = np.take_along_axis(self.logits, tokens, 1) - self.scale[:, None].astype(np.float32)
-        return found
-
-
-def _likeliest(logits: Logits) -> NDArray[np.int64]:
-    """Tokens (n, k) with the highest logits of each row, in no order."""
-    count = min(_LIKELIEST, logits.shape[1])
-    found = np.empty((len(logits), count), np.int64)
-
-    def fill(part: slice) -> None:
-        found[part] = np.argpartition(logits[part], -count, 1)[:, -count:]
-
-    over_parts(fill, len(logits), size=_ROWS)
-    return found
 
 
 def _divergence(step: _Step, found: NDArray[np.float32]) -> float:

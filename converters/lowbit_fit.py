@@ -43,11 +43,11 @@ def _carry_errors(matrix: Array, weights: Array, bits: int) -> NDArray[np.uint8]
     for start in range(0, d, BLOCK):
         block = slice(start, min(start + BLOCK, d))
         own = np.ascontiguousarray(left[:, block])
-        step = lowbit_scales(own, bits)[:, 0].astype(np.float32)
         errors, within = np.empty_like(own), np.ascontiguousarray(weights[block, block])
 
         def carry(rows: slice) -> None:
-            codes[rows, block] = _carry_within(own[rows], step[rows], within, bits, errors[rows])  # noqa: B023
+            step = lowbit_scales(own[rows], bits)[:, 0].astype(np.float32)  # noqa: B023
+            codes[rows, block] = _carry_within(own[rows], step, within, bits, errors[rows])  # noqa: B023
 
         over_parts(carry, f)
         left[:, block.stop :] -= errors @ weights[block, block.stop :]

@@ -70,9 +70,15 @@ def rank(found: Array, neurons: Neurons) -> Ranking:
 
 def select(predicted: NDArray[np.bool_], neurons: Neurons) -> Selection:
     """Measure a choice of neurons (n, f) against what they did. What has nothing to count is 1."""
-    hits = int((predicted & neurons.active).sum())
-    chosen, active, pairs = int(predicted.sum()), int(neurons.active.sum()), predicted.size
-    missed = float(neurons.energy[~predicted].sum(dtype=np.float64))
+
+    def count(part: slice) -> tuple[int, int, int, float]:
+        chosen, active = predicted.T[part], neurons.active.T[part]
+        missed = np.where(chosen, np.float32(0), neurons.energy.T[part]).sum(dtype=np.float64)
+        return int((chosen & active).sum()), int(chosen.sum()), int(active.sum()), float(missed)
+
+    counts = zip(*over_parts(count, predicted.shape[1], size=_NEURONS), strict=True)
+    hits, chosen, active, missed = (sum(values) for values in counts)
+    pairs = predicted.size
     return Selection(
         recall=hits / active if active else 1.0,
         precision=hits / chosen if chosen else 1.0,

@@ -97,21 +97,18 @@ def make_sample(scores: Array, neurons: Neurons, estimates: bool = True) -> Samp
     def fill(part: slice) -> None:
         own = np.array(by_neuron[part], np.float32, order="C")
         sample.spread[part] = (gates[part] - own).std(1) if estimates else _unexplained(own, gates[part])
-        sort_rows(own, sample.scores[part], *_beside(neurons, part), sample.energy[part], sample.active[part])
+        energy = np.ascontiguousarray(neurons.energy.T[part], np.float32)
+        active = np.ascontiguousarray(neurons.active.T[part])
+        sort_rows(own, sample.scores[part], energy, active, sample.energy[part], sample.active[part])
 
     over_parts(fill, len(by_neuron), size=_NEURONS)
     return sample
 
 
-def _beside(neurons: Neurons, part: slice) -> tuple[Array, NDArray[np.bool_]]:
-    """Energy and activity of a part of the neurons, (neurons, n)."""
-    return np.ascontiguousarray(neurons.energy.T[part], np.float32), np.ascontiguousarray(neurons.active.T[part])
-
-
 def calibrate_thresholds(
-    calibrator: Calibrator, sample: Sample, held_out: Sample, row_bytes: tuple[int, int, int]
+    calibrator: Calibrator, sample: Sample, held_out: Sample | None, row_bytes: tuple[int, int, int]
 ) -> ThresholdTable:
-    """The table of a layer: thresholds from `sample`, their error and densities from `held_out`.
+    """The table of a layer: thresholds from `sample`, their error and densities from `held_out`, NaN without it.
 
     `row_bytes` are those of a row of gate, up and down, which weigh a wrong prediction against a right one.
     """
@@ -123,13 +120,17 @@ def calibrate_thresholds(
         thresholds = np.zeros((2, len(sample.scores)), np.float32)
     else:
         thresholds = uniform_thresholds(sample, RECALLS)
-    return measure_thresholds(held_out, thresholds)
+    return _unmeasured(thresholds) if held_out is None else measure_thresholds(held_out, thresholds)
 
 
 def fixed_thresholds(thresholds: Array) -> ThresholdTable:
     """A table of thresholds (f,) that are as they are at every level; it knows neither error nor densities."""
-    unknown = np.full(2, np.nan)
-    return ThresholdTable(np.stack([thresholds, thresholds]), unknown, unknown, unknown)
+    return _unmeasured(np.stack([thresholds, thresholds]))
+
+
+def _unmeasured(thresholds: Array) -> ThresholdTable:
+    unknown = np.full(len(thresholds), np.nan)
+    return ThresholdTable(thresholds, unknown, unknown, unknown)
 
 
 def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tuple[int, int, int]) -> Array:
@@ -143,8 +144,15 @@ def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tu
     thresholds = np.empty((len(lambdas), len(sample.scores)), np.float32)
 
     def fill(part: slice) -> None:
-        of_part = (array[part] for array in (sample.scores, sample.energy, sample.active, sample.spread))
-        thresholds[:, part] = _error_thresholds(*of_part, lambdas, gate / dense, (up + down) / dense)
+        thresholds[:, part] = _error_thresholds(
+            sample.scores[part],
+            sample.energy[part],
+            sample.active[part],
+            sample.spread[part],
+            lambdas,
+            gate / dense,
+            (up + down) / dense,
+        )
 
     over_parts(fill, len(sample.scores), size=_NEURONS)
     return thresholds
@@ -176,8 +184,9 @@ def measure_thresholds(sample: Sample, thresholds: Array) -> ThresholdTable:
     """Error and densities of thresholds (levels, f) on a sample."""
 
     def measure(part: slice) -> Array:
-        of_part = (array[part] for array in (sample.scores, sample.energy, sample.active))
-        return _measure(*of_part, np.ascontiguousarray(thresholds[:, part]))
+        cuts = np.ascontiguousarray(thresholds[:, part])
+        found: Array = _measure(sample.scores[part], sample.energy[part], sample.active[part], cuts)
+        return found
 
     f, n = sample.scores.shape
     missed, predicted, computed = np.sum(over_parts(measure, f, size=_NEURONS), 0)
