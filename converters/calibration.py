@@ -289,7 +289,7 @@ def _collector(
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
         rows = max(FIT_ROWS, size.threshold_rows)
-        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
+        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
     return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)

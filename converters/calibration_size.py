@@ -20,6 +20,7 @@ class CalibrationSize:
     loss_tokens: int  # held-out tokens of about which the loss is taken at each step
     together: int  # sequences that the model writes at once
     written: bool  # whether the model writes the text itself; else it is text that every machine has
+    moments: bool  # whether second moments are summed over all tokens; else they come from the sampled ones
 
 
 def calibration_size(config: ModelConfig) -> CalibrationSize:
@@ -30,9 +31,9 @@ def calibration_size(config: ModelConfig) -> CalibrationSize:
     4 GB, their sampled rows 1.5 GB. They may be fewer than d: the SVD is a projection, which takes no inverse.
     """
     if config.hidden_size < LARGE:
-        return CalibrationSize("lowbit", None, 11_264, 8192, 3072, 16, True)
+        return CalibrationSize("lowbit", None, 16_384, 8192, 3072, 16, True, True)
     rank = paper_rank(config.hidden_size, config.ffn_size)
-    return CalibrationSize("svd", rank, 4096, 2048, 768, 16, False)
+    return CalibrationSize("svd", rank, 4096, 2048, 768, 16, False, False)
 
 
 def default_tokens(config: ModelConfig, thresholds: str = "error") -> int:

@@ -83,7 +83,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--tokens",
     type=click.IntRange(256, 1 << 31),
     metavar="N",
-    help="Tokens of text to use.  [default: 11264; of a large model 4096]",
+    help="Tokens of text to use.  [default: 16384; of a large model 4096]",
 )
 @click.option(
     "--predictor",

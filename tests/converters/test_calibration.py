@@ -146,7 +146,7 @@ def test_a_large_model_is_calibrated_from_its_sampled_rows(
 ) -> None:
     monkeypatch.setattr(calibration_size, "LARGE", 64)
     size = calibration_size.calibration_size(model.config)
-    assert (size.kind, size.rank) == ("svd", 64)
+    assert (size.kind, size.moments, size.rank) == ("svd", False, 64)
     found = calibrate(model, executor, WINDOWS, CalibrationOptions(rank=32, max_error=0.01))
     for row, other in zip(found.about["table"], predictor.about["table"], strict=True):
         assert row["auroc"] == pytest.approx(other["auroc"], abs=0.02)
