@@ -34,6 +34,7 @@ from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit
 
 PREFIX = "predictor."
 FactorFormat = Literal["q8", "q4"]
+_ROWS = 256  # of activations that are rounded at once, which keeps them in the cache
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,13 @@ def quantize_activations(x: NDArray[np.float32], bits: int = 16) -> NDArray[np.f
     n, d = x.shape
     padded = np.zeros((n, padded_columns(d)), np.float32)
     padded[:, :d] = x
-    groups = padded.reshape(n, -1, 32)
-    scale = np.maximum(groups.max(-1, keepdims=True), -groups.min(-1, keepdims=True))
-    scale /= np.float32(127 if bits == 8 else 127 * 256)
-    groups *= np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    np.rint(groups, out=groups)
-    groups *= scale
+    for start in range(0, n, _ROWS):
+        groups = padded[start : start + _ROWS].reshape(-1, 32)
+        scale = np.maximum(groups.max(-1, keepdims=True), -groups.min(-1, keepdims=True))
+        scale /= np.float32(127 if bits == 8 else 127 * 256)
+        groups *= np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+        np.rint(groups, out=groups)
+        groups *= scale
     return padded[:, :d]
 
 
