@@ -13,7 +13,7 @@ import numpy as np
 from svdengine.converters.calibration_size import CalibrationSize, calibration_size, paper_rank
 from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor, latest_states, tells_hidden_states
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
-from svdengine.converters.loss_search import MAX_TRIALS, Scale, search_strictness
+from svdengine.converters.loss_search import Scale, search_strictness
 from svdengine.converters.output_head import OutputHead, read_output_head
 from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, build_paper_predictor
 from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
@@ -49,10 +49,11 @@ TrainedPredictors = PowerInferFile | PredictorFolder
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 
-MAX_LOSS = 0.0005  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
+MAX_LOSS = 0.00025  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
 GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
 # Where the search for a loss begins, as a multiple of it: a price, or a share of active tokens that is missed.
-_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 1.0, "recall": 4.0, "uniform": 4.0}
+_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 2.0, "recall": 4.0, "uniform": 4.0}
+_USUAL_TRIALS = 3  # of the loss: for the time left, which nobody knows
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
@@ -288,7 +289,7 @@ def _collector(
 ) -> StatisticsCollector:
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
-        rows = max(FIT_ROWS, size.threshold_rows)
+        rows = size.threshold_rows if size.moments else max(FIT_ROWS, size.threshold_rows)
         return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
@@ -332,7 +333,7 @@ def _meet_loss(
     dense: _DenseStates,
 ) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
     """Find the strictest level, the same in every layer, at which no kind of held-out text costs more than `limit`."""
-    steps, done = MAX_TRIALS + 1, 1
+    steps, done = _USUAL_TRIALS + 1, 1
     meter = LossMeter(executor, held_out, dense.head, dense.states)
     costs: dict[float, dict[str, SparseCost]] = {}
     report("loss", done, steps)
@@ -342,7 +343,7 @@ def _meet_loss(
         level = level_of_strictness(calibrator, strictness)
         costs[strictness] = meter.costs(Predictor(tuple(w.at(level) for w in work), {}))
         done += 1
-        report("loss", min(done, steps), steps)
+        report("loss", min(done, steps - 1), steps)
         return max(cost.expected_rise for cost in costs[strictness].values())
 
     low, high = (float(STRICTNESS[calibrator][end]) for end in (0, -1))
@@ -350,8 +351,7 @@ def _meet_loss(
     found = search_strictness(cost_at, limit, Scale(low, high, start))
     if found.strictness not in costs:
         cost_at(found.strictness)  # the least strict of all, which costs more than was wanted
-    if done < steps:
-        report("loss", steps, steps)
+    report("loss", steps, steps)
     kinds = costs[found.strictness]
     rise = max(cost.expected_rise for cost in kinds.values())
     name = "price" if calibrator == "error" else "missed"

@@ -49,9 +49,10 @@ class SparseCost:
         """What other text of this kind must be expected to cost.
 
         The divergence, by whose exponential perplexity rises where the model's own probabilities are right: a few
-        hundred tokens tell it well. Where the rise that was measured is more than that by more than chance, that rise.
+        hundred tokens tell it well. Where the rise that was measured is more than that by more than chance, which is
+        two standard errors, that rise: of several kinds, one is off by a single one every other time.
         """
-        return max(math.expm1(self.kl), self.perplexity_rise - self.standard_error)
+        return max(math.expm1(self.kl), self.perplexity_rise - 2 * self.standard_error)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--tokens",
     type=click.IntRange(256, 1 << 31),
     metavar="N",
-    help="Tokens of text to use.  [default: 16384; of a large model 4096]",
+    help="Tokens of text to use.  [default: 14336; of a large model 4096]",
 )
 @click.option(
     "--predictor",
@@ -128,7 +128,7 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--max-loss",
     type=Number(),
     metavar="X",
-    help="Budget: rise of the perplexity on the worst kind of held-out text.  [default: 0.0005]",
+    help="Budget: rise of the perplexity on the worst kind of held-out text.  [default: 0.00025]",
 )
 @click.option(
     "--max-error", type=Number(), metavar="X", help="Budget: share of each FFN's output energy that is missed."
