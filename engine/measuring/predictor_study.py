@@ -65,6 +65,7 @@ def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> P
     `llm` must be idle. Raises RequestError for a model outside the ReLU family, ConversionError when the text is too
     short.
     """
+    from svdengine.converters.calibration_size import LARGE
     from svdengine.converters.ffn_layer import read_ffn_layer, run_neurons
     from svdengine.converters.parallel import over_parts
 
@@ -90,7 +91,10 @@ def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> P
         return found
 
     told = Lock()
-    layers = over_parts(study, count, size=1)
+    if llm.config.hidden_size < LARGE:
+        layers = over_parts(study, count, size=1)
+    else:  # one of them fills memory, and its matrix products all cores
+        layers = [study(slice(index, index + 1)) for index in range(count)]
     return PredictorStudy(tuple(layers), middle[0] if middle else None, statistics.tokens, statistics.held_out.shape[1])
 
 
