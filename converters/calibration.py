@@ -11,9 +11,10 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from svdengine.converters.calibration_size import CalibrationSize, calibration_size, paper_rank
-from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor
+from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor, latest_states, tells_hidden_states
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
-from svdengine.converters.loss_search import MAX_TRIALS, Scale, search_strictness
+from svdengine.converters.loss_search import Scale, search_strictness
+from svdengine.converters.output_head import OutputHead, read_output_head
 from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, build_paper_predictor
 from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
 from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
@@ -48,11 +49,13 @@ TrainedPredictors = PowerInferFile | PredictorFolder
 
 Progress = Callable[[str, int, int], None]  # stage (statistics, layers, loss), steps done, steps in all
 
-MAX_LOSS = 0.0005  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
+MAX_LOSS = 0.00025  # the default budget: at it 99 in 100 of the likeliest tokens stay what they were
 GREEDY = "greedy"  # thresholds of the paper, with the paper's predictor
-# Where the search for a budget begins: a price, or a share of active tokens that is missed.
-_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 5e-3, "recall": 1e-2, "uniform": 1e-2}
+# Where the search for a loss begins, as a multiple of it: a price, or a share of active tokens that is missed.
+_FIRST_TRIALS: Mapping[Calibrator, float] = {"error": 2.0, "recall": 4.0, "uniform": 4.0}
+_USUAL_TRIALS = 3  # of the loss: for the time left, which nobody knows
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
+_REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
 
 
@@ -163,6 +166,7 @@ def calibrate(
     report = progress or _silent
     config, size = model_file.config, calibration_size(model_file.config)
     fingerprint = model_fingerprint(model_file)
+    dense = _DenseStates(executor, text, read_output_head(model_file) if "max_loss" in options.budget else None)
     statistics = collect_statistics(
         executor,
         text,
@@ -170,12 +174,14 @@ def calibrate(
         model=fingerprint,
         state=state,
         progress=lambda done, total: report("statistics", done, total),
+        look=dense.keep,
     )
     work = []
     for index in range(config.layer_count):
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
         report("layers", index + 1, config.layer_count)
-    levels, outcome, kinds = _meet_budget(executor, work, text.held_out_kinds(size.loss_tokens), options, report)
+    held_out = text.held_out_kinds(size.loss_tokens)
+    levels, outcome, kinds = _meet_budget(executor, work, held_out, options, report, dense)
     measured = [
         _measure_layer(model_file, statistics, index, w.kind, w.at(level))
         for index, (w, level) in enumerate(zip(work, levels, strict=True))
@@ -192,6 +198,20 @@ def calibrate(
         "table": [row for _, row in measured],
     }
     return Predictor(tuple(layer for layer, _ in measured), about)
+
+
+class _DenseStates:
+    """Hidden states of held-out windows on the dense path, kept while statistics are gathered: no second run then."""
+
+    def __init__(self, executor: SparseExecutor, text: SplitText, head: OutputHead | None) -> None:
+        self.head = head if tells_hidden_states(executor) else None
+        self.states: dict[tuple[int, ...], np.ndarray] = {}  # (n, d) float32
+        self._executor, self._text = executor, text
+
+    def keep(self, index: int) -> None:
+        """Take those of the window that was just run."""
+        if self.head is not None and self._text.held_out[index]:
+            self.states[tuple(self._text.windows[index])] = latest_states(self._executor)
 
 
 def find_candidates(model_file: ModelFile, options: CalibrationOptions) -> Sequence[PredictorShape] | TrainedPredictors:
@@ -241,7 +261,7 @@ def _calibrate_layer(
         paper = build_paper_predictor(index, layer, x, rank, options.paper, moments)
         return _LayerWork(paper, fixed_thresholds(np.zeros_like(paper.threshold)), options.kind)
     x = x[:rows]
-    truth, held_truth = run_neurons(layer, x), run_neurons(layer, held)
+    truth = run_neurons(layer, x)
     if isinstance(candidates, PowerInferFile | PredictorFolder):
         kind, name = options.kind, f"{candidates.path}, layer {index}"
         network = _better_reading(candidates.readings(index), x, truth)
@@ -249,15 +269,17 @@ def _calibrate_layer(
     else:
         moments, shape = statistics.layers[index], candidates[0]
         if len(candidates) > 1:
-            shape = choose_shape(candidates, layer, moments, (x, truth), (held, held_truth), options.factor_format)
+            shape = choose_shape(
+                candidates, layer, moments, (x, truth), (held, run_neurons(layer, held)), options.factor_format
+            )
         kind, basis = shape.kind, None
         if kind == "svd" and isinstance(statistics.layers, SampledMoments):
             basis = find_basis(kind, layer.gate, moments, shape.rank, sampled_deviation(truth.gates))
         predictor = build_candidate(shape, layer, moments, options.factor_format, basis)
-    sample, held_sample = (
-        make_sample(scores(predictor, rows), neurons, estimates=options.source is None)
-        for rows, neurons in ((x, truth), (held, held_truth))
-    )
+    estimates = options.source is None
+    sample, held_sample = make_sample(scores(predictor, x), truth, estimates), None
+    if not options.budget.keys() <= {"max_loss"}:  # which asks a layer for its own error or density
+        held_sample = make_sample(scores(predictor, held), run_neurons(layer, held), estimates)
     calibrator = cast(Calibrator, options.thresholds)
     return _LayerWork(predictor, calibrate_thresholds(calibrator, sample, held_sample, layer.row_bytes), kind)
 
@@ -267,7 +289,7 @@ def _collector(
 ) -> StatisticsCollector:
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
-        rows = max(FIT_ROWS, size.threshold_rows)
+        rows = size.threshold_rows if size.moments else max(FIT_ROWS, size.threshold_rows)
         return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
@@ -288,6 +310,7 @@ def _meet_budget(
     held_out: Mapping[str, Windows],
     options: CalibrationOptions,
     report: Progress,
+    dense: _DenseStates,
 ) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
     """The level of each layer's thresholds, what the budget came to, and what that costs on each kind of text."""
     if options.thresholds in _NO_BUDGET:
@@ -297,7 +320,7 @@ def _meet_budget(
         return [w.table.level_of_error(limit) for w in work], {}, {}
     if name == "density":
         return [w.table.level_of_density(limit) for w in work], {}, {}
-    return _meet_loss(executor, work, held_out, cast(Calibrator, options.thresholds), limit, report)
+    return _meet_loss(executor, work, held_out, cast(Calibrator, options.thresholds), limit, report, dense)
 
 
 def _meet_loss(
@@ -307,10 +330,11 @@ def _meet_loss(
     calibrator: Calibrator,
     limit: float,
     report: Progress,
+    dense: _DenseStates,
 ) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
     """Find the strictest level, the same in every layer, at which no kind of held-out text costs more than `limit`."""
-    steps, done = MAX_TRIALS + 1, 1
-    meter = LossMeter(executor, held_out)
+    steps, done = _USUAL_TRIALS + 1, 1
+    meter = LossMeter(executor, held_out, dense.head, dense.states)
     costs: dict[float, dict[str, SparseCost]] = {}
     report("loss", done, steps)
 
@@ -319,15 +343,15 @@ def _meet_loss(
         level = level_of_strictness(calibrator, strictness)
         costs[strictness] = meter.costs(Predictor(tuple(w.at(level) for w in work), {}))
         done += 1
-        report("loss", min(done, steps), steps)
+        report("loss", min(done, steps - 1), steps)
         return max(cost.expected_rise for cost in costs[strictness].values())
 
-    scale = STRICTNESS[calibrator]
-    found = search_strictness(cost_at, limit, Scale(float(scale[0]), float(scale[-1]), _FIRST_TRIALS[calibrator]))
+    low, high = (float(STRICTNESS[calibrator][end]) for end in (0, -1))
+    start = min(max(_FIRST_TRIALS[calibrator] * limit, low), high)
+    found = search_strictness(cost_at, limit, Scale(low, high, start))
     if found.strictness not in costs:
         cost_at(found.strictness)  # the least strict of all, which costs more than was wanted
-    if done < steps:
-        report("loss", steps, steps)
+    report("loss", steps, steps)
     kinds = costs[found.strictness]
     rise = max(cost.expected_rise for cost in kinds.values())
     name = "price" if calibrator == "error" else "missed"
@@ -340,7 +364,7 @@ def _measure_layer(
 ) -> tuple[LayerPredictor, dict[str, Any]]:
     """A layer with its neurons' frequencies, and its row of the report, measured on held-out tokens."""
     layer = read_ffn_layer(model_file, index)
-    held = layer_sample(statistics, index, held_out=True)
+    held = layer_sample(statistics, index, held_out=True)[:_REPORT_ROWS]
     truth = run_neurons(layer, held)
     found = scores(predictor, held)
     selection = {name: round(value, 6) for name, value in asdict(select(found > 0, truth)).items()}

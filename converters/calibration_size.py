@@ -31,7 +31,7 @@ def calibration_size(config: ModelConfig) -> CalibrationSize:
     4 GB, their sampled rows 1.5 GB. They may be fewer than d: the SVD is a projection, which takes no inverse.
     """
     if config.hidden_size < LARGE:
-        return CalibrationSize("lowbit", None, 24_576, 16_384, 5000, 16, True, True)
+        return CalibrationSize("lowbit", None, 14_336, 8192, 3072, 16, True, True)
     rank = paper_rank(config.hidden_size, config.ffn_size)
     return CalibrationSize("svd", rank, 4096, 2048, 768, 16, False, False)
 

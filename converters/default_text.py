@@ -15,7 +15,7 @@ from svdengine.text.tokenizer import Tokenizer
 
 HELD_OUT = ("terms", "letters", "chats", "mathematics")  # kinds of passages: unlike each other, and unlike the rest
 HELD_OUT_SHARE = 1 / 5  # of all tokens
-WRITTEN_SHARE = 1 / 8  # of all tokens
+WRITTEN_SHARE = 1 / 14  # of all tokens: about what one kind gets
 WRITTEN = "the model's own"
 
 
@@ -25,15 +25,18 @@ def default_text(
     tokens: int,
     window: int = WINDOW,
     written: Iterable[Window] = (),
+    measured: int = 0,
 ) -> SplitText:
     """About `tokens` tokens in windows: text that every machine has, and what the model has `written`.
+
+    At least `measured` of them are held out, but no more than a third.
 
     The same machine, tokenizer and written windows give the same text. Raises ModelFileError when there is no
     tokenizer.
     """
     kinds: dict[str, Iterator[Window]] = {**machine_kinds(tokenizer, template, window)}
     held_out = {kind: kinds.pop(kind) for kind in HELD_OUT}
-    measured = int(tokens * HELD_OUT_SHARE)
+    measured = max(int(tokens * HELD_OUT_SHARE), min(measured, tokens // 3))
     chosen = [(ids, kind, True) for ids, kind in _equal_shares(held_out, measured)]
     chosen += [(ids, kind, False) for ids, kind in _equal_shares({**kinds, WRITTEN: iter(written)}, tokens - measured)]
     windows, names, flags = zip(*chosen, strict=True)

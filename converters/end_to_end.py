@@ -10,11 +10,13 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.logit_rows import LogitRows
+from svdengine.converters.output_head import OutputHead
 from svdengine.converters.split_text import Windows
 from svdengine.converters.statistics import FfnInputs, window_batches
 from svdengine.errors import ConversionError
 from svdengine.kernels.batch import Batch
-from svdengine.kernels.executor import FfnMode, Logits
+from svdengine.kernels.executor import FfnMode, HiddenStates, Logits
 from svdengine.kernels.predictor import Predictor
 
 _LIKELIEST = 256  # tokens whose probabilities are kept at each position; the others count as one
@@ -47,9 +49,10 @@ class SparseCost:
         """What other text of this kind must be expected to cost.
 
         The divergence, by whose exponential perplexity rises where the model's own probabilities are right: a few
-        hundred tokens tell it well. Where the rise that was measured is more than that by more than chance, that rise.
+        hundred tokens tell it well. Where the rise that was measured is more than that by more than chance, which is
+        two standard errors, that rise: of several kinds, one is off by a single one every other time.
         """
-        return max(math.expm1(self.kl), self.perplexity_rise - self.standard_error)
+        return max(math.expm1(self.kl), self.perplexity_rise - 2 * self.standard_error)
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,27 @@ class _Step:
 class LossMeter:
     """Runs text dense once, and then measures what predictors cost on it."""
 
-    def __init__(self, executor: SparseExecutor, kinds: Mapping[str, Windows]) -> None:
+    def __init__(
+        self,
+        executor: SparseExecutor,
+        kinds: Mapping[str, Windows],
+        head: OutputHead | None = None,
+        known: Mapping[tuple[int, ...], NDArray[np.float32]] | None = None,
+    ) -> None:
         """`kinds`: windows of tokens by kind; the first token of each window is not scored.
 
-        Raises ConversionError when the logits are not finite, or there is nothing to score.
+        With a `head` logits come from the hidden states of an executor that tells them, which is faster; `known` has
+        those of windows that were run dense already, (n, d). Raises ConversionError when the logits are not finite, or
+        there is nothing to score.
         """
         self._executor = executor
+        self._head = head if tells_hidden_states(executor) else None
         self._windows = {kind: [w for w in windows if len(w) > 1] for kind, windows in kinds.items()}
         self._windows = {kind: windows for kind, windows in self._windows.items() if windows}
         if not self._windows:
             raise ConversionError("the held-out windows have no token to score")
-        self._dense = {kind: list(self._run_dense(windows)) for kind, windows in self._windows.items()}
+        hidden = (known or {}) if self._head is not None else {}
+        self._dense = {kind: list(self._run_dense(windows, hidden)) for kind, windows in self._windows.items()}
 
     @property
     def perplexity(self) -> float:
@@ -96,10 +109,11 @@ class LossMeter:
 
     def _cost(self, kind: str) -> SparseCost:
         steps, rises, kl, agreed = self._dense[kind], [], 0.0, 0
-        for step, (found, _) in zip(steps, self._run(self._windows[kind]), strict=True):
-            rises.append(_losses(found, step.targets) - step.losses)
-            kl += _divergence(step, np.take_along_axis(found, step.likely, 1))
-            agreed += int((found.argmax(1) == step.choice).sum())
+        for step, (logits, _) in zip(steps, self._run(self._windows[kind]), strict=True):
+            found = LogitRows.of(logits)
+            rises.append(found.losses(step.targets) - step.losses)
+            kl += _divergence(step, found.log_probabilities(step.likely))
+            agreed += int((found.choice == step.choice).sum())
         rise, dense = np.concatenate(rises), np.concatenate([step.losses for step in steps])
         n = len(rise)
         return SparseCost(
@@ -111,35 +125,44 @@ class LossMeter:
             agreement=agreed / n,
         )
 
-    def _run_dense(self, windows: Windows) -> Iterator[_Step]:
-        for found, targets in self._run(windows):
-            likely = np.argpartition(found, -min(_LIKELIEST, found.shape[1]), 1)[:, -_LIKELIEST:]
-            losses = _losses(found, targets)
-            yield _Step(targets, losses, found.argmax(1), likely, np.take_along_axis(found, likely, 1))
+    def _run_dense(self, windows: Windows, known: Mapping[tuple[int, ...], NDArray[np.float32]]) -> Iterator[_Step]:
+        for logits, targets in self._run(windows, known):
+            found = LogitRows.of(logits)
+            likely = found.likeliest(_LIKELIEST)
+            yield _Step(targets, found.losses(targets), found.choice, likely, found.log_probabilities(likely))
 
-    def _run(self, windows: Windows) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-        """Of each step, log-probabilities (n, vocabulary) and the tokens (n,) that follow."""
+    def _run(
+        self, windows: Windows, known: Mapping[tuple[int, ...], NDArray[np.float32]] | None = None
+    ) -> Iterator[tuple[Logits, NDArray[np.int64]]]:
+        """Of each step, logits (n, vocabulary), which hold until the next, and the tokens (n,) that follow."""
         for window in windows:
-            start = 0
-            for batch in window_batches(window, self._executor, logits=True):
-                targets = np.asarray(window[start + 1 : start + len(batch.tokens) + 1], np.int64)
-                start += len(batch.tokens)
+            start, hidden = 0, (known or {}).get(tuple(window))
+            for batch in window_batches(window, self._executor, logits=self._head is None):
+                n = len(batch.tokens)
+                targets = np.asarray(window[start + 1 : start + n + 1], np.int64)
                 if len(targets):
-                    yield _log_softmax(self._executor.forward(batch)[: len(targets)]), targets
+                    yield self._logits(batch, None if hidden is None else hidden[start : start + n], targets), targets
+                start += n
+
+    def _logits(self, batch: Batch, hidden: NDArray[np.float32] | None, targets: NDArray[np.int64]) -> Logits:
+        """Of the rows of a step that have a target."""
+        if self._head is None:
+            return self._executor.forward(batch)[: len(targets)]
+        if hidden is None:
+            self._executor.forward(batch)
+            hidden = latest_states(self._executor)
+        return self._head.logits(hidden[: len(targets)])
 
 
-def _log_softmax(logits: Logits) -> NDArray[np.float32]:
-    """Logarithms (n, vocabulary) of the probabilities that logits stand for."""
-    shifted = logits - logits.max(1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
+def tells_hidden_states(executor: object) -> bool:
+    """Whether an executor, or the one that it wraps, is a `HiddenStates`."""
+    return isinstance(executor, HiddenStates) and isinstance(getattr(executor, "inner", executor), HiddenStates)
 
 
-def _losses(found: NDArray[np.float32], targets: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Of each token (n,), in nats, from log-probabilities (n, vocabulary). Raises ConversionError."""
-    losses = -found[np.arange(len(found)), targets].astype(np.float64)
-    if not np.isfinite(losses).all():
-        raise ConversionError("the model gave logits that are not finite")
-    return losses
+def latest_states(executor: object) -> NDArray[np.float32]:
+    """What the latest step left after the final norm, (n, d), on an executor that tells it."""
+    assert isinstance(executor, HiddenStates)
+    return executor.hidden_states()
 
 
 def _divergence(step: _Step, found: NDArray[np.float32]) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.parallel import over_parts
 from svdengine.errors import ConversionError
 from svdengine.files.model_file import ModelFile
 from svdengine.kernels.formats import FORMATS, dequantize, gather_parts
@@ -15,6 +16,9 @@ from svdengine.kernels.reference import activate, linear
 from svdengine.models.config import ModelConfig
 
 Array = NDArray[np.float32]
+
+_NEURONS = 64  # whose values on all tokens are worked on at once, which keeps them in the cache
+_ROWS = 1024  # tokens whose inputs are rounded at once
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class FfnLayer:
 
 @dataclass(frozen=True)
 class Neurons:
-    """What the neurons of a layer do on n tokens."""
+    """What the neurons of a layer do on n tokens. What one neuron does lies together in memory."""
 
     gates: Array  # (n, f) what a score estimates: above 0 where the neuron is active
     active: NDArray[np.bool_]  # (n, f)
@@ -98,11 +102,26 @@ def exact_gates(layer: FfnLayer, x: Array) -> Array:
 
 def run_neurons(layer: FfnLayer, x: Array) -> Neurons:
     """Exact activity and energy of every neuron on FFN inputs x (n, d) float32."""
-    raw, h, active = _run(layer, x)
-    energy = np.square(h * layer.down_norm)
-    total = energy.sum(1, keepdims=True)
-    energy /= np.where(total > 0, total, np.float32(1))
-    return Neurons(raw + (layer.offset - layer.gate_bias), active, energy)
+    raw, up = _products(layer, x)
+    active = np.empty(raw.shape, np.bool_)
+    energy = up if up is not None else np.empty_like(raw)
+    shift = (layer.offset - layer.gate_bias)[:, None]
+
+    def run(part: slice) -> NDArray[np.float64]:
+        h, active[part] = _hidden(layer, raw, up, part)
+        h *= layer.down_norm[part, None]
+        np.square(h, out=energy[part])
+        raw[part] += shift[part]
+        return energy[part].sum(0, dtype=np.float64)
+
+    total = np.sum(over_parts(run, len(raw), size=_NEURONS), 0)
+    inverse = np.divide(1, total, out=np.zeros_like(total), where=total > 0).astype(np.float32)
+
+    def share(part: slice) -> None:
+        energy[part] *= inverse
+
+    over_parts(share, len(raw), size=_NEURONS)
+    return Neurons(raw.T, active.T, energy.T)
 
 
 def missed_penalties(layer: FfnLayer, x: Array, kind: str) -> Array:
@@ -110,29 +129,47 @@ def missed_penalties(layer: FfnLayer, x: Array, kind: str) -> Array:
 
     gate: |act(gate)|; gate-up: |h|; full: |h| times the length of the neuron's row of down_T.
     """
-    raw, h, _ = _run(layer, x)
+    raw, up = _products(layer, x)
     if kind == "gate":
-        return np.abs(activate(layer.config.activation, raw, layer.config.activation_threshold))
-    h = np.abs(h)
-    return h * layer.down_norm if kind == "full" else h
+        return np.abs(activate(layer.config.activation, raw, layer.config.activation_threshold)).T
+    h = np.abs(_hidden(layer, raw, up, slice(None))[0])
+    return (h * layer.down_norm[:, None] if kind == "full" else h).T
 
 
-def _run(layer: FfnLayer, x: Array) -> tuple[Array, Array, NDArray[np.bool_]]:
-    """Pre-activations, hidden values h and activity of every neuron, each (n, f)."""
-    config = layer.config
+def _products(layer: FfnLayer, x: Array) -> tuple[Array, Array | None]:
+    """Pre-activations and what up gives, each (f, n): what one neuron does lies together."""
     x = _inputs(layer, x)
-    raw = linear(x, layer.gate, layer.gate_bias)
-    h = activate(config.activation, raw, config.activation_threshold)
+    raw = layer.gate @ x.T
+    raw += layer.gate_bias[:, None]
+    if layer.up is None:
+        return raw, None
+    up = layer.up @ x.T
+    up += layer.up_bias[:, None]
+    return raw, up
+
+
+def _hidden(layer: FfnLayer, raw: Array, up: Array | None, part: slice) -> tuple[Array, NDArray[np.bool_]]:
+    """Hidden values h and activity of a part of the neurons, in new arrays (neurons, n)."""
+    config = layer.config
+    h = activate(config.activation, raw[part], config.activation_threshold)
     active = h > 0
-    if layer.up is not None:
-        up = linear(x, layer.up, layer.up_bias)
-        h = h * (activate("relu", up) if config.activation == "drelu" else up)
-    return raw, h, active
+    if up is not None:
+        h *= np.maximum(up[part], 0) if config.activation == "drelu" else up[part]
+    return h, active
 
 
 def _inputs(layer: FfnLayer, x: Array) -> Array:
+    """x as executors multiply it with the gate."""
     x = np.asarray(x, np.float32)
-    return quantize_activations(x, layer.input_bits) if layer.input_bits < 32 else x
+    if layer.input_bits == 32:
+        return x
+    rounded = np.empty_like(x)
+
+    def fill(part: slice) -> None:
+        rounded[part] = quantize_activations(x[part], layer.input_bits)
+
+    over_parts(fill, len(x), size=_ROWS)
+    return rounded
 
 
 def _row_bytes(model_file: ModelFile, name: str) -> int:

@@ -22,7 +22,7 @@ _ABOUT_PREDICTOR = 4096  # bytes of a layer's share of header and description
 
 # Seconds of one core, for each parameter and for each product of a fit: of a model with 135 M parameters, which writes
 # some of its text itself, and of Llama-2-7B's shape (BENCHMARKS.md, "Calibrating a 7B model").
-_SMALL = (3.3e-6, 1.06e-9)
+_SMALL = (9e-7, 1.5e-9)
 _LARGE = (1.4e-7, 1.1e-10)
 
 

@@ -36,8 +36,12 @@ def _exact(matrix: NDArray[np.float32], moment: NDArray[np.float64] | None, rank
     if moment is not None:
         values, vectors = np.linalg.eigh(moment)
         product = (product @ vectors) * np.sqrt(np.maximum(values, 0))  # another root of C: U is the same
-    u = np.linalg.svd(product, full_matrices=False)[0]
-    return np.ascontiguousarray(u[:, :rank], np.float32)
+    if 2 * rank > min(product.shape):
+        u = np.linalg.svd(product, full_matrices=False)[0]
+        return np.ascontiguousarray(u[:, :rank], np.float32)
+    # The leading ones lose nothing that shows by squaring, which takes a fifth of the time.
+    v = np.linalg.eigh(product.T @ product)[1][:, ::-1][:, :rank]
+    return np.ascontiguousarray(np.linalg.qr(product @ v)[0], np.float32)
 
 
 def _by_iteration(

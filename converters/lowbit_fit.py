@@ -7,9 +7,11 @@ once more, all together, by least squares in the metric of the inputs: so the co
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.parallel import over_parts
 from svdengine.kernels.formats import Parts, padded_columns
 from svdengine.kernels.lowbit import BLOCK, lowbit_scales, pack_lowbit
 
@@ -38,26 +40,40 @@ def _carry_errors(matrix: Array, weights: Array, bits: int) -> NDArray[np.uint8]
     f, d = matrix.shape
     left = matrix.copy()
     codes = np.zeros((f, padded_columns(d)), np.uint8)
-    middle = np.float32((1 << bits) - 1) / 2
     for start in range(0, d, BLOCK):
-        block = np.ascontiguousarray(left[:, start : start + BLOCK].T)  # (columns, f)
-        step = lowbit_scales(block.T, bits)[:, 0].astype(np.float32)
-        errors = np.empty_like(block)
-        for j in range(len(block)):
-            code = _nearest_codes(block[j], step, bits)
-            codes[:, start + j] = code
-            errors[j] = (block[j] - (code - middle) * step) / weights[start + j, start + j]
-            block[j + 1 :] -= weights[start + j, start + j + 1 : start + len(block), None] * errors[j]
-        left[:, start + BLOCK :] -= errors.T @ weights[start : start + BLOCK, start + BLOCK :]
+        block = slice(start, min(start + BLOCK, d))
+        own = np.ascontiguousarray(left[:, block])
+        errors, within = np.empty_like(own), np.ascontiguousarray(weights[block, block])
+
+        def carry(rows: slice) -> None:
+            step = lowbit_scales(own[rows], bits)[:, 0].astype(np.float32)  # noqa: B023
+            codes[rows, block] = _carry_within(own[rows], step, within, bits, errors[rows])  # noqa: B023
+
+        over_parts(carry, f)
+        left[:, block.stop :] -= errors @ weights[block, block.stop :]
     return codes
 
 
-def _nearest_codes(column: Array, step: Array, bits: int) -> NDArray[np.float32]:
-    """Codes of one column (f,) for the scales (f,) of its rows."""
-    if bits == 1:
-        return (column > 0).astype(np.float32)
-    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step > 0)
-    return np.clip(np.floor(column * inverse) + 2, 0, 3)
+@numba.njit(nogil=True, cache=True)
+def _carry_within(left, step, weights, bits, errors):  # type: ignore[no-untyped-def]
+    """Codes of a block (rows, columns) of weights that are `left`, changed in place, and the errors to carry on."""
+    rows, columns = left.shape
+    codes = np.empty((rows, columns), np.uint8)
+    most = np.float32((1 << bits) - 1)
+    for i in range(rows):
+        inverse = np.float32(1) / step[i] if step[i] > 0 else np.float32(0)
+        for j in range(columns):
+            value = left[i, j]
+            if bits == 1:
+                code = np.float32(1) if value > 0 else np.float32(0)
+            else:
+                code = min(max(np.floor(value * inverse) + np.float32(2), np.float32(0)), most)
+            codes[i, j] = code
+            error = (value - (code - most / np.float32(2)) * step[i]) / weights[j, j]
+            errors[i, j] = error
+            for k in range(j + 1, columns):
+                left[i, k] -= weights[j, k] * error
+    return codes
 
 
 def _fit_scales(

@@ -6,13 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.converters.ffn_layer import FfnLayer, Neurons, exact_gates
+from svdengine.converters.parallel import over_parts
+from svdengine.converters.thresholds import sort_rows
 from svdengine.kernels.predictor import LayerPredictor, scores
 
 Array = NDArray[np.float32]
+_NEURONS = 64  # that are ranked at once
+
 Scorer = Callable[[Array], Array]  # FFN inputs (n, d) -> scores (n, f)
 
 
@@ -65,9 +70,15 @@ def rank(found: Array, neurons: Neurons) -> Ranking:
 
 def select(predicted: NDArray[np.bool_], neurons: Neurons) -> Selection:
     """Measure a choice of neurons (n, f) against what they did. What has nothing to count is 1."""
-    hits = int((predicted & neurons.active).sum())
-    chosen, active, pairs = int(predicted.sum()), int(neurons.active.sum()), predicted.size
-    missed = float(neurons.energy[~predicted].sum(dtype=np.float64))
+
+    def count(part: slice) -> tuple[int, int, int, float]:
+        chosen, active = predicted.T[part], neurons.active.T[part]
+        missed = np.where(chosen, np.float32(0), neurons.energy.T[part]).sum(dtype=np.float64)
+        return int((chosen & active).sum()), int(chosen.sum()), int(active.sum()), float(missed)
+
+    counts = zip(*over_parts(count, predicted.shape[1], size=_NEURONS), strict=True)
+    hits, chosen, active, missed = (sum(values) for values in counts)
+    pairs = predicted.size
     return Selection(
         recall=hits / active if active else 1.0,
         precision=hits / chosen if chosen else 1.0,
@@ -84,16 +95,36 @@ def mean_auroc(found: Array, active: NDArray[np.bool_]) -> float:
     By ranks (Mann and Whitney 1947): the share of (active, inactive) pairs of tokens that the scores order rightly,
     equal scores counting half. NaN where no neuron has both classes.
     """
-    areas = []
-    for s, truth in zip(np.ascontiguousarray(found.T), np.ascontiguousarray(active.T), strict=True):
-        positives, negatives = s[truth], np.sort(s[~truth])
-        if len(positives) and len(negatives):
-            below = (
-                np.searchsorted(negatives, positives, "left").sum()
-                + np.searchsorted(negatives, positives, "right").sum()
-            )
-            areas.append(below / (2.0 * len(positives) * len(negatives)))
-    return float(np.mean(areas)) if areas else float("nan")
+
+    def areas(part: slice) -> NDArray[np.float64]:
+        own = np.ascontiguousarray(found.T[part], np.float32)
+        truth = np.ascontiguousarray(active.T[part])
+        by_score, in_order = np.empty_like(own), np.empty_like(truth)
+        sort_rows(own, by_score, own, truth, np.empty_like(own), in_order)
+        return _areas(by_score, in_order)
+
+    every = np.concatenate(over_parts(areas, found.shape[1], size=_NEURONS))
+    known = every[~np.isnan(every)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+@numba.njit(nogil=True, cache=True)
+def _areas(scores, active):  # type: ignore[no-untyped-def]
+    """Area of each row, (f,), of scores that ascend along n; NaN for a row of one class."""
+    f, n = scores.shape
+    areas = np.empty(f)
+    for i in range(f):
+        negatives, positives, below, start = 0, 0, 0.0, 0
+        while start < n:  # from one run of equal scores to the next
+            end, others = start + 1, 1 - active[i, start]
+            while end < n and scores[i, end] == scores[i, start]:
+                others += 1 - active[i, end]
+                end += 1
+            here = end - start - others
+            below += here * (negatives + 0.5 * others)
+            negatives, positives, start = negatives + others, positives + here, end
+        areas[i] = below / (positives * negatives) if positives and negatives else np.nan
+    return areas
 
 
 def energy_kept(found: Array, energy: Array, share: float) -> float:

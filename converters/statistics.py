@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.converters.parallel import over_parts
 from svdengine.converters.split_text import HELD_OUT_EVERY, SplitText, Windows, one_in_five
 from svdengine.errors import ConversionError
 from svdengine.files.tensor_file import TensorFile
@@ -28,6 +29,7 @@ Progress = Callable[[int, int], None]  # windows done, windows in all
 
 FIT_ROWS = 8192
 HELD_OUT_ROWS = 2048
+_SUMMED_ROWS = 1024
 _SAVE_SECONDS = 60.0
 
 
@@ -107,7 +109,11 @@ class Reservoir:
         arrivals = kept[kept >= len(self.priorities)] - len(self.priorities)
         free = np.setdiff1d(np.arange(len(self.priorities)), kept)
         limit = np.float32(np.finfo(np.float16).max)
-        self.rows[:, free] = np.clip(inputs[:, arrivals], -limit, limit)
+
+        def place(part: slice) -> None:
+            self.rows[part, free] = np.clip(inputs[part, arrivals], -limit, limit)
+
+        over_parts(place, len(self.rows))
         self.priorities[free] = fresh[arrivals]
 
     def sample(self) -> NDArray[np.float16]:
@@ -133,6 +139,7 @@ class StatisticsCollector:
         self.tokens = 0  # in fitting windows
         self._sum = np.zeros((layer_count, hidden_size))
         self._products = np.zeros((layer_count if moments else 0, hidden_size, hidden_size))
+        self._pending: list[NDArray[np.float32]] = []  # inputs that are not in the sums yet
         self._fit = Reservoir(layer_count, fit_rows, hidden_size, 2 * seed)
         self._held_out = Reservoir(layer_count, held_out_rows, hidden_size, 2 * seed + 1)
 
@@ -149,12 +156,22 @@ class StatisticsCollector:
             return
         self._fit.add(inputs)
         self.tokens += inputs.shape[1]
-        for layer, x in enumerate(inputs[: len(self._products)]):
+        if len(self._products):
+            self._pending.append(inputs)
+            if sum(one.shape[1] for one in self._pending) >= _SUMMED_ROWS:
+                self._sum_up()
+
+    def _sum_up(self) -> None:
+        """Add what is pending to the sums: of many rows at once, since a sum fills the memory of a matrix a layer."""
+        for layer in range(len(self._products) if self._pending else 0):
+            x = np.concatenate([inputs[layer] for inputs in self._pending])
             self._sum[layer] += x.sum(0, dtype=np.float64)
             self._products[layer] += x.T @ x
+        self._pending.clear()
 
     def result(self) -> Statistics:
         """The statistics. Raises ConversionError when there were too few tokens, with how many are needed."""
+        self._sum_up()
         layers, d = self._sum.shape
         needed = needed_tokens(d if len(self._products) else 0)
         if self.tokens < needed or not self._held_out.seen:
@@ -201,6 +218,7 @@ class StatisticsCollector:
         file.close()
 
     def _state(self) -> dict[str, NDArray]:
+        self._sum_up()
         return {
             "sum": self._sum,
             "products": self._products,
@@ -220,10 +238,12 @@ def collect_statistics(
     model: str = "",
     state: Path | None = None,
     progress: Progress | None = None,
+    look: Callable[[int], None] | None = None,
 ) -> Statistics:
     """Run the windows of `text` through `source` and return their statistics.
 
-    Of windows that are not split, one in five is held out.
+    `look` is called with the number of each window that one step has run, before the next. Of windows that are not
+    split, one in five is held out.
     With `state`, progress is kept in that file now and then and taken up from it; after a whole pass it holds the
     result, from which other predictors can be made at once. `model`, the model's fingerprint, tells such files apart.
     Raises ConversionError on inputs that are not finite, on too few tokens, and on a state file of another text.
@@ -236,7 +256,11 @@ def collect_statistics(
     saved, first, whole = time.monotonic(), collector.windows_done, True
     try:
         for index in range(collector.windows_done, len(windows)):
-            inputs = np.concatenate([source.ffn_inputs(b) for b in window_batches(windows[index], source)], 1)
+            batches = window_batches(windows[index], source)
+            steps = [source.ffn_inputs(batch) for batch in batches]
+            inputs = steps[0] if len(steps) == 1 else np.concatenate(steps, 1)
+            if look is not None and len(steps) == 1:
+                look(index)
             whole = False  # an interruption must not leave a state with half a window
             collector.add(inputs, text.held_out[index])
             collector.windows_done, whole = index + 1, True

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.converters.ffn_layer import Neurons
+from svdengine.converters.parallel import over_parts
 
 Calibrator = Literal["error", "recall", "uniform", "trained"]
 CALIBRATORS: tuple[Calibrator, ...] = get_args(Calibrator)
@@ -33,6 +34,8 @@ STRICTNESS = {"error": LAMBDAS, "recall": np.maximum(1 - RECALLS, 1e-6), "unifor
 SLACK = 0.25  # of the spread by which thresholds are lowered, since new tokens miss more than those that were fitted
 
 Array = NDArray[np.float32]
+
+_NEURONS = 64  # that are sorted and measured at once
 
 
 @dataclass(frozen=True)
@@ -83,17 +86,29 @@ def make_sample(scores: Array, neurons: Neurons, estimates: bool = True) -> Samp
 
     `estimates` says whether a score estimates the gate itself; if not, it has units of its own.
     """
-    by_neuron, energy = np.array(scores.T, order="C"), np.array(neurons.energy.T, order="C")
-    active = np.array(neurons.active.T, order="C")
-    _sort_rows(by_neuron, energy, active)
-    spread = (neurons.gates - scores).std(0) if estimates else _unexplained(scores, neurons.gates)
-    return Sample(by_neuron, energy, active, spread)
+    by_neuron, gates = scores.T, neurons.gates.T
+    sample = Sample(
+        np.empty(by_neuron.shape, np.float32),
+        np.empty(by_neuron.shape, np.float32),
+        np.empty(by_neuron.shape, np.bool_),
+        np.empty(len(by_neuron), np.float32),
+    )
+
+    def fill(part: slice) -> None:
+        own = np.array(by_neuron[part], np.float32, order="C")
+        sample.spread[part] = (gates[part] - own).std(1) if estimates else _unexplained(own, gates[part])
+        energy = np.ascontiguousarray(neurons.energy.T[part], np.float32)
+        active = np.ascontiguousarray(neurons.active.T[part])
+        sort_rows(own, sample.scores[part], energy, active, sample.energy[part], sample.active[part])
+
+    over_parts(fill, len(by_neuron), size=_NEURONS)
+    return sample
 
 
 def calibrate_thresholds(
-    calibrator: Calibrator, sample: Sample, held_out: Sample, row_bytes: tuple[int, int, int]
+    calibrator: Calibrator, sample: Sample, held_out: Sample | None, row_bytes: tuple[int, int, int]
 ) -> ThresholdTable:
-    """The table of a layer: thresholds from `sample`, their error and densities from `held_out`.
+    """The table of a layer: thresholds from `sample`, their error and densities from `held_out`, NaN without it.
 
     `row_bytes` are those of a row of gate, up and down, which weigh a wrong prediction against a right one.
     """
@@ -105,13 +120,17 @@ def calibrate_thresholds(
         thresholds = np.zeros((2, len(sample.scores)), np.float32)
     else:
         thresholds = uniform_thresholds(sample, RECALLS)
-    return measure_thresholds(held_out, thresholds)
+    return _unmeasured(thresholds) if held_out is None else measure_thresholds(held_out, thresholds)
 
 
 def fixed_thresholds(thresholds: Array) -> ThresholdTable:
     """A table of thresholds (f,) that are as they are at every level; it knows neither error nor densities."""
-    unknown = np.full(2, np.nan)
-    return ThresholdTable(np.stack([thresholds, thresholds]), unknown, unknown, unknown)
+    return _unmeasured(np.stack([thresholds, thresholds]))
+
+
+def _unmeasured(thresholds: Array) -> ThresholdTable:
+    unknown = np.full(len(thresholds), np.nan)
+    return ThresholdTable(thresholds, unknown, unknown, unknown)
 
 
 def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tuple[int, int, int]) -> Array:
@@ -122,9 +141,21 @@ def error_thresholds(sample: Sample, lambdas: NDArray[np.float64], row_bytes: tu
     """
     gate, up, down = row_bytes
     dense = float(len(sample.scores) * (gate + up + down))
-    return _error_thresholds(
-        sample.scores, sample.energy, sample.active, sample.spread, lambdas, gate / dense, (up + down) / dense
-    )
+    thresholds = np.empty((len(lambdas), len(sample.scores)), np.float32)
+
+    def fill(part: slice) -> None:
+        thresholds[:, part] = _error_thresholds(
+            sample.scores[part],
+            sample.energy[part],
+            sample.active[part],
+            sample.spread[part],
+            lambdas,
+            gate / dense,
+            (up + down) / dense,
+        )
+
+    over_parts(fill, len(sample.scores), size=_NEURONS)
+    return thresholds
 
 
 def recall_thresholds(sample: Sample, recalls: NDArray[np.float64]) -> Array:
@@ -151,18 +182,24 @@ def uniform_thresholds(sample: Sample, recalls: NDArray[np.float64]) -> Array:
 
 def measure_thresholds(sample: Sample, thresholds: Array) -> ThresholdTable:
     """Error and densities of thresholds (levels, f) on a sample."""
-    missed, predicted, computed = _measure(sample.scores, sample.energy, sample.active, thresholds)
+
+    def measure(part: slice) -> Array:
+        cuts = np.ascontiguousarray(thresholds[:, part])
+        found: Array = _measure(sample.scores[part], sample.energy[part], sample.active[part], cuts)
+        return found
+
     f, n = sample.scores.shape
+    missed, predicted, computed = np.sum(over_parts(measure, f, size=_NEURONS), 0)
     error = np.maximum.accumulate(missed / n)
     return ThresholdTable(thresholds, error, predicted / (n * f), computed / (n * f))
 
 
 def _unexplained(scores: Array, gates: Array) -> Array:
-    """Standard deviation (f,) of what is left of each neuron's scores (n, f) by a line through its gates (n, f)."""
-    s, g = scores - scores.mean(0), gates - gates.mean(0)
-    variance = np.square(g).mean(0)
-    slope = np.divide((s * g).mean(0), variance, out=np.zeros_like(variance), where=variance > 0)
-    return (s - slope * g).std(0)
+    """Standard deviation (f,) of what is left of each neuron's scores (f, n) by a line through its gates (f, n)."""
+    s, g = scores - scores.mean(1, keepdims=True), gates - gates.mean(1, keepdims=True)
+    variance = np.square(g).mean(1, keepdims=True)
+    slope = np.divide((s * g).mean(1, keepdims=True), variance, out=np.zeros_like(variance), where=variance > 0)
+    return (s - slope * g).std(1)
 
 
 def _crossing(values: NDArray[np.float64], limit: float) -> float:
@@ -177,37 +214,35 @@ def _crossing(values: NDArray[np.float64], limit: float) -> float:
 
 
 @numba.njit(nogil=True, cache=True)
-def _sort_rows(scores, energy, active):  # type: ignore[no-untyped-def]
-    """Sort each row of scores, and the rows beside it alike: a radix sort of 11 bits a pass.
+def sort_rows(scores, sorted_scores, energy, active, sorted_energy, sorted_active):  # type: ignore[no-untyped-def]
+    """Sort each row of scores, and the rows beside it alike, into new places: a radix sort of 11 bits a pass.
 
     A float's bits ascend with it once those of negative numbers are inverted and the sign of the others is set.
     """
     f, n = scores.shape
     keys, order = np.empty((2, n), np.uint32), np.empty((2, n), np.int32)
-    kept, kept_energy, kept_active = np.empty(n, np.float32), np.empty(n, np.float32), np.empty(n, np.bool_)
-    starts = np.empty(2049, np.int64)
+    starts = np.empty((3, 2049), np.int64)
     sign, everything, mask = np.uint32(0x80000000), np.uint32(0xFFFFFFFF), np.uint32(2047)
     for i in range(f):
         bits = scores[i].view(np.uint32)
+        starts[:] = 0
         for j in range(n):
-            keys[0, j] = bits[j] ^ (everything if bits[j] & sign else sign)
-            order[0, j] = j
+            key = bits[j] ^ (everything if bits[j] & sign else sign)
+            keys[0, j], order[0, j] = key, j
+            for turn in range(3):
+                starts[turn, ((key >> np.uint32(11 * turn)) & mask) + 1] += 1
         for turn in range(3):
             source, target, shift = turn % 2, 1 - turn % 2, np.uint32(11 * turn)
-            starts[:] = 0
-            for j in range(n):
-                starts[((keys[source, j] >> shift) & mask) + 1] += 1
             for digit in range(2048):
-                starts[digit + 1] += starts[digit]
+                starts[turn, digit + 1] += starts[turn, digit]
             for j in range(n):
                 digit = (keys[source, j] >> shift) & mask
-                keys[target, starts[digit]] = keys[source, j]
-                order[target, starts[digit]] = order[source, j]
-                starts[digit] += 1
-        kept[:], kept_energy[:], kept_active[:] = scores[i], energy[i], active[i]
+                at = starts[turn, digit]
+                keys[target, at], order[target, at] = keys[source, j], order[source, j]
+                starts[turn, digit] = at + 1
         for j in range(n):
             at = order[1, j]
-            scores[i, j], energy[i, j], active[i, j] = kept[at], kept_energy[at], kept_active[at]
+            sorted_scores[i, j], sorted_energy[i, j], sorted_active[i, j] = scores[i, at], energy[i, at], active[i, at]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -258,10 +293,9 @@ def _threshold(scores, cut, spread):  # type: ignore[no-untyped-def]
 
 @numba.njit(nogil=True, cache=True)
 def _measure(scores, energy, active, thresholds):  # type: ignore[no-untyped-def]
-    """Missed energy, predicted pairs and predicted active pairs at each level, summed over neurons and tokens."""
+    """Missed energy, predicted pairs and predicted active pairs, summed over neurons and tokens: (3, levels)."""
     neurons, n = scores.shape
-    missed = np.zeros(len(thresholds))
-    predicted, computed = np.zeros(len(thresholds)), np.zeros(len(thresholds))
+    sums = np.zeros((3, len(thresholds)))
     energy_below, active_below = np.zeros(n + 1), np.zeros(n + 1)
     for i in range(neurons):
         for k in range(n):
@@ -269,7 +303,7 @@ def _measure(scores, energy, active, thresholds):  # type: ignore[no-untyped-def
             active_below[k + 1] = active_below[k] + active[i, k]
         cuts = np.searchsorted(scores[i], thresholds[:, i], side="right")
         for level, cut in enumerate(cuts):
-            missed[level] += energy_below[cut]
-            predicted[level] += n - cut
-            computed[level] += active_below[n] - active_below[cut]
-    return missed, predicted, computed
+            sums[0, level] += energy_below[cut]
+            sums[1, level] += n - cut
+            sums[2, level] += active_below[n] - active_below[cut]
+    return sums

@@ -34,6 +34,7 @@ from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit
 
 PREFIX = "predictor."
 FactorFormat = Literal["q8", "q4"]
+_ROWS = 256  # of activations that are rounded at once, which keeps them in the cache
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,14 @@ def quantize_activations(x: NDArray[np.float32], bits: int = 16) -> NDArray[np.f
     n, d = x.shape
     padded = np.zeros((n, padded_columns(d)), np.float32)
     padded[:, :d] = x
-    groups = padded.reshape(n, -1, 32)
-    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127 if bits == 8 else 127 * 256)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    return (np.rint(groups * inverse) * scale).reshape(n, -1)[:, :d]
+    for start in range(0, n, _ROWS):
+        groups = padded[start : start + _ROWS].reshape(-1, 32)
+        scale = np.maximum(groups.max(-1, keepdims=True), -groups.min(-1, keepdims=True))
+        scale /= np.float32(127 if bits == 8 else 127 * 256)
+        groups *= np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+        np.rint(groups, out=groups)
+        groups *= scale
+    return padded[:, :d]
 
 
 def scores(
@@ -95,19 +100,25 @@ def scores(
 ) -> NDArray[np.float32]:
     """Scores (n, f) float32 of FFN inputs x (n, d) float32; where positive, a neuron is predicted active.
 
-    `sparsity_bias` is one for all rows, or (n, 1).
+    `sparsity_bias` is one for all rows, or (n, 1). The scores of one neuron lie together in memory.
     """
     x = np.asarray(x, np.float32)
-    threshold = layer.threshold + np.asarray(sparsity_bias, np.float32) * layer.unit
-    s = np.broadcast_to(-threshold, (len(x), len(layer.threshold)))
+    bias = np.asarray(sparsity_bias, np.float32).reshape(1, -1)
+    s = -(layer.threshold[:, None] + bias * layer.unit[:, None])  # (f, n) or (f, 1)
     if layer.rank:
         bits = FORMATS[layer.factor_format].activation_bits
         z = quantize_activations(x, bits) @ dequantize(layer.b, layer.factor_format, x.shape[1]).T
         z = np.maximum(z, 0) if layer.relu else z
-        s = s + quantize_activations(z, bits) @ dequantize(layer.a, layer.factor_format, layer.rank).T
+        s = _added(s, dequantize(layer.a, layer.factor_format, layer.rank) @ quantize_activations(z, bits).T)
     if layer.residual_bits:
-        s = s + quantize_activations(x, 8) @ dequantize_lowbit(layer.q, layer.residual_bits, x.shape[1]).T
-    return np.asarray(s, np.float32)
+        rows = dequantize_lowbit(layer.q, layer.residual_bits, x.shape[1])
+        s = _added(s, rows @ quantize_activations(x, 8).T)
+    return np.broadcast_to(s, (len(s), len(x))).T
+
+
+def _added(s: NDArray[np.float32], product: NDArray[np.float32]) -> NDArray[np.float32]:
+    product += s
+    return product
 
 
 def layer_arrays(index: int, layer: LayerPredictor) -> dict[str, NDArray]:

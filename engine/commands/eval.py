@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +14,7 @@ import click
 
 from svdengine.commands.arguments import check_writable
 from svdengine.commands.options import measuring_options, open_model, read_text
+from svdengine.commands.progress import StageProgress
 
 if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnMode
@@ -124,7 +124,7 @@ def _answers(llm: LLM, tasks: list[Task], options: dict[str, Any]) -> dict[FfnMo
     from svdengine.measuring.task_scores import answer_tasks
 
     paths: tuple[FfnMode, ...] = ("dense", "sparse") if options["ffn"] == "both" else (llm.ffn,)
-    report = partial(_progress, "tasks") if sys.stderr.isatty() else None
+    report = partial(StageProgress(), "tasks")
     return answer_tasks(llm, tasks, paths, options["sparsity_bias"] or 0.0, report)
 
 
@@ -137,15 +137,19 @@ def _measure(
     from svdengine.measuring.predictor_study import study_predictors
     from svdengine.measuring.task_scores import pair, score
 
-    shown, bias, both = sys.stderr.isatty(), options["sparsity_bias"] or 0.0, options["ffn"] == "both"
+    progress, bias, both = StageProgress(), options["sparsity_bias"] or 0.0, options["ffn"] == "both"
+
+    def windows(done: int, total: int, perplexity: float) -> None:
+        progress("windows", done, total, f", perplexity so far {perplexity:.4f}")
+
     found = Measurements(ffn="both" if both else llm.ffn, sparsity_bias=bias)
     if text and both:
         biases = sorted({bias, *REPORT_BIASES}) if curve else [bias]
-        found.comparison = compare_paths(llm, text, window, biases, _perplexity_progress if shown else None)
+        found.comparison = compare_paths(llm, text, window, biases, windows)
     elif text:
-        found.perplexity = measure_perplexity(llm, text, window, _perplexity_progress if shown else None, bias)
+        found.perplexity = measure_perplexity(llm, text, window, windows, bias)
     if study:
-        found.study = study_predictors(llm, text, _progress if shown else None)
+        found.study = study_predictors(llm, text, progress)
     if tasks:
         answers = _answers(llm, tasks, options)
         lines = [line for path, outcomes in answers.items() for line in score(tasks, outcomes, path)]
@@ -237,12 +241,3 @@ def _perplexity_line(score: dict[str, Any]) -> str:
         f"perplexity {score['perplexity']:.4f} over {score['tokens']} tokens in {score['windows']} windows, "
         f"{score['bits_per_byte']:.4f} bits per byte"
     )
-
-
-def _perplexity_progress(done: int, total: int, perplexity: float) -> None:
-    end = "\n" if done == total else ""
-    click.echo(f"\r{done}/{total} windows, perplexity so far {perplexity:.4f}  {end}", err=True, nl=False)
-
-
-def _progress(what: str, done: int, total: int) -> None:
-    click.echo(f"\r{what} {done}/{total}" + ("\n" if done == total else ""), err=True, nl=False)

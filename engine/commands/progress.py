@@ -25,8 +25,8 @@ class StageProgress:
         self._begin = self._shown = 0.0
         self._first = 0  # steps that were done when the stage began
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        """Report a step. Little is written: see `_due`."""
+    def __call__(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Report a step, with a note on what was found so far. Little is written: see `_due`."""
         now = self._clock()
         if stage != self._stage:
             self._stage, self._begin, self._first = stage, now, done
@@ -35,7 +35,7 @@ class StageProgress:
         if not self._due(now, ended):
             return
         self._shown = now
-        line = f"{stage} {done}/{total}{'' if ended else self._left(now, done, total)}"
+        line = f"{stage} {done}/{total}{note}{'' if ended else self._left(now, done, total)}"
         if self._moving:
             self._file.write(f"\r{line:<60}" + ("\n" if ended else ""))
         else:

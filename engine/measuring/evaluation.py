@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from svdengine.converters.logit_rows import LogitRows
 from svdengine.kernels.executor import NO_NEURONS, NeuronCounts
 from svdengine.measuring.benchmark import bytes_per_token
 from svdengine.measuring.perplexity import Perplexity, split_text
-from svdengine.scheduling.sampler import log_softmax
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
@@ -81,14 +80,17 @@ def compare_paths(
     try:
         for done, ids in enumerate(scored.windows, 1):
             llm.ffn = "dense"
-            dense = llm.logits(ids[:-1])
+            targets = np.asarray(ids[1:], np.int64)
+            dense = LogitRows.of(llm.logits(ids[:-1]))
             llm.ffn = "sparse"
             for bias, sums in zip(biases, totals, strict=True):
                 start = llm.executor.neuron_counts()
-                sparse = llm.logits(ids[:-1], sparsity_bias=bias)
+                sparse = LogitRows.of(llm.logits(ids[:-1], sparsity_bias=bias))
                 sums.neurons = sums.neurons + (llm.executor.neuron_counts() - start)
-                _add(sums, dense, sparse, ids[1:])
-            dense_nll -= sum(float(log_softmax(row)[target]) for row, target in zip(dense, ids[1:], strict=True))
+                sums.nll += float(sparse.losses(targets).sum())
+                sums.agreed += int((dense.choice == sparse.choice).sum())
+                sums.kl += float(dense.divergences(sparse).sum())
+            dense_nll += float(dense.losses(targets).sum())
             tokens += len(ids) - 1
             if progress is not None:
                 progress(done, len(scored.windows), math.exp(min(dense_nll / tokens, 700.0)))
@@ -107,12 +109,3 @@ def compare_paths(
         for bias, sums in zip(biases, totals, strict=True)
     ]
     return PathComparison(scored.perplexity(dense_nll), bytes_per_token(llm, NO_NEURONS, tokens), tuple(scores))
-
-
-def _add(sums: _Totals, dense: NDArray[np.float32], sparse: NDArray[np.float32], targets: Sequence[int]) -> None:
-    """Add the tokens of one window; logits: (n, vocabulary)."""
-    for before, after, target in zip(dense, sparse, targets, strict=True):
-        p, q = log_softmax(before), log_softmax(after)
-        sums.nll -= float(q[target])
-        sums.agreed += int(before.argmax() == after.argmax())
-        sums.kl += float(np.exp(p) @ (p - q))

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from svdengine.converters.logit_rows import LogitRows
 from svdengine.errors import RequestError, SvdEngineError
-from svdengine.scheduling.sampler import negative_log_likelihood
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
@@ -73,7 +75,8 @@ def measure_perplexity(
     scored = split_text(llm, text, window)
     total, tokens = 0.0, 0
     for done, ids in enumerate(scored.windows, 1):
-        total += negative_log_likelihood(llm.logits(ids[:-1], sparsity_bias=sparsity_bias), ids[1:])
+        rows = LogitRows.of(llm.logits(ids[:-1], sparsity_bias=sparsity_bias))
+        total += float(rows.losses(np.asarray(ids[1:], np.int64)).sum())
         tokens += len(ids) - 1
         if progress is not None:
             progress(done, len(scored.windows), math.exp(min(total / tokens, 700.0)))

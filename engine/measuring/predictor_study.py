@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,22 +65,37 @@ def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> P
     `llm` must be idle. Raises RequestError for a model outside the ReLU family, ConversionError when the text is too
     short.
     """
+    from svdengine.converters.calibration_size import LARGE
     from svdengine.converters.ffn_layer import read_ffn_layer, run_neurons
+    from svdengine.converters.parallel import over_parts
 
     require_relu_family(llm.model_file)
     statistics = _gather(llm, text, progress)
-    layers, middle = [], None
-    for index in range(llm.config.layer_count):
+    count, done = llm.config.layer_count, 0
+    middle: list[NeuronScores] = []
+
+    def study(part: slice) -> LayerStudy:
+        nonlocal done
+        index = part.start
         own = llm.predictor.layers[index] if llm.predictor is not None else None
         layer = read_ffn_layer(llm.model_file, index)
         x = statistics.held_out[index].astype(np.float32)
         neurons = run_neurons(layer, x)
-        layers.append(_study_layer(index, layer, statistics.layers[index], own, x, neurons))
-        if own is not None and index == llm.config.layer_count // 2:
-            middle = _neuron_scores(index, own, x, neurons)
-        if progress is not None:
-            progress("layers", index + 1, llm.config.layer_count)
-    return PredictorStudy(tuple(layers), middle, statistics.tokens, statistics.held_out.shape[1])
+        found = _study_layer(index, layer, statistics.layers[index], own, x, neurons)
+        if own is not None and index == count // 2:
+            middle.append(_neuron_scores(index, own, x, neurons))
+        with told:
+            done += 1
+            if progress is not None:
+                progress("layers", done, count)
+        return found
+
+    told = Lock()
+    if llm.config.hidden_size < LARGE:
+        layers = over_parts(study, count, size=1)
+    else:  # one of them fills memory, and its matrix products all cores
+        layers = [study(slice(index, index + 1)) for index in range(count)]
+    return PredictorStudy(tuple(layers), middle[0] if middle else None, statistics.tokens, statistics.held_out.shape[1])
 
 
 def _gather(llm: LLM, text: str, progress: Progress | None) -> Statistics:

@@ -10,6 +10,7 @@ from model_zoo import random_tokens, random_weights, zoo
 from svdengine.converters import calibration, calibration_size
 from svdengine.converters.calibration import CalibrationOptions, calibrate
 from svdengine.converters.end_to_end import LossMeter
+from svdengine.converters.output_head import read_output_head
 from svdengine.converters.split_text import ONE_KIND, SplitText, is_held_out
 from svdengine.errors import ConversionError, ModelFileError
 from svdengine.files.model_file import ModelFile, read_model_file
@@ -84,6 +85,10 @@ def test_the_loss_budget_is_met_and_used(model: ModelFile, executor: ReferenceEx
     assert 0.001 < cost.expected_rise <= 0.01 + 1e-6 and cost.tokens == sum(len(w) - 1 for w in held_out)
     assert found.about["outcome"]["perplexity_rise"] == pytest.approx(cost.expected_rise, abs=1e-5)
     assert found.about["kinds"][ONE_KIND]["kl"] == pytest.approx(cost.kl, abs=1e-5)
+    head = read_output_head(model)
+    assert head is not None
+    (other,) = LossMeter(executor, {ONE_KIND: held_out}, head).costs(found).values()
+    assert other.kl == pytest.approx(cost.kl, abs=1e-5) and other.agreement == cost.agreement
     assert all(row["predicted_density"] < 0.9 for row in found.about["table"])
     assert executor.ffn == "dense" and executor.predictor is None
     assert list(dict.fromkeys(stages)) == ["statistics", "layers", "loss"]

@@ -54,3 +54,9 @@ def test_held_out_kinds_share_the_tokens_that_are_wanted() -> None:
     assert {kind: sum(map(len, part)) for kind, part in found.items()} == {"long": 800, "short": 400}
     assert {kind: sum(map(len, part)) for kind, part in text.held_out_kinds(100).items()} == {"long": 50, "short": 40}
     assert one_in_five([[1, 2]] * 4).held_out_kinds(100) == {}
+
+
+def test_more_is_held_out_where_more_is_to_be_measured_but_no_more_than_a_third(tokenizer: Tokenizer) -> None:
+    for measured, expected in ((0, 1600), (2000, 2000), (6000, 2667)):
+        text = default_text(tokenizer, None, 8000, 128, [[7] * 128] * 5, measured)
+        assert sum(map(len, text.fitting)) == pytest.approx(8000 - expected, abs=150)

@@ -29,7 +29,7 @@ def test_the_limit_is_met_and_nearly_used(scale: float, power: float, limit: flo
     assert found.rise <= limit and found.rise == rise_at(found.strictness)
     right = ((limit + gain) / scale) ** (1 / power)
     if 2 * SCALE.low < right < SCALE.high:
-        assert found.strictness >= 0.6 * right
+        assert found.rise >= 0.75 * limit or found.strictness >= 0.6 * right
 
 
 def test_a_power_law_takes_few_trials() -> None:
@@ -39,8 +39,8 @@ def test_a_power_law_takes_few_trials() -> None:
         trials.append(error)
         return 30 * error**0.8
 
-    assert search_strictness(rise_at, 0.005, SCALE).rise == pytest.approx(0.00475, abs=0.0003)
-    assert len(trials) <= 4
+    assert 0.75 * 0.005 <= search_strictness(rise_at, 0.005, SCALE).rise <= 0.005
+    assert len(trials) <= 2
 
 
 def test_where_nothing_is_within_the_limit_the_smallest_error_is_taken() -> None:

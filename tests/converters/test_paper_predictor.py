@@ -104,4 +104,4 @@ def test_ranks_and_defaults_by_size() -> None:
     assert default_kind(small, rank=64) == "svd" == default_kind(small, thresholds="greedy")
     # One in five windows is held out, and half of the rest must be enough for a Cholesky factor of d columns.
     assert default_tokens(large, "greedy") * 2 // 5 > large.hidden_size
-    assert default_tokens(small, "greedy") == default_tokens(small) == 24_576
+    assert default_tokens(small, "greedy") == default_tokens(small) == 14_336

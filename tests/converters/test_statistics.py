@@ -41,8 +41,9 @@ def same(a: Statistics, b: Statistics) -> None:
     np.testing.assert_array_equal(a.fit, b.fit)
     np.testing.assert_array_equal(a.held_out, b.held_out)
     for one, other in zip(a.layers, b.layers, strict=True):
-        np.testing.assert_array_equal(one.mean, other.mean)
-        np.testing.assert_array_equal(one.second_moment, other.second_moment)
+        # Rows are summed many at once, and in other groups after an interruption.
+        np.testing.assert_allclose(one.mean, other.mean, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(one.second_moment, other.second_moment, rtol=1e-5, atol=1e-5)
 
 
 def test_moments_are_those_of_the_fitting_windows() -> None:

@@ -72,3 +72,12 @@ def test_no_time_is_guessed_from_nothing() -> None:
 
 def test_times_in_words() -> None:
     assert [time_text(s) for s in (0, 40, 200, 7800)] == ["1 s", "40 s", "3 min", "2 h 10 min"]
+
+
+def test_a_note_stands_behind_the_steps() -> None:
+    file, clock = io.StringIO(), Clock()
+    report = StageProgress(file, clock)
+    report("windows", 1, 3, ", perplexity so far 9.5")
+    clock.now = 60
+    report("windows", 2, 3, ", perplexity so far 9.25")
+    assert file.getvalue() == "windows 2/3, perplexity so far 9.25, 60 s left\n"
