@@ -41,3 +41,11 @@ def fields_of(parts: Mapping[str, NDArray], code: int, rows: int, columns: int, 
     for suffix, array in parts.items():
         fields[:, PART_FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
     return fields
+
+
+def check_codes(matrices: NDArray[np.int64]) -> None:
+    """Raise ValueError when a matrix, a row of `matrices` that has rows itself, has a code that no kernel reads."""
+    known = {stored.code for stored in FORMATS.values()} | {*RESIDUALS.values(), *PANEL_CODES.values()}
+    for matrix in matrices:
+        if matrix[ROWS] and int(matrix[FORMAT]) not in known:
+            raise ValueError(f"a matrix has the format code {matrix[FORMAT]}, which no kernel reads")

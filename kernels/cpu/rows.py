@@ -11,13 +11,14 @@ from svdengine.kernels.cpu.formats.dispatch import add_four, add_some
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, ROW_BYTES
 from svdengine.kernels.cpu.matrix import ROWS as MATRIX_ROWS
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.simd import load_real, prefetch
 
 ROWS = 4  # added in one pass over the columns
 TOGETHER = 32  # rows that wait in the second-level cache for all rows of a batch
 
 
-@jit
+@piece
 def add_range(matrix, weights, first, last, out):
     """out += weights[i] times row i, for rows first..last. weights: address of floats."""
     columns = matrix[COLUMNS]
@@ -33,7 +34,7 @@ def add_range(matrix, weights, first, last, out):
         add_some(matrix, i, i, i, i, load_real(weights + 4 * i), zero, zero, zero, out, 0, columns)
 
 
-@jit
+@piece
 def add_to_few(matrix, weights, weights_stride, n, out, out_stride, first, last):
     """out[t, first..last] += weights[t, i] times row i, over all rows i, for n rows t; columns in multiples of 64.
 
