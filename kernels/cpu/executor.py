@@ -66,7 +66,13 @@ class CpuExecutor(BaseExecutor):
         library = loaded(needed_parts(config, self.copied, deterministic=self.deterministic))
         self._step = library.function("run", 8)
         self._model, self._keep, copies = build_model(
-            config, setup.arrays, setup.formats, tables, in_panels=self.copied, threads=self.threads
+            config,
+            setup.arrays,
+            setup.formats,
+            tables,
+            in_panels=self.copied,
+            threads=self.threads,
+            let_go=setup.let_go,
         )
         self.copies = tuple(copies)
         self._kv = allocate_kv(self._model, self.block_count, setup.kv_dtype, key_shape(config, setup.arrays))

@@ -6,7 +6,7 @@ but for matrices that are interleaved in memory (panels.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, NamedTuple
 
 import numpy as np
@@ -88,11 +88,13 @@ def build_model(
     *,
     in_panels: Collection[str] = (),
     threads: int = 1,
+    let_go: Callable[[str], None] | None = None,
 ) -> tuple[Model, list[NDArray], list[NDArray]]:
     """Lay a model out for compiled code. Returns it, the arrays that must outlive it, and those that are interleaved.
 
     `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix; those named by
-    `in_panels` are copied, interleaved, with so many threads. Raises ValueError when an array's shape, type or layout
+    `in_panels` are copied, interleaved, with so many threads; `let_go` is told of each, whose own memory no one reads
+    any more, or rows of an embedding's at most. Raises ValueError when an array's shape, type or layout
     is not what the config says: compiled code checks nothing.
     """
     keep: list[NDArray] = []
@@ -112,6 +114,8 @@ def build_model(
         fields = matrix_fields(parts, formats[name], rows, columns, specs[name].shape[0] if specs[name].stacked else 1)
         if side_by_side:
             fields[:, FORMAT] = PANEL_CODES[formats[name]]
+            if let_go is not None:
+                let_go(name)
         return fields
 
     for name, kind in _NAMES.items():

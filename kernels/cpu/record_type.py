@@ -44,7 +44,7 @@ def _type_of(field: Field) -> types.Type:
 class _RecordAttributes(AttributeTemplate):
     key = RecordType
 
-    def generic_resolve(self, record: Any, name: Any) -> Any:
+    def generic_resolve(self, record: Any, name: Any) -> Any:  # type: ignore[override]
         field = fields_of(record.record).get(name)
         return None if field is None else _type_of(field)
 
