@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "Measure tokens a second.",
     "eval": "Measure the quality of a model on a text.",
     "devices": "Show what this machine can run on.",
+    "compile": "Compile the CPU's kernels beforehand.",
     "build-ascend-ops": "Compile the kernels for Ascend NPUs.",
 }
 

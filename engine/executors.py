@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from svdengine.errors import DeviceError, RequestError, shown
-from svdengine.files.residency import memory_bytes, usable_memory
+from svdengine.files.residency import let_go_of, memory_bytes, usable_memory
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import FfnMode, KvDtype
@@ -81,6 +82,7 @@ def create_executor(
         ffn=ffn,
         deterministic=deterministic,
         interleave=interleave,
+        let_go=partial(_let_go, model_file),
     )
     if chosen in ("cuda", "ascend"):
         try:
@@ -101,6 +103,10 @@ def create_executor(
     from svdengine.kernels.cpu.executor import CpuExecutor
 
     return CpuExecutor(setup, threads=threads)
+
+
+def _let_go(model_file: ModelFile, name: str) -> None:
+    let_go_of(model_file, [name])
 
 
 def _deterministic_device(chosen: str, *, asked: bool) -> str:

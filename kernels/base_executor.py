@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +33,7 @@ class ExecutorSetup:
     ffn: FfnMode = "dense"
     deterministic: bool = False  # a row gets the same bits whatever rows are beside it; only the CPU can do so
     interleave: bool = True  # the CPU copies matrices that are read whole, to where they are read faster
+    let_go: Callable[[str], None] | None = None  # told of each copied matrix, so that both never lie in memory
 
 
 class BaseExecutor(ABC):

@@ -1,6 +1,6 @@
 """Calls one compiled kernel by itself: a test of an edited line takes seconds, and not the minute of a whole step.
 
-    harness = Kernel(dot_row)                          # any function that kernels/cpu/jit.py decorated
+    harness = Kernel(dot_row)                          # any function that jit.py or pieces.py of kernels/cpu decorated
     harness(matrix, 3, at(x), at(quantized), 0)        # arrays of integers as they are, memory by its address
 
 What a kernel returns as a vector cannot reach Python: `stored(kernel)` writes it to an address given as last argument.
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, MATRIX_FIELDS, matrix_fields
-from svdengine.kernels.cpu.quantize import quantize_groups, quantized_bytes
+from svdengine.kernels.cpu.pieces import whole
+from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.simd import store_f32
+from svdengine.kernels.cpu.workspace import quantized_bytes
 from svdengine.kernels.formats import Parts, WeightFormat, padded_columns
 
 
@@ -25,6 +27,8 @@ class Kernel:
     """A kernel that Python can call. It is compiled at its first call, for the types that it is given."""
 
     def __init__(self, kernel: Any) -> None:
+        kernel = whole(kernel)
+
         @numba.njit(nogil=True, error_model="numpy")
         def call(*arguments):
             return kernel(*arguments)

@@ -56,13 +56,19 @@ def settle(
     copied: names of matrices; of an embedding that is the lm_head too, single rows are still read in the file. Raises
     DeviceError when the system refuses to lock that much.
     """
-    let_go = {name + suffix for name in copied for suffix in PART_SUFFIXES}
-    model_file.advise([name for name in model_file.arrays if name in let_go], "dontneed")
+    let_go = let_go_of(model_file, copied)
     if mlock:
         unread = {name for name in let_go if name.split(".")[0] != "embedding"}
         model_file.lock([name for name in read_by_every_token(model_file, room) if name not in unread])
         for array in copies:
             lock_array(array)
+
+
+def let_go_of(model_file: ModelFile, copied: Sequence[str]) -> set[str]:
+    """Let go of the file's pages of matrices that are read as copies, and give the names of their stored arrays."""
+    names = {name + suffix for name in copied for suffix in PART_SUFFIXES}
+    model_file.advise([name for name in model_file.arrays if name in names], "dontneed")
+    return names
 
 
 def ffn_row_names(model_file: ModelFile) -> list[str]:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.attention_tile import (
-    KV_F16,
-    KV_Q8,
     mask_outside,
     narrow_f16,
     narrow_f32,
@@ -54,6 +52,7 @@ from svdengine.kernels.cpu.simd import (
     sum_lanes,
     zero_f32,
 )
+from svdengine.kernels.cpu.workspace import KV_F16, KV_Q8
 
 LOWEST = np.float32(-1e30)  # the score of a token that is not seen
 _SEEN = np.float32(-1e29)

@@ -6,15 +6,16 @@ import numpy as np
 from numba.cpython.unsafe.tuple import tuple_setitem
 
 from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_query, store_key_value, sum_bytes
-from svdengine.kernels.cpu.attention_tile import KV_Q8, QUERIES
+from svdengine.kernels.cpu.attention_tile import QUERIES
 from svdengine.kernels.cpu.elementwise import copy_row, head_rms_norm, rms_norm, rotate, scale_head
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.kv_q8 import GROUP, QUERY, gather_q8, store_q8
 from svdengine.kernels.cpu.model import LAYER_MATRICES, O
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul, matmul_together, ready, rows_of, share
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import ATTENTION_STAGE
+from svdengine.kernels.cpu.workspace import ATTENTION_STAGE, KV_Q8
 
 
 @jit
@@ -168,7 +169,7 @@ def attention_split(model, work, cache, inputs, layer, member, threads):
             )  # fmt: skip
 
 
-@jit
+@piece
 def attention(model, work, cache, inputs, layer, n, member, threads):
     """This member's part of the attention."""
     if n == 1 and not work.invariant:

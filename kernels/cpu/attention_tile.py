@@ -30,9 +30,9 @@ from svdengine.kernels.cpu.simd import (
     splat,
     store,
 )
+from svdengine.kernels.cpu.workspace import KV_F16, KV_F32, KV_Q8
 
 QUERIES = 4  # most queries in a tile
-KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
 _ITEM_BYTES = {KV_F32: 4, KV_F16: 2, KV_Q8: 1}
 _ZERO = ir.Constant(F32V, [0.0] * 16)
 

@@ -29,7 +29,7 @@ from svdengine.kernels.cpu.simd import (
     shuffle,
 )
 
-BIAS = 128 if ISA in (isa.AVX512, isa.AVXVNNI) else 0
+BIAS = isa.weight_bias(ISA)
 BLOCK = 64  # columns in one vector of bytes
 CHUNK = 512  # columns whose scales fill one vector
 

@@ -13,15 +13,16 @@ from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.cores import default_threads
 from svdengine.kernels.cpu.aligned import aligned
-from svdengine.kernels.cpu.compilation import compile_entry
 from svdengine.kernels.cpu.kv_blocks import allocate_kv
+from svdengine.kernels.cpu.library import loaded
 from svdengine.kernels.cpu.model import build_model, read_whole
+from svdengine.kernels.cpu.parts import needed_parts
 from svdengine.kernels.cpu.place import place_predictor
-from svdengine.kernels.cpu.quantize import quantized_bytes
-from svdengine.kernels.cpu.sparse import ACTIVE, COUNTS, PREDICTED, TOTAL
-from svdengine.kernels.cpu.step import run
+from svdengine.kernels.cpu.record import packed
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import (
+    ACTIVE,
+    COUNTS,
     DENSE,
     GAP,
     KEPT,
@@ -29,14 +30,17 @@ from svdengine.kernels.cpu.workspace import (
     N_ROWS,
     ONLY_FFNS,
     PREDICT,
+    PREDICTED,
     SIZES,
     SKIP_ZEROS,
     SOURCE,
     SOURCE_LAYER,
     STAGES,
+    TOTAL,
     WANTED,
     Inputs,
     Workspace,
+    quantized_bytes,
 )
 from svdengine.kernels.executor import Logits, NeuronCounts
 from svdengine.kernels.formats import padded_columns
@@ -59,8 +63,16 @@ class CpuExecutor(BaseExecutor):
             raise DeviceError(f"threads must lie in 1..1024, found {threads}")
         tables = _rope(config, self.context)
         self.copied = tuple(read_whole(config, setup.formats)) if setup.interleave else ()
+        library = loaded(needed_parts(config, self.copied, deterministic=self.deterministic))
+        self._step = library.function("run", 8)
         self._model, self._keep, copies = build_model(
-            config, setup.arrays, setup.formats, tables, in_panels=self.copied, threads=self.threads
+            config,
+            setup.arrays,
+            setup.formats,
+            tables,
+            in_panels=self.copied,
+            threads=self.threads,
+            let_go=setup.let_go,
         )
         self.copies = tuple(copies)
         self._kv = allocate_kv(self._model, self.block_count, setup.kv_dtype, key_shape(config, setup.arrays))
@@ -69,8 +81,8 @@ class CpuExecutor(BaseExecutor):
         self._work = self._allocate_workspace()
         self._kept_predictor: list[NDArray] = []
         self.predictor = setup.predictor
-        self._team = Team(self.threads, self._member_loop)
-        self._compile()
+        self._records = [packed(record) for record in (self._model, self._work, self._cache, self._inputs)]
+        self._team = Team(self.threads, self._member_loop, library.function("call_members", 3))
         self._team.start()
 
     def forward(self, batch: Batch) -> Logits:
@@ -146,14 +158,11 @@ class CpuExecutor(BaseExecutor):
 
     def _run(self) -> None:
         with self._team.awake():
-            run(self._model, self._work, self._cache, self._inputs, 0, self.threads, self._team.sync, 0)
-
-    def _compile(self) -> None:
-        state = (self._model, self._work, self._cache, self._inputs)
-        compile_entry(run, *state, 0, self.threads, self._team.sync, 0)
+            self._member_loop(0, self._team.sync, 0)
 
     def _member_loop(self, member: int, sync: NDArray[np.int64], seen: int) -> int:
-        return run(self._model, self._work, self._cache, self._inputs, member, self.threads, sync, seen)
+        addresses = (record.ctypes.data for record in self._records)
+        return self._step(*addresses, member, self.threads, sync.ctypes.data, seen)
 
     def _load(self, batch: Batch) -> None:
         """Copy the batch to where compiled code reads it."""

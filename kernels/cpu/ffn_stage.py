@@ -9,11 +9,11 @@ from svdengine.kernels.cpu.gemm import gemm_transposed
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
 from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.rows import add_rows, list_range
 from svdengine.kernels.cpu.sharing import NEURON_UNIT, claim, counter_of, matmul, matmul_together, share
 from svdengine.kernels.cpu.sparse import (
-    LISTED,
     activate_part,
     count_neurons,
     list_neurons,
@@ -24,7 +24,7 @@ from svdengine.kernels.cpu.sparse import (
 )
 from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, clear_unscaled, sparse_batch
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, GAP, KEPT, MODE, PREDICT, UP_STAGE
+from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, GAP, KEPT, LISTED, MODE, PREDICT, UP_STAGE
 
 SUMMED = 16  # rows of a step for which rows of a neuron-major down are summed; more take a product of panels
 
@@ -60,7 +60,7 @@ def ffn_hidden(model, work, layer, normed, n, member, threads, first, last):
             quantize_groups(gate, work.ffn_q + row * work.ffn_q_stride, model.ffn_stride, first, padded)
 
 
-@jit
+@piece
 def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
     """ffn_add = FFN(normed), dense. Returns in how many parts decode leaves the result."""
     matrix = model.matrices[layer * LAYER_MATRICES + DOWN]
@@ -116,7 +116,7 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
     return 1
 
 
-@jit
+@piece
 def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
     """The conditional FFN of one row by all threads; each leaves a part of ffn_add. Returns how many parts."""
     base = layer * LAYER_MATRICES

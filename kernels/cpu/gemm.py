@@ -6,6 +6,7 @@ from svdengine.kernels.cpu.formats.dispatch import pack_columns, pack_panel
 from svdengine.kernels.cpu.formats.kernels import PANEL
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ACTIVATION_BITS, COLUMNS
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.simd import load_f32, store_f32
 from svdengine.kernels.cpu.tile import float_tiles, integer_tiles
 
@@ -20,7 +21,7 @@ def fill_bias(bias, out, out_stride, n):
         store_f32(out + t * out_stride, value)
 
 
-@jit
+@piece
 def gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last, scratch):
     """out[:, first..last] = x times the matrix's rows first..last, for n rows; first is a multiple of 16."""
     columns, bits = matrix[COLUMNS], matrix[ACTIVATION_BITS]
@@ -38,7 +39,7 @@ def gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_str
                 float_tiles(panel, x + 4 * start, x_stride, stop - start, to, out_stride, n)
 
 
-@jit
+@piece
 def gemm_transposed(matrix, bias, x, x_stride, n, out, out_stride, depth, first, last, scratch):
     """out[:, first..last] = x (n, depth) times a neuron-major matrix's columns first..last; depth is padded."""
     for column in range(first, last, PANEL):

@@ -6,7 +6,7 @@ An activation vector is given in float32 and as quantize.py lays it out; the for
 from __future__ import annotations
 
 from svdengine.kernels.cpu.formats.dispatch import dot_four, dot_one_row, dot_row
-from svdengine.kernels.cpu.jit import jit
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.simd import load_real, store_real
 
 # How far ahead of a stream of rows memory is asked for: beyond the 4 KiB page that the hardware's prefetch stops at.
@@ -14,7 +14,7 @@ STREAM_AHEAD = 6144
 _WEIGHT_ROWS, _ROWS = 32, 16  # of weights and of activations at once, so that both wait in the second-level cache
 
 
-@jit
+@piece
 def gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last):
     """As `gemv` for a few activation rows: each stored row is read from memory once, and then found in the cache."""
     for row in range(first, last):
@@ -26,7 +26,7 @@ def gemv_few(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out
             ahead = 0
 
 
-@jit
+@piece
 def gemv_many(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_stride, first, last):
     """As `gemv_few` for many activation rows, bit for bit: four stored rows at a time."""
     for start in range(first, last, _WEIGHT_ROWS):
@@ -48,7 +48,7 @@ def gemv_many(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, ou
                 store_real(out + i * out_stride + 4 * row, value + load_real(bias + 4 * row))
 
 
-@jit
+@piece
 def gemv(matrix, bias, x, quantized, out, first, last):
     """out[first..last] = rows first..last of a matrix times one activation row, plus bias."""
     for row in range(first, last):

@@ -1,8 +1,8 @@
 """Which instruction set the kernels are compiled for.
 
 Vectors are 512 bits wide in the kernels' code; LLVM splits them where the hardware's are narrower. Only the integer dot
-product and a few conversions differ between instruction sets. An intrinsic that the CPU lacks aborts the process when
-LLVM meets it, so the choice is made from the CPU's own features.
+product and a few conversions differ between instruction sets. Kernels are compiled for an instruction set and not for
+one CPU, so that what one machine compiles runs on others.
 """
 
 from __future__ import annotations
@@ -24,6 +24,19 @@ PORTABLE = "portable"  # whatever LLVM makes of plain vector code
 ENVIRONMENT = "SVDENGINE_ISA"  # forces one, for tests and comparisons
 
 
+_X86 = platform.machine().lower() in ("x86_64", "amd64")
+# What LLVM compiles for: a CPU, and what it has besides. Each has what `supported_isas` asks for, and no more.
+_TARGETS = {
+    AVX512: ("x86-64-v4", "+avx512vnni"),
+    AVXVNNI: ("x86-64-v3", "+avxvnni"),
+    AVX2: ("x86-64-v3", ""),
+    NEON: ("generic", "+neon,+dotprod"),
+    PORTABLE: ("x86-64-v2" if _X86 else "generic", ""),
+}
+ISAS = tuple(_TARGETS)
+_compiled_for: str | None = None  # in a process that compiles for another machine
+
+
 @cache
 def host_features() -> frozenset[str]:
     """Names of the features that LLVM sees in this CPU."""
@@ -37,7 +50,7 @@ def supported_isas() -> tuple[str, ...]:
     avx2 = {"avx2", "fma", "f16c"} <= features
     found = {
         AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"} <= features,
-        AVXVNNI: avx2 and ("avxvnni" in features or {"avx512vl", "avx512vnni"} <= features),
+        AVXVNNI: avx2 and "avxvnni" in features,
         AVX2: avx2,
         NEON: arm and "dotprod" in features,
         PORTABLE: True,
@@ -45,9 +58,16 @@ def supported_isas() -> tuple[str, ...]:
     return tuple(isa for isa, present in found.items() if present)
 
 
+def weight_bias(isa: str) -> int:
+    """What int8 weights are offset by for its integer dot product, which may want one side unsigned (dot.py)."""
+    return 128 if isa in (AVX512, AVXVNNI) else 0
+
+
 @cache
 def active_isa() -> str:
     """The instruction set in use. Raises DeviceError when the environment asks for one that this CPU lacks."""
+    if _compiled_for is not None:
+        return _compiled_for
     supported = supported_isas()
     wanted = os.environ.get(ENVIRONMENT)
     if not wanted:
@@ -55,3 +75,21 @@ def active_isa() -> str:
     if wanted not in supported:
         raise DeviceError(f"{ENVIRONMENT}={wanted}: this CPU has {', '.join(supported)}")
     return wanted
+
+
+def compile_for(isa: str) -> None:
+    """Let kernels that are imported later be for this instruction set, whatever this CPU has: they cannot run here."""
+    global _compiled_for
+    _compiled_for = isa
+    active_isa.cache_clear()
+
+
+def target_of(isa: str) -> tuple[str, str]:
+    """What LLVM is to compile for: the name of a CPU, and features that it has besides."""
+    return _TARGETS[isa]
+
+
+def compilable_isas() -> tuple[str, ...]:
+    """What this machine's compiler has kernels for, best first: those of its architecture."""
+    arm = platform.machine().lower() in ("aarch64", "arm64")
+    return tuple(isa for isa in ISAS if isa == PORTABLE or (isa == NEON and arm) or (isa != NEON and _X86))

@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cpu.aligned import aligned
-from svdengine.kernels.cpu.attention_tile import KV_F16, KV_F32, KV_Q8
 from svdengine.kernels.cpu.model import Model
-from svdengine.kernels.cpu.workspace import Cache
+from svdengine.kernels.cpu.workspace import KV_F16, KV_F32, KV_Q8, Cache
 from svdengine.kernels.executor import KvDtype
 from svdengine.kernels.kv_q8 import GROUP, PACKED, group_count, pack_kv, unpack_kv
 

@@ -11,7 +11,7 @@ from svdengine.kernels.formats import FORMATS, WeightFormat, padded_columns
 
 # DATA, SCALE, MIN, ROW: addresses of the parts that the format has. ROW_BYTES: of one row's values. ACTIVATION_BITS: of
 # what it is multiplied with. BOUNDS: of a matrix whose weighted rows are summed in integers, the address of what
-# rows.py's `row_bounds` has of them. BIAS_VECTOR: the address of what is added to the product.
+# row_bounds.py has of them. BIAS_VECTOR: the address of what is added to the product.
 DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BOUNDS, BIAS_VECTOR, MATRIX_FIELDS = range(12)
 PART_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
 RESIDUALS = {2: 102, 1: 101}  # codes of a predictor's low-bit residual (kernels/lowbit.py), by its bits
@@ -42,3 +42,11 @@ def fields_of(parts: Mapping[str, NDArray], code: int, rows: int, columns: int, 
     for suffix, array in parts.items():
         fields[:, PART_FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
     return fields
+
+
+def check_codes(matrices: NDArray[np.int64]) -> None:
+    """Raise ValueError when a matrix, a row of `matrices` that has rows itself, has a code that no kernel reads."""
+    known = {stored.code for stored in FORMATS.values()} | {*RESIDUALS.values(), *PANEL_CODES.values()}
+    for matrix in matrices:
+        if matrix[ROWS] and int(matrix[FORMAT]) not in known:
+            raise ValueError(f"a matrix has the format code {matrix[FORMAT]}, which no kernel reads")

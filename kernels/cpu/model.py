@@ -6,16 +6,23 @@ but for matrices that are interleaved in memory (panels.py).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.formats.dispatch import check_codes
-from svdengine.kernels.cpu.matrix import BIAS_VECTOR, BOUNDS, FORMAT, MATRIX_FIELDS, PANEL_CODES, matrix_fields
+from svdengine.kernels.cpu.matrix import (
+    BIAS_VECTOR,
+    BOUNDS,
+    FORMAT,
+    MATRIX_FIELDS,
+    PANEL_CODES,
+    check_codes,
+    matrix_fields,
+)
 from svdengine.kernels.cpu.panels import interleaved
-from svdengine.kernels.cpu.rows import INTEGER_FORMATS, row_bounds
+from svdengine.kernels.cpu.row_bounds import INTEGER_FORMATS, row_bounds
 from svdengine.kernels.formats import FORMATS, STORED_DTYPES, Parts, WeightFormat, padded_columns, stored_parts
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
 
@@ -62,23 +69,24 @@ class Model(NamedTuple):
     residual_scale: float
     logit_scale: float
     attention_scale: float
-    matrices: NDArray[np.int64]  # (layers * LAYER_MATRICES + 2, MATRIX_FIELDS)
-    windows: NDArray[np.int64]  # (layers,) sliding window, or a number larger than any context
-    attention_norm: NDArray[np.float32]  # (layers, 2, hidden_stride) weight and bias
-    ffn_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
-    attention_post_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
-    ffn_post_norm: NDArray[np.float32]  # (layers, 2, hidden_stride)
-    attention_sub_norm: NDArray[np.float32]  # (layers, 2, attention_stride)
-    ffn_sub_norm: NDArray[np.float32]  # (layers, 2, ffn_stride)
-    output_norm: NDArray[np.float32]  # (2, hidden_stride)
-    head_norm: NDArray[np.float32]  # (layers, 2, head_dim) of q and k
-    predictor_minus_threshold: NDArray[np.float32]  # (layers, ffn_stride) where the sums of scores start
-    predictor_unit: NDArray[np.float32]  # (layers, ffn_stride)
-    predictor_relu: NDArray[np.int64]  # (layers,) whether there is a ReLU between the factors
-    positions: NDArray[np.float32]  # (max_position or 1, hidden_stride)
-    cos: NDArray[np.float32]  # (context, head_dim / 2), or twice as many where layers with a window have their own
-    sin: NDArray[np.float32]
-    first_angles: NDArray[np.int64]  # (layers,) row of cos and sin for position 0
+    matrices: Annotated[NDArray[np.int64], 2]  # (layers * LAYER_MATRICES + 2, MATRIX_FIELDS)
+    windows: Annotated[NDArray[np.int64], 1]  # (layers,) sliding window, or a number larger than any context
+    attention_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, hidden_stride) weight and bias
+    ffn_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, hidden_stride)
+    attention_post_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, hidden_stride)
+    ffn_post_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, hidden_stride)
+    attention_sub_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, attention_stride)
+    ffn_sub_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, ffn_stride)
+    output_norm: Annotated[NDArray[np.float32], 2]  # (2, hidden_stride)
+    head_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, head_dim) of q and k
+    predictor_minus_threshold: Annotated[NDArray[np.float32], 2]  # (layers, ffn_stride) where the sums of scores start
+    predictor_unit: Annotated[NDArray[np.float32], 2]  # (layers, ffn_stride)
+    predictor_relu: Annotated[NDArray[np.int64], 1]  # (layers,) whether there is a ReLU between the factors
+    positions: Annotated[NDArray[np.float32], 2]  # (max_position or 1, hidden_stride)
+    # (context, head_dim / 2), or twice as many where layers with a window have their own
+    cos: Annotated[NDArray[np.float32], 2]
+    sin: Annotated[NDArray[np.float32], 2]
+    first_angles: Annotated[NDArray[np.int64], 1]  # (layers,) row of cos and sin for position 0
 
 
 def build_model(
@@ -89,11 +97,13 @@ def build_model(
     *,
     in_panels: Collection[str] = (),
     threads: int = 1,
+    let_go: Callable[[str], None] | None = None,
 ) -> tuple[Model, list[NDArray], list[NDArray]]:
     """Lay a model out for compiled code. Returns it, the arrays that must outlive it, and those that are interleaved.
 
     `arrays` are stored parts by name, layers stacked; `formats` has the format of each matrix; those named by
-    `in_panels` are copied, interleaved, with so many threads. Raises ValueError when an array's shape, type or layout
+    `in_panels` are copied, interleaved, with so many threads; `let_go` is told of each, whose own memory no one reads
+    any more, or rows of an embedding's at most. Raises ValueError when an array's shape, type or layout
     is not what the config says: compiled code checks nothing.
     """
     keep: list[NDArray] = []
@@ -113,6 +123,8 @@ def build_model(
         fields = matrix_fields(parts, formats[name], rows, columns, specs[name].shape[0] if specs[name].stacked else 1)
         if side_by_side:
             fields[:, FORMAT] = PANEL_CODES[formats[name]]
+            if let_go is not None:
+                let_go(name)
         return fields
 
     for name, kind in _NAMES.items():

@@ -14,6 +14,7 @@ from svdengine.kernels.cpu import isa
 from svdengine.kernels.cpu.dot import BIAS, emit_dot
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_CODES, ROW, SCALE
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.simd import (
     F32,
     F32V,
@@ -177,7 +178,7 @@ q8_rows, q6_rows, q4_rows = _by_rows("q8"), _by_rows("q6"), _by_rows("q4")
 _Q8, _Q6 = PANEL_CODES["q8"], PANEL_CODES["q6"]
 
 
-@jit
+@piece
 def multiply_panels(matrix, bias, quantized, stride, n, out, out_stride, first, last):
     """out[:, first..last] = n quantised rows times rows first..last of an interleaved matrix, plus bias.
 

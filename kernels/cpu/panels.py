@@ -18,35 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.aligned import large
-from svdengine.kernels.cpu.dot import BIAS
-from svdengine.kernels.cpu.formats.q8 import copy_biased
-from svdengine.kernels.cpu.jit import entry, jit
+from svdengine.kernels.cpu.isa import active_isa, weight_bias
+from svdengine.kernels.cpu.library import loaded
 from svdengine.kernels.cpu.matrix import PANEL_ROWS
-from svdengine.kernels.cpu.simd import load_int, store_int
-from svdengine.kernels.cpu.tile import transpose_words
+from svdengine.kernels.cpu.parts import INTERLEAVE
 from svdengine.kernels.formats import Parts, WeightFormat
-
-
-@jit
-def interleave_panel(source, rows, row_bytes, to, biased):
-    """The words of up to 16 rows at `source`, side by side; those of rows that are not there are left as they are."""
-    words = row_bytes // 4
-    fast = words // 16 * 16 if rows == PANEL_ROWS else 0
-    for word in range(0, fast, 16):
-        transpose_words(source + 4 * word, row_bytes, to + 64 * word)
-    for word in range(fast, words):
-        for lane in range(rows):
-            store_int(to + 64 * word + 4 * lane, load_int(source + lane * row_bytes + 4 * word))
-    if biased:
-        for word in range(words):
-            copy_biased(to + 64 * word, to + 64 * word)
-
-
-@entry
-def interleave(source: int, rows: int, row_bytes: int, to: int, biased: bool) -> None:
-    """Interleave the values of all rows of a matrix: addresses of its first row and of its first panel."""
-    for row in range(0, rows, PANEL_ROWS):
-        interleave_panel(source + row * row_bytes, min(PANEL_ROWS, rows - row), row_bytes, to + row * row_bytes, biased)
 
 
 def interleaved(parts: Mapping[str, NDArray], weight_format: WeightFormat, threads: int = 1) -> Parts:
@@ -59,7 +35,9 @@ def interleaved(parts: Mapping[str, NDArray], weight_format: WeightFormat, threa
     panels = -(-rows // PANEL_ROWS)
     out: Parts = {"": large(layers * panels * PANEL_ROWS * row_bytes)}
     source, to = values.ctypes.data, out[""].ctypes.data
-    biased = bool(BIAS) and weight_format == "q8"
+    biased = weight_bias(active_isa()) != 0 and weight_format == "q8"
+
+    interleave = loaded(frozenset({INTERLEAVE})).function("interleave", 5)
 
     def one(layer: int) -> None:
         at = to + layer * panels * PANEL_ROWS * row_bytes

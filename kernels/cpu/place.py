@@ -7,15 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.formats.dispatch import check_codes
-from svdengine.kernels.cpu.matrix import (
-    BIAS_VECTOR,
-    RESIDUALS,
-    fields_of,
-    matrix_fields,
-)
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, RESIDUALS, check_codes, fields_of, matrix_fields
 from svdengine.kernels.cpu.model import FACTOR_A, FACTOR_B, LAYER_MATRICES, RESIDUAL, Model
-from svdengine.kernels.cpu.score import factor_panels, residual_panels
+from svdengine.kernels.cpu.score_panels import factor_panels, residual_panels
 from svdengine.kernels.formats import Parts
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 

@@ -36,11 +36,6 @@ _STEP = np.float32(256)
 _LOWEST = np.float32(-127)  # -128 would overflow where weights lend activations their sign
 
 
-def quantized_bytes(columns: int) -> int:
-    """Size of a quantised row of `columns`, a multiple of 64, rounded up to whole cache lines."""
-    return -(-(2 * columns + 4 * columns // 8) // 64) * 64
-
-
 @jit
 def quantize_groups(x, out, columns, first, last):
     """Quantise columns first..last (multiples of 32) of a float32 row at address x into the buffer at `out`."""

@@ -14,6 +14,7 @@ from svdengine.kernels.cpu.dot import emit_bias
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_ROWS, ROW, ROW_BYTES, SCALE
 from svdengine.kernels.cpu.panel_product import q4_rows, q6_rows, q8_rows
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.simd import (
     I8,
     I8V,
@@ -83,7 +84,7 @@ def can_interleave(matrix):
     return (code == _Q8 or code == _Q6 or code == _Q4) and matrix[COLUMNS] >= 32 * _LEAST
 
 
-@jit
+@piece
 def multiply_in_panels(matrix, bias, quantized, stride, n, out, out_stride, first, last, scratch):
     """out[:, first..last] = n quantised rows times rows first..last of a matrix, plus bias; whole panels of 16 rows.
 

@@ -8,12 +8,12 @@ same properties.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.formats.dispatch import ALL, add_four, add_many, finish, scale_four
+from svdengine.kernels.cpu.formats.dispatch import add_four, add_many, finish, scale_four
 from svdengine.kernels.cpu.formats.sums import ROWS
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BOUNDS, COLUMNS, DATA, ROW_BYTES
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.quantize import LARGEST
 from svdengine.kernels.cpu.simd import (
     load_int,
@@ -25,13 +25,11 @@ from svdengine.kernels.cpu.simd import (
     store_real,
     zero_f32,
 )
-from svdengine.kernels.formats import Parts
 
 TOGETHER = 32  # outputs whose sums are made at once; rows that wait in the second-level cache for all of them
 CHUNK = 128  # the same where rows are added up in integers, several at once
 AHEAD = 8  # listed rows that are on their way from memory
 PART = 512  # columns that are added, and asked for, at once
-INTEGER_FORMATS = frozenset(kernels.name for kernels in ALL if kernels.sums is not None)
 _ROOM = np.float32(2e9 / 128)  # what the sizes of weights may add up to: an int32 of products with levels of a byte
 _ZERO = np.float32(0)
 # In the scratch memory: two lists of ROWS addresses, the units of TOGETHER outputs, then planes of the weights of ROWS
@@ -40,16 +38,7 @@ _NEXT, _UNITS = 8 * ROWS, 16 * ROWS
 _PLANES = _UNITS + 4 * TOGETHER
 
 
-def row_bounds(parts: Parts) -> NDArray[np.float32]:
-    """The largest scale of each row, (..., rows), of a matrix in one of INTEGER_FORMATS."""
-    scales = parts[".scale"]
-    if scales.dtype == np.float16:  # compared as integers, which has the same order and is many times faster
-        largest = (scales.view(np.uint16) & 0x7FFF).max(-1).view(np.float16).astype(np.float32)
-        return np.ascontiguousarray(largest)
-    return np.ascontiguousarray(np.abs(parts[".row"][..., 0]) * scales.max(-1))
-
-
-@jit
+@piece
 def add_rows(matrix, rows, count, hidden, hidden_stride, n, out, out_stride, sums, sums_stride, first, last, scratch):
     """out[t, first..last] += the sum of `count` rows, their numbers at `rows`, times hidden[t], for n outputs t.
 

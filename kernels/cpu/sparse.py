@@ -27,17 +27,16 @@ from svdengine.kernels.cpu.model import (
     RESIDUAL,
     UP,
 )
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
 from svdengine.kernels.cpu.rows import AHEAD, fetch_first, listed
 from svdengine.kernels.cpu.score import (
-    FACTOR_BYTES,
-    NEURONS,
-    RESIDUAL_BYTES,
     add_factor_scores,
     add_residual_scores_1,
     add_residual_scores_2,
     list_positive,
 )
+from svdengine.kernels.cpu.score_panels import FACTOR_BYTES, NEURONS, RESIDUAL_BYTES
 from svdengine.kernels.cpu.simd import (
     load_f32,
     load_int,
@@ -48,9 +47,9 @@ from svdengine.kernels.cpu.simd import (
     store_real,
     zero_f32,
 )
+from svdengine.kernels.cpu.workspace import ACTIVE, PREDICTED, TOTAL
 from svdengine.kernels.formats import FORMATS
 
-PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8  # counters of a thread, on a cache line of their own
 RESIDUAL_BYTES_2, RESIDUAL_BYTES_1 = RESIDUAL_BYTES[2], RESIDUAL_BYTES[1]
 _Q8 = FORMATS["q8"].code
 _ZERO = np.float32(0)
@@ -100,7 +99,7 @@ def score_neurons(model, layer, quantized, z, shift, first, scratch):
     return score
 
 
-@jit
+@piece
 def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
     """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
 
@@ -137,7 +136,7 @@ def dot_listed(matrix, neurons, k, count, x, quantized, out):
     )  # fmt: skip
 
 
-@jit
+@piece
 def gate_listed(model, layer, x, quantized, neurons, count, active, hidden, scratch):
     """Exact gates of `count` listed neurons; those that are not 0 go to `active` and `hidden`. Returns how many."""
     gate = model.matrices[layer * LAYER_MATRICES + (GATE if model.gated else UP)]
@@ -158,7 +157,7 @@ def gate_listed(model, layer, x, quantized, neurons, count, active, hidden, scra
     return found
 
 
-@jit
+@piece
 def up_listed(model, layer, x, quantized, active, found, hidden, scratch):
     """hidden *= up of the active neurons."""
     up = model.matrices[layer * LAYER_MATRICES + UP]

@@ -13,14 +13,15 @@ from svdengine.kernels.cpu.elementwise import clear_padding
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import BIAS_VECTOR, COLUMNS, ROWS
 from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, UP
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.read_ahead import ask_for_rows
 from svdengine.kernels.cpu.rows import add_rows
-from svdengine.kernels.cpu.score import NEURONS, list_positive
+from svdengine.kernels.cpu.score import list_positive
+from svdengine.kernels.cpu.score_panels import NEURONS
 from svdengine.kernels.cpu.sharing import NEURON_UNIT, share
 from svdengine.kernels.cpu.simd import load_int, load_real, store_int, store_real
 from svdengine.kernels.cpu.sparse import (
-    LISTED,
     count_neurons,
     gate_listed,
     project,
@@ -30,7 +31,7 @@ from svdengine.kernels.cpu.sparse import (
     weigh_listed,
 )
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import GAP, MODE, PREDICT
+from svdengine.kernels.cpu.workspace import GAP, LISTED, MODE, PREDICT
 
 CHUNK = 64  # neurons of the merged list at once: their rows wait in the second-level cache
 GROUP = 32  # rows whose lists are merged at once: the bits of a mask
@@ -38,7 +39,7 @@ COLUMN_UNIT = 64  # columns are shared out in multiples of it
 _ZERO = np.float32(0)
 
 
-@jit
+@piece
 def sparse_batch(model, work, inputs, layer, normed, n, member, threads, sync):
     """ffn_add = the conditional FFN of n rows, by all threads; complete when it returns."""
     for first in range(0, n, GROUP):

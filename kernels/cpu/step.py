@@ -16,13 +16,26 @@ from svdengine.kernels.cpu.elementwise import (
 )
 from svdengine.kernels.cpu.ffn_stage import any_ffn, keep_ffn_inputs
 from svdengine.kernels.cpu.formats.dispatch import load_weights
-from svdengine.kernels.cpu.jit import entry, jit
+from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.model import EMBEDDING, LAYER_MATRICES, LM_HEAD
+from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.quantize import quantize_groups
 from svdengine.kernels.cpu.sharing import counter_of, matmul_together, ready, rows_of
 from svdengine.kernels.cpu.simd import load_real, store_f32, store_real, zero_f32
-from svdengine.kernels.cpu.sync import EPOCH, PARKED, STOP, barrier, exchange, fetch_add, load_shared, wait_for_work
-from svdengine.kernels.cpu.workspace import MODE, N_ROWS, ONLY_FFNS, PREDICT, SOURCE, SOURCE_LAYER, WANTED
+from svdengine.kernels.cpu.sync import barrier, exchange, fetch_add, load_shared, wait_for_work
+from svdengine.kernels.cpu.workspace import (
+    CALLED,
+    EPOCH,
+    MODE,
+    N_ROWS,
+    ONLY_FFNS,
+    PARKED,
+    PREDICT,
+    SOURCE,
+    SOURCE_LAYER,
+    STOP,
+    WANTED,
+)
 
 
 @jit
@@ -211,23 +224,30 @@ def forward(model, work, cache, inputs, member, threads, sync):
         barrier(sync, threads)
 
 
-@entry
+@piece
 def run(model, work, cache, inputs, member, threads, sync, seen):
     """What a thread of the team does. The first one runs one step; the others wait for steps and run them.
 
     Returns the last epoch seen, or -1 when the team is to stop.
     """
-    at = sync.ctypes.data
     if member == 0:
-        fetch_add(at + 8 * EPOCH, 1)
-        forward(model, work, cache, inputs, member, threads, at)
+        fetch_add(sync + 8 * EPOCH, 1)
+        forward(model, work, cache, inputs, member, threads, sync)
         return seen
-    exchange(at + 8 * (PARKED + 8 * member), 0)
+    exchange(sync + 8 * (PARKED + 8 * member), 0)
     while True:
-        epoch = wait_for_work(at, member, seen)
+        epoch = wait_for_work(sync, member, seen)
         if epoch < 0:
             return seen
-        if load_shared(at + 8 * STOP) != 0:
+        if load_shared(sync + 8 * STOP) != 0:
             return np.int64(-1)
         seen = epoch
-        forward(model, work, cache, inputs, member, threads, at)
+        forward(model, work, cache, inputs, member, threads, sync)
+
+
+@piece
+def call_members(sync, threads, parked):
+    """Keep members from parking, and note in `parked`, int64 a member, which of them have and must be woken."""
+    exchange(sync + 8 * CALLED, 1)
+    for member in range(1, threads):
+        exchange(parked + 8 * member, load_shared(sync + 8 * (PARKED + 8 * member)))

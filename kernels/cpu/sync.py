@@ -11,9 +11,7 @@ from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
-
-# Fields of a team's synchronisation array, 8 int64 apart.
-ARRIVED, EPOCH, STOP, CALLED, PARKED = 0, 8, 16, 24, 32  # the parked flags of the members follow, 8 apart
+from svdengine.kernels.cpu.workspace import ARRIVED, CALLED, EPOCH, PARKED
 
 # A thread that waits longer than some tens of microseconds waits for one that has lost its core. It then sleeps rather
 # than yields: only a thread that wakes up is moved to an idle core, and two members on one core would stay there.

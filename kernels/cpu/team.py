@@ -5,38 +5,32 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.jit import entry
-from svdengine.kernels.cpu.sync import CALLED, EPOCH, PARKED, STOP, exchange, load_shared
-
-
-@entry
-def call_members(sync: Any, threads: int, parked: Any) -> None:
-    """Keep members from parking, and note in `parked` which of them have and must be woken."""
-    at = sync.ctypes.data
-    exchange(at + 8 * CALLED, 1)
-    for member in range(1, threads):
-        parked[member] = load_shared(at + 8 * (PARKED + 8 * member))
+from svdengine.kernels.cpu.workspace import CALLED, EPOCH, PARKED, STOP
 
 
 class Team:
     """Threads 1.. of a step wait here for work; the caller's thread is member 0.
 
     `member_loop(member, sync, seen) -> epoch` is the compiled function that waits and works; it returns its last epoch
-    after a while without work, so that an idle team sleeps, or -1 to end.
+    after a while without work, so that an idle team sleeps, or -1 to end. `call_members` is that of step.py.
     """
 
-    def __init__(self, threads: int, member_loop: Callable[[int, NDArray[np.int64], int], int]) -> None:
+    def __init__(
+        self,
+        threads: int,
+        member_loop: Callable[[int, NDArray[np.int64], int], int],
+        call_members: Callable[[int, int, int], int],
+    ) -> None:
         self.threads = threads
         # 64-byte lines: an offset puts field 0 at the start of one.
         room = np.zeros(PARKED + 8 * (threads + 1) + 8, np.int64)
         skip = (-room.ctypes.data % 64) // 8
         self.sync: NDArray[np.int64] = room[skip : skip + PARKED + 8 * (threads + 1)]
-        self._loop = member_loop
+        self._loop, self._call_members = member_loop, call_members
         self._parked = np.zeros(threads, np.int64)
         self._events = [threading.Event() for _ in range(threads)]
         self._members: list[threading.Thread] = []
@@ -55,7 +49,7 @@ class Team:
         An interruption in here leaves no member waiting for the others: a step begins inside the caller's part.
         """
         try:
-            call_members(self.sync, self.threads, self._parked)
+            self._call_members(self.sync.ctypes.data, self.threads, self._parked.ctypes.data)
             for member in range(1, self.threads):
                 if self._parked[member]:
                     self._events[member].set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,17 @@ DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate 
 # ONLY_FFNS, a count of layers, a step is their FFNs alone, on inputs at SOURCE; SOURCE_LAYER: bytes from one layer's to
 # the next one's, or 0 when all have the same.
 N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, SIZES = range(9)
+# Counters of a thread, in Inputs.counts, on a cache line of their own.
+PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8
+KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
+# Fields of a team's synchronisation array, 8 int64 apart.
+ARRIVED, EPOCH, STOP, CALLED, PARKED = 0, 8, 16, 24, 32  # the parked flags of the members follow, 8 apart
 ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claimed; the lm_head's comes after all layers
+
+
+def quantized_bytes(columns: int) -> int:
+    """Size of a quantised row of `columns` (quantize.py), a multiple of 64, rounded up to whole cache lines."""
+    return -(-(2 * columns + 4 * columns // 8) // 64) * 64
 
 
 class Workspace(NamedTuple):
@@ -74,12 +84,12 @@ class Cache(NamedTuple):
 class Inputs(NamedTuple):
     """The batch, in arrays that live as long as the executor."""
 
-    sizes: NDArray[np.int64]  # (SIZES,)
-    tokens: NDArray[np.int32]
-    positions: NDArray[np.int32]
-    sequences: NDArray[np.int32]
-    block_tables: NDArray[np.int32]
-    logit_rows: NDArray[np.int32]
-    sparsity_bias: NDArray[np.float32]  # of each sequence
-    claims: NDArray[np.int64]  # (layers * STAGES + 1,) zeros when a step begins
-    counts: NDArray[np.int64]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows
+    sizes: Annotated[NDArray[np.int64], 1]  # (SIZES,)
+    tokens: Annotated[NDArray[np.int32], 1]
+    positions: Annotated[NDArray[np.int32], 1]
+    sequences: Annotated[NDArray[np.int32], 1]
+    block_tables: Annotated[NDArray[np.int32], 2]
+    logit_rows: Annotated[NDArray[np.int32], 1]
+    sparsity_bias: Annotated[NDArray[np.float32], 1]  # of each sequence
+    claims: Annotated[NDArray[np.int64], 1]  # (layers * STAGES + 1,) zeros when a step begins
+    counts: Annotated[NDArray[np.int64], 2]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows

@@ -12,7 +12,8 @@ from kernel_harness import Kernel, at, matrix_of
 from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.matrix import BOUNDS
-from svdengine.kernels.cpu.rows import INTEGER_FORMATS, add_rows, row_bounds
+from svdengine.kernels.cpu.row_bounds import INTEGER_FORMATS, row_bounds
+from svdengine.kernels.cpu.rows import add_rows
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, Parts, WeightFormat, quantize
 
 ROWS, COLUMNS = 75, 619  # rows in no multiple of what is added at once; columns in no multiple of 64 or 512

@@ -9,14 +9,12 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.score import (
-    NEURONS,
     add_factor_scores,
     add_residual_scores_1,
     add_residual_scores_2,
-    factor_panels,
     list_positive,
-    residual_panels,
 )
+from svdengine.kernels.cpu.score_panels import NEURONS, factor_panels, residual_panels
 from svdengine.kernels.cpu.simd import load_f32, store_f32
 from svdengine.kernels.formats import GROUP, dequantize, quantize
 from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit, quantize_lowbit

@@ -14,7 +14,7 @@ from random_predictors import make_network, make_predictor
 
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
-from svdengine.kernels.cpu.rows import INTEGER_FORMATS
+from svdengine.kernels.cpu.row_bounds import INTEGER_FORMATS
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor, scores
 from svdengine.models import ModelConfig

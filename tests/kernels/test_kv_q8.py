@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cpu.attention import attend, clear_sums, finish, sum_bytes
-from svdengine.kernels.cpu.attention_tile import KV_Q8
 from svdengine.kernels.cpu.kv_blocks import QuantizedKvBlocks
 from svdengine.kernels.cpu.kv_q8 import GROUP, QUERY, gather_q8, store_q8
+from svdengine.kernels.cpu.workspace import KV_Q8
 from svdengine.kernels.kv_q8 import (
     PACKED,
     dequantize_kv,

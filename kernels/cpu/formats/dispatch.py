@@ -1,8 +1,9 @@
 """The kernels of whichever format a matrix has: what `FormatKernels` lists, by the code in the matrix.
 
-A new format is a line in `ALL`. A code that is none of theirs raises ValueError before a step runs (`check_codes`):
-another format's kernels would read memory that is not there. Should one come this far, nothing is read, and a product
-is NaN. (Exceptions in kernels that are called for every row would make all of them take a sixth longer to compile.)
+A new format is a line in `ALL`. A code that is none of theirs raises ValueError before a step runs (`check_codes` of
+matrix.py): another format's kernels would read memory that is not there. Should one come this far, nothing is read, and
+a product is NaN. (Exceptions in kernels that are called for every row would make all of them take a sixth longer to
+compile.)
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from svdengine.kernels.cpu.formats.floats import BF16_KERNELS, F16_KERNELS, F32_KERNELS
 from svdengine.kernels.cpu.formats.kernels import FormatKernels
@@ -19,7 +19,7 @@ from svdengine.kernels.cpu.formats.q6 import Q6_KERNELS
 from svdengine.kernels.cpu.formats.q8 import Q8_KERNELS
 from svdengine.kernels.cpu.formats.ternary import TERNARY_KERNELS
 from svdengine.kernels.cpu.jit import inlined, jit
-from svdengine.kernels.cpu.matrix import FORMAT, PANEL_CODES, RESIDUALS, ROWS
+from svdengine.kernels.cpu.matrix import FORMAT
 from svdengine.kernels.cpu.simd import zero_f32
 from svdengine.kernels.formats import FORMATS
 
@@ -27,14 +27,6 @@ ALL: tuple[FormatKernels, ...] = (
     *(Q8_KERNELS, Q6_KERNELS, Q4_KERNELS, TERNARY_KERNELS),
     *(F32_KERNELS, F16_KERNELS, BF16_KERNELS),
 )
-
-
-def check_codes(matrices: NDArray[np.int64]) -> None:
-    """Raise ValueError when a matrix, a row of `matrices` that has rows itself, has a code that no kernel reads."""
-    known = {FORMATS[kernels.name].code for kernels in ALL} | {*RESIDUALS.values(), *PANEL_CODES.values()}
-    for matrix in matrices:
-        if matrix[ROWS] and int(matrix[FORMAT]) not in known:
-            raise ValueError(f"a matrix has the format code {matrix[FORMAT]}, which no kernel reads")
 
 
 def _by_format(operation: str, parameters: str, otherwise: str = "", compiled: Any = jit) -> Any:
