@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from svdengine.kernels.cpu.formats import dispatch
 from svdengine.kernels.cpu.formats.kernels import FormatKernels
 from svdengine.kernels.cpu.gemm import gemm, gemm_transposed
-from svdengine.kernels.cpu.matrix import DATA, FORMAT
+from svdengine.kernels.cpu.matrix import DATA, FORMAT, check_codes
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, Parts, WeightFormat, quantize
 from svdengine.kernels.predictor import quantize_activations
 
@@ -117,8 +117,8 @@ def test_a_format_that_no_kernel_reads_is_an_error_and_reads_nothing() -> None:
     unknown = case.matrix.copy()
     unknown[[FORMAT, DATA]] = len(WEIGHT_FORMATS), 8  # an address where nothing is
     with pytest.raises(ValueError, match=f"format code {len(WEIGHT_FORMATS)}"):
-        dispatch.check_codes(unknown[None])
-    dispatch.check_codes(case.matrix[None])
+        check_codes(unknown[None])
+    check_codes(case.matrix[None])
     assert np.isnan(Kernel(dispatch.dot_row)(unknown, 0, at(case.x), at(case.quantized), 0))
 
 
