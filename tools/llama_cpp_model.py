@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import SvdEngineError
-from svdengine.tools.peer_run import run_program
+from svdengine.tools.run_program import run_program
 
 
 def import_llama_cpp() -> Any:

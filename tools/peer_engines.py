@@ -11,7 +11,8 @@ from pathlib import Path
 
 from svdengine.errors import SvdEngineError
 from svdengine.tools.peer_models import Pair
-from svdengine.tools.peer_run import FfnPath, Figure, SpeedTest, gguf_bytes_per_token, measure, run_program
+from svdengine.tools.peer_run import FfnPath, Figure, SpeedTest, gguf_bytes_per_token, measure
+from svdengine.tools.run_program import run_program
 
 SVDENGINE, LLAMA_CPP, IK = "svdengine", "llama.cpp", "ik_llama.cpp"
 

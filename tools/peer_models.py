@@ -12,7 +12,8 @@ from typing import Literal
 
 from svdengine.errors import ModelFileError, SvdEngineError
 from svdengine.kernels.formats import WeightFormat
-from svdengine.tools.peer_run import FfnPath, SpeedTest, run_program
+from svdengine.tools.peer_run import FfnPath, SpeedTest
+from svdengine.tools.run_program import run_program
 
 Report = Callable[[str], None]
 Bits = Literal[8, 4]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from svdengine.errors import SvdEngineError
+from svdengine.tools.run_program import run_program
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 
 FfnPath = Literal["dense", "sparse", "speculative"]  # speculative: dense, and the sparse path drafts
 
-PATIENCE = 900.0  # seconds after which a measurement has failed
 _WARM_UP = 4  # decode steps
 _PROMPTS = ("Once upon a time, in a small village", "The capital of France", "To bake bread you need", "The moon is")
 
@@ -55,20 +52,6 @@ def measure_bandwidth(threads: int) -> float:
     """GB/s at which the machine's memory is read just now."""
     found: float = _started({"engine": "bandwidth", "threads": threads}, "measuring the memory failed")["gb_per_second"]
     return found
-
-
-def run_program(command: Sequence[str], failed: str) -> str:
-    """What a program prints. Raises SvdEngineError that begins with `failed` when it fails or takes too long."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    except subprocess.TimeoutExpired as error:
-        raise SvdEngineError(f"{failed}: it took more than {PATIENCE:g} seconds") from error
-    except OSError as error:
-        raise SvdEngineError(f"{failed}: {error.strerror or error}") from error
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
-        raise SvdEngineError(f"{failed}: {reason}")
-    return done.stdout
 
 
 def _started(task: dict[str, Any], failed: str) -> dict[str, Any]:
