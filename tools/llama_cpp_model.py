@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import SvdEngineError
+from svdengine.tools.run_program import run_program
 
 
 def import_llama_cpp() -> Any:
@@ -30,11 +31,15 @@ def llama_cpp_version() -> str:
     return f"{llama_cpp.__version__} ({llama_cpp.llama_print_system_info().decode().strip(' |')})"
 
 
-def quantize_gguf(source: Path, output: Path, kind: str) -> None:
+def quantize_gguf(source: Path, output: Path, kind: str, program: Path | None = None) -> None:
     """Make an f32, q8_0 or q4_0 file with llama.cpp's own quantiser; of q8_0 all matrices are Q8_0.
 
-    In a q4_0 file llama.cpp keeps some matrices at more bits, as it always does. Raises SvdEngineError when it fails.
+    In a q4_0 file llama.cpp keeps some matrices at more bits, as it always does. `program` is llama-quantize; without
+    it the library quantises. Raises SvdEngineError when it fails.
     """
+    if program is not None:
+        _run_quantizer(program, source, output, kind)
+        return
     llama_cpp = import_llama_cpp()
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = {
@@ -50,6 +55,19 @@ def quantize_gguf(source: Path, output: Path, kind: str) -> None:
         partial.unlink(missing_ok=True)
         raise SvdEngineError(f"llama.cpp could not quantise {source}")
     partial.replace(output)
+
+
+def _run_quantizer(program: Path, source: Path, output: Path, kind: str) -> None:
+    partial = output.with_name(output.name + ".partial")
+    options = ["--allow-requantize"]
+    if kind == "q8_0":
+        options += ["--output-tensor-type", "q8_0", "--token-embedding-type", "q8_0"]
+    name = "F32" if kind == "f32" else kind.upper()
+    try:
+        run_program([str(program), *options, str(source), str(partial), name], f"cannot quantise {source}")
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class LlamaCppModel:

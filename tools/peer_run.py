@@ -1,137 +1,138 @@
-"""One measurement of one engine, in a process of its own: `measure` starts it, `main` is what runs there."""
+"""One measurement of svdengine or llama-cpp-python, in a process of its own: `measure` starts it, `main` runs there."""
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from svdengine.errors import SvdEngineError
+from svdengine.tools.run_program import run_program
 
-Engine = Literal["llama.cpp", "svdengine", "bandwidth"]
-Step = Callable[[Sequence[int], int], NDArray[np.float32]]  # tokens and their first position -> logits of the last
+if TYPE_CHECKING:
+    from svdengine.llm import LLM
+    from svdengine.tools.llama_cpp_model import LlamaCppModel
+
+FfnPath = Literal["dense", "sparse", "speculative"]  # speculative: dense, and the sparse path drafts
 
 _WARM_UP = 4  # decode steps
+_PROMPTS = ("Once upon a time, in a small village", "The capital of France", "To bake bread you need", "The moon is")
 
 
-def measure(
-    engine: Engine, threads: int, model: Path | None = None, decode: int = 0, prefill: int = 0
-) -> dict[str, Any]:
-    """Seconds that `decode` greedy tokens after a prompt of one, and a prefill of `prefill` tokens, take.
+@dataclass(frozen=True)
+class SpeedTest:
+    """What is timed: greedy decoding of some tokens, or reading a prompt of as many."""
 
-    Returns "decode" and "prefill" in seconds and "weight_bytes", those that one decoded token reads; of the engine
-    "bandwidth" only "gb_per_second". Raises SvdEngineError when the process fails.
-    """
-    task = {"engine": engine, "threads": threads, "model": str(model), "decode": decode, "prefill": prefill}
-    command = [sys.executable, "-m", "svdengine.tools.peer_run", json.dumps(task)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise SvdEngineError(f"{engine} failed on {model}: {reason}")
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    kind: Literal["decode", "prefill"]
+    tokens: int
+    depth: int = 0  # tokens that are in the context before, and are not timed
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.tokens}" + (f" at {self.depth:,}" if self.depth else "")
+
+
+class Figure(NamedTuple):
+    """What an engine reached."""
+
+    tokens_per_second: float
+    bytes_per_token: float | None = None  # that a decoded token reads; None in prefill, where many share a read
+
+
+def measure(engine: str, threads: int, model: Path, test: SpeedTest, path: FfnPath = "dense") -> Figure:
+    """How fast `engine`, svdengine or llama-cpp-python, is. Raises SvdEngineError when its process fails."""
+    task = {"engine": engine, "threads": threads, "model": str(model), "test": asdict(test), "path": path}
+    return Figure(**_started(task, f"{engine} failed on {model}"))
+
+
+def measure_bandwidth(threads: int) -> float:
+    """GB/s at which the machine's memory is read just now."""
+    found: float = _started({"engine": "bandwidth", "threads": threads}, "measuring the memory failed")["gb_per_second"]
+    return found
+
+
+def _started(task: dict[str, Any], failed: str) -> dict[str, Any]:
+    output = run_program([sys.executable, "-m", "svdengine.tools.peer_run", json.dumps(task)], failed)
+    result: dict[str, Any] = json.loads(output.splitlines()[-1])
     return result
 
 
-def timed(step: Step, vocab_size: int, decode: int, prefill: int) -> dict[str, float]:
-    """Warm up, then measure; only the calls of `step` are timed."""
-    prompt = np.random.default_rng(0).integers(3, vocab_size, max(prefill, 1)).tolist()
-    if prefill:
-        step(prompt, 0)
-    _decode(step, prompt[0], _WARM_UP)
-    result = {"decode": _decode(step, prompt[0], decode)}
-    if prefill:
-        begin = time.perf_counter()
-        step(prompt, 0)
-        result["prefill"] = time.perf_counter() - begin
-    return result
+def _svdengine(path: Path, threads: int, test: SpeedTest, ffn: FfnPath) -> Figure:
+    from svdengine.loading import load
+    from svdengine.measuring.benchmark import run_benchmark
+
+    speculative = ffn == "speculative"
+    with load(
+        path,
+        device="cpu",
+        ffn="dense" if ffn == "speculative" else ffn,
+        threads=threads,
+        context=test.depth + test.tokens + 16 * speculative,
+        speculative=speculative,
+    ) as llm:
+        if speculative:
+            return Figure(_speculative(llm, test.tokens))
+        counts = (test.tokens, 0) if test.kind == "prefill" else (0, test.tokens)
+        (row,) = run_benchmark(llm, *counts, 1, depth=test.depth)
+        return Figure(row.tokens_per_second, row.bytes_per_token if test.kind == "decode" else None)
 
 
-def _decode(step: Step, first: int, count: int) -> float:
+def _speculative(llm: LLM, tokens: int) -> float:
+    """Tokens a second of several answers, one after another, after one that is not timed."""
+    random = np.random.default_rng(0)
+    reads_ids = llm.model_file.tokenizer_info.kind == "none"
+    prompts = [random.integers(3, 99, 4).tolist() for _ in _PROMPTS] if reads_ids else _PROMPTS
+    seconds = count = 0.0
+    for number, prompt in enumerate((prompts[0], *prompts)):
+        stats = llm.generate(prompt, temperature=0, max_tokens=tokens, ignore_eos=True)[0].stats
+        if number:
+            count += stats.generated_tokens - 1
+            seconds += (stats.generated_tokens - 1) / stats.tokens_per_second
+    return count / seconds
+
+
+def _llama_cpp(path: Path, threads: int, test: SpeedTest) -> Figure:
+    from svdengine.tools.llama_cpp_model import LlamaCppModel
+
+    with LlamaCppModel(path, threads, context=-(-(test.depth + test.tokens) // 256) * 256) as model:
+        run = _read if test.kind == "prefill" else _decode
+        for count in (test.tokens if test.kind == "prefill" else _WARM_UP, test.tokens):
+            model.reset()
+            _read(model, test.depth)
+            seconds = run(model, count)
+    return Figure(test.tokens / seconds, gguf_bytes_per_token(path) if test.kind == "decode" else None)
+
+
+def _read(model: LlamaCppModel, count: int) -> float:
+    """Seconds that a prompt of `count` tokens takes."""
+    prompt = np.random.default_rng(0).integers(3, model.vocab_size, count).tolist()
+    begin = time.perf_counter()
+    for start in range(0, count, 512):
+        model.decode(prompt[start : start + 512])
+    return time.perf_counter() - begin
+
+
+def _decode(model: LlamaCppModel, count: int) -> float:
     """Seconds of `count` steps, each fed with the likeliest token of the one before."""
-    token, seconds = first, 0.0
-    for position in range(count):
+    token, seconds = 3, 0.0
+    for _ in range(count):
         begin = time.perf_counter()
-        logits = step([token], position)
+        logits = model.decode([token])[0]
         seconds += time.perf_counter() - begin
         token = int(logits.argmax())
     return seconds
 
 
-def _llama_cpp(path: Path, threads: int, decode: int, prefill: int) -> dict[str, float]:
+def gguf_bytes_per_token(path: Path) -> int:
+    """Bytes of weights that a decoded token reads of a GGUF file: all but an embedding that is not the output too."""
     from svdengine.converters.gguf_file import read_gguf
-    from svdengine.tools.llama_cpp_model import LlamaCppModel
 
     tensors = read_gguf(path).tensors
     unread = "token_embd.weight" if "output.weight" in tensors else ""
-    weight_bytes = sum(tensor.size_bytes for name, tensor in tensors.items() if name != unread)
-    with LlamaCppModel(path, threads, context=_context(decode, prefill)) as model:
-
-        def step(tokens: Sequence[int], position: int) -> NDArray[np.float32]:
-            if position == 0:
-                model.reset()
-            return model.decode(tokens)[0]
-
-        return {"weight_bytes": weight_bytes, **timed(step, model.vocab_size, decode, prefill)}
-
-
-def _svdengine(path: Path, threads: int, decode: int, prefill: int) -> dict[str, float]:
-    """Sparse where the file has a predictor."""
-    from svdengine.files.model_file import read_model_file
-    from svdengine.files.predictor_file import find_predictor
-    from svdengine.kernels.base_executor import ExecutorSetup
-    from svdengine.kernels.batch import BLOCK_SIZE, Batch
-    from svdengine.kernels.cpu.executor import CpuExecutor
-    from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
-
-    with read_model_file(path) as file:
-        predictor = find_predictor(file)
-        blocks = _context(decode, prefill) // BLOCK_SIZE
-        setup = ExecutorSetup(
-            file.config,
-            file.arrays,
-            file.formats,
-            block_count=blocks,
-            context=blocks * BLOCK_SIZE,
-            max_batch_rows=max(prefill, 1),
-            predictor=predictor,
-            ffn="dense" if predictor is None else "sparse",
-        )
-        executor = CpuExecutor(setup, threads=threads)
-        table = np.arange(blocks, dtype=np.int32)[None]
-
-        def step(tokens: Sequence[int], position: int) -> NDArray[np.float32]:
-            count = len(tokens)
-            batch = Batch(
-                tokens=np.array(tokens, np.int32),
-                positions=np.arange(position, position + count, dtype=np.int32),
-                sequences=np.zeros(count, np.int32),
-                block_tables=table,
-                context_lengths=np.array([position + count], np.int32),
-                logit_rows=np.array([count - 1], np.int32),
-            )
-            return executor.forward(batch)[0]
-
-        try:
-            times = timed(step, file.config.vocab_size, decode, prefill)
-            if predictor is None:
-                return {"weight_bytes": weight_bytes(file), **times}
-            counts = executor.neuron_counts()
-            shares = counts.predicted_density or 0.0, counts.active_density or 0.0
-            return {"weight_bytes": sparse_weight_bytes(file, predictor, *shares), **times}
-        finally:
-            executor.close()
-
-
-def _context(decode: int, prefill: int) -> int:
-    """Tokens that fit: a multiple of 256, which is what llama.cpp pads to."""
-    return -(-max(decode, prefill, _WARM_UP) // 256) * 256
+    return sum(tensor.size_bytes for name, tensor in tensors.items() if name != unread)
 
 
 def _bandwidth(threads: int) -> dict[str, float]:
@@ -146,8 +147,10 @@ def main() -> None:
     if task["engine"] == "bandwidth":
         result = _bandwidth(task["threads"])
     else:
-        run = _llama_cpp if task["engine"] == "llama.cpp" else _svdengine
-        result = run(Path(task["model"]), task["threads"], task["decode"], task["prefill"])
+        model, threads, test = Path(task["model"]), task["threads"], SpeedTest(**task["test"])
+        svdengine = task["engine"] == "svdengine"
+        figure = _svdengine(model, threads, test, task["path"]) if svdengine else _llama_cpp(model, threads, test)
+        result = figure._asdict()
     print(json.dumps(result))
 
 

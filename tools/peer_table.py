@@ -1,103 +1,127 @@
-"""The table of a comparison with llama.cpp, in Markdown, to be pasted."""
+"""The table of a comparison with other engines, in Markdown, to be pasted; and the same as JSON, to be kept."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
+
+from svdengine.tools.peer_engines import SVDENGINE
 
 
 @dataclass(frozen=True)
 class Side:
     """What one engine reached in one work."""
 
-    seconds: tuple[float, ...]  # of each repetition
-    tokens: int  # that a repetition processed
-    weight_bytes: int | None  # read for each token; None where many tokens share a read, in prefill
+    values: tuple[float, ...]  # of each repetition, in the row's unit
+    bytes_per_token: float | None = None  # read for each token; None where that is not known, or shared by many
+    way: str = ""  # how it was run, where it has several ways
 
     @property
-    def speeds(self) -> list[float]:
-        """Tokens a second of each repetition."""
-        return [self.tokens / seconds for seconds in self.seconds]
-
-    @property
-    def speed(self) -> float:
-        """Tokens a second, the median."""
-        return statistics.median(self.speeds)
+    def median(self) -> float:
+        """Of the repetitions."""
+        return statistics.median(self.values)
 
     @property
     def deviation(self) -> float:
         """Standard deviation of the repetitions; 0 of a single one."""
-        return statistics.stdev(self.speeds) if len(self.speeds) > 1 else 0.0
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     @property
     def gb_per_second(self) -> float | None:
-        """Weights read a second."""
-        return None if self.weight_bytes is None else self.weight_bytes * self.speed / 1e9
+        """Read a second, of a side whose values are tokens a second."""
+        return None if self.bytes_per_token is None else self.bytes_per_token * self.median / 1e9
 
 
 @dataclass(frozen=True)
 class Row:
-    """One work, done by both."""
+    """One work, done by all. A side is missing where its engine failed, or is not there."""
 
     work: str
-    llama_cpp: Side
-    svdengine: Side
+    sides: Mapping[str, Side]  # by the engine's name
+    unit: str = "tokens/s"
+    bandwidth: float | None = None  # what the machine's memory gave in the same minutes, GB/s
+    failures: Mapping[str, str] = field(default_factory=dict)  # by the engine's name, what it said
 
-    @property
-    def ratio(self) -> float:
-        """Of the medians: above 1, svdengine is faster."""
-        return self.svdengine.speed / self.llama_cpp.speed
-
-
-_HEADER = (
-    "| work | llama.cpp tok/s | svdengine tok/s | ratio | llama.cpp GB/s | svdengine GB/s |",
-    "| --- | ---: | ---: | ---: | ---: | ---: |",
-)
+    def ratio(self, peer: str) -> float | None:
+        """Of the medians, ours to the peer's; None where one is missing."""
+        if peer not in self.sides or SVDENGINE not in self.sides or not self.sides[peer].median:
+            return None
+        return self.sides[SVDENGINE].median / self.sides[peer].median
 
 
-def markdown(rows: Sequence[Row], bandwidth: float, notes: Sequence[str]) -> str:
-    """The table, and below it the notes. `bandwidth` is what the machine's memory gives, in GB/s."""
-    lines = [*_HEADER, *(_line(row, bandwidth) for row in rows), ""]
-    lines.append(f"Read bandwidth of the machine: {bandwidth:.1f} GB/s; shares of it in parentheses.")
-    return "\n".join([*lines, *notes])
+def markdown(rows: Sequence[Row], notes: Sequence[str]) -> str:
+    """The table, and below it what failed and the notes."""
+    peers = [name for name in dict.fromkeys(name for row in rows for name in row.sides) if name != SVDENGINE]
+    head = ["work", "unit", SVDENGINE]
+    for peer in peers:
+        head += [peer, f"ours / {peer}"]
+    head += ["ours, GB/s", "memory, GB/s"]
+    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *(_cells(row, peers) for row in rows)]
+    table = [f"| {' | '.join(line)} |" for line in lines]
+    failed = [f"{row.work}: {reason}." for row in rows for reason in row.failures.values()]
+    return "\n".join([*table, "", *failed, *notes])
 
 
-def as_dicts(rows: Sequence[Row], bandwidth: float) -> list[dict[str, Any]]:
+def _cells(row: Row, peers: Sequence[str]) -> list[str]:
+    cells = [row.work, row.unit, _figure(row, SVDENGINE)]
+    for peer in peers:
+        ratio = row.ratio(peer)
+        cells += [_figure(row, peer), "" if ratio is None else f"{ratio:.2f}"]
+    ours = row.sides.get(SVDENGINE)
+    for value in (None if ours is None else ours.gb_per_second, row.bandwidth):
+        cells.append("" if value is None else f"{value:.1f}")
+    return cells
+
+
+def _figure(row: Row, name: str) -> str:
+    if name not in row.sides:
+        return "failed" if name in row.failures else ""
+    side = row.sides[name]
+    way = f" ({side.way})" if side.way and name != SVDENGINE else ""
+    spread = f" ± {side.deviation:.3g}" if len(side.values) > 1 else ""
+    return f"{side.median:.{_places(side.median)}f}{spread}{way}"
+
+
+def _places(value: float) -> int:
+    """Decimal places that leave three or four digits."""
+    return 0 if value >= 1000 else 1 if value >= 100 else 2
+
+
+def as_dicts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """The rows as plain JSON types."""
     return [
         {
             "work": row.work,
-            "ratio": row.ratio,
-            "bandwidth_gb_per_second": bandwidth,
-            "llama_cpp": _side_dict(row.llama_cpp),
-            "svdengine": _side_dict(row.svdengine),
+            "unit": row.unit,
+            "bandwidth_gb_per_second": row.bandwidth,
+            "failures": dict(row.failures),
+            "ratios": {name: row.ratio(name) for name in row.sides if name != SVDENGINE},
+            "sides": {name: _side_dict(side) for name, side in row.sides.items()},
         }
         for row in rows
     ]
 
 
-def _line(row: Row, bandwidth: float) -> str:
-    a, b = row.llama_cpp, row.svdengine
-    cells = [row.work, _speed(a), _speed(b), f"{row.ratio:.2f}", _share(a, bandwidth), _share(b, bandwidth)]
-    return f"| {' | '.join(cells)} |"
-
-
-def _speed(side: Side) -> str:
-    return f"{side.speed:.2f} ± {side.deviation:.2f}"
-
-
-def _share(side: Side, bandwidth: float) -> str:
-    reached = side.gb_per_second
-    return "" if reached is None else f"{reached:.1f} ({reached / bandwidth:.0%})"
+def from_dicts(dicts: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The rows that `as_dicts` made plain. Raises KeyError or TypeError where they are not."""
+    rows = []
+    for row in dicts:
+        sides = {
+            name: Side(tuple(side["values"]), side["bytes_per_token"], side["way"])
+            for name, side in row["sides"].items()
+        }
+        rows.append(Row(row["work"], sides, row["unit"], row["bandwidth_gb_per_second"], row["failures"]))
+    return rows
 
 
 def _side_dict(side: Side) -> dict[str, Any]:
     return {
-        "tokens_per_second": side.speed,
+        "median": side.median,
         "stddev": side.deviation,
-        "repetitions": side.speeds,
-        "bytes_per_token": side.weight_bytes,
+        "values": list(side.values),
+        "way": side.way,
+        "bytes_per_token": side.bytes_per_token,
         "gb_per_second": side.gb_per_second,
     }

@@ -32,6 +32,12 @@ def llama_cpp_command(model: Path, port: int, threads: int, context: int) -> lis
     return [sys.executable, "-m", "llama_cpp.server", *(f"--{name}={value}" for name, value in options.items())]
 
 
+def llama_server_command(program: Path, model: Path, port: int, threads: int, slots: int, context: int) -> list[str]:
+    """A build of llama-server with `slots` requests at a time, each with a context of its own."""
+    options = {"-m": model, "--port": port, "-t": threads, "-tb": threads, "-np": slots, "-c": slots * context}
+    return [str(program), *(str(part) for option in options.items() for part in option)]
+
+
 def free_port() -> int:
     """A port of the loopback interface that nobody listens on."""
     with socket.create_server(("127.0.0.1", 0)) as found:

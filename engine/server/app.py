@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -22,7 +21,7 @@ from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
 from svdengine.server import metrics
 from svdengine.server.api_error import ApiError
-from svdengine.server.body import encode_json, parse_json
+from svdengine.server.body import encode_json, parse_json, read_body
 from svdengine.server.bounded_text import BoundedTokenizer
 from svdengine.server.chat_job import ChatJob
 from svdengine.server.completion_job import CompletionJob
@@ -36,8 +35,6 @@ from svdengine.server.service import Service
 from svdengine.server.token_fields import detokenized, tokenized, tokenizer_info
 from svdengine.server.web_files import WEB_FILES, web_routes
 from svdengine.server.work import client
-
-_DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
 
 T = TypeVar("T")
 
@@ -228,23 +225,8 @@ class Routes:
 
     async def _body(self, request: Request) -> Any:
         """The JSON of a body. Raises ApiError when it is too long, comes too slowly or is no JSON."""
-        settings = self._service.settings
-        data, size = bytearray(), 0
-        try:
-            async with asyncio.timeout(settings.body_seconds):
-                async for part in request.stream():
-                    size += len(part)
-                    if size <= settings.max_body:
-                        data += part
-                    elif size > _DISCARD * settings.max_body:
-                        break
-        except TimeoutError:
-            message = f"the body did not arrive within {settings.body_seconds:g} seconds"
-            raise ApiError(408, message, headers={"connection": "close"}) from None
-        if size > settings.max_body:
-            message = f"the body has more than {settings.max_body} bytes, the limit of this server"
-            raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
-        return await self._service.in_thread(parse_json, bytes(data))
+        data = await read_body(request, self._service.settings)
+        return await self._service.in_thread(parse_json, data)
 
     def _explained(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def explained(request: Request) -> Any:

@@ -1,16 +1,23 @@
-"""JSON, and the fields of a request body: taken one by one, and what is left over is refused by name."""
+"""The body of a request: read, parsed, its fields taken one by one, and what is left over refused by name."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 from collections.abc import Collection
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from svdengine.server.api_error import ApiError, unsupported
+from svdengine.server.settings import Settings
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 T = TypeVar("T")
+
+_DISCARD = 16  # times the body limit is read and thrown away, so that the client can read why it was refused
 
 MAX_VALUES = 1_000_000  # of one body: reading more would hold up all others
 
@@ -25,6 +32,26 @@ _KINDS: dict[type, str] = {
     dict: "an object",
 }
 _JSON_TYPES: dict[type, str] = {str: "string", bool: "boolean", int: "integer", list: "array", dict: "object"}
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """The body of a request. Raises ApiError when it is too long or comes too slowly, ClientDisconnect."""
+    data, size = bytearray(), 0
+    try:
+        async with asyncio.timeout(settings.body_seconds):
+            async for part in request.stream():
+                size += len(part)
+                if size <= settings.max_body:
+                    data += part
+                elif size > _DISCARD * settings.max_body:
+                    break
+    except TimeoutError:
+        message = f"the body did not arrive within {settings.body_seconds:g} seconds"
+        raise ApiError(408, message, headers={"connection": "close"}) from None
+    if size > settings.max_body:
+        message = f"the body has more than {settings.max_body} bytes, the limit of this server"
+        raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+    return bytes(data)
 
 
 def parse_json(data: bytes) -> Any:
