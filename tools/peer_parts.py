@@ -51,10 +51,8 @@ def start_rows(pair: Pair, llama_completion: Path | None, threads: int, repetiti
     commands = [(SVDENGINE, svdengine_command(pair.svdp, threads))]
     if llama_completion is not None:
         commands.append((LLAMA_CPP, llama_completion_command(llama_completion, pair.gguf, threads)))
-    for name, command in commands:  # once, for kernels to be compiled and files to be read
-        report(f"start: {name}")
-        measure_start(command, f"{name} failed")
     runs = [(name, partial(measure_start, command, f"{name} failed")) for name, command in commands]
+    in_turn(runs, 1, report)  # for kernels to be compiled and files to be read
     results = in_turn(runs, repetitions, report)
 
     def row(what: str, unit: str, value: Callable[[Start], float], failures: dict[str, str]) -> Row:

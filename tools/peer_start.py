@@ -19,7 +19,9 @@ class Start(NamedTuple):
     """What one run took."""
 
     seconds: float  # from the command to the first byte of the answer
-    mebibytes: float  # of memory that was resident at most, the model file's pages among them
+    # Of memory that was resident at most, the model file's pages among them; the system counts from what this process
+    # has, which a child begins with.
+    mebibytes: float
 
 
 def svdengine_command(model: Path, threads: int) -> list[str]:

@@ -64,8 +64,8 @@ class ModelFile:
         return sum(math.prod(spec.shape) for spec in tensor_specs(self.config))
 
     def advise(self, names: Iterable[str], advice: Advice) -> None:
-        """Say how arrays will be read; see TensorFile."""
-        self._file.advise(names, advice)
+        """Say how arrays will be read; see TensorFile. Those that are not the file's own are left out."""
+        self._file.advise([name for name in names if name in self._file.header.entries], advice)
 
     def prefetch(self, names: Iterable[str]) -> None:
         """Read arrays into memory, and wait for them."""
