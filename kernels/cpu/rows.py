@@ -59,13 +59,16 @@ def add_rows(matrix, rows, count, hidden, hidden_stride, n, out, out_stride, sum
 
 @jit
 def unit_of(matrix, rows, count, hidden):
-    """The unit of a sum's weights: they fit 16 bits, and what is added up fits 32 whatever the levels are."""
+    """The unit of a sum's weights: they fit 16 bits, and what is added up fits 32 whatever the levels are.
+
+    Not finite where a weight is not, so that the sum is not either: integers would hide it.
+    """
     largest, total = _ZERO, _ZERO
     for k in range(count):
         size = abs(load_real(hidden + 4 * k)) * load_real(matrix[BOUNDS] + 4 * load_int(rows + 4 * k))
         largest = max(largest, size)
         total += size
-    return max(largest / LARGEST, total / _ROOM)
+    return max(largest / LARGEST, total / _ROOM) if total == total else total
 
 
 @jit

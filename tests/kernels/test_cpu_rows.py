@@ -116,6 +116,14 @@ def test_sums_of_very_many_rows_fit_their_integers(name: WeightFormat) -> None:
     np.testing.assert_allclose(found[0], 3.0 * matrix.weights.sum(0, dtype=np.float64), rtol=2e-3)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_seen_in_its_output_alone(matrix: Matrix, value: float) -> None:
+    hidden = weights_of(2, ROWS)
+    hidden[0, 3] = value
+    found = matrix.add(hidden, np.arange(ROWS))
+    assert not np.isfinite(found[0, :COLUMNS]).any() and np.isfinite(found[1]).all()
+
+
 @pytest.mark.parametrize("name", sorted(INTEGER_FORMATS))
 def test_beside_a_large_weight_others_lose_little(name: WeightFormat) -> None:
     """They are rounded in its unit."""
