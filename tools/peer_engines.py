@@ -58,7 +58,7 @@ def run_llama_bench(program: Path, options: tuple[str, ...], pair: Pair, test: S
     """
     failed = f"{program.name} failed on {pair.gguf.name}"
     depth = ["-d", str(test.depth)] if test.depth else []
-    if test.depth and "-gp" in run_program([str(program), "--help"], failed):  # ik_llama.cpp has no -d
+    if test.depth and "-gp " in run_program([str(program), "--help"], failed):  # ik_llama.cpp has no -d
         depth = ["-gp", f"{test.depth},{test.tokens}"]
     counts = {"prefill": test.tokens, "decode": 0}[test.kind], {"prefill": 0, "decode": test.tokens}[test.kind]
     if "-gp" in depth:

@@ -135,8 +135,8 @@ def test_our_own_failure_leaves_the_peers_in_the_table(pair: Pair) -> None:
     [
         (SpeedTest("prefill", 24), "-d", "-p 24 -n 0"),
         (SpeedTest("decode", 16), "-d", "-p 0 -n 16"),
-        (SpeedTest("decode", 16, 32), "-d", "-p 0 -n 16 -d 32"),
-        (SpeedTest("decode", 16, 32), "-gp", "-p 0 -n 0 -gp 32,16"),  # as ik_llama.cpp has it
+        (SpeedTest("decode", 16, 32), "-d, --n-depth <n>  -ngl, --n-gpu-layers <n>", "-p 0 -n 16 -d 32"),
+        (SpeedTest("decode", 16, 32), "-gp <pp,tg>", "-p 0 -n 0 -gp 32,16"),  # as ik_llama.cpp has it
     ],
 )
 def test_llama_bench_is_asked_for_one_test(
