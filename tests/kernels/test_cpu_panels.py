@@ -59,8 +59,8 @@ def times(fields: NDArray[np.int64], x: NDArray[np.float32], n: int, rows: int, 
 @pytest.mark.parametrize("weight_format", PANEL_CODES)
 @settings(max_examples=15, deadline=None)
 @given(
-    rows=st.integers(1, 70), columns=st.integers(1, 200), n=st.integers(1, 11) | st.integers(15, 40), seed=st.integers(0, 1 << 20),
-    outlier=st.booleans(),
+    rows=st.integers(1, 70), columns=st.integers(1, 200), n=st.integers(1, 11) | st.integers(15, 40),
+    seed=st.integers(0, 1 << 20), outlier=st.booleans(),
 )  # fmt: skip
 def test_products_are_those_of_the_rows(
     weight_format: WeightFormat, rows: int, columns: int, n: int, seed: int, outlier: bool
