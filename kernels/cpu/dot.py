@@ -50,7 +50,7 @@ def _joined(builder, pieces):
 
 def emit_dot(builder, total, weights, activations):
     """total (16 int32) + sums of 4 neighbouring products. weights: 64 bytes, biased by BIAS; activations: 64 int8."""
-    if ISA == isa.AVX512:
+    if isa.wide(ISA):
         w, a = builder.bitcast(weights, I32V), builder.bitcast(activations, I32V)
         return call(builder, "llvm.x86.avx512.vpdpbusd.512", I32V, [total, w, a])
     if ISA == isa.AVXVNNI:
@@ -101,7 +101,7 @@ def emit_nibbles(builder, at, offset=0):
     """32 packed bytes as 64 values in 0..15: the low halves, then the high halves."""
     packed = load(builder, at, ir.VectorType(I8, 32), offset)
     both = shuffle(builder, packed, packed, list(range(32)) * 2)
-    if ISA in (isa.AVX512,):
+    if isa.wide(ISA):
         # One shift by 0 or 4 of 16-bit lanes; the mask removes what crosses a byte.
         wide = ir.VectorType(I16, 32)
         shifted = builder.lshr(builder.bitcast(both, wide), ir.Constant(wide, [0] * 16 + [4] * 16))
@@ -126,7 +126,7 @@ def emit_dot_16(builder, weights, high, low):
 def emit_two_bits(builder, at):
     """16 packed bytes as 64 values in 0..3: the lowest bit pairs of all bytes first."""
     packed = load(builder, at, ir.VectorType(I8, 16))
-    if ISA != isa.AVX512:
+    if not isa.wide(ISA):
         shifts = [builder.lshr(packed, ir.Constant(packed.type, [shift] * 16)) for shift in (0, 2, 4, 6)]
         return builder.and_(_joined(builder, shifts), ir.Constant(I8V, [3] * 64))
     wide = ir.VectorType(I16, 32)

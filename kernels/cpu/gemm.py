@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from svdengine.kernels.cpu.amx import end_tiles, start_tiles
 from svdengine.kernels.cpu.formats.dispatch import pack_columns, pack_panel
 from svdengine.kernels.cpu.formats.kernels import PANEL
 from svdengine.kernels.cpu.jit import jit
@@ -27,6 +28,7 @@ def gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_str
     columns, bits = matrix[COLUMNS], matrix[ACTIVATION_BITS]
     depth = columns if bits < 32 else FLOAT_DEPTH
     staging, panel = scratch, scratch + 2048
+    tiles = bits < 32 and start_tiles(n)
     for row in range(first, last, PANEL):
         to = out + 4 * row
         fill_bias(bias + 4 * row, to, out_stride, n)
@@ -34,9 +36,10 @@ def gemm(matrix, bias, x, x_stride, quantized, quantized_stride, n, out, out_str
             stop = min(columns, start + depth)
             pack_panel(matrix, row, start, stop, panel, staging)
             if bits < 32:
-                integer_tiles(panel, quantized, quantized_stride, columns, to, out_stride, n)
+                integer_tiles(panel, quantized, quantized_stride, columns, to, out_stride, n, tiles)
             else:
                 float_tiles(panel, x + 4 * start, x_stride, stop - start, to, out_stride, n)
+    end_tiles(tiles)
 
 
 @piece

@@ -7,14 +7,17 @@ one CPU, so that what one machine compiles runs on others.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import sys
 from functools import cache
 
 import llvmlite.binding as llvm
 
 from svdengine.errors import DeviceError
 
+AMX = "amx"  # AVX-512, and integer products of tiles
 AVX512 = "avx512"  # AVX-512 with VNNI: 512-bit vpdpbusd
 AVXVNNI = "avxvnni"  # AVX2 with 256-bit vpdpbusd
 AVX2 = "avx2"  # AVX2, FMA and F16C
@@ -24,9 +27,11 @@ PORTABLE = "portable"  # whatever LLVM makes of plain vector code
 ENVIRONMENT = "SVDENGINE_ISA"  # forces one, for tests and comparisons
 
 
+_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18  # Linux, x86-64: arch_prctl(2), ARCH_REQ_XCOMP_PERM
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 # What LLVM compiles for: a CPU, and what it has besides. Each has what `supported_isas` asks for, and no more.
 _TARGETS = {
+    AMX: ("x86-64-v4", "+avx512vnni,+amx-tile,+amx-int8"),
     AVX512: ("x86-64-v4", "+avx512vnni"),
     AVXVNNI: ("x86-64-v3", "+avxvnni"),
     AVX2: ("x86-64-v3", ""),
@@ -43,13 +48,27 @@ def host_features() -> frozenset[str]:
     return frozenset(name for name, present in llvm.get_host_cpu_features().items() if present)
 
 
+@cache
+def tiles_allowed() -> bool:
+    """Ask the system for AMX's tile registers, which Linux (5.16 and later) gives a process that asks for them."""
+    if sys.platform != "linux":
+        return False
+    try:
+        syscall = ctypes.CDLL(None, use_errno=True).syscall
+    except (OSError, AttributeError):
+        return False
+    return bool(syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA) == 0)
+
+
 def supported_isas() -> tuple[str, ...]:
     """What this CPU can run, best first."""
     features = host_features()
     arm = platform.machine().lower() in ("aarch64", "arm64")
     avx2 = {"avx2", "fma", "f16c"} <= features
+    avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"} <= features
     found = {
-        AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni"} <= features,
+        AMX: avx512 and {"amx-tile", "amx-int8"} <= features and tiles_allowed(),
+        AVX512: avx512,
         AVXVNNI: avx2 and "avxvnni" in features,
         AVX2: avx2,
         NEON: arm and "dotprod" in features,
@@ -60,7 +79,12 @@ def supported_isas() -> tuple[str, ...]:
 
 def weight_bias(isa: str) -> int:
     """What int8 weights are offset by for its integer dot product, which may want one side unsigned (dot.py)."""
-    return 128 if isa in (AVX512, AVXVNNI) else 0
+    return 128 if isa in (AMX, AVX512, AVXVNNI) else 0
+
+
+def wide(isa: str) -> bool:
+    """Whether it has the 32 registers of 512 bits of AVX-512."""
+    return isa in (AMX, AVX512)
 
 
 @cache

@@ -11,6 +11,18 @@ from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu import isa
+from svdengine.kernels.cpu.amx import (
+    AMX,
+    GROUP_BYTES,
+    SUMS_BYTES,
+    TILE_ROWS,
+    emit_products,
+    emit_room,
+    emit_unpacked,
+    end_tiles,
+    start_tiles,
+    sums_at,
+)
 from svdengine.kernels.cpu.dot import BIAS, emit_dot
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_CODES, ROW, SCALE
@@ -74,13 +86,17 @@ def _emit_weights(weight_format, builder, at, group, step):
     return builder.or_(halves, _masked(builder, pairs, 48))
 
 
-def panel_tile(weight_format: WeightFormat, count: int) -> Any:
-    """out (count, 16) = bias + a panel (16 rows) times `count` quantised activation rows."""
+def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) -> Any:
+    """out (count, 16) = bias + a panel (16 rows) times `count` quantised activation rows, maybe by AMX's tiles."""
     affine = weight_format != "q8"
     block_bytes, scale_bytes = 16 * _ROW_BYTES[weight_format], 16 if affine else 32  # of a block, of a group
 
-    def emit_dots(builder, at, x, columns, group):
-        """(count) sums of a group's integer products, 16 int32 each."""
+    def emit_dots(builder, at, x, columns):
+        """A function of group and row that gives the 16 int32 sums of a group's products."""
+        groups = [_emit_group(builder, at, x, columns, group) for group in range(2)]
+        return lambda group, row: groups[group][row]
+
+    def _emit_group(builder, at, x, columns, group):
         high, low = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
         for step in range(8):
             w = _emit_weights(weight_format, builder, at, group, step)
@@ -90,6 +106,15 @@ def panel_tile(weight_format: WeightFormat, count: int) -> Any:
                     sums[t] = emit_dot(builder, sums[t], w, builder.bitcast(splat(builder, four), I8V))
         eight = ir.Constant(I32V, [8] * 16)
         return [builder.add(builder.shl(h, eight), rest) for h, rest in zip(high, low, strict=True)]
+
+    def emit_tiles(builder, at, x, stride, columns, sums, unpacked):
+        """Have AMX's tiles store the sums of a block at `sums`; at, x: of its weights, and of its first activations."""
+        if weight_format != "q8":
+            words = [_emit_weights(weight_format, builder, at, group, step) for group in range(2) for step in range(8)]
+            at = emit_unpacked(builder, unpacked, words)
+        weights = [builder.add(at, ir.Constant(I64, GROUP_BYTES * group)) for group in range(2)]
+        planes = [builder.add(x, ir.Constant(I64, 32 * group)) for group in range(2)]
+        emit_products(builder, weights, planes, stride, columns, sums)
 
     def emit_level(builder, at, unit):
         """A group's scales, or minima, of 16 rows."""
@@ -103,14 +128,33 @@ def panel_tile(weight_format: WeightFormat, count: int) -> Any:
         offsets = builder.mul(eighth, ir.Constant(I64, 3))
         unit = load(builder, units, F32V) if affine else None
         least = builder.fneg(load(builder, units, F32V, 64)) if affine else None
+        blocks = builder.lshr(columns, ir.Constant(I64, 6))
+        sums_room, unpacked = (
+            (emit_room(builder, 2 * SUMS_BYTES), emit_room(builder, 2 * GROUP_BYTES)) if amx else (None, None)
+        )
+
+        def emit_block(block):
+            """By tiles: the sums of a block, which the next round of the loop scales. Gives their address."""
+            at = builder.add(values, builder.mul(block, ir.Constant(I64, block_bytes)))
+            half = builder.and_(block, ir.Constant(I64, 1))
+            sums = builder.add(sums_room, builder.mul(half, ir.Constant(I64, SUMS_BYTES)))
+            first = builder.add(x, builder.mul(block, ir.Constant(I64, 64)))
+            emit_tiles(builder, at, first, x_stride, columns, sums, unpacked)
 
         def body(block, totals):
             at = builder.add(values, builder.mul(block, ir.Constant(I64, block_bytes)))
             for line in range(0, block_bytes, 64):
                 emit_prefetch(builder, builder.add(at, ir.Constant(I64, AHEAD + line)))
             x_at = builder.mul(block, ir.Constant(I64, 64))
+            if amx:
+                following = builder.add(block, ir.Constant(I64, 1))
+                last = builder.icmp_signed("==", following, blocks)
+                emit_block(builder.select(last, block, following))
+                half = builder.and_(block, ir.Constant(I64, 1))
+                dots = sums_at(builder, builder.add(sums_room, builder.mul(half, ir.Constant(I64, SUMS_BYTES))))
+            else:
+                dots = emit_dots(builder, at, [builder.add(row, x_at) for row in rows], columns)
             for group in range(2):
-                dots = emit_dots(builder, at, [builder.add(row, x_at) for row in rows], columns, group)
                 place = builder.add(builder.mul(block, ir.Constant(I64, 2)), ir.Constant(I64, group))
                 of_group = builder.mul(place, ir.Constant(I64, scale_bytes))
                 scales_at, minima_at = builder.add(scales, of_group), builder.add(minima, of_group)
@@ -119,11 +163,12 @@ def panel_tile(weight_format: WeightFormat, count: int) -> Any:
                 results = []
                 for t in range(count):
                     factor = builder.add(factors[t], builder.mul(place, ir.Constant(I64, 4)))
+                    sums = dots(group, t)
                     if BIAS and not affine:
                         offset = splat(builder, load(builder, builder.add(factor, offsets), I32))
-                        dots[t] = builder.add(dots[t], offset)
+                        sums = builder.add(sums, offset)
                     product = builder.fmul(scale, splat(builder, load(builder, factor, F32)))
-                    total = fused(builder, builder.sitofp(dots[t], F32V), product, totals[t])
+                    total = fused(builder, builder.sitofp(sums, F32V), product, totals[t])
                     if affine:
                         a_sum = splat(builder, load(builder, builder.add(factor, eighth), F32))
                         total = fused(builder, low, a_sum, total)
@@ -131,7 +176,8 @@ def panel_tile(weight_format: WeightFormat, count: int) -> Any:
                 totals = results
             return totals
 
-        blocks = builder.lshr(columns, ir.Constant(I64, 6))
+        if amx:
+            emit_block(ir.Constant(I64, 0))
         totals = loop(builder, blocks, [ir.Constant(F32V, [0.0] * 16)] * count, body)
         added = load(builder, bias, F32V)
         for t, total in enumerate(totals):
@@ -145,17 +191,24 @@ def _by_rows(weight_format: WeightFormat) -> Any:
     """A panel times n activation rows. Rows up to the next tile size may be read and written.
 
     The largest tile is what the registers hold: where a vector takes two of sixteen, 2 rows. With AVX-512 it is 8 rows,
-    and 4 where levels have to be unpacked.
+    and 4 where levels have to be unpacked. `tiles`: whether AMX's are in use (amx.py).
     """
-    widest = 2 if ISA != isa.AVX512 else 8 if weight_format == "q8" else 4
+    widest = 2 if not isa.wide(ISA) else 8 if weight_format == "q8" else 4
     tile_1, tile_2 = panel_tile(weight_format, 1), panel_tile(weight_format, 2)
     tile_4 = panel_tile(weight_format, 4) if widest >= 4 else tile_2
     tile_8 = panel_tile(weight_format, 8) if widest >= 8 else tile_4
     eight, three = 8 if widest >= 8 else _NEVER, 3 if widest >= 4 else _NEVER  # rows from which a tile is taken
 
+    by_tiles = panel_tile(weight_format, TILE_ROWS, amx=True) if AMX else tile_1
+
     @jit
-    def times_rows(values, scales, minima, units, x, x_stride, columns, bias, out, out_stride, n):
+    def times_rows(values, scales, minima, units, x, x_stride, columns, bias, out, out_stride, n, tiles):
         t = 0
+        while AMX and tiles and t < n:
+            at = min(t, n - TILE_ROWS)  # the last tile may make rows again, to the same bits
+            rows, to = x + at * x_stride, out + at * out_stride
+            by_tiles(values, scales, minima, units, rows, x_stride, columns, bias, to, out_stride)
+            t += TILE_ROWS
         while t < n:
             rows, to = x + t * x_stride, out + t * out_stride
             if n - t >= eight:
@@ -186,18 +239,20 @@ def multiply_panels(matrix, bias, quantized, stride, n, out, out_stride, first, 
     """
     columns, code = matrix[COLUMNS], matrix[FORMAT]
     groups = columns // 32
+    tiles = start_tiles(n)
     for row in range(first, last, 16):
         panel = row // 16
         at, to = bias + 4 * row, out + 4 * row
         if code == _Q8:
             values, scales = matrix[DATA] + row * columns, matrix[SCALE] + panel * groups * 32
-            q8_rows(values, scales, scales, scales, quantized, stride, columns, at, to, out_stride, n)
+            q8_rows(values, scales, scales, scales, quantized, stride, columns, at, to, out_stride, n, tiles)
         else:
             scales, minima = matrix[SCALE] + row * groups, matrix[MIN] + row * groups
             units = matrix[ROW] + 128 * panel
             if code == _Q6:
                 values = matrix[DATA] + row * (columns // 4 * 3)
-                q6_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
+                q6_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n, tiles)
             else:
                 values = matrix[DATA] + row * (columns // 2)
-                q4_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n)
+                q4_rows(values, scales, minima, units, quantized, stride, columns, at, to, out_stride, n, tiles)
+    end_tiles(tiles)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import types
 
+from svdengine.kernels.cpu.amx import end_tiles, start_tiles
 from svdengine.kernels.cpu.dot import emit_bias
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_ROWS, ROW, ROW_BYTES, SCALE
@@ -95,6 +96,7 @@ def multiply_in_panels(matrix, bias, quantized, stride, n, out, out_stride, firs
     units, values = scratch, scratch + 128
     scales = values + PANEL_ROWS * size
     minima = scales + PANEL_ROWS * groups
+    tiles = start_tiles(n)
     for row in range(first, last, PANEL_ROWS):
         source = matrix[DATA] + row * size
         ahead = PANEL_ROWS * size if row + PANEL_ROWS < last else 0
@@ -114,13 +116,14 @@ def multiply_in_panels(matrix, bias, quantized, stride, n, out, out_stride, firs
                 interleave_bytes(matrix[MIN] + at, groups, minima + 16 * group)
         add, to = bias + 4 * row, out + 4 * row
         if code == _Q8:
-            q8_rows(values, scales, scales, scales, quantized, stride, columns, add, to, out_stride, n)
+            q8_rows(values, scales, scales, scales, quantized, stride, columns, add, to, out_stride, n, tiles)
             continue
         for lane in range(PANEL_ROWS):
             unit = matrix[ROW] + 8 * (row + lane)
             store_real(units + 4 * lane, load_real(unit))
             store_real(units + 64 + 4 * lane, load_real(unit + 4))
         if code == _Q6:
-            q6_rows(values, scales, minima, units, quantized, stride, columns, add, to, out_stride, n)
+            q6_rows(values, scales, minima, units, quantized, stride, columns, add, to, out_stride, n, tiles)
         else:
-            q4_rows(values, scales, minima, units, quantized, stride, columns, add, to, out_stride, n)
+            q4_rows(values, scales, minima, units, quantized, stride, columns, add, to, out_stride, n, tiles)
+    end_tiles(tiles)

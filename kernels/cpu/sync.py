@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 
 import llvmlite.binding as llvm
 from llvmlite import ir
@@ -11,14 +12,20 @@ from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
-from svdengine.kernels.cpu.workspace import ARRIVED, CALLED, EPOCH, PARKED
+from svdengine.kernels.cpu.workspace import ARRIVED, ASLEEP, CALLED, CROWDED, EPOCH, PARKED
 
 # A thread that waits longer than some tens of microseconds waits for one that has lost its core. It then sleeps rather
 # than yields: only a thread that wakes up is moved to an idle core, and two members on one core would stay there.
 SPINS = 2_000
-NAP = 50  # microseconds
+# After a wait that long others are likely to follow: two members may share a core, and the one that spins is what the
+# other waits for. So the next waits spin for a moment only.
+CROWDED_SPINS = 400
+CROWDED_WAITS = 500  # a few steps
+NAP = 50  # microseconds, where the system has no futex
 IDLE_SPINS = 50_000  # before a member without work parks: about a millisecond
 
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None  # of syscall(2)
+_WAIT, _WAKE = 128, 129  # FUTEX_WAIT_PRIVATE, FUTEX_WAKE_PRIVATE
 _ARM = platform.machine().lower() in ("aarch64", "arm64")
 _WINDOWS = os.name == "nt"
 if _WINDOWS:
@@ -52,13 +59,31 @@ def pause(builder):
         call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
-@operation(types.void)
-def nap(builder):
-    """Sleep for a moment."""
-    if _WINDOWS:
+def _futex(builder, at, operation_code, value):
+    """syscall(2) of futex(2), without a time-out."""
+    name = "syscall"
+    kind = ir.FunctionType(I64, [I64], var_arg=True)
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    zero = ir.Constant(I64, 0)
+    builder.call(function, [ir.Constant(I64, _FUTEX), at, ir.Constant(I64, operation_code), value, zero, zero, zero])
+
+
+@operation(types.void, address, types.int64)
+def sleep_while(builder, at, value):
+    """Sleep while the int64 at an address has this value in its lower half, or for a moment; it may wake up early."""
+    if _FUTEX is not None:
+        _futex(builder, at, _WAIT, value)
+    elif _WINDOWS:
         call(builder, "Sleep", ir.VoidType(), [ir.Constant(I32, 1)])
     else:
         call(builder, "usleep", I32, [ir.Constant(I32, NAP)])
+
+
+@operation(types.void, address)
+def wake_all(builder, at):
+    """Wake those that sleep at an address."""
+    if _FUTEX is not None:
+        _futex(builder, at, _WAKE, ir.Constant(I64, 2**31 - 1))
 
 
 @jit
@@ -66,15 +91,31 @@ def barrier(sync, threads):
     """Wait until all threads of the team have arrived. `sync`: address of the synchronisation array."""
     if threads == 1:
         return
-    ticket = fetch_add(sync + 8 * ARRIVED, 1)
+    at = sync + 8 * ARRIVED
+    ticket = fetch_add(at, 1)
     everyone = (ticket // threads + 1) * threads
+    if ticket + 1 == everyone:
+        if load_shared(sync + 8 * ASLEEP) > 0:
+            wake_all(at)
+        return
+    crowded = load_shared(sync + 8 * CROWDED)
+    most = CROWDED_SPINS if crowded > 0 else SPINS
     spins = 0
-    while load_shared(sync + 8 * ARRIVED) < everyone:
+    while load_shared(at) < everyone and spins < most:
         spins += 1
-        if spins < SPINS:
-            pause()
-        else:
-            nap()
+        pause()
+    if spins < most:
+        if crowded > 0:
+            fetch_add(sync + 8 * CROWDED, -1)
+        return
+    exchange(sync + 8 * CROWDED, CROWDED_WAITS)
+    # Who arrives last adds to ARRIVED and then looks at ASLEEP: it sees the sleeper, or the sleeper that all are there.
+    fetch_add(sync + 8 * ASLEEP, 1)
+    arrived = load_shared(at)
+    while arrived < everyone:
+        sleep_while(at, arrived)
+        arrived = load_shared(at)
+    fetch_add(sync + 8 * ASLEEP, -1)
 
 
 @jit

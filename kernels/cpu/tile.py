@@ -5,12 +5,14 @@ Weights are first packed into a panel of 16 rows (formats): lanes are rows, so t
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu import isa
+from svdengine.kernels.cpu.amx import AMX, SUMS_BYTES, TILE_ROWS, emit_products, emit_room, sums_at
 from svdengine.kernels.cpu.dot import emit_dot
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
@@ -46,8 +48,21 @@ def _accumulate(builder, out, out_stride, totals):
         store(builder, target, builder.fadd(load(builder, target, F32V), total))
 
 
-def integer_tile(count: int) -> Any:
-    """out (count, 16) += panel (16 rows) times `count` quantised activation rows."""
+def integer_tile(count: int, *, amx: bool = False) -> Any:
+    """out (count, 16) += panel (16 rows) times `count` quantised activation rows, maybe by AMX's tiles."""
+
+    def emit_dots(builder, weights, high, low):
+        """A function of row that gives the 16 int32 sums of a group's products."""
+        dots, low_dots = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
+        for step in range(8):
+            w = load(builder, weights, I8V, 64 * step)
+            for t in range(count):
+                four = load(builder, high[t], I32, 4 * step)
+                dots[t] = emit_dot(builder, dots[t], w, builder.bitcast(splat(builder, four), I8V))
+                four = load(builder, low[t], I32, 4 * step)
+                low_dots[t] = emit_dot(builder, low_dots[t], w, builder.bitcast(splat(builder, four), I8V))
+        eight = ir.Constant(I32V, [8] * 16)
+        return lambda t: builder.add(builder.shl(dots[t], eight), low_dots[t])
 
     @operation(types.void, address, address, index, index, address, index)
     def tile(builder, panel, x, x_stride, columns, out, out_stride):
@@ -57,20 +72,18 @@ def integer_tile(count: int) -> Any:
         sums = builder.lshr(columns, ir.Constant(I64, 3))
         factors = builder.mul(columns, ir.Constant(I64, 2))
         low_rows = [builder.add(row, columns) for row in rows]
+        room = emit_room(builder, SUMS_BYTES) if amx else None
 
         def body(group, totals):
             at = _at(builder, panel, group, 640)
             values = _at(builder, ir.Constant(I64, 0), group, 32)
-            dots, low_dots = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
-            for step in range(8):
-                w = load(builder, at, I8V, 128 + 64 * step)
-                for t in range(count):
-                    four = load(builder, builder.add(rows[t], values), I32, 4 * step)
-                    dots[t] = emit_dot(builder, dots[t], w, builder.bitcast(splat(builder, four), I8V))
-                    four = load(builder, builder.add(low_rows[t], values), I32, 4 * step)
-                    low_dots[t] = emit_dot(builder, low_dots[t], w, builder.bitcast(splat(builder, four), I8V))
-            eight = ir.Constant(I32V, [8] * 16)
-            dots = [builder.add(builder.shl(h, eight), low) for h, low in zip(dots, low_dots, strict=True)]
+            weights, first = builder.add(at, ir.Constant(I64, 128)), builder.add(x, values)
+            if amx:
+                emit_products(builder, [weights], [first], x_stride, columns, room)
+                dots = partial(sums_at(builder, room), 0)
+            else:
+                planes = [[builder.add(row, values) for row in part] for part in (rows, low_rows)]
+                dots = emit_dots(builder, weights, *planes)
             scales, minima = load(builder, at, F32V), load(builder, at, F32V, 64)
             results = []
             for t in range(count):
@@ -78,7 +91,7 @@ def integer_tile(count: int) -> Any:
                 a_scale = splat(builder, load(builder, scale_at, F32))
                 a_sum = splat(builder, load(builder, builder.add(scale_at, sums), F32))
                 product = builder.fmul(scales, a_scale)
-                total = fused(builder, builder.sitofp(dots[t], F32V), product, totals[t])
+                total = fused(builder, builder.sitofp(dots(t), F32V), product, totals[t])
                 results.append(fused(builder, minima, a_sum, total))
             return results
 
@@ -148,17 +161,24 @@ def transpose_words(builder, source, stride, to):
 
 
 # Where a vector takes two of sixteen registers, tiles of integers hold 2 rows: more were slower.
-_WIDE = ISA == isa.AVX512
+_WIDE = isa.wide(ISA)
 integer_tile_2 = integer_tile(2)
+amx_tile = integer_tile(TILE_ROWS, amx=True) if AMX else integer_tile_2
 integer_tile_4, integer_tile_8 = (integer_tile(t) if _WIDE else integer_tile_2 for t in (4, 8))
 _FIVE, _THREE = (5, 3) if _WIDE else (1 << 40, 1 << 40)  # rows from which a tile of 8, of 4 is taken
 float_tile_8, float_tile_4, float_tile_2 = float_tile(8), float_tile(4), float_tile(2)
 
 
 @jit
-def integer_tiles(panel, x, x_stride, columns, out, out_stride, n):
-    """out (n, 16) += panel times n quantised rows. Rows up to the next tile size may be read and written."""
+def integer_tiles(panel, x, x_stride, columns, out, out_stride, n, tiles):
+    """out (n, 16) += panel times n quantised rows. Rows up to the next tile size may be read and written.
+
+    tiles: whether AMX's are in use (amx.py).
+    """
     t = 0
+    while AMX and tiles and t + TILE_ROWS <= n:
+        amx_tile(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)
+        t += TILE_ROWS
     while t < n:
         if n - t >= _FIVE:
             integer_tile_8(panel, x + t * x_stride, x_stride, columns, out + t * out_stride, out_stride)

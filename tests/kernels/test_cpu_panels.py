@@ -59,8 +59,8 @@ def times(fields: NDArray[np.int64], x: NDArray[np.float32], n: int, rows: int, 
 @pytest.mark.parametrize("weight_format", PANEL_CODES)
 @settings(max_examples=15, deadline=None)
 @given(
-    rows=st.integers(1, 70), columns=st.integers(1, 200), n=st.integers(1, 11), seed=st.integers(0, 1 << 20),
-    outlier=st.booleans(),
+    rows=st.integers(1, 70), columns=st.integers(1, 200), n=st.integers(1, 11) | st.integers(15, 40),
+    seed=st.integers(0, 1 << 20), outlier=st.booleans(),
 )  # fmt: skip
 def test_products_are_those_of_the_rows(
     weight_format: WeightFormat, rows: int, columns: int, n: int, seed: int, outlier: bool
@@ -90,12 +90,12 @@ def test_a_row_gets_the_same_bits_in_any_company(weight_format: WeightFormat) ->
     rng = np.random.default_rng(3)
     rows, columns = 50, 320
     weights = rng.standard_normal((rows, columns)).astype(np.float32)
-    x = rng.standard_normal((9, columns)).astype(np.float32)
+    x = rng.standard_normal((40, columns)).astype(np.float32)
     bias = padded(rng.standard_normal((1, rows)).astype(np.float32))[0]
     parts = stored(weight_format, weights)
     fields, panels = panel_matrix(parts, weight_format, rows, columns)
-    alone = np.stack([times(fields, x[t:], 1, rows, bias)[0] for t in range(9)])
-    for n in range(2, 10):
+    alone = np.stack([times(fields, x[t:], 1, rows, bias)[0] for t in range(40)])
+    for n in (*range(2, 10), 15, 16, 17, 31, 32, 40):  # 16 rows are a tile of AMX
         assert (times(fields, x, n, rows, bias) == alone[:n]).all()
     assert panels
 
