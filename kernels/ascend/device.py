@@ -16,12 +16,14 @@ from numpy.typing import DTypeLike, NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import Cann
 from svdengine.kernels.ascend.operator_calls import Action, OperatorCalls
+from svdengine.kernels.ascend.repeats import Repeats
 from svdengine.kernels.ascend.tensor import Tensor, whole
 
 _HUGE_PAGES_FIRST = 0  # policy of acl.rt.malloc
 _TO_DEVICE, _TO_HOST = 1, 2  # directions of acl.rt.memcpy
 _HBM = 1  # attribute of acl.rt.get_mem_info
 _VECTOR_CORES = 1  # attribute of acl.get_device_capability
+_DETERMINISTIC = 0  # option of acl.rt.ctx_set_sys_param_opt
 _LEAST_WORKSPACE = 1 << 20
 
 
@@ -44,9 +46,13 @@ class AscendDevice:
             self._context = cann.call("rt.create_context", index)
             stack.callback(cann.call, "rt.destroy_context", self._context)
             cann.call("rt.set_context", self._context)
+            # The quantised product and others add up in any order otherwise, and greedy answers differ from run to run.
+            if hasattr(cann.acl.rt, "ctx_set_sys_param_opt"):
+                cann.call("rt.ctx_set_sys_param_opt", _DETERMINISTIC, 1)
             self._stream = cann.call("rt.create_stream")
             stack.callback(cann.call, "rt.destroy_stream", self._stream)
-            self._calls = OperatorCalls(cann, self._stream, self._workspace_of)
+            repeats = Repeats(self.read, self.write, cann.version)
+            self._calls = OperatorCalls(cann, self._stream, self._workspace_of, repeats)
             self._resources = stack.pop_all()
 
     def use(self) -> None:

@@ -5,13 +5,14 @@ Every row of activations takes the same steps however many there are, so that a 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu import isa
-from svdengine.kernels.cpu.dot import BIAS, emit_dot
+from svdengine.kernels.cpu.dot import BIAS, emit_products
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_CODES, ROW, SCALE
 from svdengine.kernels.cpu.pieces import piece
@@ -22,7 +23,6 @@ from svdengine.kernels.cpu.simd import (
     I8V,
     I16,
     I32,
-    I32V,
     I64,
     ISA,
     address,
@@ -57,7 +57,10 @@ def _masked(builder, vector, mask):
 
 
 def _emit_weights(weight_format, builder, at, group, step):
-    """16 rows x 4 columns of a block of 64: those of word `step` of a group of 32, as `emit_dot` wants them."""
+    """16 rows x 4 columns of a block of 64: those of word `step` of a group of 32, as `emit_dot` wants them.
+
+    In the order of smmla (tile.py) a pair of words is 8 rows x 8 columns, and then those of the other 8 rows.
+    """
     if weight_format == "q8":
         return load(builder, at, I8V, 64 * (8 * group + step))
     halves = _masked(builder, _shifted(builder, load(builder, at, I8V, 64 * step), 4 * group), 15)
@@ -81,15 +84,8 @@ def panel_tile(weight_format: WeightFormat, count: int) -> Any:
 
     def emit_dots(builder, at, x, columns, group):
         """(count) sums of a group's integer products, 16 int32 each."""
-        high, low = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
-        for step in range(8):
-            w = _emit_weights(weight_format, builder, at, group, step)
-            for t in range(count):
-                for sums, plane in ((high, x[t]), (low, builder.add(x[t], columns))):
-                    four = load(builder, plane, I32, 32 * group + 4 * step)
-                    sums[t] = emit_dot(builder, sums[t], w, builder.bitcast(splat(builder, four), I8V))
-        eight = ir.Constant(I32V, [8] * 16)
-        return [builder.add(builder.shl(h, eight), rest) for h, rest in zip(high, low, strict=True)]
+        own = [builder.add(row, ir.Constant(I64, 32 * group)) for row in x]
+        return emit_products(builder, partial(_emit_weights, weight_format, builder, at, group), own, columns)
 
     def emit_level(builder, at, unit):
         """A group's scales, or minima, of 16 rows."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import types
 
+from svdengine.kernels.cpu import isa
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
+from svdengine.kernels.cpu.simd import I32, I64, ISA, address, call, operation
 from svdengine.kernels.cpu.workspace import ARRIVED, CALLED, EPOCH, PARKED
 
 # A thread that waits longer than some tens of microseconds waits for one that has lost its core. It then sleeps rather
@@ -19,7 +19,7 @@ SPINS = 2_000
 NAP = 50  # microseconds
 IDLE_SPINS = 50_000  # before a member without work parks: about a millisecond
 
-_ARM = platform.machine().lower() in ("aarch64", "arm64")
+_MACHINE = isa.triple_of(ISA)
 _WINDOWS = os.name == "nt"
 if _WINDOWS:
     llvm.load_library_permanently("kernel32.dll")
@@ -46,9 +46,9 @@ def load_shared(builder, at):
 @operation(types.void)
 def pause(builder):
     """Tell the core that this is a spin loop."""
-    if _ARM:
+    if _MACHINE.startswith(("aarch64", "arm64")):
         call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
-    elif platform.machine().lower() in ("x86_64", "amd64"):
+    elif _MACHINE.startswith("x86_64"):
         call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 
