@@ -59,7 +59,7 @@ class OperatorCalls:
         expected again. Raises DeviceError where a call fails.
         """
         key = (name, *arguments)
-        again = self._kept.get(key)
+        again = self._kept.get(key) if keep else None
         if again is not None:
             again()
             return again

@@ -64,7 +64,8 @@ class Repeats:
     ) -> bool:
         """Run both ways, and say whether the plan has proven right; what `once` wrote stays.
 
-        touched: what the plan wrote first, with the results `before`: rows of a cache that it may write again by mistake.
+        touched: what the plan wrote first, with the results `before`: rows of a cache that it may write again by
+        mistake.
         """
         written = self._written(name, arguments)
         overwritten = {tensor: self._read(tensor) for tensor in [*touched, *written]}

@@ -34,7 +34,6 @@ from svdengine.kernels.reference import sparse_ffn
 from svdengine.models import ModelConfig
 
 
-
 def _config(hidden_size: int, ffn_size: int) -> ModelConfig:
     return ModelConfig(
         family="llama", vocab_size=8, hidden_size=hidden_size, layer_count=1, head_count=1, kv_head_count=1, head_dim=8,

@@ -32,7 +32,7 @@ def list_capacity(neurons: int, blocks: int) -> int:
 
 
 def score_ub_bytes(rank: int) -> int:
-    """UB bytes of a block of svd_score: slots, their float32 copy, z, a chunk's scores, bias, unit, indices and rest."""
+    """UB bytes of a block of svd_score: slots, their float32 copy, z, a chunk's scores and what they are made of."""
     slots = _SCORE_SLOT * (2 * _SCORE_SLOTS + 4)
     return slots + 4 * padded(rank) + (4 * 4 + 2 + 4) * CHUNK + _WRITER_BYTES
 

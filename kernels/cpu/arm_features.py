@@ -1,4 +1,4 @@
-"""What an Arm CPU has, as the operating system says it. LLVM knows some of it, of some CPUs, in some of its versions."""
+"""What an Arm CPU has, as the operating system says it. LLVM knows a part of it, in some of its versions."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
-from numba.core import config, registry, types
+from numba.core import registry, types
 from numba.core.codegen import CPUCodeLibrary, JITCPUCodegen
 
 SHORT = 400  # lines of LLVM's text, up to which a function may be inlined: LLVM takes a quarter of that at most
@@ -81,7 +81,7 @@ class _Codegen(JITCPUCodegen):
         target = llvm.Target.from_triple(self._triple)
         self._tm_features = self._features
         self._tm = target.create_target_machine(
-            cpu=self._cpu, features=self._features, opt=config.OPT, reloc="pic", codemodel="default"
+            cpu=self._cpu, features=self._features, opt=3, reloc="pic", codemodel="default"
         )
         self._target_data = self._tm.target_data
         self._data_layout = str(self._target_data)

@@ -17,7 +17,6 @@ from svdengine.kernels.cpu.simd import (
     F32,
     F32V,
     I8V,
-    I32,
     I32V,
     I64,
     ISA,

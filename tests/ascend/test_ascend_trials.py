@@ -87,3 +87,27 @@ def test_sums_are_added_up_in_one_order_where_cann_can(make_npu: MakeNpu) -> Non
     old = make_npu()
     del old.acl.rt.ctx_set_sys_param_opt
     check(old, RELU, [2, 1])
+
+
+def test_attention_in_several_operators_keeps_no_plan_of_a_length(make_npu: MakeNpu) -> None:
+    npu = make_npu(unsupported=frozenset([FUSED]))
+    alive = []
+    with executors(npu, FUSABLE) as (ascend, _):
+        for position in range(8):
+            ascend.forward(make_batch([([position + 3], position)], [[0]]))
+            alive.append(sum(handle.alive for handle in npu.handles.values() if handle.kind == "Executor"))
+    assert alive[3:] == alive[3:4] * 5
+
+
+def test_a_step_copies_by_pinned_memory(make_npu: MakeNpu) -> None:
+    npu = make_npu()
+    with executors(npu, LLAMA) as (ascend, _):
+        npu.staged.clear()
+        for position in range(3):
+            ascend.forward(make_batch([([position + 3], position)], [[0]]))
+        assert npu.staged == []
+    device = AscendDevice(npu.cann)
+    large = np.arange(1 << 19, dtype=np.float32)  # 2 MiB
+    np.testing.assert_array_equal(device.read(device.upload(large)), large)
+    assert npu.staged == [large.nbytes] * 2
+    device.close()

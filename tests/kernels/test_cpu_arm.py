@@ -87,8 +87,13 @@ def test_float16_is_widened_by_the_hardware(monkeypatch: pytest.MonkeyPatch) -> 
     assert arm_assembly(monkeypatch, emit, isa.NEON).count("fcvtl") == 4
 
 
-# Instructions of a panel's loop for each byte of weights, and a hundredth more. A block is 16 rows x 64 columns.
-LIMITS: dict[tuple[str, WeightFormat, int], float] = {}
+# Instructions of a panel's loop for each byte of weights, with one and two rows of activations, and 3 % more: LLVM's
+# versions differ. Before there was code for Arm alone it was 0.31 and 0.56 for q8, 1.00 and 1.55 for q6, 1.02 and 1.76
+# for q4.
+LIMITS: dict[tuple[str, WeightFormat], tuple[float, float]] = {
+    (isa.I8MM, "q8"): (0.225, 0.42), (isa.I8MM, "q6"): (0.84, 1.23), (isa.I8MM, "q4"): (0.80, 1.24),
+    (isa.NEON, "q8"): (0.265, 0.47), (isa.NEON, "q6"): (0.85, 1.44), (isa.NEON, "q4"): (0.83, 1.54),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", isa.ARM_ISAS)
@@ -103,8 +108,7 @@ def test_instructions_for_each_byte_of_weights(
     dots = {"smmla": 64 * rows, "sdot": 0} if name == isa.I8MM else {"smmla": 0, "sdot": 128 * rows}
     assert {instruction: found[instruction] for instruction in dots} == dots
     each = (found.total() - found["spill"]) / (16 * panel_product._ROW_BYTES[weight_format])
-    print(name, weight_format, rows, f"{each:.3f}", found.most_common(12))
-    assert each <= LIMITS[name, weight_format, rows]
+    assert each <= LIMITS[name, weight_format][rows - 1]
 
 
 @pytest.mark.parametrize("name", isa.ARM_ISAS)
