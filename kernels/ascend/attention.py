@@ -58,7 +58,10 @@ def alone_first(sequences: NDArray[np.int32]) -> NDArray[np.intp]:
 
 
 def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
-    """Whether the fused operator is there and takes the model's heads ("aclnnIncreFlashAttentionV4", constraints)."""
+    """Whether the fused operator is there and takes the model's heads ("aclnnIncreFlashAttentionV4", constraints).
+
+    Whether it works on this very device, fused_trial.py finds out.
+    """
     kv = config.kv_head_count * config.head_dim
     fits = config.head_dim % 16 == 0 and config.head_dim <= 512 and config.head_count <= 256 and kv < 1 << 16
     grouped = config.head_count // config.kv_head_count <= 64
@@ -132,21 +135,28 @@ class LayerAttention:
         if n in self._prepared:
             self._prepared[n](lengths)
         elif self._keep:
-            self._prepared[n] = self._device.prepare(FUSED, *self._fused_arguments(n, VARYING))
+            self._prepared[n] = self._device.prepare(FUSED, *self._arguments(n, VARYING))
             self._prepared[n](lengths)
         else:
-            self._device.run(FUSED, *self._fused_arguments(n, lengths))
+            self._device.run(FUSED, *self._arguments(n, lengths))
 
-    def _fused_arguments(self, n: int, lengths: object) -> tuple[object, ...]:
-        """The arguments of the fused operator for the first n rows."""
-        config, work, width = self._config, self._work, self._q.shape[1]
-        blocks = (self._keys.shape[0], BLOCK_SIZE, config.kv_head_count * config.head_dim)
-        return (
-            self._q.rows(0, n).reshape(n, 1, width), (self._keys.reshape(*blocks),), (self._values.reshape(*blocks),),
-            None, None, lengths, None, None, None, None, None, None, None, work.inputs.tables.rows(0, n), None,
-            config.head_count, config.attention_scale, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
-            work.attended.rows(0, n).reshape(n, 1, width),
-        )  # fmt: skip
+    def _arguments(self, n: int, lengths: object) -> tuple[object, ...]:
+        tables, out = self._work.inputs.tables.rows(0, n), self._work.attended.rows(0, n)
+        return fused_arguments(self._config, self._q.rows(0, n), self._keys, self._values, lengths, tables, out)
+
+
+def fused_arguments(
+    config: ModelConfig, q: Tensor, keys: Tensor, values: Tensor, lengths: object, tables: Tensor, out: Tensor
+) -> tuple[object, ...]:
+    """The arguments of the fused operator for rows q (n, heads * head_dim), over a layer's pools of blocks."""
+    n, width = q.shape
+    blocks = (keys.shape[0], BLOCK_SIZE, config.kv_head_count * config.head_dim)
+    return (
+        q.reshape(n, 1, width), (keys.reshape(*blocks),), (values.reshape(*blocks),),
+        None, None, lengths, None, None, None, None, None, None, None, tables, None,
+        config.head_count, config.attention_scale, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
+        out.reshape(n, 1, width),
+    )  # fmt: skip
 
 
 def _windowed(work: Workspace, attending: Attending) -> Tensor:

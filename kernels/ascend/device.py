@@ -5,6 +5,7 @@ What is asked for runs on one stream, in order. Everything is freed once, in `cl
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
@@ -16,13 +17,16 @@ from numpy.typing import DTypeLike, NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import Cann
 from svdengine.kernels.ascend.operator_calls import Action, OperatorCalls
+from svdengine.kernels.ascend.repeats import Repeats
 from svdengine.kernels.ascend.tensor import Tensor, whole
 
 _HUGE_PAGES_FIRST = 0  # policy of acl.rt.malloc
 _TO_DEVICE, _TO_HOST = 1, 2  # directions of acl.rt.memcpy
 _HBM = 1  # attribute of acl.rt.get_mem_info
 _VECTOR_CORES = 1  # attribute of acl.get_device_capability
+_DETERMINISTIC = 0  # option of acl.rt.ctx_set_sys_param_opt
 _LEAST_WORKSPACE = 1 << 20
+_PINNED_BYTES = 1 << 20  # copies up to that size go by pinned host memory: the runtime would stage any other first
 
 
 class AscendDevice:
@@ -44,9 +48,15 @@ class AscendDevice:
             self._context = cann.call("rt.create_context", index)
             stack.callback(cann.call, "rt.destroy_context", self._context)
             cann.call("rt.set_context", self._context)
+            # The quantised product and others add up in any order otherwise, and greedy answers differ from run to run.
+            if hasattr(cann.acl.rt, "ctx_set_sys_param_opt"):
+                cann.call("rt.ctx_set_sys_param_opt", _DETERMINISTIC, 1)
+            self._pinned: int = cann.call("rt.malloc_host", _PINNED_BYTES)
+            stack.callback(cann.call, "rt.free_host", self._pinned)
             self._stream = cann.call("rt.create_stream")
             stack.callback(cann.call, "rt.destroy_stream", self._stream)
-            self._calls = OperatorCalls(cann, self._stream, self._workspace_of)
+            repeats = Repeats(self.read, self.write, cann.version)
+            self._calls = OperatorCalls(cann, self._stream, self._workspace_of, repeats)
             self._resources = stack.pop_all()
 
     def use(self) -> None:
@@ -78,8 +88,11 @@ class AscendDevice:
         if array.dtype.name != to.dtype or array.size > to.size or not to.contiguous:
             raise ValueError(f"{array.dtype} {array.shape} does not fit a view of {to.dtype} {to.shape}")
         if array.nbytes:
-            room = to.size * to.item_bytes
-            self.cann.call("rt.memcpy", to.pointer, room, array.ctypes.data, array.nbytes, _TO_DEVICE)
+            room, source = to.size * to.item_bytes, array.ctypes.data
+            if array.nbytes <= _PINNED_BYTES:
+                ctypes.memmove(self._pinned, source, array.nbytes)
+                source = self._pinned
+            self.cann.call("rt.memcpy", to.pointer, room, source, array.nbytes, _TO_DEVICE)
 
     def read(self, tensor: Tensor) -> NDArray[Any]:
         """A host copy of a view without gaps, once all work before it is done."""
@@ -88,7 +101,11 @@ class AscendDevice:
         self.synchronize()
         array = np.empty(tensor.shape, tensor.dtype)
         if array.nbytes:
-            self.cann.call("rt.memcpy", array.ctypes.data, array.nbytes, tensor.pointer, array.nbytes, _TO_HOST)
+            pinned = array.nbytes <= _PINNED_BYTES
+            to = self._pinned if pinned else array.ctypes.data
+            self.cann.call("rt.memcpy", to, array.nbytes, tensor.pointer, array.nbytes, _TO_HOST)
+            if pinned:
+                ctypes.memmove(array.ctypes.data, self._pinned, array.nbytes)
         return array
 
     def run(self, name: str, *arguments: Any) -> None:
@@ -102,12 +119,19 @@ class AscendDevice:
     def vary(self, action: Action) -> None:
         """Run an action whose operators have other arguments each time. A recording repeats the action as such."""
         recording, self._recording = self._recording, None
+        try:
+            self._unkept(action)
+        finally:
+            self._recording = recording
+        self._record(partial(self._unkept, action))
+
+    def _unkept(self, action: Action) -> None:
+        """Run an action whose plans are not to be kept: they would be others each time, and never freed."""
         repeat, self.repeat = self.repeat, False
         try:
             action()
         finally:
-            self._recording, self.repeat = recording, repeat
-        self._record(action)
+            self.repeat = repeat
 
     def launch(self, kernel: Callable[..., int], name: str, blocks: int, *arguments: Any) -> None:
         """Start an own kernel on `blocks` vector cores: tensors by their addresses (None: null), and numbers."""

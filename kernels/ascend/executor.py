@@ -21,6 +21,7 @@ from svdengine.kernels.ascend.attention import (
 )
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
+from svdengine.kernels.ascend.fused_trial import why_not_fused
 from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
 from svdengine.kernels.ascend.model import build_model, device_bytes
 from svdengine.kernels.ascend.operator_calls import Action
@@ -87,7 +88,7 @@ class AscendExecutor(BaseExecutor):
             work=allocate_workspace(device, config, rows, self.context),
             cache=allocate_cache(device, config, self.block_count),
             current=Current(Attending((), 0, (), 0)),
-            fused=takes_fused(device, config),
+            fused=self._fuses(device),
             sparse=sparse,
         )
         self._recordings: dict[Shape, list[Action]] = {}
@@ -111,6 +112,15 @@ class AscendExecutor(BaseExecutor):
             self._said.add(reason)
             print(f"all FFNs run dense: {reason}", file=sys.stderr)
         return "dense"
+
+    def _fuses(self, device: AscendDevice) -> bool:
+        """Whether attention of decoded rows is one operator. One that does not work is named, in one line."""
+        if not takes_fused(device, self.config):
+            return False
+        reason = why_not_fused(device, self.config)
+        if reason is not None:
+            print(f"attention runs in several operators, which takes longer: {reason}", file=sys.stderr)
+        return reason is None
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         self._device.use()

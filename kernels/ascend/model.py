@@ -7,7 +7,7 @@ are loaded. The FFN of a model whose neurons can be zero is float16 always: its 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,17 +24,22 @@ _MOST_QUANTISED = 65535  # rows and columns that the quantised product takes
 
 @dataclass(frozen=True)
 class HalfMatrix:
-    """Rows of float16. For our kernels they are padded with zeros to a multiple of 64 columns."""
+    """Rows of float16, without gaps: CANN copies a matrix with gaps at each product.
 
-    rows: Tensor  # (rows, columns), of a storage that may have wider rows
+    Our kernels read rows that are padded with zeros to a multiple of 64 columns, of a copy where that is wider.
+    """
+
+    rows: Tensor  # (rows, columns)
+    padded: Tensor | None = None  # (rows, padded columns), of what our kernels read
 
 
 @dataclass(frozen=True)
 class QuantisedMatrix:
-    """Columns of int8 with a scale for each group of 32: the form that the product is fastest with."""
+    """Columns of int8 with a scale for each group: the form that the product is fastest with."""
 
     weights: Tensor  # (columns, rows) int8
-    scales: Tensor  # (columns / 32, rows) float16
+    scales: Tensor  # (columns / group, rows) float16
+    group: int = GROUP
 
 
 Matrix = HalfMatrix | QuantisedMatrix
@@ -112,9 +117,14 @@ def stays_quantised(config: ModelConfig, name: str, formats: Mapping[str, Weight
     rows, columns = spec.shape[-2:]
     if formats[name] != "q8" or name in ("embedding", "position_embedding"):
         return False
-    if config.sparse_ffn and name in ("gate", "up", "down_T"):
+    if _is_listed(config, name):
         return False
-    return GROUP < columns <= _MOST_QUANTISED and rows <= _MOST_QUANTISED
+    return takes_quantised(rows, columns, GROUP)
+
+
+def takes_quantised(rows: int, columns: int, group: int) -> bool:
+    """Whether the quantised product takes a matrix with a scale for each so many columns."""
+    return group < columns <= _MOST_QUANTISED and rows <= _MOST_QUANTISED
 
 
 def device_bytes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> int:
@@ -128,7 +138,9 @@ def device_bytes(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> in
         if stays_quantised(config, spec.name, formats):
             total += layers * rows * (columns + 2 * -(-columns // GROUP))
         else:
-            total += layers * rows * 2 * padded_columns(columns)
+            total += layers * rows * 2 * columns
+            if _has_padded_copy(config, spec.name, columns):
+                total += layers * rows * 2 * padded_columns(columns)
     return total
 
 
@@ -230,7 +242,7 @@ class _Builder:
         if any(stays_quantised(self.config, name, self.formats) for name in names):
             return Projections(tuple(self.projection(name, layer) for name in names), None)
         dense = [self.half_rows(name, layer) for name in names]
-        rows = self.device.upload(np.concatenate(dense)).columns(self.columns[names[0]])
+        whole = self.upload_rows(names[0], np.concatenate(dense))
         bias = None
         if f"{names[0]}.bias" in self.arrays:
             biases = [to_half(self.part(f"{name}.bias", layer), name) for name in names]
@@ -239,9 +251,10 @@ class _Builder:
         for matrix in dense:
             count = len(matrix)
             part = None if bias is None else bias.rows(first, count)
-            parts.append(Projection(HalfMatrix(rows.rows(first, count)), part))
+            padded = None if whole.padded is None else whole.padded.rows(first, count)
+            parts.append(Projection(HalfMatrix(whole.rows.rows(first, count), padded), part))
             first += count
-        return Projections(tuple(parts), Projection(HalfMatrix(rows), bias))
+        return Projections(tuple(parts), Projection(whole, bias))
 
     def matrix(self, name: str, layer: int | None) -> Matrix:
         """A matrix in the form that it has on the device."""
@@ -256,15 +269,20 @@ class _Builder:
 
     def half(self, name: str, layer: int | None) -> HalfMatrix:
         """A matrix in float16, of any format."""
-        return HalfMatrix(self.device.upload(self.half_rows(name, layer)).columns(self.columns[name]))
+        return self.upload_rows(name, self.half_rows(name, layer))
 
     def half_rows(self, name: str, layer: int | None) -> NDArray[np.float16]:
-        """Its rows on the host, those of the FFN padded where our kernels read them."""
-        columns = self.columns[name]
-        dense = to_half(dequantize(self.parts(name, layer), self.formats[name], columns), name)
-        if self.config.sparse_ffn and name in ("gate", "up", "down_T"):
-            dense = np.pad(dense, ((0, 0), (0, padded_columns(columns) - columns)))
-        return dense
+        """Its rows on the host."""
+        return to_half(dequantize(self.parts(name, layer), self.formats[name], self.columns[name]), name)
+
+    def upload_rows(self, name: str, dense: NDArray[np.float16]) -> HalfMatrix:
+        """Rows of matrices of one kind on the device, also as our kernels want them, where they read them."""
+        rows, columns = self.device.upload(dense), dense.shape[1]
+        if not _is_listed(self.config, name):
+            return HalfMatrix(rows)
+        if not _has_padded_copy(self.config, name, columns):
+            return HalfMatrix(rows, rows)
+        return HalfMatrix(rows, self.device.upload(np.pad(dense, ((0, 0), (0, padded_columns(columns) - columns)))))
 
     def norm(self, name: str, layer: int | None) -> Norm:
         """A norm's weight and bias."""
@@ -299,6 +317,14 @@ class _Builder:
 
 def _padded(projection: Projection) -> Tensor:
     """The rows of a float16 matrix with their padding."""
-    assert isinstance(projection.matrix, HalfMatrix)
-    rows = projection.matrix.rows
-    return replace(rows, shape=(rows.shape[0], rows.strides[0]))
+    assert isinstance(projection.matrix, HalfMatrix) and projection.matrix.padded is not None
+    return projection.matrix.padded
+
+
+def _is_listed(config: ModelConfig, name: str) -> bool:
+    """Whether our kernels read rows of a matrix."""
+    return config.sparse_ffn and name in ("gate", "up", "down_T")
+
+
+def _has_padded_copy(config: ModelConfig, name: str, columns: int) -> bool:
+    return _is_listed(config, name) and padded_columns(columns) != columns

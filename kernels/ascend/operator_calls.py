@@ -3,6 +3,9 @@
 What a plan holds is freed once: after its only run, or, for plans that are kept, when the calls are closed. A kept plan
 runs again with the same tensors at the same addresses, without the host's work of planning. "Two-phase API" and
 "aclSetAclOpExecutorRepeatable" of CANN's documentation state the rules.
+
+That page says that operators which copy cannot be repeated, but not that CANN refuses them. So a plan is not believed
+before it has run again on other data, and the same call, planned anew, gave the same (repeats.py).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import Cann, Function
+from svdengine.kernels.ascend.repeats import Repeats
 from svdengine.kernels.ascend.signatures import OPERATORS
 from svdengine.kernels.ascend.tensor import ACL_TYPES, Tensor
 
@@ -42,9 +46,10 @@ class _Plan:
 class OperatorCalls:
     """Operators on one stream. `workspace` gives the address of that many bytes, which stay until it is asked again."""
 
-    def __init__(self, cann: Cann, stream: int, workspace: Callable[[int], int]) -> None:
-        self._cann, self._stream, self._workspace = cann, stream, workspace
-        self._kept: dict[tuple[Any, ...], _Plan] = {}
+    def __init__(self, cann: Cann, stream: int, workspace: Callable[[int], int], repeats: Repeats) -> None:
+        self._cann, self._stream, self._workspace, self._repeats = cann, stream, workspace, repeats
+        self._kept: dict[tuple[Any, ...], Action] = {}
+        self._plans: list[_Plan] = []  # that are kept
         self._prepared: list[ExitStack] = []
 
     def run(self, name: str, *arguments: Any, keep: bool = False) -> Action:
@@ -54,16 +59,19 @@ class OperatorCalls:
         expected again. Raises DeviceError where a call fails.
         """
         key = (name, *arguments)
-        plan = self._kept.get(key)
-        if plan is None:
-            plan = self._plan(name, arguments, keep)
-            if not plan.repeatable:
-                with plan.resources:
-                    self._start(plan)
-                return partial(self.run, name, *arguments, keep=keep)
-            self._kept[key] = plan  # from here on `close` frees it
-        self._start(plan)
-        return partial(self._start, plan)
+        again = self._kept.get(key) if keep else None
+        if again is not None:
+            again()
+            return again
+        plan = self._plan(name, arguments, keep and self._repeats.allowed(name))
+        if not plan.repeatable:
+            with plan.resources:
+                self._start(plan)
+            return partial(self.run, name, *arguments, keep=keep)
+        self._plans.append(plan)  # from here on `close` frees it
+        once = partial(self.run, name, *arguments)
+        again = self._kept[key] = self._repeats.first(name, arguments, partial(self._start, plan), once)
+        return again
 
     def prepare(self, name: str, *arguments: Any) -> Callable[[tuple[int, ...]], None]:
         """What starts an operator with one list of integers that differs, VARYING among the arguments.
@@ -87,9 +95,9 @@ class OperatorCalls:
     def close(self) -> None:
         """Free all plans and descriptors that are kept. The stream must have passed them."""
         with ExitStack() as stack:
-            for resources in [*(plan.resources for plan in self._kept.values()), *self._prepared]:
+            for resources in [*(plan.resources for plan in self._plans), *self._prepared]:
                 stack.push(resources)
-            self._kept, self._prepared = {}, []
+            self._kept, self._plans, self._prepared = {}, [], []
 
     def _start(self, plan: _Plan) -> None:
         workspace = self._workspace(plan.workspace) if plan.workspace else None

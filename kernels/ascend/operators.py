@@ -11,7 +11,6 @@ from itertools import accumulate
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.model import HalfMatrix, Matrix, Norm, Projection, Projections
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.formats import GROUP
 from svdengine.models import ModelConfig
 from svdengine.models.config import Activation
 
@@ -37,7 +36,7 @@ def multiply(device: AscendDevice, matrix: Matrix, x: Tensor, y: Tensor) -> None
     if isinstance(matrix, HalfMatrix):
         device.run("aclnnMm", x, matrix.rows.transposed, y, _KEEP_TYPE)
         return
-    arguments = (x, matrix.weights, matrix.scales, None, None, None, None, GROUP, y)
+    arguments = (x, matrix.weights, matrix.scales, None, None, None, None, matrix.group, y)
     device.run("aclnnWeightQuantBatchMatmulV2", *arguments)
 
 

@@ -88,12 +88,15 @@ OPERATORS: dict[str, str] = {
     "aclnnGeluV2": "tensor int64 tensor",  # x, approximation (0: none, 1: tanh), y
 }
 
+# How many of the last tensors an operator writes, by default one; those that are named Inplace write their first.
+OUTPUTS: dict[str, int] = {"aclnnRmsNorm": 2, "aclnnAddRmsNorm": 3, "aclnnLayerNorm": 3}
+
 RUN = Signature(c_int, (c_void_p, c_uint64, c_void_p, c_void_p))  # workspace, its size, executor, stream
 
 # Our kernels (ops/*.cpp), of which CANN's build makes `uint32_t aclrtlaunch_<kernel>(blocks, stream, arguments...)`:
 # addresses first, then numbers.
 _KERNELS: dict[str, tuple[int, tuple[Any, ...]]] = {
-    "svd_score": (7, (c_uint32,) * 4),
+    "svd_score": (8, (c_uint32,) * 4),
     "svd_gate": (8, (*(c_uint32,) * 5, c_float, c_uint32)),
     "svd_up_down": (8, (c_uint32,) * 5),
     "svd_sum": (3, (c_uint32,) * 2),

@@ -11,11 +11,19 @@ import numpy as np
 
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
-from svdengine.kernels.ascend.model import HalfMatrix, SparseRows, to_half
+from svdengine.kernels.ascend.model import (
+    HalfMatrix,
+    Matrix,
+    QuantisedMatrix,
+    SparseRows,
+    takes_quantised,
+    to_half,
+)
 from svdengine.kernels.ascend.operators import multiply
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.tiling import COUNT_INTS, MAX_BLOCKS, check_shape, list_capacity, padded
 from svdengine.kernels.formats import dequantize, padded_columns
+from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig
 
@@ -24,11 +32,12 @@ _PREDICTED, _ACTIVE = 0, 1  # lists that are counted
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """One layer of a predictor (kernels/predictor.py), which has no residual, on the device."""
+    """One layer of a predictor (kernels/predictor.py) on the device. One without factors has one of zeros."""
 
     rank: int
     a: Tensor  # (ffn, padded rank) float16
     b: HalfMatrix  # (rank, hidden)
+    rest: Matrix | None  # Q (ffn, hidden), widened to 8 bits, which the toolkit's product takes
     minus_threshold: Tensor  # (ffn,) float32: where the kernels' sums start
     unit: Tensor  # (ffn,) float32
     relu: bool
@@ -40,12 +49,14 @@ class PlacedPredictor:
 
     layers: tuple[PlacedLayer, ...]
     z: Tensor  # (rows * largest rank,) float16: B x
+    rest: Tensor | None  # (rows * ffn,) float16: Q x, where a layer has a Q
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """All memory that it has."""
-        parts = [(p.a, p.b.rows, p.minus_threshold, p.unit) for p in self.layers]
-        return (self.z, *(tensor for part in parts for tensor in part))
+        parts = [(p.a, p.b.rows, p.minus_threshold, p.unit, *_parts(p.rest)) for p in self.layers]
+        both = (self.z,) if self.rest is None else (self.z, self.rest)
+        return (*both, *(tensor for part in parts for tensor in part))
 
 
 @dataclass(frozen=True)
@@ -74,13 +85,7 @@ class SparseState:
 
 def why_not(config: ModelConfig, predictor: Predictor | None, blocks: int) -> str | None:
     """One line on why the kernels cannot run this model's FFN with this predictor, or None."""
-    ranks = [layer.rank for layer in predictor.layers] if predictor is not None else [1]
-    if predictor is not None and any(layer.residual_bits or not layer.rank for layer in predictor.layers):
-        kind = predictor.about.get("kind", "of its kind")
-        return (
-            f"the predictor ({kind}) has a low-bit part, which the Ascend kernels lack;"
-            " make one with: svdengine calibrate --predictor svd"
-        )
+    ranks = [max(layer.rank, 1) for layer in predictor.layers] if predictor is not None else [1]
     try:
         check_shape(config.hidden_size, max(ranks), min(blocks, MAX_BLOCKS))
     except ValueError as error:
@@ -92,7 +97,10 @@ def place_predictor(device: AscendDevice, config: ModelConfig, predictor: Predic
     """Copy a predictor to the device in float16, for steps of up to `rows` rows."""
     layers = tuple(_place_layer(device, config, layer) for layer in predictor.layers)
     most = max(layer.rank for layer in layers)
-    return PlacedPredictor(layers, device.empty((rows * most,), np.float16))
+    rest = None
+    if any(layer.rest is not None for layer in layers):
+        rest = device.empty((rows * config.ffn_size,), np.float16)
+    return PlacedPredictor(layers, device.empty((rows * most,), np.float16), rest)
 
 
 def allocate_sparse(device: AscendDevice, config: ModelConfig, ops: CustomOps, rows: int) -> SparseState:
@@ -136,17 +144,30 @@ def sparse_ffn(
     predicted, predicted_counts = state.every, state.every_counts
     if predictor is not None:
         placed = predictor.layers[layer]
-        z = predictor.z.leading(n * placed.rank).reshape(n, placed.rank)
-        multiply(device, placed.b, x, z)
+        z, rest = make_hidden(device, config, predictor, layer, x)
     for row in range(n):
         active_counts = counts_of(state, row, layer, _ACTIVE)
         if predictor is not None:
             predicted, predicted_counts = state.predicted, counts_of(state, row, layer, _PREDICTED)
-            shift = sparsity_bias.rows(row, 1)
-            run_score(device, state, placed, z.rows(row, 1), shift, predicted_counts, config.ffn_size)
+            shift, own = sparsity_bias.rows(row, 1), None if rest is None else rest.rows(row, 1)
+            run_score(device, state, placed, z.rows(row, 1), own, shift, predicted_counts, config.ffn_size)
         run_gate(device, config, state, weights, x.rows(row, 1), predicted, predicted_counts, active_counts)
         run_up_down(device, config, state, weights, x.rows(row, 1), active_counts)
         run_sum(device, config, state, weights, y.rows(row, 1))
+
+
+def make_hidden(
+    device: AscendDevice, config: ModelConfig, predictor: PlacedPredictor, layer: int, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """What the scores of rows x (n, hidden) are made of: B x (n, rank), and Q x (n, ffn) where the layer has a Q."""
+    placed, n = predictor.layers[layer], x.shape[0]
+    z = predictor.z.leading(n * placed.rank).reshape(n, placed.rank)
+    multiply(device, placed.b, x, z)
+    if placed.rest is None or predictor.rest is None:
+        return z, None
+    rest = predictor.rest.leading(n * config.ffn_size).reshape(n, config.ffn_size)
+    multiply(device, placed.rest, x, rest)
+    return z, rest
 
 
 def counts_of(state: SparseState, row: int, layer: int, which: int) -> Tensor:
@@ -161,15 +182,16 @@ def run_score(
     state: SparseState,
     predictor: PlacedLayer,
     z: Tensor,
+    rest: Tensor | None,
     shift: Tensor,
     counts: Tensor,
     neurons: int,
 ) -> None:
-    """state.predicted = the neurons whose score is positive."""
+    """state.predicted = the neurons whose score is positive, of one row's z and rest."""
     listed = state.predicted
     device.launch(
         state.ops.score, "svd_score", state.blocks, predictor.a, z, predictor.minus_threshold, predictor.unit, shift,
-        counts, listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
+        rest, counts, listed.indices, neurons, predictor.rank, listed.capacity, int(predictor.relu),
     )  # fmt: skip
 
 
@@ -213,14 +235,38 @@ def run_sum(device: AscendDevice, config: ModelConfig, state: SparseState, weigh
 
 
 def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> PlacedLayer:
-    rank = layer.rank
-    a = to_half(dequantize(layer.a, layer.factor_format, rank), "A of the predictor")
-    b = to_half(dequantize(layer.b, layer.factor_format, config.hidden_size), "B of the predictor")
+    rank = max(layer.rank, 1)
+    if layer.rank:
+        a = to_half(dequantize(layer.a, layer.factor_format, rank), "A of the predictor")
+        b = to_half(dequantize(layer.b, layer.factor_format, config.hidden_size), "B of the predictor")
+    else:
+        a, b = np.zeros((config.ffn_size, 1), np.float16), np.zeros((1, config.hidden_size), np.float16)
     return PlacedLayer(
         rank,
         device.upload(np.pad(a, ((0, 0), (0, padded_columns(rank) - rank)))),
         HalfMatrix(device.upload(b)),
+        _place_rest(device, config, layer) if layer.residual_bits else None,
         device.upload(-np.asarray(layer.threshold, np.float32)),
         device.upload(np.asarray(layer.unit, np.float32)),
         layer.relu,
     )
+
+
+def _place_rest(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> Matrix:
+    """Q as int8 whole numbers, -3 to 3, and half of its scales: a quarter of a float16 FFN's up, read for every row."""
+    rows, columns = config.ffn_size, config.hidden_size
+    if not takes_quantised(rows, columns, BLOCK):
+        dense = dequantize_lowbit(layer.q, layer.residual_bits, columns)
+        return HalfMatrix(device.upload(to_half(dense, "Q of the predictor")))
+    ones = {**layer.q, ".scale": np.full_like(layer.q[".scale"], 2)}
+    levels = dequantize_lowbit(ones, layer.residual_bits, columns).astype(np.int8)
+    scales = (layer.q[".scale"] / np.float16(2)).astype(np.float16)
+    return QuantisedMatrix(
+        device.upload(np.ascontiguousarray(levels.T)), device.upload(np.ascontiguousarray(scales.T)), BLOCK
+    )
+
+
+def _parts(matrix: Matrix | None) -> tuple[Tensor, ...]:
+    if matrix is None:
+        return ()
+    return (matrix.rows,) if isinstance(matrix, HalfMatrix) else (matrix.weights, matrix.scales)

@@ -18,6 +18,7 @@ _ROW_SLOT, _ROW_SLOTS = 8192, 3  # of listed rows
 _SUM_COLUMNS = 256  # of all partial sums that are in UB at once
 _WRITER_BYTES = CHUNK // 8 + 4 * CHUNK + 4 * COUNT_INTS  # mask, packed list, count record
 _READER_BYTES = 4 * MAX_BLOCKS * COUNT_INTS + 4 * CHUNK  # counts, staging
+_WINDOW = 2048  # entries of a bias on their way into UB
 
 
 def padded(columns: int) -> int:
@@ -31,21 +32,22 @@ def list_capacity(neurons: int, blocks: int) -> int:
 
 
 def score_ub_bytes(rank: int) -> int:
-    """UB bytes of a block of svd_score: slots, their float32 copy, z, and a chunk's scores, bias, unit and indices."""
+    """UB bytes of a block of svd_score: slots, their float32 copy, z, a chunk's scores and what they are made of."""
     slots = _SCORE_SLOT * (2 * _SCORE_SLOTS + 4)
-    return slots + 4 * padded(rank) + 4 * 4 * CHUNK + _WRITER_BYTES
+    return slots + 4 * padded(rank) + (4 * 4 + 2 + 4) * CHUNK + _WRITER_BYTES
 
 
 def gate_ub_bytes(hidden_size: int) -> int:
     """UB bytes of a block of svd_gate: slots, their float32 copy, x, a chunk's neurons, gates and biases, lists."""
     slots = _ROW_SLOT * (2 * _ROW_SLOTS + 4)
-    return slots + 4 * padded(hidden_size) + 3 * 4 * CHUNK + _READER_BYTES + _WRITER_BYTES + 4 * CHUNK
+    chunk = 3 * 4 * CHUNK + 4 * _WINDOW
+    return slots + 4 * padded(hidden_size) + chunk + _READER_BYTES + _WRITER_BYTES + 4 * CHUNK
 
 
 def up_down_ub_bytes(hidden_size: int) -> int:
     """UB bytes of a block of svd_up_down: slots, their float32 copy, x, the sum, and a chunk's neurons and values."""
     slots = _ROW_SLOT * (2 * _ROW_SLOTS + 4)
-    return slots + 2 * 4 * padded(hidden_size) + 4 * 4 * CHUNK + _READER_BYTES
+    return slots + 2 * 4 * padded(hidden_size) + 4 * 4 * CHUNK + 4 * _WINDOW + _READER_BYTES
 
 
 def sum_ub_bytes(parts: int) -> int:

@@ -83,7 +83,7 @@ def emit_unpacked(builder: ir.IRBuilder, room: ir.Value, vectors: list[ir.Value]
     return room
 
 
-def emit_products(
+def emit_tile_products(
     builder: ir.IRBuilder,
     weights: list[ir.Value],
     x: list[ir.Value],
@@ -110,7 +110,7 @@ def emit_products(
 
 
 def sums_at(builder: ir.IRBuilder, room: ir.Value) -> Callable[[int, int], ir.Value]:
-    """What `emit_products` stored, by group and row: the 16 int32 sums of both planes, 256 * high + low."""
+    """What `emit_tile_products` stored, by group and row: the 16 int32 sums of both planes, 256 * high + low."""
 
     def sums_of(group: int, row: int) -> ir.Value:
         at = 2 * _SUM_BYTES * group + 64 * row

@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> None:
     gc.disable()  # what Numba makes stays until the end: looking for garbage would be a tenth of the time
     from svdengine.kernels.cpu.codegen import compile_for, object_code  # after the instruction set is chosen
 
-    compile_for(*isa.target_of(target))
+    compile_for(isa.triple_of(target), *isa.target_of(target))
     for name in names:
         import_module(f"svdengine.kernels.cpu.{PARTS[name].module}")
         from svdengine.kernels.cpu.pieces import ENTRIES

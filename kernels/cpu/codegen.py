@@ -72,9 +72,25 @@ class _Library(CPUCodeLibrary):
 class _Codegen(JITCPUCodegen):
     _library_class: Any = _Library
 
-    def __init__(self, name: str, cpu: str, features: str) -> None:
-        self._cpu, self._features = cpu, features
+    def __init__(self, name: str, triple: str, cpu: str, features: str) -> None:
+        self._triple, self._cpu, self._features = triple, cpu, features
         super().__init__(name)
+
+    def _init(self, llvm_module: Any) -> None:
+        """What CPUCodegen does, for any machine, and without an engine to run things in."""
+        target = llvm.Target.from_triple(self._triple)
+        self._tm_features = self._features
+        self._tm = target.create_target_machine(
+            cpu=self._cpu, features=self._features, opt=3, reloc="pic", codemodel="default"
+        )
+        self._target_data = self._tm.target_data
+        self._data_layout = str(self._target_data)
+        self._loopvect, self._opt_level = False, 0
+
+    def _create_empty_module(self, name: str) -> ir.Module:
+        module = super()._create_empty_module(name)
+        module.triple = self._triple
+        return module
 
     def set_env(self, env_name: str, env: Any) -> None:
         pass
@@ -88,15 +104,13 @@ class _Codegen(JITCPUCodegen):
     def _check_llvm_bugs(self) -> None:
         pass
 
-    def _customize_tm_options(self, options: dict[str, Any]) -> None:
-        super()._customize_tm_options(options)
-        options.update(reloc="pic", codemodel="default", jit=False)
 
-
-def compile_for(cpu: str, features: str) -> None:
-    """From now on, have Numba compile for this CPU. This process cannot run what it compiles."""
+def compile_for(triple: str, cpu: str, features: str) -> None:
+    """From now on, have Numba compile for this CPU of such machines. This process cannot run what it compiles."""
+    llvm.initialize_all_targets()
+    llvm.initialize_all_asmprinters()
     context = registry.cpu_target.target_context
-    context._internal_codegen = _Codegen("svdengine", cpu, features)
+    context._internal_codegen = _Codegen("svdengine", triple, cpu, features)
 
 
 def object_code(entries: Mapping[str, Any]) -> bytes:

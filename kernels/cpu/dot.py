@@ -27,11 +27,13 @@ from svdengine.kernels.cpu.simd import (
     load,
     operation,
     shuffle,
+    splat,
 )
 
 BIAS = isa.weight_bias(ISA)
 BLOCK = 64  # columns in one vector of bytes
 CHUNK = 512  # columns whose scales fill one vector
+_SIXTEEN, _FOUR = ir.VectorType(I8, 16), ir.VectorType(I32, 4)  # registers of Arm
 
 
 def _pieces(builder, vector, lanes):
@@ -65,18 +67,86 @@ def emit_dot(builder, total, weights, activations):
         return _joined(builder, sums)
     if ISA == isa.AVX2:
         return builder.add(total, _dot_avx2(builder, weights, activations))
-    if ISA == isa.NEON:
-        quarter = ir.VectorType(I32, 4)
+    if ISA in isa.ARM_ISAS:
         parts = zip(
             _pieces(builder, total, 4), _pieces(builder, weights, 16), _pieces(builder, activations, 16), strict=True
         )
-        sums = [call(builder, "llvm.aarch64.neon.sdot.v4i32.v16i8", quarter, [t, w, a]) for t, w, a in parts]
-        return _joined(builder, sums)
+        return _joined(builder, [_arm_dot(builder, "sdot", *part) for part in parts])
     wide = ir.VectorType(I32, 64)
     products = builder.mul(builder.sext(weights, wide), builder.sext(activations, wide))
     for phase in range(4):
         total = builder.add(total, shuffle(builder, products, products, list(range(phase, 64, 4))))
     return total
+
+
+def emit_products(builder, weights, rows, columns):
+    """Integer products of 16 rows of weights with activation rows over a group of 32 columns: 16 int32 each, by row.
+
+    weights(step): vector `step` of the group's 8, in the order of panels (tile.py), as `emit_dot` wants it. rows: where
+    the group begins in the high planes; the low ones are `columns` bytes on.
+    """
+    if ISA in isa.ARM_ISAS:
+        return _arm_products(builder, weights, rows, columns)
+    high, low = ([ir.Constant(I32V, [0] * 16)] * len(rows) for _ in range(2))
+    for step in range(8):
+        w = weights(step)
+        for t, row in enumerate(rows):
+            for sums, plane in ((high, row), (low, builder.add(row, columns))):
+                four = load(builder, plane, I32, 4 * step)
+                sums[t] = emit_dot(builder, sums[t], w, builder.bitcast(splat(builder, four), I8V))
+    return [_of_planes(builder, h, rest) for h, rest in zip(high, low, strict=True)]
+
+
+def _of_planes(builder, high, low):
+    return builder.add(builder.shl(high, ir.Constant(I32V, [8] * 16)), low)
+
+
+def _arm_products(builder, weights, rows, columns):
+    """`emit_products` register by register: as few as possible are in use at once, and 32 are all there are.
+
+    sdot multiplies 4 rows x 4 columns of weights with 4 activations, a lane of a register. smmla multiplies 2 rows x 8
+    columns with 8 x 2 activations: those of the two planes of a row.
+    """
+    zero, matrix = ir.Constant(_FOUR, [0] * 4), ISA == isa.I8MM
+    sums = [[zero] * 8 for _ in rows]  # sdot: 4 registers of the high plane, then 4 of the low one. smmla: 2 rows each
+    for half in range(2):
+        planes = [[load(builder, at, _SIXTEEN, 16 * half) for at in (row, builder.add(row, columns))] for row in rows]
+        for step in range(4):
+            _no_reordering(builder)
+            w = _pieces(builder, weights(4 * half + step), 16)
+            first = 4 * (step % 2)  # of the sums of rows 0..7, or 8..15
+            for part, piece in enumerate(w):
+                for t, pair in enumerate(planes):
+                    if matrix:
+                        eight = shuffle(builder, *pair, _eights(8 * (step // 2)))
+                        sums[t][first + part] = _arm_dot(builder, "smmla", sums[t][first + part], piece, eight)
+                        continue
+                    for i, plane in enumerate(pair):
+                        words = builder.bitcast(plane, _FOUR)
+                        four = builder.bitcast(shuffle(builder, words, words, [step] * 4), _SIXTEEN)
+                        sums[t][4 * i + part] = _arm_dot(builder, "sdot", sums[t][4 * i + part], piece, four)
+    results = []
+    for own in sums:
+        high, low = _joined(builder, own[:4]), _joined(builder, own[4:])
+        if matrix:
+            high, low = (shuffle(builder, high, low, list(range(plane, 32, 2))) for plane in range(2))
+        results.append(_of_planes(builder, high, low))
+    _no_reordering(builder)
+    return results
+
+
+def _no_reordering(builder):
+    """Nothing is loaded earlier than here, or kept for later: it would take registers of the sums."""
+    builder.asm(ir.FunctionType(ir.VoidType(), []), "", "~{memory}", [], True)
+
+
+def _eights(first):
+    """Lanes first..first + 8 of two vectors of 16, side by side."""
+    return [source + lane for source in (0, 16) for lane in range(first, first + 8)]
+
+
+def _arm_dot(builder, name, total, weights, activations):
+    return call(builder, f"llvm.aarch64.neon.{name}.v4i32.v16i8", _FOUR, [total, weights, activations])
 
 
 def _dot_avx2(builder, weights, activations):

@@ -7,7 +7,7 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import PANEL_ROWS
 from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.simd import load_int, store_int
-from svdengine.kernels.cpu.tile import transpose_words
+from svdengine.kernels.cpu.tile import pack_words, place_of
 
 
 @jit
@@ -16,10 +16,10 @@ def interleave_panel(source, rows, row_bytes, to, biased):
     words = row_bytes // 4
     fast = words // 16 * 16 if rows == PANEL_ROWS else 0
     for word in range(0, fast, 16):
-        transpose_words(source + 4 * word, row_bytes, to + 64 * word)
+        pack_words(source + 4 * word, row_bytes, to + 64 * word)
     for word in range(fast, words):
         for lane in range(rows):
-            store_int(to + 64 * word + 4 * lane, load_int(source + lane * row_bytes + 4 * word))
+            store_int(to + place_of(word, lane), load_int(source + lane * row_bytes + 4 * word))
     if biased:
         for word in range(words):
             copy_biased(to + 64 * word, to + 64 * word)

@@ -29,7 +29,17 @@ _SHARED = tuple(Path(__file__).parents[1] / name for name in ("formats.py", "low
 _NOT_COMPILED = frozenset(
     f"{name}.py"
     for name in (
-        *("aligned", "bandwidth", "compilation", "executor", "kernel_files", "kv_blocks", "library", "panels"),
+        *(
+            "aligned",
+            "arm_features",
+            "bandwidth",
+            "compilation",
+            "executor",
+            "kernel_files",
+            "kv_blocks",
+            "library",
+            "panels",
+        ),
         *("place", "row_bounds", "team"),
     )
 )

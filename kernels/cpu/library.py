@@ -12,7 +12,7 @@ import llvmlite.binding as llvm
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.cpu.compilation import object_code
-from svdengine.kernels.cpu.isa import active_isa
+from svdengine.kernels.cpu.isa import active_isa, is_arm
 from svdengine.kernels.cpu.parts import PARTS, symbol_of
 
 
@@ -56,7 +56,9 @@ def _linker() -> Any:
     if os.name == "nt":
         llvm.load_library_permanently("kernel32.dll")  # Sleep, of sync.py
     machine = llvm.Target.from_triple(llvm.get_process_triple()).create_target_machine()
-    return llvm.create_lljit_compiler(machine)
+    # LLVM's older linker puts each section anywhere, and Arm's code reaches its constants within 4 GiB only: whether it
+    # worked would be luck. For Windows there is only that one.
+    return llvm.create_lljit_compiler(machine, use_jit_link=is_arm(active_isa()) and os.name != "nt")
 
 
 @cache

@@ -5,6 +5,7 @@ Every row of activations takes the same steps however many there are, so that a 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -16,14 +17,14 @@ from svdengine.kernels.cpu.amx import (
     GROUP_BYTES,
     SUMS_BYTES,
     TILE_ROWS,
-    emit_products,
     emit_room,
+    emit_tile_products,
     emit_unpacked,
     end_tiles,
     start_tiles,
     sums_at,
 )
-from svdengine.kernels.cpu.dot import BIAS, emit_dot
+from svdengine.kernels.cpu.dot import BIAS, emit_products
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import COLUMNS, DATA, FORMAT, MIN, PANEL_CODES, ROW, SCALE
 from svdengine.kernels.cpu.pieces import piece
@@ -34,7 +35,6 @@ from svdengine.kernels.cpu.simd import (
     I8V,
     I16,
     I32,
-    I32V,
     I64,
     ISA,
     address,
@@ -69,7 +69,10 @@ def _masked(builder, vector, mask):
 
 
 def _emit_weights(weight_format, builder, at, group, step):
-    """16 rows x 4 columns of a block of 64: those of word `step` of a group of 32, as `emit_dot` wants them."""
+    """16 rows x 4 columns of a block of 64: those of word `step` of a group of 32, as `emit_dot` wants them.
+
+    In the order of smmla (tile.py) a pair of words is 8 rows x 8 columns, and then those of the other 8 rows.
+    """
     if weight_format == "q8":
         return load(builder, at, I8V, 64 * (8 * group + step))
     halves = _masked(builder, _shifted(builder, load(builder, at, I8V, 64 * step), 4 * group), 15)
@@ -93,19 +96,12 @@ def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) ->
 
     def emit_dots(builder, at, x, columns):
         """A function of group and row that gives the 16 int32 sums of a group's products."""
-        groups = [_emit_group(builder, at, x, columns, group) for group in range(2)]
+        groups = []
+        for group in range(2):
+            own = [builder.add(row, ir.Constant(I64, 32 * group)) for row in x]
+            words = partial(_emit_weights, weight_format, builder, at, group)
+            groups.append(emit_products(builder, words, own, columns))
         return lambda group, row: groups[group][row]
-
-    def _emit_group(builder, at, x, columns, group):
-        high, low = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
-        for step in range(8):
-            w = _emit_weights(weight_format, builder, at, group, step)
-            for t in range(count):
-                for sums, plane in ((high, x[t]), (low, builder.add(x[t], columns))):
-                    four = load(builder, plane, I32, 32 * group + 4 * step)
-                    sums[t] = emit_dot(builder, sums[t], w, builder.bitcast(splat(builder, four), I8V))
-        eight = ir.Constant(I32V, [8] * 16)
-        return [builder.add(builder.shl(h, eight), rest) for h, rest in zip(high, low, strict=True)]
 
     def emit_tiles(builder, at, x, stride, columns, sums, unpacked):
         """Have AMX's tiles store the sums of a block at `sums`; at, x: of its weights, and of its first activations."""
@@ -114,7 +110,7 @@ def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) ->
             at = emit_unpacked(builder, unpacked, words)
         weights = [builder.add(at, ir.Constant(I64, GROUP_BYTES * group)) for group in range(2)]
         planes = [builder.add(x, ir.Constant(I64, 32 * group)) for group in range(2)]
-        emit_products(builder, weights, planes, stride, columns, sums)
+        emit_tile_products(builder, weights, planes, stride, columns, sums)
 
     def emit_level(builder, at, unit):
         """A group's scales, or minima, of 16 rows."""

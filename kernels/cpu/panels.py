@@ -4,9 +4,9 @@ Sixteen rows are multiplied at once, a lane each: no sum runs across lanes, the 
 weight is loaded once for several activation rows. Rows that may be skipped cannot lie so.
 
 A panel's values are those of its rows as the format stores them, with the 4-byte words of the rows interleaved: first
-the first word of each row, then the second ones. q8 is stored as its integer dot product wants it, offset by BIAS
-(dot.py). Scales and minima are interleaved by group, and a row's units likewise. Rows that fill up the last panel have
-no scale.
+the first word of each row, then the second ones; for Arm's smmla in pairs (tile.py). q8 is stored as its integer dot
+product wants it, offset by BIAS (dot.py). Scales and minima are interleaved by group, and a row's units likewise. Rows
+that fill up the last panel have no scale.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ from svdengine.kernels.cpu.simd import (
     store,
     store_real,
 )
-from svdengine.kernels.cpu.tile import emit_transposed
+from svdengine.kernels.cpu.tile import emit_panel_order, emit_transposed
 from svdengine.kernels.formats import FORMATS
 
 _Q8, _Q6, _Q4 = (FORMATS[name].code for name in ("q8", "q6", "q4"))
@@ -57,7 +57,7 @@ def _words(biased):
             emit_prefetch(builder, builder.add(at, ahead))
         if biased:
             rows = [builder.bitcast(emit_bias(builder, builder.bitcast(row, I8V)), I32V) for row in rows]
-        _emit_stored(builder, to, emit_transposed(builder, rows), 64)
+        _emit_stored(builder, to, emit_panel_order(builder, emit_transposed(builder, rows)), 64)
 
     return interleave_words
 

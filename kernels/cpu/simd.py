@@ -163,7 +163,9 @@ def operation(result: Any, *arguments: Any) -> Callable[[Callable[..., ir.Value 
         function = scope[emit.__name__]
         function.__doc__ = emit.__doc__
         function.__module__ = emit.__module__
-        return intrinsic(function)
+        made: Any = intrinsic(function)
+        made.emit = emit  # for who wants its code alone
+        return made
 
     return decorate
 

@@ -25,6 +25,7 @@ from svdengine.kernels.cpu.simd import load_real, store_f32, store_real, zero_f3
 from svdengine.kernels.cpu.sync import barrier, exchange, fetch_add, load_shared, wait_for_work
 from svdengine.kernels.cpu.workspace import (
     CALLED,
+    ENDED,
     EPOCH,
     MODE,
     N_ROWS,
@@ -33,7 +34,6 @@ from svdengine.kernels.cpu.workspace import (
     PREDICT,
     SOURCE,
     SOURCE_LAYER,
-    STOP,
     WANTED,
 )
 
@@ -239,7 +239,7 @@ def run(model, work, cache, inputs, member, threads, sync, seen):
         epoch = wait_for_work(sync, member, seen)
         if epoch < 0:
             return seen
-        if load_shared(sync + 8 * STOP) != 0:
+        if epoch >= ENDED:
             return np.int64(-1)
         seen = epoch
         forward(model, work, cache, inputs, member, threads, sync)

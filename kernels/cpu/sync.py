@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
-import sys
 
 import llvmlite.binding as llvm
 from llvmlite import ir
 from numba.core import types
 
+from svdengine.kernels.cpu import isa
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.simd import I32, I64, address, call, operation
+from svdengine.kernels.cpu.simd import I32, I64, ISA, address, call, operation
 from svdengine.kernels.cpu.workspace import ARRIVED, ASLEEP, CALLED, CROWDED, EPOCH, PARKED
 
 # A thread that waits longer than some tens of microseconds waits for one that has lost its core. It then sleeps rather
@@ -24,9 +23,9 @@ CROWDED_WAITS = 500  # a few steps
 NAP = 50  # microseconds, where the system has no futex
 IDLE_SPINS = 50_000  # before a member without work parks: about a millisecond
 
-_FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine()) if sys.platform == "linux" else None  # of syscall(2)
+_MACHINE = isa.triple_of(ISA)
+_FUTEX = {"x86_64": 202, "aarch64": 98}.get(_MACHINE.split("-")[0]) if "linux" in _MACHINE else None  # of syscall(2)
 _WAIT, _WAKE = 128, 129  # FUTEX_WAIT_PRIVATE, FUTEX_WAKE_PRIVATE
-_ARM = platform.machine().lower() in ("aarch64", "arm64")
 _WINDOWS = os.name == "nt"
 if _WINDOWS:
     llvm.load_library_permanently("kernel32.dll")
@@ -53,9 +52,9 @@ def load_shared(builder, at):
 @operation(types.void)
 def pause(builder):
     """Tell the core that this is a spin loop."""
-    if _ARM:
+    if _MACHINE.startswith(("aarch64", "arm64")):
         call(builder, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
-    elif platform.machine().lower() in ("x86_64", "amd64"):
+    elif _MACHINE.startswith("x86_64"):
         call(builder, "llvm.x86.sse2.pause", ir.VoidType(), [])
 
 

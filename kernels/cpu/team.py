@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.workspace import CALLED, EPOCH, PARKED, STOP
+from svdengine.kernels.cpu.workspace import CALLED, ENDED, EPOCH, PARKED
 
 
 class Team:
@@ -61,8 +61,7 @@ class Team:
         """End the threads."""
         if self._members:
             with self.awake():
-                self.sync[STOP] = 1
-                self.sync[EPOCH] += 1
+                self.sync[EPOCH] = ENDED
             for member in self._members:
                 member.join()
             self._members = []

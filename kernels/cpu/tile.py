@@ -12,14 +12,13 @@ from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu import isa
-from svdengine.kernels.cpu.amx import AMX, SUMS_BYTES, TILE_ROWS, emit_products, emit_room, sums_at
-from svdengine.kernels.cpu.dot import emit_dot
+from svdengine.kernels.cpu.amx import AMX, SUMS_BYTES, TILE_ROWS, emit_room, emit_tile_products, sums_at
+from svdengine.kernels.cpu.dot import emit_products
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.simd import (
     F32,
     F32V,
     I8V,
-    I32,
     I32V,
     I64,
     ISA,
@@ -43,6 +42,11 @@ def _rows(builder, base, stride, count):
     return [builder.add(base, builder.mul(stride, ir.Constant(I64, t))) for t in range(count)]
 
 
+def _store_all(builder, to, vectors):
+    for i, vector in enumerate(vectors):
+        store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
+
+
 def _accumulate(builder, out, out_stride, totals):
     for target, total in zip(_rows(builder, out, out_stride, len(totals)), totals, strict=True):
         store(builder, target, builder.fadd(load(builder, target, F32V), total))
@@ -51,39 +55,26 @@ def _accumulate(builder, out, out_stride, totals):
 def integer_tile(count: int, *, amx: bool = False) -> Any:
     """out (count, 16) += panel (16 rows) times `count` quantised activation rows, maybe by AMX's tiles."""
 
-    def emit_dots(builder, weights, high, low):
-        """A function of row that gives the 16 int32 sums of a group's products."""
-        dots, low_dots = ([ir.Constant(I32V, [0] * 16)] * count for _ in range(2))
-        for step in range(8):
-            w = load(builder, weights, I8V, 64 * step)
-            for t in range(count):
-                four = load(builder, high[t], I32, 4 * step)
-                dots[t] = emit_dot(builder, dots[t], w, builder.bitcast(splat(builder, four), I8V))
-                four = load(builder, low[t], I32, 4 * step)
-                low_dots[t] = emit_dot(builder, low_dots[t], w, builder.bitcast(splat(builder, four), I8V))
-        eight = ir.Constant(I32V, [8] * 16)
-        return lambda t: builder.add(builder.shl(dots[t], eight), low_dots[t])
-
     @operation(types.void, address, address, index, index, address, index)
     def tile(builder, panel, x, x_stride, columns, out, out_stride):
-        """Panel: for each group of 32 columns, 16 scales, 16 minima, then 8 vectors of 16 rows x 4 columns."""
+        """Panel: for each group of 32 columns, 16 scales, 16 minima, then 8 vectors in the order of `pack_words`."""
         groups = builder.lshr(columns, ir.Constant(I64, 5))
         rows = _rows(builder, x, x_stride, count)
         sums = builder.lshr(columns, ir.Constant(I64, 3))
         factors = builder.mul(columns, ir.Constant(I64, 2))
-        low_rows = [builder.add(row, columns) for row in rows]
         room = emit_room(builder, SUMS_BYTES) if amx else None
 
         def body(group, totals):
             at = _at(builder, panel, group, 640)
             values = _at(builder, ir.Constant(I64, 0), group, 32)
-            weights, first = builder.add(at, ir.Constant(I64, 128)), builder.add(x, values)
             if amx:
-                emit_products(builder, [weights], [first], x_stride, columns, room)
+                weights, first = builder.add(at, ir.Constant(I64, 128)), builder.add(x, values)
+                emit_tile_products(builder, [weights], [first], x_stride, columns, room)
                 dots = partial(sums_at(builder, room), 0)
             else:
-                planes = [[builder.add(row, values) for row in part] for part in (rows, low_rows)]
-                dots = emit_dots(builder, weights, *planes)
+                own = [builder.add(row, values) for row in rows]
+                found = emit_products(builder, lambda step: load(builder, at, I8V, 128 + 64 * step), own, columns)
+                dots = found.__getitem__
             scales, minima = load(builder, at, F32V), load(builder, at, F32V, 64)
             results = []
             for t in range(count):
@@ -156,10 +147,40 @@ def emit_transposed(builder, vectors):
 def transpose_words(builder, source, stride, to):
     """16 rows of 16 4-byte words, `stride` bytes apart, to 16 vectors whose lanes are the rows."""
     rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, 16)]
-    for i, vector in enumerate(emit_transposed(builder, rows)):
-        store(builder, builder.add(to, ir.Constant(I64, 64 * i)), vector)
+    _store_all(builder, to, emit_transposed(builder, rows))
 
 
+def emit_panel_order(builder, words):
+    """Vectors whose lanes are rows, a word of 4 columns each, in the order in which `emit_products` reads them.
+
+    For smmla the words of a pair lie side by side, first those of rows 0..7: 8 columns of a row are 8 bytes.
+    """
+    if ISA != isa.I8MM:
+        return words
+    vectors = []
+    for a, b in zip(words[::2], words[1::2], strict=True):
+        for first in (0, 8):
+            lanes = [lane for row in range(first, first + 8) for lane in (row, 16 + row)]
+            vectors.append(shuffle(builder, a, b, lanes))
+    return vectors
+
+
+@jit
+def place_of(word, lane):
+    """Bytes from where a panel's words begin to one of a row, in the order of panels."""
+    if PAIRED:
+        return 128 * (word // 2) + 8 * lane + 4 * (word % 2)
+    return 64 * word + 4 * lane
+
+
+@operation(types.void, address, index, address)
+def pack_words(builder, source, stride, to):
+    """As `transpose_words`, in the order of panels."""
+    rows = [load(builder, row, I32V) for row in _rows(builder, source, stride, 16)]
+    _store_all(builder, to, emit_panel_order(builder, emit_transposed(builder, rows)))
+
+
+PAIRED = ISA == isa.I8MM
 # Where a vector takes two of sixteen registers, tiles of integers hold 2 rows: more were slower.
 _WIDE = isa.wide(ISA)
 integer_tile_2 = integer_tile(2)

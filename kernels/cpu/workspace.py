@@ -16,15 +16,8 @@ N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, SIZES = range(
 PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8
 KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
 # Fields of a team's synchronisation array, 8 int64 apart.
-ARRIVED, EPOCH, STOP, CALLED, ASLEEP, CROWDED, PARKED = (
-    0,
-    8,
-    16,
-    24,
-    32,
-    40,
-    48,
-)  # the parked flags of the members follow, 8 apart
+ARRIVED, EPOCH, CALLED, ASLEEP, CROWDED, PARKED = range(0, 48, 8)  # the parked flags of the members follow, 8 apart
+ENDED = 1 << 62  # the epoch in which a team is to stop: one number says both, since cores may see two in any order
 ATTENTION_STAGE, UP_STAGE, DOWN_STAGE, STAGES = range(4)  # whose work is claimed; the lm_head's comes after all layers
 
 

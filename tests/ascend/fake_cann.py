@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from fake_memory import BrokenRule, Memory, View
 from fake_operators import OPERATORS, OUTPUTS
+from numpy.typing import NDArray
 
 from svdengine.kernels.ascend import signatures
 from svdengine.kernels.ascend.cann import Cann, Function
@@ -52,6 +53,7 @@ class Plan:
     workspace: int
     repeatable: bool = False
     ran: bool = False
+    first: list[tuple[View, Any]] | None = None  # what its first run left in its tensors
 
 
 @dataclass
@@ -63,6 +65,8 @@ class Npu:
     memory_bytes: int = 4 << 30
     repeatable: bool = True  # whether this CANN lets plans run again
     missing: frozenset[str] = frozenset()  # C functions that this CANN lacks
+    stale: frozenset[str] = frozenset()  # operators whose plans do not see new inputs when they run again
+    unsupported: frozenset[str] = frozenset()  # operators that are there and that this device lacks a kernel for
     launches: dict[str, Callable[..., None]] = field(default_factory=dict)  # own kernels by their C name
     fail_at: int | None = None  # the call that fails, by its place in `calls`
 
@@ -72,7 +76,10 @@ class Npu:
         self.broken: list[str] = []  # rules
         self.started = 0
         self.devices: list[int] = []  # that are set
+        self.pinned: dict[int, NDArray[np.uint8]] = {}  # host memory
+        self.staged: list[int] = []  # bytes of copies with other host memory
         self.contexts: set[int] = set()
+        self.deterministic: set[int] = set()  # contexts
         self.streams: dict[int, list[Callable[[], None]]] = {}  # and what they have not done yet
         self.handles: dict[int, Handle] = {}
         self.thread = threading.local()
@@ -149,6 +156,7 @@ class Npu:
         found = list(self.broken)
         found += [f"a {handle.kind} was never destroyed" for handle in self.handles.values() if handle.alive]
         found += [f"{self.memory.used} bytes were never freed"] if self.memory.used else []
+        found += ["pinned memory was never freed" for _ in self.pinned]
         found += [f"stream {stream} was not destroyed" for stream in self.streams]
         found += [f"context {context} was not destroyed" for context in self.contexts]
         return found + [f"device {index} was not reset" for index in self.devices]
@@ -226,6 +234,8 @@ _KINDS = {"tensor": "Tensor", "tensors": "TensorList", "scalar": "Scalar", "inte
 def _plan(npu: Npu, operator: str, arguments: Sequence[Any]) -> int:
     """The first phase: look at the arguments, say how much workspace they need, and make an executor."""
     npu.check_context()
+    if operator in npu.unsupported:
+        return 561003
     *natives, size, executor = arguments
     values: list[Any] = []
     parts: list[Handle] = []
@@ -265,10 +275,21 @@ def _run(npu: Npu, operator: str, workspace: int | None, size: int, executor: in
     def work() -> None:
         if plan.workspace:
             npu.memory.find(workspace or 0, size)[:] = _SCRIBBLE
+        if operator in npu.stale and plan.first is not None:
+            for view, values in plan.first:
+                npu.memory.array(view)[...] = values
+            return
         OPERATORS[operator](*(_array(npu, value) for value in plan.arguments))
+        if operator in npu.stale:
+            plan.first = [(view, npu.memory.array(view).copy()) for view in _written(operator, plan.arguments)]
 
     npu.streams[stream].append(work)
     return 0
+
+
+def _written(operator: str, arguments: list[Any]) -> list[View]:
+    views = [value for value in arguments if isinstance(value, View)]
+    return views[:1] if operator.startswith("aclnnInplace") else views[-OUTPUTS.get(operator, 1) :]
 
 
 def _consume(executor: Handle) -> None:
@@ -335,6 +356,13 @@ class _Runtime:
         self.npu.contexts.remove(context)
         return 0
 
+    def ctx_set_sys_param_opt(self, option: int, value: int) -> int:
+        self.npu.check_context()
+        if (option, value) != (0, 1):
+            raise BrokenRule(f"option {option} becomes {value}")
+        self.npu.deterministic.add(self.npu.thread.context)
+        return 0
+
     def create_stream(self) -> tuple[int, int]:
         self.npu.check_context()
         stream = self.npu.make("stream", None)
@@ -362,6 +390,17 @@ class _Runtime:
         self.npu.memory.free(address)
         return 0
 
+    def malloc_host(self, size: int) -> tuple[int, int]:
+        self.npu.check_context()
+        array = np.zeros(size, np.uint8)
+        self.npu.pinned[array.ctypes.data] = array
+        return array.ctypes.data, 0
+
+    def free_host(self, address: int) -> int:
+        if self.npu.pinned.pop(address, None) is None:
+            raise BrokenRule("what is freed is no pinned memory")
+        return 0
+
     def memset(self, address: int, room: int, value: int, size: int) -> int:
         self.npu.memory.find(address, room)
         self.npu.memory.find(address, size)[:] = value
@@ -374,6 +413,8 @@ class _Runtime:
         device, host = (to, source) if kind == 1 else (source, to)
         if kind not in (1, 2) or self.npu.memory.holds(host):
             raise BrokenRule(f"a copy of kind {kind} within the device")
+        if not any(start <= host < start + len(array) for start, array in self.npu.pinned.items()):
+            self.npu.staged.append(size)
         data = self.npu.memory.find(device, room if kind == 1 else size)
         if kind == 1:
             ctypes.memmove(data.ctypes.data, source, size)
@@ -388,9 +429,21 @@ class _Runtime:
 
 
 _RT = ("set_device", "reset_device", "get_device_count", "create_context", "set_context", "destroy_context")
-_RT += ("create_stream", "destroy_stream", "synchronize_stream", "malloc", "free", "memset", "memcpy", "get_mem_info")
+_RT += (
+    "ctx_set_sys_param_opt",
+    "malloc_host",
+    "free_host",
+    "create_stream",
+    "destroy_stream",
+    "synchronize_stream",
+    "malloc",
+    "free",
+    "memset",
+    "memcpy",
+    "get_mem_info",
+)
 _VALUES = {"get_device_count": 1, "create_context": 1, "create_stream": 1, "malloc": 1, "get_mem_info": 2}
-_VALUES |= {"get_device_capability": 1}
+_VALUES |= {"get_device_capability": 1, "malloc_host": 1}
 
 
 def _acl(npu: Npu) -> SimpleNamespace:

@@ -28,6 +28,8 @@ def mm(x: Array, weights: Array, out: Array, cube_type: int) -> None:
     need(x.ndim == weights.ndim == 2 and cube_type == 0, "Mm: not two matrices in their own type")
     _half(x, weights, out)
     need(out.shape == (len(x), weights.shape[1]), f"Mm: {x.shape} times {weights.shape} is not {out.shape}")
+    # Anything else is copied at each call.
+    need(any(w.flags.c_contiguous for w in (weights, weights.T)), "Mm: a matrix has gaps between its rows")
     out[...] = x.astype(np.float32) @ weights.astype(np.float32)
 
 

@@ -46,13 +46,15 @@ class ScoreInputs:
     unit: NDArray[np.float32]  # (neurons,)
     shift: float
     relu: bool
+    rest: NDArray[np.float16] | None = None  # (neurons,) what a low-bit part adds
 
     @property
     def scores(self) -> NDArray[np.float64]:
         """(neurons,) of these very float16 factors."""
         z = self.z.astype(np.float64)
         z = np.maximum(z, 0) if self.relu else z
-        return self.a[:, : len(z)].astype(np.float64) @ z + self.bias - self.shift * self.unit.astype(np.float64)
+        rest = 0 if self.rest is None else self.rest.astype(np.float64)
+        return self.a[:, : len(z)].astype(np.float64) @ z + rest + self.bias - self.shift * self.unit.astype(np.float64)
 
 
 def score_inputs(predictor: LayerPredictor, x: NDArray[np.float32], shift: float = 0.0) -> ScoreInputs:
@@ -80,9 +82,12 @@ def launch_score(script: Script, inputs: ScoreInputs, blocks: int, order: int = 
     script.buffer("bias", inputs.bias)
     script.buffer("unit", inputs.unit)
     script.buffer("shift", np.array([inputs.shift], np.float32))
+    if inputs.rest is not None:
+        script.buffer("rest", inputs.rest)
     add_list(script, "predicted", neurons, blocks)
     capacity = list_capacity(neurons, blocks)
-    buffers = ("a", "z", "bias", "unit", "shift", "predicted_counts", "predicted")
+    rest = None if inputs.rest is None else "rest"
+    buffers = ("a", "z", "bias", "unit", "shift", rest, "predicted_counts", "predicted")
     script.launch("svd_score", blocks, *buffers, neurons, len(inputs.z), capacity, int(inputs.relu), order=order)
 
 

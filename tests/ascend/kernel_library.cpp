@@ -36,10 +36,11 @@ static uint32_t Run(uint32_t blocks, Kernel kernel)
 }
 
 extern "C" uint32_t aclrtlaunch_svd_score(uint32_t blocks, void*, GM_ADDR a, GM_ADDR z, GM_ADDR bias, GM_ADDR unit,
-    GM_ADDR shift, GM_ADDR counts, GM_ADDR indices, uint32_t neurons, uint32_t rank, uint32_t capacity, uint32_t relu)
+    GM_ADDR shift, GM_ADDR rest, GM_ADDR counts, GM_ADDR indices, uint32_t neurons, uint32_t rank, uint32_t capacity,
+    uint32_t relu)
 {
-    return Run(
-        blocks, [=] { svd_score(a, z, bias, unit, shift, counts, indices, neurons, rank, capacity, relu); });
+    return Run(blocks,
+        [=] { svd_score(a, z, bias, unit, shift, rest, counts, indices, neurons, rank, capacity, relu); });
 }
 
 extern "C" uint32_t aclrtlaunch_svd_gate(uint32_t blocks, void*, GM_ADDR gate, GM_ADDR x, GM_ADDR bias,

@@ -11,9 +11,9 @@ using Run = std::function<void()>;
 static Run RunScore(Arguments& a)
 {
     auto *matrix = a.Address(), *z = a.Address(), *bias = a.Address(), *unit = a.Address(), *shift = a.Address();
-    auto *counts = a.Address(), *indices = a.Address();
+    auto *rest = a.Address(), *counts = a.Address(), *indices = a.Address();
     const uint32_t neurons = a.Integer(), rank = a.Integer(), capacity = a.Integer(), relu = a.Integer();
-    return [=] { svd_score(matrix, z, bias, unit, shift, counts, indices, neurons, rank, capacity, relu); };
+    return [=] { svd_score(matrix, z, bias, unit, shift, rest, counts, indices, neurons, rank, capacity, relu); };
 }
 
 static Run RunGate(Arguments& a)

@@ -132,7 +132,7 @@ def test_fewer_bits_become_float16(make_npu: MakeNpu, weight_format: WeightForma
 def test_decoding_attends_in_one_operator(make_npu: MakeNpu) -> None:
     npu = make_npu()
     check(npu, FUSABLE, [5, 1, 1])
-    assert npu.calls.count(FUSED) == 2 * FUSABLE.layer_count
+    assert npu.calls.count(FUSED) == 2 * FUSABLE.layer_count + 1  # once to try it
     assert npu.calls.count("aclnnSoftmax") == FUSABLE.layer_count  # of the prompt
     without = make_npu(missing=frozenset([FUSED, FUSED + "GetWorkspaceSize"]))
     check(without, FUSABLE, [5, 1, 1])
@@ -154,7 +154,7 @@ def test_a_window_is_seen_by_the_layers_that_have_one(make_npu: MakeNpu) -> None
     config = replace(FUSABLE, sliding_window=7, sliding_window_layers=(1,))
     check(npu, config, [5, 1, 1, 1, 1, 12, 1])
     # Up to 7 tokens the layer with the window sees all, and fuses too: the first two of 5 decode steps.
-    assert npu.calls.count(FUSED) == 5 + 2
+    assert npu.calls.count(FUSED) == 5 + 2 + 1  # once to try it
 
 
 def test_scores_that_do_not_fit_come_in_parts(make_npu: MakeNpu, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,21 +196,23 @@ def test_only_wanted_rows_have_logits(make_npu: MakeNpu) -> None:
 
 
 @pytest.mark.parametrize("name", SPARSE)
-@pytest.mark.parametrize("network", [False, True])
+@pytest.mark.parametrize(("network", "rank", "bits"), [(False, 24, 0), (True, 40, 0), (False, 24, 2), (False, 0, 1)])
 def test_predicted_neurons_are_those_of_the_reference(
-    make_npu: MakeNpu, launches: Launches, name: str, network: bool
+    make_npu: MakeNpu, launches: Launches, name: str, network: bool, rank: int, bits: int
 ) -> None:
     config = SPARSE[name]
-    predictor = make_network(config, 40, -0.1) if network else make_predictor(config, 24, 0, -0.05)
+    predictor = make_network(config, rank, -0.1) if network else make_predictor(config, rank, bits, -0.05)
     tokens = random_tokens(config, 12)
     with executors(make_npu(launches=launches), config, predictor=predictor, ffn="sparse") as (ascend, reference):
         found, expected = (run_in_chunks(e, tokens, [6, 1, 1, 4]) for e in (ascend, reference))
-        # Factors are float16: a score near zero may fall on either side, which changes what it stands for.
-        assert relative_error(found, expected) < 8e-2
+        # Factors are float16: a score near zero may fall on either side, which changes what it stands for. What a
+        # low-bit part reads is not rounded to 8 bits as in the definition: more fall so.
+        assert relative_error(found, expected) < (0.25 if bits else 8e-2)
         assert np.median(np.abs(found - expected)) < BOUND * expected.std()
         counts, wanted = ascend.neuron_counts(), reference.neuron_counts()
         assert counts.total == wanted.total and 0 < counts.predicted < counts.total
-        assert abs(counts.predicted - wanted.predicted) <= 5 and abs(counts.active - wanted.active) <= 5
+        assert abs(counts.predicted - wanted.predicted) <= (15 if bits else 5)
+        assert abs(counts.active - wanted.active) <= (15 if bits else 5)
         ascend.reset_neuron_counts()
         assert ascend.neuron_counts().total == 0
 
@@ -270,7 +272,6 @@ def test_another_predictor_takes_the_place_of_the_first(make_npu: MakeNpu, launc
 @pytest.mark.parametrize(
     ("predictor", "custom_ops", "reason"),
     [
-        (make_predictor(RELU, 8, 2, 0.0), None, "has a low-bit part, which the Ascend kernels lack"),
         (make_predictor(RELU, 8, 0, 0.0), "they were not built", "they were not built"),
     ],
 )

@@ -13,6 +13,7 @@ from model_zoo import make_batch, stored, zoo
 from random_predictors import make_predictor
 
 from svdengine.errors import DeviceError
+from svdengine.kernels.ascend.attention import FUSED
 from svdengine.kernels.ascend.custom_ops import find_kernels
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
@@ -78,11 +79,14 @@ def test_every_call_may_fail(make_npu: MakeNpu, launches: Launches) -> None:
     work(sound)
     assert sound.left() == []
     chosen = chosen_calls(sound.calls)
+    # Attention has a way round the operator that is tried.
+    end = sound.calls.index("memcpy", sound.calls.index(FUSED))
+    tried = range(sound.calls.index("aclCreateTensor"), end + 1)
     assert len({sound.calls[i] for i in chosen}) == len(set(sound.calls)) > 50
     for index in chosen:
         name = sound.calls[index]
         npu = make_npu(launches=launches, fail_at=index)
-        if name in SPARED:
+        if name in SPARED or index in tried:
             work(npu)
             continue
         with pytest.raises(DeviceError) as error:

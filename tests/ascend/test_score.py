@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -111,3 +112,10 @@ def test_a_segment_holds_any_share(blocks: int) -> None:
         units = -(-neurons // 64)
         shares = np.diff(units * np.arange(blocks + 1) // blocks) * 64
         assert shares.max() == list_capacity(neurons, blocks)
+
+
+@pytest.mark.parametrize(("neurons", "blocks"), [(1, 1), (65, 7), (1500, 40)])
+def test_a_low_bit_part_adds_to_the_scores(host_kernels: Path, neurons: int, blocks: int) -> None:
+    inputs = score_inputs(make_predictor(neurons, 40, 30), make_x(40), shift=0.2)
+    rest = np.random.default_rng(2).standard_normal(neurons).astype(np.float16)
+    check(score(host_kernels, replace(inputs, rest=rest), blocks), replace(inputs, rest=rest))

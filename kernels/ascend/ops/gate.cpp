@@ -30,6 +30,7 @@ public:
         pipe_->InitBuffer(neurons_buffer_, CHUNK * sizeof(int32_t));
         pipe_->InitBuffer(gates_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(bias_buffer_, CHUNK * sizeof(float));
+        pipe_->InitBuffer(window_buffer_, WINDOW * sizeof(float));
         AscendC::GlobalTensor<half> input;
         input.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(x), hidden_);
         auto staging = rows_.Work().ReinterpretCast<half>();
@@ -68,7 +69,7 @@ private:
     {
         auto bias = bias_buffer_.Get<float>();
         if (has_bias_) {
-            GatherScalars(bias, bias_, neurons, count);
+            GatherListed(*pipe_, bias, bias_, neurons_, window_buffer_.Get<float>(), neurons, count);
         }
         Sync<AscendC::HardEvent::S_V>(*pipe_);
         AscendC::Duplicate(gates, 0.0f, padded);
@@ -86,7 +87,8 @@ private:
     AscendC::GlobalTensor<half> gate_;   // (neurons, columns)
     AscendC::GlobalTensor<float> bias_;  // (neurons,)
     ListedRows rows_;
-    AscendC::TBuf<AscendC::TPosition::VECCALC> x_buffer_, neurons_buffer_, gates_buffer_, bias_buffer_;
+    AscendC::TBuf<AscendC::TPosition::VECCALC> x_buffer_, neurons_buffer_, gates_buffer_, bias_buffer_,
+        window_buffer_;
 };
 
 // gate: (neurons, hidden padded to 64) float16, the padding zero (of a model without a gate: up); x: (hidden,) float16;

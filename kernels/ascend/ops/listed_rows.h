@@ -2,6 +2,7 @@
 #ifndef SVDENGINE_ASCEND_LISTED_ROWS_H
 #define SVDENGINE_ASCEND_LISTED_ROWS_H
 
+#include "copies.h"
 #include "dots.h"
 #include "kernel_operator.h"
 #include "sizes.h"
@@ -68,12 +69,28 @@ private:
     AscendC::TBuf<AscendC::TPosition::VECCALC> work_buffer_;
 };
 
-// to = the listed entries of a vector in device memory, by the scalar unit. No core may write the vector meanwhile.
-__aicore__ inline void GatherScalars(const AscendC::LocalTensor<float>& to, const AscendC::GlobalTensor<float>& from,
+// to = the listed entries of a vector (size,) in device memory. Neighbours come in one copy: the list ascends, and a
+// scalar read of device memory for each would take longer than the rows. window: (WINDOW,) in UB.
+__aicore__ inline void GatherListed(AscendC::TPipe& pipe, const AscendC::LocalTensor<float>& to,
+    const AscendC::GlobalTensor<float>& from, uint32_t size, const AscendC::LocalTensor<float>& window,
     const AscendC::LocalTensor<int32_t>& neurons, uint32_t count)
 {
-    for (uint32_t i = 0; i < count; ++i) {
-        to.SetValue(i, from.GetValue(static_cast<uint64_t>(neurons.GetValue(i))));
+    uint32_t i = 0;
+    while (i < count) {
+        const uint32_t first = static_cast<uint32_t>(neurons.GetValue(i));
+        const uint32_t last = static_cast<uint32_t>(neurons.GetValue(count - 1)) + 1;
+        const uint32_t held = Smaller(WINDOW, Smaller(last > first ? last : first + 1, size) - first);
+        Sync<AscendC::HardEvent::S_MTE2>(pipe);
+        CopyIn(window, from[first], held);
+        Sync<AscendC::HardEvent::MTE2_S>(pipe);
+        for (; i < count; ++i) {
+            // A list that does not ascend is read one by one, and rightly.
+            const uint32_t at = static_cast<uint32_t>(neurons.GetValue(i)) - first;
+            if (at >= held) {
+                break;
+            }
+            to.SetValue(i, window.GetValue(at));
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 // Predict and compact: score every neuron, and list those whose score is positive.
 //
-//   s = A z + b - shift * unit        z = B x was made by a matrix product before
+//   s = A z + rest + b - shift * unit        z = B x and rest = Q x were made by matrix products before
 //
 // Blocks share the neurons in units of 64, as compares need; a block reads its rows of A one after the other.
 #include "copies.h"
@@ -19,7 +19,7 @@ public:
         : pipe_(pipe), neurons_(neurons), rank_(rank), columns_(RoundUp(rank, LANES))
     {}
 
-    __aicore__ inline void Init(GM_ADDR a, GM_ADDR bias, GM_ADDR unit, GM_ADDR shift)
+    __aicore__ inline void Init(GM_ADDR a, GM_ADDR bias, GM_ADDR unit, GM_ADDR shift, GM_ADDR rest)
     {
         a_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(a), static_cast<uint64_t>(neurons_) * columns_);
         a_.SetL2CacheHint(AscendC::CacheMode::CACHE_MODE_DISABLE);
@@ -35,6 +35,12 @@ public:
         pipe_->InitBuffer(bias_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(unit_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(index_buffer_, CHUNK * sizeof(int32_t));
+        pipe_->InitBuffer(rest_buffer_, CHUNK * sizeof(half));
+        pipe_->InitBuffer(wide_buffer_, CHUNK * sizeof(float));
+        has_rest_ = rest != nullptr;
+        if (has_rest_) {
+            rest_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(rest), neurons_);
+        }
     }
 
     // z = act(B x), float16 in device memory. relu: the predictor has a hidden layer.
@@ -74,6 +80,9 @@ private:
         Sync<AscendC::HardEvent::V_MTE2>(*pipe_);
         CopyIn(bias, bias_[first], count);
         CopyIn(unit, unit_[first], count);
+        if (has_rest_) {
+            CopyIn(rest_buffer_.Get<half>(), rest_[first], count);
+        }
 
         // What pads the last unit is never listed.
         AscendC::Duplicate(scores, -1.0f, padded);
@@ -88,6 +97,13 @@ private:
         VectorBarrier();
         AscendC::Axpy(scores, unit, -shift_, count);
         VectorBarrier();
+        if (has_rest_) {
+            auto wide = wide_buffer_.Get<float>();
+            AscendC::Cast(wide, rest_buffer_.Get<half>(), AscendC::RoundMode::CAST_NONE, count);
+            VectorBarrier();
+            AscendC::Add(scores, scores, wide, count);
+            VectorBarrier();
+        }
         list.Choose(scores, 0.0f, padded);
         list.Append(index, padded);
     }
@@ -106,25 +122,27 @@ private:
     AscendC::TPipe* pipe_;
     uint32_t neurons_, rank_, columns_;
     float shift_ = 0.0f;
+    bool has_rest_ = false;
     AscendC::GlobalTensor<half> a_;             // (neurons, columns)
+    AscendC::GlobalTensor<half> rest_;          // (neurons,)
     AscendC::GlobalTensor<float> bias_, unit_;  // (neurons,)
     AscendC::TQue<AscendC::TPosition::VECIN, 1> rows_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> work_buffer_, z_buffer_, scores_buffer_, bias_buffer_, unit_buffer_,
-        index_buffer_;
+        index_buffer_, rest_buffer_, wide_buffer_;
 };
 
 // a: (neurons, rank padded to 64) float16, the padding zero; z: (rank,) float16; bias, unit: (neurons,) float32, of
-// which bias is minus the thresholds; shift: (1,) float32, the sparsity bias; counts, indices: the list
-// (list_writer.h). relu: 1 where z's ReLU is wanted.
+// which bias is minus the thresholds; shift: (1,) float32, the sparsity bias; rest: (neurons,) float16, what a low-bit
+// part adds to the scores, or null; counts, indices: the list (list_writer.h). relu: 1 where z's ReLU is wanted.
 extern "C" __global__ __aicore__ void svd_score(GM_ADDR a, GM_ADDR z, GM_ADDR bias, GM_ADDR unit, GM_ADDR shift,
-    GM_ADDR counts, GM_ADDR indices, uint32_t neurons, uint32_t rank, uint32_t capacity, uint32_t relu)
+    GM_ADDR rest, GM_ADDR counts, GM_ADDR indices, uint32_t neurons, uint32_t rank, uint32_t capacity, uint32_t relu)
 {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
     AscendC::TPipe pipe;
     ListWriter list;
     list.Init(&pipe, counts, indices, nullptr, capacity);
     Score score(&pipe, neurons, rank);
-    score.Init(a, bias, unit, shift);
+    score.Init(a, bias, unit, shift, rest);
     score.LoadHidden(z, relu != 0);
     score.Run(list);
     list.Finish();

@@ -13,6 +13,7 @@ constexpr uint32_t MAX_PRODUCERS = 64;   // blocks that may have written a list
 constexpr uint32_t MAX_COLUMNS = 8192;   // of a row, padded: more does not fit in UB
 constexpr uint32_t ROW_SLOT = 8192;      // float16 in a slot of listed rows, 16 KB: at least one row
 constexpr uint32_t ROW_SLOTS = 3;        // slots: rows are copied while others are multiplied
+constexpr uint32_t WINDOW = 2048;        // neighbouring entries of a bias that are in UB at once, 8 KB
 constexpr uint32_t MAX_SLOT_ROWS = 128;  // rows in a slot, so that one instruction can repeat over them
 
 __aicore__ inline uint32_t RoundUp(uint32_t n, uint32_t multiple)

@@ -40,6 +40,7 @@ public:
         pipe_->InitBuffer(x_buffer_, columns_ * sizeof(float));
         pipe_->InitBuffer(up_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(bias_buffer_, CHUNK * sizeof(float));
+        pipe_->InitBuffer(window_buffer_, WINDOW * sizeof(float));
         AscendC::GlobalTensor<half> input;
         input.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(x), hidden_);
         auto staging = rows_.Work().ReinterpretCast<half>();
@@ -81,7 +82,7 @@ private:
         auto up = up_buffer_.Get<float>();
         auto bias = bias_buffer_.Get<float>();
         if (has_bias_) {
-            GatherScalars(bias, bias_, neurons, count);
+            GatherListed(*pipe_, bias, bias_, neurons_, window_buffer_.Get<float>(), neurons, count);
         }
         Sync<AscendC::HardEvent::S_V>(*pipe_);
         rows_.Multiply(up, up_, neurons, count, x_buffer_.Get<float>());
@@ -124,7 +125,7 @@ private:
     AscendC::GlobalTensor<float> bias_;      // (neurons,)
     ListedRows rows_;
     AscendC::TBuf<AscendC::TPosition::VECCALC> x_buffer_, sum_buffer_, neurons_buffer_, hidden_buffer_, up_buffer_,
-        bias_buffer_;
+        bias_buffer_, window_buffer_;
 };
 
 // up, down: (neurons, hidden padded to 64) float16, the padding zero; up is null in a model without a gate;

@@ -46,7 +46,7 @@ from svdengine.kernels.cpu.simd import (
     sum_lanes,
     zero_f32,
 )
-from svdengine.kernels.cpu.tile import transpose_words
+from svdengine.kernels.cpu.tile import pack_words
 from svdengine.kernels.formats import WeightFormat
 
 
@@ -277,7 +277,7 @@ def affine_kernels(name: WeightFormat, unpacking: Unpacking) -> FormatKernels:
             for lane in range(PANEL):
                 row = min(first + lane, rows - 1)
                 store_block(staging + 64 * lane, matrix[DATA] + (row * columns + column) // 64 * size)
-            transpose_words(staging, 64, staging + 1024)
+            pack_words(staging, 64, staging + 1024)
             for step in range(16):
                 to = panel + 640 * ((column - start) // 32 + step // 8) + 128 + 64 * (step % 8)
                 store_f32(to, load_f32(staging + 1024 + 64 * step))

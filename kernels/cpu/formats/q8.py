@@ -50,7 +50,7 @@ from svdengine.kernels.cpu.simd import (
     sum_lanes,
     zero_f32,
 )
-from svdengine.kernels.cpu.tile import transpose_words
+from svdengine.kernels.cpu.tile import pack_words
 
 _BIAS = np.float32(BIAS)
 _ZERO = np.float32(0)
@@ -209,7 +209,7 @@ def pack_panel(matrix, first, start, stop, panel, staging):
         for lane in range(PANEL):
             row = min(first + lane, rows - 1)
             copy_biased(staging + 64 * lane, matrix[DATA] + row * columns + column)
-        transpose_words(staging, 64, staging + 1024)
+        pack_words(staging, 64, staging + 1024)
         for step in range(16):
             to = panel + 640 * ((column - start) // 32 + step // 8) + 128 + 64 * (step % 8)
             store_f32(to, load_f32(staging + 1024 + 64 * step))
