@@ -63,13 +63,13 @@ def test_a_gpu_that_was_asked_for_is_missed(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_what_does_not_fit_on_the_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'svdengine[test]'")
-    from svdengine.kernels.cuda import device
+    from svdengine.kernels.cuda import cupy_device, device
     from svdengine.kernels.cuda.memory_split import RESERVE
 
     if not device.SIMULATED:
         pytest.skip("there is a GPU, whose memory is its own")
     monkeypatch.setattr(availability, "find_gpu", lambda: Gpu("a card", 1 << 30, (9, 0)))
-    monkeypatch.setattr(device, "CupyDevice", device.SimulatedDevice)
+    monkeypatch.setattr(cupy_device, "CupyDevice", device.SimulatedDevice)
     with read_model_file(write_tiny_model(tmp_path / "model.svdp")) as model_file:
         whole: Any = create_executor(model_file, device="cuda", context=16, block_count=4)
         assert whole.memory.host == 0 and capsys.readouterr().err == ""
