@@ -31,6 +31,7 @@ from svdengine.kernels.cuda.workspace import BINS, MOST_LISTED, SLICES
 SURVEY_THREADS = 256
 TEMPERATURE, TOP_P, MIN_P, DRAW, INVERSE = range(5)  # rows of the numbers that say how tokens are chosen
 _INFINITY = np.float32(np.inf)
+_SUMS = LIMBS * BINS
 _STEP = np.float32(BINS / LOWEST)
 
 
@@ -103,7 +104,7 @@ def spread(logits, numbers, top_ks, tops, slice_weights, bin_counts, bin_weights
     filled where an order is needed.
     """
     parts = cuda.shared.array(32, types.int64)
-    sums = cuda.shared.array(LIMBS * BINS, types.uint32)
+    sums = cuda.shared.array(_SUMS, types.uint32)
     counts = cuda.shared.array(BINS, types.int32)
     row, part = cuda.blockIdx.y, cuda.blockIdx.x
     if numbers[row] <= 0:
@@ -142,31 +143,30 @@ def spread(logits, numbers, top_ks, tops, slice_weights, bin_counts, bin_weights
 
 @jit(device=True)
 def last_bin(numbers, top_ks, bin_counts, bin_weights, row, rows, size, parts, found):
-    """The last bin with tokens that the filters of a row may keep, in every thread. found: 2 int32, shared."""
+    """The last bin with tokens that the filters of a row may keep, in every thread. found: 1 int32, shared.
+
+    Where top-k keeps some, all of these are needed: top-p is a share of what they weigh.
+    """
     share = (BINS + cuda.blockDim.x - 1) // cuda.blockDim.x
     first = min(cuda.threadIdx.x * share, BINS)
     last = min(first + share, BINS)
-    count = weight = np.int64(0)
-    for i in range(first, last):
-        count += bin_counts[row * BINS + i]
-        weight += bin_weights[row * BINS + i]
-    if cuda.threadIdx.x < 2:
-        found[cuda.threadIdx.x] = np.int32(BINS - 1)
-    counted = scan_block(count, parts)[0]
-    weighed, total = scan_block(weight, parts)
     top_k, top_p = top_ks[row], numbers[TOP_P * rows + row]
-    enough = np.int64(top_p * total) + np.int64(1) if top_p < 1 else total + np.int64(1)
+    counting = 0 < top_k < size
+    own = np.int64(0)
     for i in range(first, last):
-        before = counted
-        counted += bin_counts[row * BINS + i]
-        if 0 < top_k < size and before < top_k <= counted:
-            found[0] = np.int32(i)
-        before = weighed
-        weighed += bin_weights[row * BINS + i]
-        if before < enough <= weighed:
-            found[1] = np.int32(i)
+        own += bin_counts[row * BINS + i] if counting else bin_weights[row * BINS + i]
+    before, total = scan_block(own, parts)
+    enough = np.int64(top_k) if counting else np.int64(top_p * total) + np.int64(1)
+    if cuda.threadIdx.x == 0:
+        found[0] = np.int32(BINS - 1)
     cuda.syncthreads()
-    return min(found[0], found[1])
+    for i in range(first, last):
+        own = np.int64(bin_counts[row * BINS + i]) if counting else bin_weights[row * BINS + i]
+        if before < enough <= before + own:
+            found[0] = np.int32(i)
+        before += own
+    cuda.syncthreads()
+    return found[0]
 
 
 @kernel(
@@ -180,7 +180,7 @@ def gather(logits, numbers, top_ks, tops, bin_counts, bin_weights, listed, candi
     listed: (rows,) how many there are, of which those beyond MOST_LISTED are left out.
     """
     parts = cuda.shared.array(32, types.int64)
-    found = cuda.shared.array(2, types.int32)
+    found = cuda.shared.array(1, types.int32)
     row, part = cuda.blockIdx.y, cuda.blockIdx.x
     if numbers[row] <= 0 or not is_ordered(numbers, top_ks, row, rows, size):
         return

@@ -148,7 +148,7 @@ def draw_unordered(logits, at, size, slice_weights, row, parts, found, largest, 
 @kernel(
     "float32* logits, float64* numbers, int32* top_ks, int64* tops, int64* slice_weights, int32* listed,"
     " int32* candidates, int32* tokens, int32 rows, int32 size, int32 stride",
-    launch_bounds=SAMPLE_THREADS,
+    launch_bounds=(SAMPLE_THREADS, 1),
 )
 def choose(logits, numbers, top_ks, tops, slice_weights, listed, candidates, tokens, rows, size, stride):
     """tokens of logits (rows, stride), of which `size` are the vocabulary's; one block a row (blockIdx.x).

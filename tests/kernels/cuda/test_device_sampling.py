@@ -22,6 +22,10 @@ from svdengine.scheduling.sampler import candidates
 from svdengine.scheduling.sampling import SamplingParams
 
 SIZE, STRIDE = 119, 128
+pytestmark = [  # infinite logits and tiny temperatures are among what is tried
+    pytest.mark.filterwarnings("ignore:overflow encountered"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +110,7 @@ def test_tokens_are_the_definitions(device: Any, fields: dict[str, Any], ties: b
     assert choose(device, logits, [choice_of(params, draw) for draw in draws]) == expected
 
 
-@pytest.mark.filterwarnings("ignore:overflow encountered in scalar divide")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.sampled_from([-1e30, -80.0, -3.0, -0.5, 0.0, 0.25, 0.3, 2.0]), min_size=SIZE, max_size=SIZE),
     st.fixed_dictionaries(
