@@ -113,7 +113,8 @@ class CupyDevice:
 
     def prepare(self, steps: Iterable[Callable[[], None]]) -> None:
         """See Device. What is compiled already comes from the disk."""
-        self._noted = noted = {}
+        noted: dict[str, Kernel] = {}
+        self._noted = noted
         try:
             for step in steps:
                 step()

@@ -49,7 +49,7 @@ def allocate_cache(device: Device, config: ModelConfig, block_count: int, dtype:
 
 def read_blocks(device: Device, cache: KvCache, config: ModelConfig, blocks: Sequence[int]) -> NDArray[Any]:
     """A copy of blocks, as `BlockStore` has it: (blocks, 2, layers, BLOCK_SIZE, kv heads, head_dim)."""
-    found = np.empty((len(blocks), *_block_shape(config)), _numpy_type(cache.dtype))
+    found: NDArray[Any] = np.empty((len(blocks), *_block_shape(config)), _numpy_type(cache.dtype))
     for index, block in enumerate(blocks):
         for which, layer, part in _parts(cache, config, block):
             vectors = device.download(part).reshape(_stored_shape(cache, config))
