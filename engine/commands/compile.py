@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,27 +82,38 @@ def _compile_for_cpus(model: Path | None, isas: tuple[str, ...], root: Path) -> 
 
 
 def _compile_for_cuda(model: Path | None, targets: tuple[str, ...], root: Path) -> None:
-    """The driver is not asked: the machine code is made for a GPU that is not there."""
     if find_spec("numba_cuda") is None:
         raise SvdEngineError('compiling for CUDA needs numba-cuda: pip install "svdengine[cuda]"')
+    from svdengine.kernels.cuda.intrinsics import SIMULATED
+
+    if SIMULATED:
+        raise SvdEngineError("CUDA kernels cannot be compiled while NUMBA_ENABLE_CUDASIM is set")
+    click.echo(compile_cuda_kernels(_cuda_kernels(model), targets, root))
+
+
+def compile_cuda_kernels(kernels: Mapping[str, Kernel], targets: Sequence[str], root: Path) -> Path:
+    """Compile what is missing for each of TARGETS named; returns the folder below `root` that has them.
+
+    The driver is not asked: the GPU need not be there. Raises SvdEngineError where the folder cannot be written.
+    """
     from svdengine.kernels.cuda.compilation import TARGETS, compile_into, folder_name, read_machine_code
 
-    kernels = _cuda_kernels(model)
+    if unknown := [target for target in targets if target not in TARGETS]:
+        raise SvdEngineError(f"found the target {unknown[0]}, expected one of {', '.join(TARGETS)}")
     folder = root / folder_name()
     for target in targets:
         capability = TARGETS[target]
         missing = [k for name, k in kernels.items() if read_machine_code(folder, name, capability) is None]
         if missing:
             click.echo(f"compiling {len(missing)} CUDA kernels for {target} ...", err=True)
-            compile_into(folder, missing, capability, must_keep=True)
-    click.echo(folder)
+            try:
+                compile_into(folder, missing, capability, must_keep=True)
+            except OSError as error:
+                raise SvdEngineError(f"cannot write {folder}: {error.strerror or error}") from error
+    return folder
 
 
 def _cuda_kernels(model: Path | None) -> dict[str, Kernel]:
-    from svdengine.kernels.cuda.intrinsics import SIMULATED
-
-    if SIMULATED:
-        raise SvdEngineError("CUDA kernels cannot be compiled while NUMBA_ENABLE_CUDASIM is set")
     if model is None:
         from svdengine.kernels.cuda.catalogue import all_kernels
 

@@ -13,7 +13,7 @@ from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cuda.device import Array, Gemm, Graph
 from svdengine.kernels.cuda.intrinsics import Kernel
-from svdengine.kernels.executor import FfnMode
+from svdengine.kernels.executor import FfnMode, KvDtype
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor
 from svdengine.models import ModelConfig
@@ -105,7 +105,11 @@ class PlannedDevice:
 
 
 def needed_kernels(
-    config: ModelConfig, arrays: Mapping[str, NDArray], formats: Mapping[str, WeightFormat], predictor: Predictor | None
+    config: ModelConfig,
+    arrays: Mapping[str, NDArray],
+    formats: Mapping[str, WeightFormat],
+    predictor: Predictor | None,
+    kv_dtype: KvDtype = "f16",
 ) -> dict[str, Kernel]:
     """The kernels that a model may launch, by name, on every path of the FFN and with and without cuBLAS."""
     from svdengine.kernels.cuda.executor import CudaExecutor
@@ -114,7 +118,7 @@ def needed_kernels(
     blocks = -(-config.max_position // BLOCK_SIZE)
     for has_blas in (True, False):
         device = PlannedDevice(has_blas)
-        setup = ExecutorSetup(config, arrays, formats, block_count=blocks, predictor=predictor)
+        setup = ExecutorSetup(config, arrays, formats, block_count=blocks, kv_dtype=kv_dtype, predictor=predictor)
         executor = CudaExecutor(setup, device=device)
         modes: tuple[FfnMode, ...] = ("dense", "exact", "sparse")
         for ffn in modes:
