@@ -23,7 +23,10 @@ from fake_cupy import (
     fake_cupy,
 )
 
-from svdengine.errors import DeviceError
+from svdengine.commands.compile import compile_cuda_kernels
+from svdengine.errors import DeviceError, SvdEngineError
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import find_predictor
 from svdengine.kernels import brought_along
 from svdengine.kernels.cuda import compilation, cupy_device
 from svdengine.kernels.cuda.availability import Gpu
@@ -33,6 +36,9 @@ from svdengine.kernels.cuda.description import measured_bandwidth
 from svdengine.kernels.cuda.device import Gemm, SimulatedDevice
 from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
 from svdengine.kernels.cuda.intrinsics import SIMULATED
+from svdengine.kernels.cuda.planned_device import needed_kernels
+from svdengine.tools.first_gpu_parts import small_config
+from svdengine.tools.planted_model import Sparsity, write_planted
 
 pytestmark = pytest.mark.skipif(not SIMULATED, reason="with a GPU the other tests use the real CuPy")
 
@@ -302,3 +308,30 @@ def test_several_kernels_are_compiled_in_threads(compiled: list[Any], monkeypatc
     monkeypatch.setattr(compilation, "default_threads", lambda: 2)
     codes = compilation.machine_codes([add_parts_to_rows, read_words], (8, 0))
     assert codes.keys() == {"add_parts_to_rows", "read_words"}
+
+
+def test_the_command_compiles_what_is_missing_for_a_gpu_that_is_not_there(
+    compiled: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    kernels = {kernel.name: kernel for kernel in (add_parts_to_rows, read_words)}
+    for _ in range(2):
+        folder = compile_cuda_kernels(kernels, ["sm_87", "sm_90a"], tmp_path / "brought")
+    assert folder == tmp_path / "brought" / "of-these-sources" and len(compiled) == 4
+    assert capsys.readouterr().err.count("compiling 2 CUDA kernels for sm_") == 2
+    assert compilation.machine_codes(kernels.values(), (8, 7)).keys() == kernels.keys() and len(compiled) == 4
+    with pytest.raises(SvdEngineError, match="found the target sm_70, expected one of sm_80, sm_86"):
+        compile_cuda_kernels(kernels, ["sm_70"], tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SvdEngineError, match="cannot write"):
+        compile_cuda_kernels(kernels, ["sm_80"], tmp_path / "file")
+
+
+def test_kernels_of_a_model_are_known_without_a_gpu(tmp_path: Path) -> None:
+    """Those that an executor launches are among them."""
+    path = tmp_path / "model.svdp"
+    write_planted(path, small_config(), "q4", Sparsity(rank=64, predicted=0.4, active=0.2))
+    with read_model_file(path) as file:
+        found = needed_kernels(file.config, file.arrays, file.formats, find_predictor(file))
+    for name in ("gemv_q4_1x1", "gate_up_q4", "down_q4", "score_q8_0", "widen_q4", "list_every", "choose", "place_f16"):
+        assert name in found
+    assert any(name.startswith("attention_32_") for name in found) and "gemv_q6_1x1" not in found
