@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
@@ -136,15 +137,18 @@ def _cuda_executor(setup: ExecutorSetup, gpu_memory: int | None) -> BaseExecutor
     gpu = find_gpu()
     if isinstance(gpu, str):  # without the packages the executor cannot even be imported
         raise DeviceError(f"CUDA cannot be used: {gpu}")
-    from svdengine.kernels.cuda.device import CupyDevice
+    from svdengine.kernels.cuda.cupy_device import CupyDevice
     from svdengine.kernels.cuda.executor import CudaExecutor
 
     device = CupyDevice()
     try:
         executor = CudaExecutor(setup, device=device, gpu_memory=gpu_memory, host_memory=usable_memory())
-    except BaseException:
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # they hold what was copied to the GPU so far
         device.close()
         raise
+    if device.without_blas:
+        print(f"prompts are read slower than they could be: {device.without_blas}", file=sys.stderr)
     if executor.memory.host:
         print(executor.memory.describe(), file=sys.stderr)
     return executor

@@ -76,7 +76,7 @@ def _measure(options: Any) -> str:
     gpu = find_gpu()
     if isinstance(gpu, str):  # without the packages the kernels cannot even be imported
         raise DeviceError(f"CUDA cannot be used: {gpu}")
-    from svdengine.kernels.cuda.device import CupyDevice
+    from svdengine.kernels.cuda.cupy_device import CupyDevice
     from svdengine.tools.cuda_kernel_timings import Shape, time_kernels
 
     described, device = describe_gpus()[0], CupyDevice()

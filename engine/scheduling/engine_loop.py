@@ -100,6 +100,17 @@ class Engine:
         self._steps: Counter[FfnPath] = Counter()
         self._rows: Counter[FfnPath] = Counter()
 
+    @property
+    def executor(self) -> Executor:
+        """What runs steps."""
+        return self._executor
+
+    @executor.setter
+    def executor(self, executor: Executor) -> None:
+        # What it offers is asked once: of a protocol that takes longer than much else that a step does on the host.
+        self._executor = executor
+        self._sampling = executor if isinstance(executor, SamplingExecutor) else None
+
     def add(self, request: Request) -> None:
         """Queue a request; it is `done` after some steps. Raises ContextOverflowError when the pool cannot hold it."""
         self.scheduler.add(request.sequence)
@@ -201,10 +212,10 @@ class Engine:
     def _logits_or_tokens(self, step: Step) -> Outputs:
         """Run a step. An executor that can chooses the tokens of those requests that leave it to do so."""
         rows = len(step.batch.logit_rows)
-        if isinstance(self.executor, SamplingExecutor):
+        if self._sampling is not None:
             choices = [c for chunk in step.chunks for c in self._choices(chunk)]
             if any(choice is not None for choice in choices):
-                return Outputs(choices, *self.executor.forward_and_sample(step.batch, choices))
+                return Outputs(choices, *self._sampling.forward_and_sample(step.batch, choices))
         return Outputs([None] * rows, np.empty(0, np.int32), self.executor.forward(step.batch))
 
     def _choices(self, chunk: Chunk) -> list[Choice | None]:

@@ -65,10 +65,11 @@ def draft_tokens(executor: Executor, sequence: Sequence, count: int, done: Calla
     after each step. The executor's `ffn` is as before afterwards, whatever happens.
     """
     draft: list[int] = []
+    sampling = executor if isinstance(executor, SamplingExecutor) else None  # asked once: it takes long
     with _sparse(executor):
         for i in range(count):
             batch = _one_row((sequence.tokens[-1:] + draft)[-1], sequence.cached + i, sequence)
-            token = _likeliest(executor, batch)
+            token = _likeliest(executor, sampling, batch)
             done()
             if token == NOT_FINITE:  # the exact step will tell
                 break
@@ -76,9 +77,9 @@ def draft_tokens(executor: Executor, sequence: Sequence, count: int, done: Calla
     return draft
 
 
-def _likeliest(executor: Executor, batch: Batch) -> int:
-    if isinstance(executor, SamplingExecutor):
-        return int(executor.forward_and_sample(batch, [_LIKELIEST])[0][0])
+def _likeliest(executor: Executor, sampling: SamplingExecutor | None, batch: Batch) -> int:
+    if sampling is not None:
+        return int(sampling.forward_and_sample(batch, [_LIKELIEST])[0][0])
     return int(executor.forward(batch)[0].argmax())
 
 

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 
+from svdengine.kernels.brought_along import folders_brought_along
 from svdengine.kernels.cpu.isa import target_of
 from svdengine.kernels.user_cache import user_cache_directory
 
-ENVIRONMENT = "SVDENGINE_KERNELS"  # folders that `svdengine compile -o` made, separated as those of PATH
-PACKAGE = "svdengine_kernels"  # an installed package that is such a folder
 _HEADER = b"svdengine kernels 1\n"
 
 # What compiled code takes from outside this folder, as constants: the formats' codes, sizes of blocks.
@@ -64,7 +61,7 @@ def user_folder(isa: str) -> Path:
 
 def find_kernels(part: str, isa: str) -> bytes | None:
     """Object code of a part, from what was brought along or the user's cache."""
-    for folder in _brought_along():
+    for folder in folders_brought_along():
         if (code := read_kernels(folder / folder_name(isa), part)) is not None:
             return code
     return read_kernels(user_folder(isa), part)
@@ -91,12 +88,3 @@ def write_kernels(folder: Path, part: str, code: bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def _brought_along() -> Iterator[Path]:
-    for folder in os.environ.get(ENVIRONMENT, "").split(os.pathsep):
-        if folder:
-            yield Path(folder)
-    spec = find_spec(PACKAGE)
-    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
-        yield Path(folder)

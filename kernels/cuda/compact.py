@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 from numba import cuda
-from numba.cuda import types
 
 from svdengine.kernels.cuda.intrinsics import FULL, jit, kernel, lane_index, warp_index
 from svdengine.kernels.cuda.workspace import COUNTS, PREDICTED, TOTAL
 
 COMPACT_THREADS = 1024
-_ZERO = np.float32(0)
 
 
 @jit(device=True)
@@ -26,28 +24,21 @@ def below(mask, lane):
 
 
 @jit(device=True)
-def is_positive(scores, at, i, end):
-    """Whether item i of the row that begins at `at` is positive; past the end it is not."""
-    return i < end and scores[at + i] > _ZERO
+def list_masked(masks, at, words, listed, to, found):
+    """List, from `to` on, the numbers of the bits that are set in `words` words of `masks` from `at`; returns how many.
 
-
-@kernel("float32* scores, int32* neurons, int32* lengths, int64* counts, int32 size, int32 stride")
-def list_positive(scores, neurons, lengths, counts, size, stride):
-    """List the positive ones of `size` scores of a row (blockIdx.x), by one block of whole warps.
-
-    scores, neurons: rows of `stride` items. lengths: (rows,). counts: (rows, COUNTS), to which predicted and all
-    neurons are added. A NaN is not positive.
+    By a block of whole warps, with `found`: MOST_WARPS int32 in shared memory. Each warp has a stretch of the words: it
+    counts, learns how many come before, then writes.
     """
-    found = cuda.shared.array(32, types.int32)
     lane, warp, warps = lane_index(), warp_index(), cuda.blockDim.x >> 5
-    at = cuda.blockIdx.x * stride
-    # Each warp has a stretch of the row: it counts, learns how many come before, then writes.
-    stretch = (size + 32 * warps - 1) // (32 * warps) * 32
-    first = warp * stretch
-    end = min(first + stretch, size)
+    stretch = (words + warps - 1) // warps
+    first = min(warp * stretch, words)
+    end = min(first + stretch, words)
     count = np.int32(0)
-    for i in range(first, end, 32):
-        count = np.int32(count + cuda.popc(ballot(is_positive(scores, at, i + lane, end))))
+    for w in range(first + lane, end, 32):
+        count = np.int32(count + cuda.popc(masks[at + w]))
+    for k in range(5):
+        count = np.int32(count + cuda.shfl_xor_sync(FULL, count, 1 << k))
     if lane == 0:
         found[warp] = count
     cuda.syncthreads()
@@ -56,19 +47,24 @@ def list_positive(scores, neurons, lengths, counts, size, stride):
     for w in range(warps):
         before = np.int32(before + (found[w] if w < warp else 0))
         total = np.int32(total + found[w])
-    for i in range(first, end, 32):
-        positive = is_positive(scores, at, i + lane, end)
-        mask = ballot(positive)
-        if positive:
-            neurons[at + before + below(mask, lane)] = i + lane
+    for w in range(first, end):
+        mask = masks[at + w]
+        if np.uint32(mask >> np.uint32(lane)) & np.uint32(1):
+            listed[to + before + below(mask, lane)] = np.int32(32 * w + lane)
         before = np.int32(before + cuda.popc(mask))
-    if cuda.threadIdx.x == 0:
-        set_length(lengths, counts, cuda.blockIdx.x, total, size)
+    return total
 
 
-@kernel("int32* neurons, int32* lengths, int64* counts, int32 size, int32 stride")
+@kernel(
+    "int32* neurons, int32* lengths, int64* counts, int32 size, int32 stride",
+    launch_bounds=COMPACT_THREADS,
+)
 def list_every(neurons, lengths, counts, size, stride):
-    """List all `size` neurons for a row (blockIdx.y); arguments are those of `list_positive`."""
+    """List all `size` neurons for each row (blockIdx.y).
+
+    neurons: rows of `stride` items. lengths: (rows,). counts: (rows, COUNTS), to which predicted and all neurons are
+    added.
+    """
     i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if i < size:
         neurons[cuda.blockIdx.y * stride + i] = i

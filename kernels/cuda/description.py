@@ -68,7 +68,7 @@ def _peak_bandwidth(runtime: Any, index: int) -> float | None:
 def measured_bandwidth(index: int = 0) -> float:
     """Read bandwidth of a GPU's memory in GB/s. Raises DeviceError where the GPU cannot be used after all."""
     from svdengine.kernels.cuda.bandwidth import read_bandwidth
-    from svdengine.kernels.cuda.device import CupyDevice
+    from svdengine.kernels.cuda.cupy_device import CupyDevice
 
     device = CupyDevice(index)
     try:

@@ -1,14 +1,13 @@
-"""What a step needs of a device: memory, launches, and recorded steps. A GPU through CuPy, or Numba's simulator.
+"""What a step needs of a device: memory, launches, and recorded steps. And Numba's simulator as one, for tests.
 
-Arrays are flat. A kernel's parameters say what it reads an array as, so that float32 may be read as uint32 words.
+Arrays are flat. A kernel's parameters say what it reads an array as, so that float32 may be read as uint32 words. A GPU
+is kernels/cuda/cupy_device.py.
 """
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,13 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda.availability import find_gpu
-from svdengine.kernels.cuda.compilation import machine_code, target_of
 from svdengine.kernels.cuda.intrinsics import SIMULATED, Kernel
 
 Array = Any  # flat, on the device; slices and views of it are arrays too
 Graph = Any  # a recorded step
-_DEFAULT_ALGORITHM = -1  # cuBLAS chooses
 
 
 @dataclass(frozen=True)
@@ -45,6 +41,7 @@ class Device(Protocol):
 
     name: str
     has_blas: bool  # whether `gemm` works
+    without_blas: str  # why it does not, where it should
 
     def zeros(self, size: int, dtype: Any) -> Array:
         """A flat array of zeros. Raises DeviceError when memory runs out."""
@@ -61,12 +58,19 @@ class Device(Protocol):
         """
         ...
 
+    def staging(self, size: int, dtype: Any) -> NDArray:
+        """A flat host array of zeros that is copied from and to fastest.
+
+        What is written from it must not change until the device has done it.
+        """
+        ...
+
     def write(self, to: Array, values: NDArray) -> None:
         """Copy a host array to the beginning of a device array of the same type."""
         ...
 
-    def download(self, array: Array) -> NDArray:
-        """A host copy of a device array, once all work before it is done."""
+    def download(self, array: Array, to: NDArray | None = None) -> NDArray:
+        """A host copy of a device array, once all work before it is done: new, or at the beginning of `to`."""
         ...
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
@@ -75,6 +79,13 @@ class Device(Protocol):
 
     def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
         """A product by the vendor's library: weights and x both float16 or both float32, y float32."""
+        ...
+
+    def prepare(self, steps: Iterable[Callable[[], None]]) -> None:
+        """Have the machine code of the kernels that `steps` launch, which are not run.
+
+        What is compiled for the first time on a machine takes seconds, so that is better done before a user waits.
+        """
         ...
 
     def record(self, step: Callable[[], None]) -> Graph:
@@ -113,11 +124,12 @@ class SimulatedDevice:
     def __init__(self, memory: int = 1 << 30, has_blas: bool = False) -> None:
         if not SIMULATED:
             raise DeviceError("the simulator needs NUMBA_ENABLE_CUDASIM=1")
-        self._memory, self._recorded, self.has_blas = memory, None, has_blas
+        self._memory, self.has_blas, self.without_blas = memory, has_blas, ""
         self.pinned = 0  # bytes of host memory
         self.launches = 0  # how many were asked for: replays count, and recordings do not
+        self.prepared: set[str] = set()  # names of kernels
 
-    _recorded: list[tuple[Any, ...]] | None
+    _recorded: list[tuple[Any, ...]] | None = None
 
     def zeros(self, size: int, dtype: Any) -> Array:
         """See Device."""
@@ -135,14 +147,20 @@ class SimulatedDevice:
         self.pinned += array.nbytes
         return array.reshape(-1).copy()
 
+    def staging(self, size: int, dtype: Any) -> NDArray:
+        """See Device."""
+        found: NDArray = np.zeros(size, dtype)
+        return found
+
     def write(self, to: Array, values: NDArray) -> None:
         """See Device."""
         assert to.dtype == values.dtype
         to[: values.size] = values.reshape(-1)
 
-    def download(self, array: Array) -> NDArray:
+    def download(self, array: Array, to: NDArray | None = None) -> NDArray:
         """See Device."""
-        copy: NDArray = array.copy()
+        copy: NDArray = np.empty(array.size, array.dtype) if to is None else to[: array.size]
+        copy[:] = array
         return copy
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
@@ -155,6 +173,8 @@ class SimulatedDevice:
 
     def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
         """See Device; by NumPy."""
+        if self._recorded is not None:  # by `prepare`: a step with products of the library is not recorded otherwise
+            return
         items = (gemm.columns if gemm.transposed else gemm.rows) * gemm.weight_stride
         w = weights[:items].astype(np.float32).reshape(-1, gemm.weight_stride)
         w = w[:, : gemm.rows].T if gemm.transposed else w[:, : gemm.columns]
@@ -162,6 +182,11 @@ class SimulatedDevice:
         for row, values in enumerate(np.float32(gemm.factor) * (a @ w.T)):
             at = row * gemm.y_stride
             y[at : at + gemm.rows] = values + (y[at : at + gemm.rows] if gemm.add else 0)
+
+    def prepare(self, steps: Iterable[Callable[[], None]]) -> None:
+        """See Device; nothing is compiled."""
+        for step in steps:
+            self.prepared |= {launch[0].name for launch in self.record(step)}
 
     def record(self, step: Callable[[], None]) -> Graph:
         """See Device."""
@@ -203,162 +228,3 @@ def _simulated(kind: str, value: Any) -> Any:
     if kind.endswith("*"):
         return value.view(kind[:-1])
     return np.dtype(kind).type(value)
-
-
-class CupyDevice:
-    """A GPU: CuPy's memory, stream and graphs, and kernels that Numba compiled. DeviceError: no usable GPU.
-
-    Launches go from Numba's machine code through CuPy, since Numba's own take longer than most kernels run.
-    """
-
-    name = "cuda"
-
-    def __init__(self, index: int = 0) -> None:
-        gpu = find_gpu(index)
-        if isinstance(gpu, str):
-            raise DeviceError(f"CUDA cannot be used: {gpu}")
-        if SIMULATED:
-            raise DeviceError("CUDA cannot be used while NUMBA_ENABLE_CUDASIM is set")
-        import cupy
-
-        self.gpu, self._cupy, self._index = gpu, cupy, index
-        self._functions: dict[str, Any] = {}
-        self._modules: list[Any] = []
-        with cupy.cuda.Device(index):
-            self._stream = cupy.cuda.Stream(non_blocking=True)
-        self.has_blas = _has_cublas()
-
-    def zeros(self, size: int, dtype: Any) -> Array:
-        """See Device."""
-        with self._used():
-            try:
-                return self._cupy.zeros(size, dtype)
-            except self._cupy.cuda.memory.OutOfMemoryError as error:
-                raise DeviceError(f"the GPU has no room for {size * np.dtype(dtype).itemsize} more bytes") from error
-
-    def upload(self, array: NDArray) -> Array:
-        """See Device."""
-        to = self.zeros(array.size, array.dtype)
-        self.write(to, array)
-        return to
-
-    def pin(self, array: NDArray) -> Array:
-        """See Device. Page-locked memory has the same address for kernels as for the host."""
-        values, cuda = np.ascontiguousarray(array).reshape(-1), self._cupy.cuda
-        with self._used():
-            try:
-                memory = cuda.PinnedMemory(values.nbytes)
-            except cuda.runtime.CUDARuntimeError as error:
-                size = f"{values.nbytes / 2**20:.1f} MiB"
-                raise DeviceError(f"the system refuses to lock {size} more of its memory: {error}") from error
-            ctypes.memmove(memory.ptr, values.ctypes.data, values.nbytes)
-            owned = cuda.UnownedMemory(memory.ptr, values.nbytes, memory, self._index)
-            return self._cupy.ndarray(values.size, values.dtype, cuda.MemoryPointer(owned, 0))
-
-    def write(self, to: Array, values: NDArray) -> None:
-        """See Device."""
-        with self._used():
-            to[: values.size].set(np.ascontiguousarray(values).reshape(-1), stream=self._stream)
-
-    def download(self, array: Array) -> NDArray:
-        """See Device."""
-        with self._used():
-            found: NDArray = array.get(stream=self._stream)
-        return found
-
-    def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
-        """See Device."""
-        function = self._functions.get(kernel.name) or self._load(kernel)
-        values = tuple(
-            value if kind.endswith("*") else np.dtype(kind).type(value)
-            for kind, value in zip(kernel.parameters, arguments, strict=True)
-        )
-        with self._used():
-            function(grid, (threads,), values, stream=self._stream)
-
-    def gemm(self, weights: Array, x: Array, y: Array, gemm: Gemm) -> None:
-        """See Device; by cuBLAS, whose matrices are column-major: it sees the transposes of ours."""
-        from cupy_backends.cuda.libs import cublas
-
-        runtime = self._cupy.cuda.runtime
-        kind = runtime.CUDA_R_16F if weights.dtype == np.float16 else runtime.CUDA_R_32F
-        alpha, beta = np.array([gemm.factor], np.float32), np.array([float(gemm.add)], np.float32)
-        with self._used():
-            cublas.gemmEx(
-                self._cupy.cuda.get_cublas_handle(),
-                cublas.CUBLAS_OP_N if gemm.transposed else cublas.CUBLAS_OP_T, cublas.CUBLAS_OP_N,
-                gemm.rows, gemm.n, gemm.columns,
-                alpha.ctypes.data, weights.data.ptr, kind, gemm.weight_stride, x.data.ptr, kind, gemm.x_stride,
-                beta.ctypes.data, y.data.ptr, runtime.CUDA_R_32F, gemm.y_stride,
-                cublas.CUBLAS_COMPUTE_32F, _DEFAULT_ALGORITHM,
-            )  # fmt: skip
-
-    def record(self, step: Callable[[], None]) -> Graph:
-        """See Device."""
-        with self._used():
-            self._stream.begin_capture()
-            try:
-                step()
-            finally:
-                graph = self._stream.end_capture()  # also when a launch failed: the stream must come back
-            graph.upload(self._stream)
-        return graph
-
-    def replay(self, graph: Graph) -> None:
-        """See Device."""
-        with self._used():
-            graph.launch(self._stream)
-
-    def seconds(self, work: Callable[[], None]) -> float:
-        """See Device; between two events of the stream."""
-        with self._used():
-            start, end = self._cupy.cuda.Event(), self._cupy.cuda.Event()
-            start.record(self._stream)
-            work()
-            end.record(self._stream)
-            end.synchronize()
-            return float(self._cupy.cuda.get_elapsed_time(start, end)) / 1e3
-
-    def free_bytes(self) -> int:
-        """See Device."""
-        with self._used():
-            free = self._cupy.cuda.runtime.memGetInfo()[0] + self._cupy.get_default_memory_pool().free_bytes()
-        return int(free)
-
-    def synchronize(self) -> None:
-        """See Device."""
-        self._stream.synchronize()
-
-    def close(self) -> None:
-        """See Device. Arrays are freed with their last reference; here what CuPy keeps of them for reuse is."""
-        self._functions.clear()
-        self._modules.clear()
-        with self._used():
-            self._stream.synchronize()
-            self._cupy.get_default_memory_pool().free_all_blocks()
-
-    @contextmanager
-    def _used(self) -> Iterator[None]:
-        """This device and stream are this thread's current ones."""
-        with self._cupy.cuda.Device(self._index), self._stream:
-            yield
-
-    def _load(self, kernel: Kernel) -> Any:
-        """A kernel's function, compiled or read from the disk."""
-        entry, cubin = machine_code(kernel, target_of(*self.gpu.capability))
-        with self._used():
-            module = self._cupy.cuda.function.Module()
-            module.load(cubin)
-            function = module.get_function(entry)
-        self._modules.append(module)
-        self._functions[kernel.name] = function
-        return function
-
-
-def _has_cublas() -> bool:
-    """Whether cuBLAS is installed: without it own kernels do its work, slower."""
-    try:
-        from cupy_backends.cuda.libs import cublas
-    except ImportError:
-        return False
-    return hasattr(cublas, "gemmEx")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,13 +15,14 @@ from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
-from svdengine.kernels.cuda.device import Device, Graph
+from svdengine.kernels.cuda.device import Array, Device, Graph
 from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
-from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token
-from svdengine.kernels.cuda.memory_split import split_memory
+from svdengine.kernels.cuda.half_copies import copy_items
+from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token, read_blocks, write_blocks
+from svdengine.kernels.cuda.memory_split import MemorySplit, split_memory
 from svdengine.kernels.cuda.model import build_model, place_predictor
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
-from svdengine.kernels.cuda.step import Keep, Shape, State, ffn, run_step
+from svdengine.kernels.cuda.step import Keep, Sample, Shape, State, ffn, run_step
 from svdengine.kernels.cuda.workspace import (
     ACTIVE,
     COUNTS,
@@ -26,13 +30,12 @@ from svdengine.kernels.cuda.workspace import (
     TOTAL,
     Sizes,
     allocate_workspace,
+    inputs_size,
     pack_inputs,
     workspace_bytes,
 )
 from svdengine.kernels.executor import Choice, FfnPath, Logits, NeuronCounts
-from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.predictor import Predictor
-from svdengine.models import ModelConfig, tensor_specs
 
 _FEW_ROWS = 8  # up to which every row attends alone, so that a step's launches depend on its size only
 
@@ -64,18 +67,10 @@ class CudaExecutor(BaseExecutor):
                 " cpu"
             )
         self.kv_bytes_per_token = kv_bytes_per_token(config, setup.kv_dtype)
-        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
-        copies = _copy_items(config, self.max_batch_rows) if device.has_blas else (0, 0)
         free = device.free_bytes()
-        self.memory = split_memory(
-            config,
-            setup.arrays,
-            setup.predictor,
-            cache=cache_bytes,
-            buffers=workspace_bytes(sizes) + 2 * sum(copies),
-            available=free if gpu_memory is None else min(free, gpu_memory),
-            host_available=host_memory,
-        )
+        available = free if gpu_memory is None else min(free, gpu_memory)
+        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
+        self.memory, copies = _plan(setup, sizes, device.has_blas, cache_bytes, available, host_memory)
         # Layers that are split differ in what they read over the bus, so all of them are measured.
         self._measured_layers = config.layer_count if self.memory.splits else None
         self._state = State(
@@ -88,7 +83,15 @@ class CudaExecutor(BaseExecutor):
         self._graphs: dict[Shape, Graph | None] = {}
         self._latest_rows = 0  # of the step that ran last
         self._known_counts: NeuronCounts | None = None  # what the device has counted, where that is known
+        self._staged = device.staging(inputs_size(sizes), np.int32)  # what is written to work.inputs
+        self._is_staged = False  # whether the device may still have to read it
+        self._tokens = device.staging(sizes.rows, np.int32)  # where work.chosen goes
         self.predictor = setup.predictor
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Have the machine code of what steps need as things stand; it is made when something is missing only."""
+        self._state.device.prepare(self._steps_to_come())
 
     def forward(self, batch: Batch) -> Logits:
         """Run one step; see `Executor`. Raises ValueError for a batch that breaks the rules of `Batch`."""
@@ -102,7 +105,7 @@ class CudaExecutor(BaseExecutor):
             raise ValueError(f"{len(choices)} choices for {len(batch.logit_rows)} rows of logits")
         shape = self._load(batch, choices)
         self._run(shape)
-        tokens: NDArray[np.int32] = self._state.device.download(self._state.work.chosen[: shape.wanted])
+        tokens: NDArray[np.int32] = self._fetch(self._state.work.chosen[: shape.wanted], self._tokens).copy()
         rows = [self._logits(row, row + 1) for row, choice in enumerate(choices) if choice is None]
         return tokens, np.concatenate([np.empty((0, self.config.vocab_size), np.float32), *rows])
 
@@ -110,19 +113,35 @@ class CudaExecutor(BaseExecutor):
         """See `HiddenStates`. The residual stream comes to the host, and is normed there."""
         self._check_open()
         stride, n = self._state.work.sizes.hidden, self._latest_rows
-        residual = self._state.device.download(self._state.work.x[: n * stride]).reshape(n, stride)
+        residual = self._fetch(self._state.work.x[: n * stride]).reshape(n, stride)
         return self._normed(residual[:, : self.config.hidden_size])
+
+    def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
+        """See `BlockStore`."""
+        self._check_open()
+        return read_blocks(self._state.device, self._state.cache, self.config, blocks)
+
+    def write_blocks(self, blocks: Sequence[int], data: NDArray[Any]) -> None:
+        """See `BlockStore`. Raises ValueError for data of another shape or type."""
+        self._check_open()
+        write_blocks(self._state.device, self._state.cache, self.config, blocks, data)
+
+    def _fetch(self, array: Array, to: NDArray | None = None) -> NDArray:
+        """A host copy of what steps left, once they are done."""
+        found = self._state.device.download(array, to)
+        self._is_staged &= not found.size
+        return found
 
     def _logits(self, first: int, end: int) -> Logits:
         """Some of the rows with logits."""
         stride = self._state.work.sizes.logits
-        found: Logits = self._state.device.download(self._state.work.logits[first * stride : end * stride])
+        found: Logits = self._fetch(self._state.work.logits[first * stride : end * stride])
         return found.reshape(-1, stride)[:, : self.config.vocab_size]
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         if self._known_counts is None:
-            counts = self._state.device.download(self._state.work.counts).reshape(-1, COUNTS).sum(0)
+            counts = self._fetch(self._state.work.counts).reshape(-1, COUNTS).sum(0)
             self._known_counts = NeuronCounts(*map(int, counts))
         return self._known_counts
 
@@ -165,9 +184,12 @@ class CudaExecutor(BaseExecutor):
         return found
 
     def _release(self) -> None:
+        device = self._state.device
+        with suppress(DeviceError):  # where the GPU has stopped, a step has said so
+            device.synchronize()  # nothing may still use what goes now
         self._graphs.clear()
-        self._state.device.close()
-        del self._state, self._placed
+        del self._state, self._placed, self._staged, self._tokens
+        device.close()  # which gives back only what nobody refers to
 
     def _run(self, shape: Shape, keep: Keep | None = None) -> None:
         """Run a step: its first time as launches, which compiles what it needs, from then on as a graph."""
@@ -206,9 +228,35 @@ class CudaExecutor(BaseExecutor):
             values["sparsity_bias"] = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
         if choices:
             values["choice_numbers"], values["choice_top_k"] = pack_choices(choices, work.sizes.rows)
-        device.write(work.inputs, pack_inputs(work.sizes, values))
+        if self._is_staged:
+            device.synchronize()
+        device.write(work.inputs, pack_inputs(work.sizes, values, self._staged))
+        self._is_staged = True
         self._latest_rows = n
-        return Shape(n, wanted, len(tiles), most, self.ffn_path(n), sample=any(c is not None for c in choices))
+        return Shape(n, wanted, len(tiles), most, self.ffn_path(n), sample=_sample_of(choices))
+
+    def _steps_to_come(self) -> Iterator[Callable[[], None]]:
+        """Steps of the kinds that launch different kernels."""
+        config, most = self.config, self.max_batch_rows
+        rows = tile_rows(config.head_count // config.kv_head_count, config.head_dim)
+        sizes = {1, 2, 3, _FEW_ROWS, _FEW_ROWS + 1, LIBRARY_ROWS - 1, LIBRARY_ROWS, most}
+        shapes = {
+            Shape(n, n, -(-n // tile), tile, path, sample="drawn")
+            for n in sizes
+            if n <= most
+            for tile in {1, 1 if n <= _FEW_ROWS else rows}
+            for path in self._paths()
+        }
+        for shape in shapes:
+            yield partial(run_step, self._state, self._placed, shape)
+
+    def _paths(self) -> tuple[FfnPath, ...]:
+        """How steps may run their FFNs as things stand."""
+        if not self._can_skip or self.ffn == "dense":
+            return ("dense",)
+        if self.predictor is None or self.ffn == "exact":
+            return ("dense", "skip_zeros")
+        return ("predict",) if self.ffn == "sparse" else ("dense", "skip_zeros", "predict")
 
     def _note_counting(self, path: FfnPath) -> None:
         """Neurons are about to be counted, unless the path is dense."""
@@ -224,9 +272,30 @@ def _is_recorded(shape: Shape) -> bool:
     return shape.n < LIBRARY_ROWS and shape.tiles == shape.n == shape.wanted
 
 
-def _copy_items(config: ModelConfig, rows: int) -> tuple[int, int]:
-    """Items of the library's copies: of the largest matrix, and of the widest activations."""
-    shapes = [spec.shape[-2:] for spec in tensor_specs(config) if spec.matrix]
-    joined = 3 * max(r * padded_columns(c) for r, c in shapes[1:-1] or shapes)  # q, k and v, or gate and up, as one
-    single = max(r * padded_columns(c) for r, c in shapes)
-    return max(joined, single), rows * padded_columns(max(max(shape) for shape in shapes))
+def _sample_of(choices: Sequence[Choice | None]) -> Sample:
+    """What has to be launched for these choices."""
+    if any(choice is not None and choice.temperature > 0 for choice in choices):
+        return "drawn"
+    return "likeliest" if any(choice is not None for choice in choices) else ""
+
+
+def _plan(
+    setup: ExecutorSetup, sizes: Sizes, has_blas: bool, cache: int, available: int, host_available: int | None
+) -> tuple[MemorySplit, tuple[int, int]]:
+    """Where the model lies, and items of the library's copies, which are larger where the FFN is split."""
+    for split in (False, True):
+        copies = (0, 0)
+        if has_blas and sizes.rows >= LIBRARY_ROWS:
+            copies = copy_items(setup.config, setup.formats, sizes, split)
+        memory = split_memory(
+            setup.config,
+            setup.arrays,
+            setup.predictor,
+            cache=cache,
+            buffers=workspace_bytes(sizes) + 2 * sum(copies),
+            available=available,
+            host_available=host_available,
+        )
+        if not memory.splits:
+            break
+    return memory, copies

@@ -1,9 +1,9 @@
 """Sampling on the device: temperature, top-k, top-p and min-p as scheduling/sampler.py defines them, or greedily.
 
-No row is sorted. Tokens are ordered by logit, ties by token id, and those that a filter keeps are the first of that
-order: all above a key, and some of those on it. Such a key is found digit by digit, from a histogram of the digit over
-the tokens whose earlier digits match. What is added up are integers, a token's weight in steps of 1 / SCALE, so that
-sums do not depend on the order of threads. One block samples a row; random numbers come from the host.
+Many blocks survey the vocabulary (kernels/cuda/sample_survey.py). Then one block a row takes the likeliest token, or
+draws one: without top-k and top-p from the slice of the vocabulary on which the random number falls, and otherwise from
+the tokens that a filter may keep, sorted. Where these are too many it reads the whole row (sample_whole.py). Random
+numbers come from the host. What is added up are integers (sample_weights.py), so no order of threads shows.
 """
 
 from __future__ import annotations
@@ -17,283 +17,222 @@ from numba.cuda import types
 from numpy.typing import NDArray
 
 from svdengine.kernels.cuda.device import Device
-from svdengine.kernels.cuda.intrinsics import FULL, as_float, as_word, block_max, jit, kernel, lane_index, warp_index
-from svdengine.kernels.cuda.workspace import CHOICE_NUMBERS, Workspace
+from svdengine.kernels.cuda.intrinsics import jit, kernel
+from svdengine.kernels.cuda.sample_survey import (
+    DRAW,
+    INVERSE,
+    MIN_P,
+    SURVEY_THREADS,
+    TOP_P,
+    best_of_row,
+    first_of_slice,
+    gather,
+    is_ordered,
+    spread,
+    survey,
+)
+from svdengine.kernels.cuda.sample_weights import (
+    floor_of,
+    logit_of_rank,
+    rank_of,
+    scan_block,
+    token_of_rank,
+    weigh,
+)
+from svdengine.kernels.cuda.sample_whole import SUMS, draw_token, token_at
+from svdengine.kernels.cuda.workspace import CHOICE_NUMBERS, MOST_LISTED, SLICES, Workspace
 from svdengine.kernels.executor import NOT_FINITE, Choice
 
 SAMPLE_THREADS = 512
-MOST_TOKENS = 1 << 19  # of a vocabulary: sums of limbs fit in 32 bits
-SCALE = 1 << 38  # the weight of the likeliest token
-_LIMB = 13  # bits of a weight that are added up in one 32-bit word, since shared memory has no fast 64-bit addition
-_LIMBS = 3
-_MASK = (1 << _LIMB) - 1
-_DIGIT = 11  # bits of a key that are found at once
-_SUMS = _LIMBS << _DIGIT
-_SIGN = np.uint32(0x80000000)
-_ONES = np.uint32(0xFFFFFFFF)
+MOST_TOKENS = 1 << 19  # of a vocabulary: sums of limbs fit in 32 bits, and tokens in a rank
 _INFINITY = np.float32(np.inf)
 _HIGHEST = 0xFFFFFFFF  # of all keys
+_MOST_INVERSE = 3e38  # that a float32 holds: a temperature below leaves the likeliest tokens alone
 
 
 @jit(device=True)
-def scan_block(x, parts):
-    """The sum of an int64 over the threads of a block before this one, and over all. parts: 32 int64, shared.
-
-    The kernel has the array: Numba cannot link one of a device function that is called by several others.
-    """
-    lane, warp = lane_index(), warp_index()
-    before = x
-    for k in range(5):
-        other = cuda.shfl_up_sync(FULL, before, 1 << k)
-        if lane >= 1 << k:
-            before += other
-    if lane == 31:
-        parts[warp] = before
+def sort_down(ranks, room):
+    """Sort `room` ranks in shared memory, a power of two of them, the largest first (Batcher's bitonic sort, 1968)."""
+    size = 2
+    while size <= room:
+        step = size >> 1
+        while step > 0:
+            cuda.syncthreads()
+            for i in range(cuda.threadIdx.x, room >> 1, cuda.blockDim.x):
+                low = 2 * i - (i & (step - 1))
+                a, b = ranks[low], ranks[low + step]
+                if (a < b) == ((low & size) == 0):
+                    ranks[low], ranks[low + step] = b, a
+            step >>= 1
+        size <<= 1
     cuda.syncthreads()
-    before -= x
+
+
+@jit(device=True)
+def sum_listed(ranks, first, last, largest, inverse, floor):
+    """The weight of some of the listed tokens."""
     total = np.int64(0)
-    for w in range(cuda.blockDim.x >> 5):
-        if w < warp:
-            before += parts[w]
-        total += parts[w]
-    cuda.syncthreads()  # so that the next sum may write
-    return before, total
-
-
-@jit(device=True)
-def key_of(logit):
-    """An int64 of 32 bits that is larger for a larger logit; equal for zeros of either sign."""
-    bits = as_word(logit + np.float32(0))
-    return np.int64(np.uint32(bits ^ (_ONES if bits & _SIGN else _SIGN)))
-
-
-@jit(device=True)
-def logit_of(key):
-    """The logit whose key it is."""
-    bits = np.uint32(key)
-    return as_float(np.uint32(bits ^ (_SIGN if bits & _SIGN else _ONES)))
-
-
-@jit(device=True)
-def largest_logit(logits, at, size):
-    """The largest of a row's logits; infinity where one is NaN."""
-    largest = -_INFINITY
-    for i in range(cuda.threadIdx.x, size, cuda.blockDim.x):
-        logit = logits[at + i]
-        largest = max(largest, logit if logit == logit else _INFINITY)
-    return block_max(largest)
-
-
-@jit(device=True)
-def weigh(logit, largest, temperature, floor):
-    """exp((logit - largest) / temperature) in steps of 1 / SCALE; 0 for less than `floor`."""
-    weight = np.int64(math.exp((np.float64(logit) - np.float64(largest)) / temperature) * SCALE + 0.5)
-    return weight if weight >= floor else np.int64(0)
-
-
-@jit(device=True)
-def weight_from(logits, at, size, parts, largest, temperature, floor, least):
-    """The weight of all tokens with the key `least` or a larger one."""
-    total = np.int64(0)
-    for i in range(cuda.threadIdx.x, size, cuda.blockDim.x):
-        logit = logits[at + i]
-        if key_of(logit) >= least:
-            total += weigh(logit, largest, temperature, floor)
-    return scan_block(total, parts)[1]
-
-
-@jit(device=True)
-def add_weight(sums, digit, weight):
-    """Add to a digit's weight, of which each limb has its own sum."""
-    for k in range(_LIMBS):
-        cuda.atomic.add(sums, (k << _DIGIT) + digit, np.uint32((weight >> (_LIMB * k)) & _MASK))
-
-
-@jit(device=True)
-def weight_on(sums, digit):
-    """A digit's weight, or with `counting` its number of tokens."""
-    weight = np.int64(0)
-    for k in range(_LIMBS):
-        weight += np.int64(sums[(k << _DIGIT) + digit]) << (_LIMB * k)
-    return weight
-
-
-@jit(device=True)
-def add_digits(logits, at, size, sums, largest, temperature, floor, counting, least, key, shift, end):
-    """sums, by the digit of bits `shift` to `end`, of tokens from `least` on whose higher bits are those of `key`."""
-    for i in range(cuda.threadIdx.x, _LIMBS << _DIGIT, cuda.blockDim.x):
-        sums[i] = np.uint32(0)
-    cuda.syncthreads()
-    for i in range(cuda.threadIdx.x, size, cuda.blockDim.x):
-        logit = logits[at + i]
-        own = key_of(logit)
-        if own >= least and own >> end == key >> end:
-            digit = (own >> shift) & ((1 << (end - shift)) - 1)
-            if counting:
-                cuda.atomic.add(sums, digit, np.uint32(1))
-            else:
-                add_weight(sums, digit, weigh(logit, largest, temperature, floor))
-    cuda.syncthreads()
-
-
-@jit(device=True)
-def find_digit(sums, parts, found, target):
-    """found: the digit at which weights, added up from the highest on, exceed `target`; and the weight above it.
-
-    A target that is not reached is taken as the last one that is.
-    """
-    share = ((1 << _DIGIT) + cuda.blockDim.x - 1) // cuda.blockDim.x
-    first = (1 << _DIGIT) - 1 - cuda.threadIdx.x * share
-    last = max(first - share, -1)
-    own = np.int64(0)
-    for digit in range(first, last, -1):
-        own += weight_on(sums, digit)
-    above, total = scan_block(own, parts)
-    target = min(target, total - 1)
-    if above <= target < above + own:
-        for digit in range(first, last, -1):
-            weight = weight_on(sums, digit)
-            if above <= target < above + weight:
-                found[0], found[1], found[2] = digit, above, weight
-            above += weight
-    cuda.syncthreads()
-
-
-@jit(device=True)
-def key_at(logits, at, size, sums, parts, found, largest, temperature, floor, counting, least, target):
-    """The key at which weights, added up from the likeliest token on, exceed `target`: key, weight above it, and on it.
-
-    Tokens below the key `least` are left out. With `counting` all tokens weigh 1.
-    """
-    key = above = weight = np.int64(0)
-    end = 32
-    while end > 0:
-        shift = max(end - _DIGIT, 0)
-        add_digits(logits, at, size, sums, largest, temperature, floor, counting, least, key, shift, end)
-        find_digit(sums, parts, found, target - above)
-        key |= found[0] << shift
-        above += found[1]
-        weight = found[2]
-        cuda.syncthreads()  # so that the next digit may be written
-        end = shift
-    return key, above, weight
-
-
-@jit(device=True)
-def weigh_between(logit, largest, temperature, floor, counting, least, most):
-    """The weight of a token whose key lies in least..most, otherwise 0; with `counting` it is 1."""
-    key = key_of(logit)
-    if key < least or key > most:
-        return np.int64(0)
-    return np.int64(1) if counting else weigh(logit, largest, temperature, floor)
-
-
-@jit(device=True)
-def token_at(logits, at, size, parts, found, largest, temperature, floor, counting, least, most, target):
-    """The token at which weights of those with a key in least..most, by token id, exceed `target`, which they reach."""
-    share = (size + cuda.blockDim.x - 1) // cuda.blockDim.x
-    first = min(cuda.threadIdx.x * share, size)
-    last = min(first + share, size)
-    own = np.int64(0)
     for i in range(first, last):
-        own += weigh_between(logits[at + i], largest, temperature, floor, counting, least, most)
-    before, _ = scan_block(own, parts)
-    if before <= target < before + own:
-        for i in range(first, last):
-            weight = weigh_between(logits[at + i], largest, temperature, floor, counting, least, most)
-            if before <= target < before + weight:
-                found[0] = i
+        total += weigh(logit_of_rank(ranks[i]), largest, inverse, floor)
+    return total
+
+
+@jit(device=True)
+def draw_listed(ranks, count, parts, found, largest, inverse, total, top_k, top_p, min_p, draw):
+    """A token of `count` sorted ones, which are all that filters may keep. total: the weight of the whole vocabulary.
+
+    top_k: 0 where it keeps all.
+    """
+    share = (count + cuda.blockDim.x - 1) // cuda.blockDim.x
+    first = min(cuda.threadIdx.x * share, count)
+    last = min(first + share, count)
+    none, limit = np.int64(0), count
+    if top_k > 0:
+        limit = min(np.int64(top_k), count)
+    before, kept = scan_block(sum_listed(ranks, first, min(last, limit), largest, inverse, none), parts)
+    if top_k > 0:
+        total = kept
+    if top_p < 1:
+        # The token that crosses the line is kept.
+        target = min(max(np.int64(math.ceil(top_p * total)), np.int64(1)), total)
+        if cuda.threadIdx.x == 0:
+            found[0] = limit
+        cuda.syncthreads()
+        for i in range(first, min(last, limit)):
+            weight = weigh(logit_of_rank(ranks[i]), largest, inverse, none)
+            if before < target <= before + weight:
+                found[0] = np.int64(i) + 1
             before += weight
+        cuda.syncthreads()
+        limit = found[0]
+        cuda.syncthreads()
+    floor = floor_of(min_p)
+    before, total = scan_block(sum_listed(ranks, first, min(last, limit), largest, inverse, floor), parts)
+    target = min(np.int64(draw * total), total - 1)
+    for i in range(first, min(last, limit)):
+        weight = weigh(logit_of_rank(ranks[i]), largest, inverse, floor)
+        if before <= target < before + weight:
+            found[0] = np.int64(token_of_rank(ranks[i]))
+        before += weight
     cuda.syncthreads()
     return np.int32(found[0])
 
 
 @jit(device=True)
-def draw_token(logits, at, size, sums, parts, found, largest, temperature, top_k, top_p, min_p, draw):
-    """A token of a row, drawn from those that the filters keep."""
-    # Kept are all tokens above the key `bound`, and of those on it the first `ties`; together they weigh `total`.
-    none = np.int64(0)
-    bound, ties, total = none, np.int64(size), none
-    limited, ordered = 0 < top_k < size, 0 < top_k < size or top_p < 1
-    if limited:
-        bound, above, _ = key_at(
-            logits, at, size, sums, parts, found, largest, temperature, none, True, none, np.int64(top_k - 1)
-        )
-        ties = top_k - above
-        total = weight_from(logits, at, size, parts, largest, temperature, none, bound + 1)
-        total += ties * weigh(logit_of(bound), largest, temperature, none)
-    elif top_p < 1:
-        total = weight_from(logits, at, size, parts, largest, temperature, none, none)
-    if top_p < 1:
-        # The token that crosses the line is kept.
-        target = min(max(np.int64(math.ceil(top_p * total)), np.int64(1)), total)
-        key, above, weight = key_at(
-            logits, at, size, sums, parts, found, largest, temperature, none, False, bound, target - 1
-        )
-        single = weigh(logit_of(key), largest, temperature, none)
-        ties = min(ties if key == bound else weight // single, (target - above + single - 1) // single)
-        bound, total = key, above + ties * single
-    floor = np.int64(math.ceil(min_p * SCALE))
-    if not ordered or weigh(logit_of(bound), largest, temperature, floor) == 0:
-        total = weight_from(logits, at, size, parts, largest, temperature, floor, bound)
-
+def draw_unordered(logits, at, size, slice_weights, row, parts, found, largest, inverse, min_p, draw):
+    """A token of a row that no filter needs in order: from the slice on which the number falls."""
+    share = (SLICES + cuda.blockDim.x - 1) // cuda.blockDim.x
+    first = min(cuda.threadIdx.x * share, SLICES)
+    last = min(first + share, SLICES)
+    own = np.int64(0)
+    for i in range(first, last):
+        own += slice_weights[row * SLICES + i]
+    before, total = scan_block(own, parts)
     target = min(np.int64(draw * total), total - 1)
-    if not ordered:
-        return token_at(
-            logits, at, size, parts, found, largest, temperature, floor, False, none, np.int64(_HIGHEST), target
-        )
-    key, above, weight = key_at(logits, at, size, sums, parts, found, largest, temperature, floor, False, bound, target)
-    single = weigh(logit_of(key), largest, temperature, none)
-    nth = min((target - above) // single, (ties if key == bound else weight // single) - 1)
-    return token_at(logits, at, size, parts, found, largest, temperature, none, True, key, key, nth)
+    for i in range(first, last):
+        weight = slice_weights[row * SLICES + i]
+        if before <= target < before + weight:
+            found[0], found[1] = np.int64(i), before
+        before += weight
+    cuda.syncthreads()
+    begin, end = first_of_slice(found[0], size), first_of_slice(found[0] + 1, size)
+    target -= found[1]
+    cuda.syncthreads()
+    token = token_at(
+        logits, at + begin, end - begin, parts, found, largest, inverse, floor_of(min_p), False, np.int64(0),
+        np.int64(_HIGHEST), target,
+    )  # fmt: skip
+    return np.int32(begin + token)
 
 
-@kernel("float32* logits, float64* numbers, int32* top_ks, int32* tokens, int32 rows, int32 size, int32 stride")
-def sample_rows(logits, numbers, top_ks, tokens, rows, size, stride):
+@kernel(
+    "float32* logits, float64* numbers, int32* top_ks, int64* tops, int64* slice_weights, int32* listed,"
+    " int32* candidates, int32* tokens, int32 rows, int32 size, int32 stride",
+    launch_bounds=(SAMPLE_THREADS, 1),
+)
+def choose(logits, numbers, top_ks, tops, slice_weights, listed, candidates, tokens, rows, size, stride):
     """tokens of logits (rows, stride), of which `size` are the vocabulary's; one block a row (blockIdx.x).
 
-    numbers: (CHOICE_NUMBERS, rows): temperatures, top-p, min-p and random numbers. A row whose temperature is negative
-    is left out.
+    numbers: (CHOICE_NUMBERS, rows): temperatures, top-p, min-p, random numbers, and 1 / temperatures. A row whose
+    temperature is negative is left out. The others come from kernels/cuda/sample_survey.py.
     """
-    sums = cuda.shared.array(_SUMS, types.uint32)
+    sums = cuda.shared.array(SUMS, types.uint32)
+    ranks = cuda.shared.array(MOST_LISTED, types.int64)
     parts = cuda.shared.array(32, types.int64)
     found = cuda.shared.array(3, types.int64)
     row = cuda.blockIdx.x
     at, temperature = row * stride, numbers[row]
     if temperature < 0:
         return
-    largest = largest_logit(logits, at, size)
-    token = np.int32(NOT_FINITE)
-    if abs(largest) < _INFINITY:
-        none = np.int64(0)
-        if temperature == 0:
-            key = key_of(largest)
-            token = token_at(logits, at, size, parts, found, largest, temperature, none, True, key, key, none)
+    best = best_of_row(tops, row, parts)
+    largest, token = logit_of_rank(best), token_of_rank(best)
+    if not abs(largest) < _INFINITY:
+        token = np.int32(NOT_FINITE)
+    elif temperature > 0:
+        top_p, min_p, draw = numbers[TOP_P * rows + row], numbers[MIN_P * rows + row], numbers[DRAW * rows + row]
+        inverse, top_k, count = numbers[INVERSE * rows + row], top_ks[row], listed[row]
+        if not is_ordered(numbers, top_ks, row, rows, size):
+            token = draw_unordered(
+                logits, at, size, slice_weights, row, parts, found, largest, inverse, min_p, draw
+            )  # fmt: skip
+        elif count > MOST_LISTED:
+            token = draw_token(logits, at, size, sums, parts, found, largest, inverse, top_k, top_p, min_p, draw)
         else:
-            top_p, min_p, draw = numbers[rows + row], numbers[2 * rows + row], numbers[3 * rows + row]
-            token = draw_token(
-                logits, at, size, sums, parts, found, largest, temperature, top_ks[row], top_p, min_p, draw
-            )
+            room = 1
+            while room < count:
+                room <<= 1
+            for i in range(cuda.threadIdx.x, room, cuda.blockDim.x):
+                ranks[i] = np.int64(0)
+                if i < count:
+                    candidate = candidates[row * MOST_LISTED + i]
+                    ranks[i] = rank_of(logits[at + candidate], np.int64(candidate))
+            sort_down(ranks, room)
+            own = np.int64(0)
+            for i in range(cuda.threadIdx.x, SLICES, cuda.blockDim.x):
+                own += slice_weights[row * SLICES + i]
+            _, total = scan_block(own, parts)
+            limit = top_k if 0 < top_k < size else 0
+            token = draw_listed(
+                ranks, np.int64(count), parts, found, largest, inverse, total, limit, top_p, min_p, draw
+            )  # fmt: skip
     if cuda.threadIdx.x == 0:
         tokens[row] = token
 
 
 def pack_choices(choices: Sequence[Choice | None], rows: int) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-    """Numbers (CHOICE_NUMBERS, rows) and top-k (rows,) of the first rows, as `sample_rows` reads them."""
+    """Numbers (CHOICE_NUMBERS, rows) and top-k (rows,) of the first rows, as the kernels read them."""
     numbers, top_k = np.zeros((CHOICE_NUMBERS, rows)), np.zeros(rows, np.int32)
     for row, choice in enumerate(choices):
         if choice is None:
             numbers[0, row] = -1
         else:
-            numbers[:, row] = choice.temperature, choice.top_p, choice.min_p, choice.draw
+            inverse = min(1 / choice.temperature, _MOST_INVERSE) if choice.temperature else 0.0
+            numbers[:, row] = choice.temperature, choice.top_p, choice.min_p, choice.draw, inverse
             top_k[row] = choice.top_k
     return numbers, top_k
 
 
-def sample_tokens(device: Device, work: Workspace, wanted: int, vocab_size: int) -> None:
-    """work.chosen of the first `wanted` rows of work.logits, as work.choice_numbers and work.choice_top_k say."""
-    sizes = work.sizes
+def sample_tokens(device: Device, work: Workspace, wanted: int, vocab_size: int, drawn: bool = True) -> None:
+    """work.chosen of the first `wanted` rows of work.logits, as work.choice_numbers and work.choice_top_k say.
+
+    `drawn`: whether some are; otherwise all are the likeliest.
+    """
+    sizes, numbers, top_ks = work.sizes, work.choice_numbers, work.choice_top_k
+    rows, stride, grid = sizes.rows, sizes.logits, (SLICES, wanted)
     device.launch(
-        sample_rows, (wanted,), SAMPLE_THREADS,
-        work.logits, work.choice_numbers, work.choice_top_k, work.chosen, sizes.rows, vocab_size, sizes.logits,
+        survey, grid, SURVEY_THREADS, work.logits, numbers, work.tops, work.bin_counts, work.bin_weights, work.listed,
+        vocab_size, stride,
+    )  # fmt: skip
+    if drawn:
+        device.launch(
+            spread, grid, SURVEY_THREADS, work.logits, numbers, top_ks, work.tops, work.slice_weights, work.bin_counts,
+            work.bin_weights, rows, vocab_size, stride,
+        )  # fmt: skip
+        device.launch(
+            gather, grid, SURVEY_THREADS, work.logits, numbers, top_ks, work.tops, work.bin_counts, work.bin_weights,
+            work.listed, work.candidates, rows, vocab_size, stride,
+        )  # fmt: skip
+    device.launch(
+        choose, (wanted,), SAMPLE_THREADS, work.logits, numbers, top_ks, work.tops, work.slice_weights, work.listed,
+        work.candidates, work.chosen, rows, vocab_size, stride,
     )  # fmt: skip

@@ -15,8 +15,11 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from svdengine.kernels.cuda.atomics import fence, fetch_add
+from svdengine.kernels.cuda.compact import ballot, list_masked, set_length
 from svdengine.kernels.cuda.intrinsics import (
     FULL,
+    MOST_WARPS,
     as_float,
     dp4a,
     dp4a_su,
@@ -229,6 +232,7 @@ def _project(name, dot):
         f"{matrix_parameters(name)}, uint32* x, uint8* codes, float32* values,"
         "int32 rank, int32 relu, int32 padded, int32 stride, int32 z_stride",
         f"project_{name}",
+        launch_bounds=PROJECT_THREADS,
     )
     def project(words, scale, low, row, x, codes, values, rank, relu, padded, stride, z_stride):
         """z = B x of 32 hidden values (blockIdx.x) of a row (blockIdx.y), or its ReLU, rounded for the second factor.
@@ -253,18 +257,21 @@ def _project(name, dot):
 def _score(name, bits, dot, residual):
     @kernel(
         f"{matrix_parameters(name or 'q8', 'a_')}, uint32* q_words, float16* q_scale, float32* minus_threshold,"
-        "float32* unit, uint32* z, uint32* x, float32* shift, float32* scores,"
-        "int32 neurons, int32 ranks, int32 columns, int32 z_stride, int32 x_stride, int32 score_stride",
+        "float32* unit, uint32* z, uint32* x, float32* shift, float32* scores, uint32* masks, int32* tickets,"
+        "int32* listed, int32* lengths, int64* counts, int32 neurons, int32 ranks, int32 columns, int32 z_stride,"
+        "int32 x_stride, int32 score_stride, int32 mask_stride",
         f"score_{name or 'none'}_{bits}",
     )
     def score(
-        a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift, scores,
-        neurons, ranks, columns, z_stride, x_stride, score_stride,
+        a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift, scores, masks, tickets,
+        listed, lengths, counts, neurons, ranks, columns, z_stride, x_stride, score_stride, mask_stride,
     ):  # fmt: skip
         """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y): A z + Q x - threshold - shift * unit.
 
-        z, x: rounded rows of `ranks` and `columns` columns, padded; shift: the sparsity bias of each row.
+        z, x: rounded rows of `ranks` and `columns` columns, padded; shift: the sparsity bias of each row. The last of a
+        row's blocks to be done lists the neurons with positive scores: see `list_masked`.
         """
+        found = cuda.shared.array(MOST_WARPS, types.int32)
         r, lane = cuda.blockIdx.x * SCORE_ROWS + (cuda.threadIdx.x >> 3), cuda.threadIdx.x & 7
         batch_row = cuda.blockIdx.y
         neuron = min(r, neurons - 1)  # every lane takes part in the sums
@@ -273,8 +280,34 @@ def _score(name, bits, dot, residual):
         total += cuda.shfl_xor_sync(FULL, total, 4)
         total += cuda.shfl_xor_sync(FULL, total, 2)
         total += cuda.shfl_xor_sync(FULL, total, 1)
+        value = _ZERO
         if lane == 0 and r < neurons:
-            scores[batch_row * score_stride + r] = total + (minus_threshold[r] - shift[batch_row] * unit[r])
+            value = total + (minus_threshold[r] - shift[batch_row] * unit[r])
+            scores[batch_row * score_stride + r] = value
+        # Four neurons a warp: their bits stand at lanes 0, 8, 16 and 24.
+        bits = ballot(value > _ZERO)
+        if lane_index() == 0:
+            found[warp_index()] = np.int32((bits & 1) | (bits >> 7 & 2) | (bits >> 14 & 4) | (bits >> 21 & 8))
+        cuda.syncthreads()
+        if cuda.threadIdx.x == 0:
+            mask = np.uint32(0)
+            for warp in range(SCORE_ROWS // 4):
+                mask = np.uint32(mask | np.uint32(np.uint32(found[warp]) << np.uint32(4 * warp)))
+            masks[batch_row * mask_stride + cuda.blockIdx.x] = mask
+            fence()
+            found[0] = np.int32(fetch_add(tickets, batch_row, np.int32(1)) == cuda.gridDim.x - 1)
+        cuda.syncthreads()
+        is_last = found[0]
+        cuda.syncthreads()  # so that `found` may be written
+        if is_last != 0:
+            fence()  # what the others wrote before their tickets is there
+            if cuda.threadIdx.x == 0:
+                tickets[batch_row] = np.int32(0)
+            length = list_masked(
+                masks, batch_row * mask_stride, cuda.gridDim.x, listed, batch_row * score_stride, found
+            )  # fmt: skip
+            if cuda.threadIdx.x == 0:
+                set_length(lengths, counts, batch_row, length, neurons)
 
     return score
 

@@ -1,14 +1,14 @@
 """The conditional FFN of a few rows: score neurons, list those predicted active, and compute only these.
 
-The stages are those of kernels/cpu/sparse.py. Each row has its own list. Seven launches at most, no host in between:
-the lists and their lengths stay on the device.
+The stages are those of kernels/cpu/sparse.py. Each row has its own list. Six launches at most, and four where a norm
+has rounded what is read and gate and up have one format. No host in between: the lists stay on the device.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_every, list_positive
+from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_every
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import ACTIVATIONS
 from svdengine.kernels.cuda.formats.table import kernels_of
@@ -47,11 +47,14 @@ def sparse_ffn(
     predictor: PlacedLayer | None,
     x: Array,
     n: int,
+    *,
+    rounded: bool = False,
 ) -> int:
     """work.partial (n, parts, hidden) = the FFN of rows x (n, hidden) without the bias of down; returns the parts.
 
     x is padded with zeros. Computed are the neurons that the predictor names with each row's sparsity bias; without a
     predictor all are listed, and only those whose gate is zero are skipped. Neurons are counted in work.counts.
+    `rounded`: whether x lies in work.fine and work.coarse already.
     """
     if predictor is None:
         grid = (-(-model.config.ffn_size // COMPACT_THREADS), n)
@@ -60,11 +63,7 @@ def sparse_ffn(
             work.sizes.ffn,
         )  # fmt: skip
     else:
-        score_rows(device, model, work, predictor, x, n)
-        device.launch(
-            list_positive, (n,), COMPACT_THREADS, work.scores, work.neurons, work.lengths, work.counts,
-            model.config.ffn_size, work.sizes.ffn,
-        )  # fmt: skip
+        score_rows(device, model, work, predictor, x, n, rounded=rounded)
     gate_listed(device, model, work, model.layers[layer], x, n)
     sub_norm = model.layers[layer].ffn_sub_norm
     if sub_norm is not None:
@@ -75,14 +74,17 @@ def sparse_ffn(
     return add_down(device, work, model.layers[layer].down, n)
 
 
-def score_rows(device: Device, model: Model, work: Workspace, predictor: PlacedLayer, x: Array, n: int) -> None:
-    """work.scores (n, ffn) of rows x."""
+def score_rows(
+    device: Device, model: Model, work: Workspace, predictor: PlacedLayer, x: Array, n: int, *, rounded: bool = False
+) -> None:
+    """work.scores (n, ffn) of rows x, and in work.neurons those whose score is positive."""
     config, sizes = model.config, work.sizes
     columns, ranks = padded_columns(config.hidden_size), padded_columns(predictor.rank)
-    device.launch(
-        round_rows, (-(-columns // ROUND_THREADS), n), ROUND_THREADS, x, work.fine, work.fine, work.coarse, work.coarse,
-        config.hidden_size, columns, sizes.hidden,
-    )  # fmt: skip
+    if not rounded:
+        device.launch(
+            round_rows, (-(-columns // ROUND_THREADS), n), ROUND_THREADS, x, work.fine, work.fine, work.coarse,
+            work.coarse, config.hidden_size, columns, sizes.hidden,
+        )  # fmt: skip
     name: Literal["", "q8", "q4"] = ""
     a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.minus_threshold)  # not read without factors
     if predictor.a is not None and predictor.b is not None:
@@ -95,8 +97,8 @@ def score_rows(device: Device, model: Model, work: Workspace, predictor: PlacedL
     device.launch(
         SCORE[name, predictor.residual_bits], (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS,
         *a, predictor.q_words, predictor.q_scale, predictor.minus_threshold, predictor.unit,
-        work.z_rounded, work.coarse, work.sparsity_bias, work.scores,
-        config.ffn_size, ranks, columns, sizes.z, sizes.hidden, sizes.ffn,
+        work.z_rounded, work.coarse, work.sparsity_bias, work.scores, work.masks, work.tickets, work.neurons,
+        work.lengths, work.counts, config.ffn_size, ranks, columns, sizes.z, sizes.hidden, sizes.ffn, sizes.ffn // 32,
     )  # fmt: skip
 
 

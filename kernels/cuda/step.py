@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from svdengine.kernels.cuda.attention import attend
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
-from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product
+from svdengine.kernels.cuda.formats.table import kernels_of
+from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies, add_transposed_product, product
+from svdengine.kernels.cuda.half_copies import slice_rows
 from svdengine.kernels.cuda.kv_cache import KvCache
-from svdengine.kernels.cuda.model import LayerWeights, Model, PlacedPredictor
-from svdengine.kernels.cuda.norm import normalize
+from svdengine.kernels.cuda.model import LayerWeights, Model, Norm, PlacedPredictor
+from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
 from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.sampling import sample_tokens
 from svdengine.kernels.cuda.sparse import sparse_ffn
@@ -21,6 +24,7 @@ from svdengine.kernels.executor import FfnPath
 
 # Every neuron; those that are predicted active; or those whose gate is not exactly zero.
 Keep = Callable[[int, Array], None]  # takes a layer's number and what its FFN reads
+Sample = Literal["", "likeliest", "drawn"]  # which tokens are chosen from the logits, if any
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Shape:
     tiles: int  # of rows that attend together
     tile_rows: int  # rows of a tile, at most
     ffn: FfnPath
-    sample: bool = False  # whether tokens are chosen from the logits
+    sample: Sample = ""
 
 
 @dataclass(frozen=True)
@@ -53,44 +57,78 @@ def run_step(state: State, predictor: PlacedPredictor, shape: Shape, keep: Keep 
     """
     device, model, work = state.device, state.model, state.work
     embed_tokens(device, model, work, shape.n)
+    following = [layer.attention_norm for layer in model.layers[1:]]
+    normed = False  # whether the layer's first norm came with the sum that ended the layer before
     for index, layer in enumerate(model.layers):
-        run_layer(state, predictor, index, layer, shape, keep)
+        norm = following[index] if index < len(following) else None
+        normed = run_layer(state, predictor, index, layer, shape, keep, norm, normed=normed)
     if shape.wanted:
         config, sizes = model.config, work.sizes
         normalize(
-            device, config, model.output_norm, work.x, work.normed, sizes.hidden, shape.wanted,
+            device, config, work, model.output_norm, work.x, work.normed, sizes.hidden, shape.wanted,
             chosen=work.logit_rows, factor=config.logit_scale,
         )  # fmt: skip
-        product(
-            device, state.copies, model.lm_head, work.normed, sizes.hidden, work.logits, sizes.logits, shape.wanted
-        )  # fmt: skip
+        head(state, shape.wanted)
     if shape.sample:
-        sample_tokens(device, work, shape.wanted, model.config.vocab_size)
+        sample_tokens(device, work, shape.wanted, model.config.vocab_size, shape.sample == "drawn")
+
+
+def head(state: State, wanted: int) -> None:
+    """Logits of the first rows that are normed. A head of which the library needs copies is multiplied in slices."""
+    device, work, matrix, copies = state.device, state.work, state.model.lm_head, state.copies
+    count = matrix.rows
+    if copies is not None and wanted >= LIBRARY_ROWS and kernels_of(matrix.format).library_type is None:
+        count = slice_rows(matrix.rows, matrix.stride, len(copies.weights))
+    for first in range(0, matrix.rows, count):
+        part = matrix if count == matrix.rows else matrix.rows_from(first, min(count, matrix.rows - first))
+        product(
+            device, copies, part, work.normed, work.sizes.hidden, work.logits[first:], work.sizes.logits, wanted
+        )  # fmt: skip
 
 
 def run_layer(
-    state: State, predictor: PlacedPredictor, index: int, layer: LayerWeights, shape: Shape, keep: Keep | None
-) -> None:
-    """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x."""
+    state: State,
+    predictor: PlacedPredictor,
+    index: int,
+    layer: LayerWeights,
+    shape: Shape,
+    keep: Keep | None,
+    following: Norm | None,
+    *,
+    normed: bool,
+) -> bool:
+    """One layer: x += attention(norm(x)); x += ffn(norm(x)); or both from the same x.
+
+    `normed`: the first norm is done. `following`: that of the next layer, to which the last sum may go on; returns
+    whether it did.
+    """
     device, config, work, n = state.device, state.model.config, state.work, shape.n
-    stride, normed = work.sizes.hidden, work.normed
-    normalize(device, config, layer.attention_norm, work.x, normed, stride, n)
+    stride, x, rounded = work.sizes.hidden, work.normed, shape.ffn == "predict"
+    if not normed:
+        normalize(
+            device, config, work, layer.attention_norm, work.x, x, stride, n,
+            rounded=rounded and layer.ffn_norm is None,
+        )  # fmt: skip
     if config.parallel and layer.ffn_norm is not None:
-        normed = work.second
-        normalize(device, config, layer.ffn_norm, work.x, normed, stride, n)
+        x = work.second
+        normalize(device, config, work, layer.ffn_norm, work.x, x, stride, n, rounded=rounded)
     attention(state, index, layer, shape)
     if not config.parallel and layer.ffn_norm is not None:
-        normalize(device, config, layer.ffn_norm, work.x, normed, stride, n)
+        normalize(device, config, work, layer.ffn_norm, work.x, x, stride, n, rounded=rounded)
     if keep is not None:
-        keep(index, normed)
+        keep(index, x)
     if layer.ffn_post_norm is None:
-        ffn(state, predictor, index, layer, normed, n, shape.ffn)
-        return
+        then = None
+        if following is not None:
+            then = Following(following, work.normed, rounded and config.shared_norm)
+        return ffn(state, predictor, index, layer, x, n, shape.ffn, rounded=rounded, following=then)
     clear(device, work.second, config.hidden_size, stride, n)
-    ffn(state, predictor, index, layer, normed, n, shape.ffn, to=work.second)
+    ffn(state, predictor, index, layer, x, n, shape.ffn, to=work.second, rounded=rounded)
     normalize(
-        device, config, layer.ffn_post_norm, work.second, work.x, stride, n, factor=config.residual_scale, add=True
-    )
+        device, config, work, layer.ffn_post_norm, work.second, work.x, stride, n, factor=config.residual_scale,
+        add=True,
+    )  # fmt: skip
+    return False
 
 
 def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> None:
@@ -104,7 +142,7 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
     config = model.config
     if layer.attention_sub_norm is not None:
         normalize(
-            device, config, layer.attention_sub_norm, work.attention, work.attention, sizes.attention, n,
+            device, config, work, layer.attention_sub_norm, work.attention, work.attention, sizes.attention, n,
             columns=config.head_count * config.head_dim,
         )  # fmt: skip
     post, factor = layer.attention_post_norm, config.residual_scale
@@ -114,7 +152,7 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
         factor=factor if post is None else 1.0, add=post is None,
     )  # fmt: skip
     if post is not None:
-        normalize(device, config, post, work.second, work.x, sizes.hidden, n, factor=factor, add=True)
+        normalize(device, config, work, post, work.second, work.x, sizes.hidden, n, factor=factor, add=True)
 
 
 def ffn(
@@ -127,22 +165,33 @@ def ffn(
     path: FfnPath,
     *,
     to: Array | None = None,
-) -> None:
-    """to += FFN(x) of n rows; work.x, which takes it times the model's residual_scale, where `to` is not given."""
+    rounded: bool = False,
+    following: Following | None = None,
+) -> bool:
+    """to += FFN(x) of n rows; work.x, which takes it times the model's residual_scale, where `to` is not given.
+
+    `rounded`: x lies in work.fine and work.coarse too. `following`: a norm of work.x that may be made in the same
+    launch as the last sum; returns whether it was.
+    """
     device, model, work = state.device, state.model, state.work
     config, sizes, factor = model.config, work.sizes, model.config.residual_scale if to is None else 1.0
     y = work.x if to is None else to
     if path != "dense":
-        parts = sparse_ffn(device, model, work, index, predictor[index] if path == "predict" else None, x, n)
+        placed = predictor[index] if path == "predict" else None
+        parts = sparse_ffn(device, model, work, index, placed, x, n, rounded=rounded)
+        if following is not None and to is None:
+            add_parts_and_normalize(device, config, work, parts, layer.down.bias, n, following)
+            return True
         add_parts(device, work.partial, parts, layer.down.bias, y, config.hidden_size, sizes.hidden, n, factor)
-        return
+        return False
     for part in layer.gate_up:
         product(device, state.copies, part.matrix, x, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
     activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
     if layer.ffn_sub_norm is not None:
         sub_norm, hidden = layer.ffn_sub_norm, work.hidden
-        normalize(device, config, sub_norm, hidden, hidden, sizes.ffn, n, columns=config.ffn_size)
+        normalize(device, config, work, sub_norm, hidden, hidden, sizes.ffn, n, columns=config.ffn_size)
     if model.transposed_down:
         add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
     else:
         product(device, state.copies, layer.down, work.hidden, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True)
+    return False

@@ -22,7 +22,10 @@ Array = Any  # of the device: flat, see kernels/cuda/device.py
 
 LEAST_PARTS = 64  # blocks over which work on few rows is split, whose results are added afterwards
 PREDICTED, ACTIVE, TOTAL, COUNTS = range(4)  # of a row's counts
-CHOICE_NUMBERS = 4  # float64 of a row that say how its token is chosen
+CHOICE_NUMBERS = 5  # float64 of a row that say how its token is chosen
+SLICES = 64  # of a vocabulary, which blocks survey side by side before a token is chosen
+BINS = 1024  # of the distance to the largest logit
+MOST_LISTED = 2048  # tokens that filters may keep of a row, beyond which it is read whole
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,27 @@ class Workspace:
     scores: Array  # (rows, ffn) float32; once neurons are listed, their gates
     neurons: Array  # (rows, ffn) int32: predicted active, ascending
     lengths: Array  # (rows,) int32 of `neurons`
+    masks: Array  # (rows, ffn / 32) uint32: a bit for each neuron that is predicted active
+    tickets: Array  # (rows,) int32: blocks of a row that are done, while a kernel runs; zeros between kernels
     counts: Array  # (rows, COUNTS) int64: predicted, active and all neurons of rows that took the sparse path
 
     logits: Array  # (rows, logits) float32
     chosen: Array  # (rows,) int32: tokens of those rows of logits that have a choice
+
+    # Sampling: see kernels/cuda/sample_survey.py.
+    tops: Array  # (rows, SLICES) int64
+    slice_weights: Array  # (rows, SLICES) int64
+    bin_counts: Array  # (rows, BINS) int32
+    bin_weights: Array  # (rows, BINS) int64
+    listed: Array  # (rows,) int32
+    candidates: Array  # (rows, MOST_LISTED) int32
 
 
 def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
     """Items and type of each buffer."""
     rows, f32, i32 = sizes.rows, np.float32, np.int32
     return {
-        "inputs": (input_parts(sizes)["block_tables"][1], i32),
+        "inputs": (inputs_size(sizes), i32),
         "x": (rows * sizes.hidden, f32),
         "normed": (rows * sizes.hidden, f32),
         "second": (rows * sizes.hidden, f32),
@@ -120,9 +133,17 @@ def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
         "scores": (rows * sizes.ffn, f32),
         "neurons": (rows * sizes.ffn, i32),
         "lengths": (rows, i32),
+        "masks": (rows * (sizes.ffn // 32), np.uint32),
+        "tickets": (rows, i32),
         "counts": (rows * COUNTS, np.int64),
         "logits": (rows * sizes.logits, f32),
         "chosen": (rows, i32),
+        "tops": (rows * SLICES, np.int64),
+        "slice_weights": (rows * SLICES, np.int64),
+        "bin_counts": (rows * BINS, i32),
+        "bin_weights": (rows * BINS, np.int64),
+        "listed": (rows, i32),
+        "candidates": (rows * MOST_LISTED, i32),
     }
 
 
@@ -161,13 +182,20 @@ def input_parts(sizes: Sizes) -> dict[str, tuple[int, int, type]]:
     return parts
 
 
-def pack_inputs(sizes: Sizes, values: Mapping[str, NDArray]) -> NDArray[np.int32]:
+def inputs_size(sizes: Sizes) -> int:
+    """Items of `inputs`."""
+    return input_parts(sizes)["block_tables"][1]
+
+
+def pack_inputs(sizes: Sizes, values: Mapping[str, NDArray], to: NDArray[np.int32] | None = None) -> NDArray[np.int32]:
     """What is written to the beginning of `inputs`: each part's first items; what lies behind them is zero.
 
-    It ends with the last item of the block tables.
+    It ends with the last item of the block tables. It is made at the beginning of `to`, where that is given.
     """
     parts = input_parts(sizes)
-    packed = np.zeros(parts["block_tables"][0] + values["block_tables"].size, np.int32)
+    size = parts["block_tables"][0] + values["block_tables"].size
+    packed = np.empty(size, np.int32) if to is None else to[:size]
+    packed[:] = 0
     for name, value in values.items():
         start, _, dtype = parts[name]
         words = np.ascontiguousarray(value, dtype).reshape(-1).view(np.int32)

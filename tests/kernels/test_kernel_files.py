@@ -12,7 +12,7 @@ from model_zoo import zoo
 from numpy.typing import NDArray
 
 from svdengine.cli import main
-from svdengine.kernels.cpu import kernel_files
+from svdengine.kernels import brought_along
 from svdengine.kernels.cpu.formats.dispatch import ALL
 from svdengine.kernels.cpu.isa import active_isa, compilable_isas
 from svdengine.kernels.cpu.kernel_files import find_kernels, folder_name, read_kernels, write_kernels
@@ -26,7 +26,7 @@ from svdengine.kernels.formats import FORMATS
 def brought(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that is brought along, and an empty cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv(kernel_files.ENVIRONMENT, str(tmp_path / "brought"))
+    monkeypatch.setenv(brought_along.ENVIRONMENT, str(tmp_path / "brought"))
     return tmp_path / "brought"
 
 
@@ -43,7 +43,7 @@ def test_an_installed_package_brings_kernels_along(
     brought: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path / "installed"))
-    write_kernels(tmp_path / "installed" / kernel_files.PACKAGE / folder_name("avx2"), "ffn", b"installed")
+    write_kernels(tmp_path / "installed" / brought_along.PACKAGE / folder_name("avx2"), "ffn", b"installed")
     assert find_kernels("ffn", "avx2") == b"installed"
 
 

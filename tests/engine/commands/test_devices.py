@@ -63,13 +63,13 @@ def test_a_gpu_that_was_asked_for_is_missed(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_what_does_not_fit_on_the_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'svdengine[test]'")
-    from svdengine.kernels.cuda import device
+    from svdengine.kernels.cuda import cupy_device, device
     from svdengine.kernels.cuda.memory_split import RESERVE
 
     if not device.SIMULATED:
         pytest.skip("there is a GPU, whose memory is its own")
     monkeypatch.setattr(availability, "find_gpu", lambda: Gpu("a card", 1 << 30, (9, 0)))
-    monkeypatch.setattr(device, "CupyDevice", device.SimulatedDevice)
+    monkeypatch.setattr(cupy_device, "CupyDevice", device.SimulatedDevice)
     with read_model_file(write_tiny_model(tmp_path / "model.svdp")) as model_file:
         whole: Any = create_executor(model_file, device="cuda", context=16, block_count=4)
         assert whole.memory.host == 0 and capsys.readouterr().err == ""
@@ -125,6 +125,55 @@ def test_what_is_missing_is_named_in_one_line(
     pretend(monkeypatch, **changes)
     found = find_gpu()
     assert isinstance(found, str) and reason in found and "\n" not in found
+
+
+class OldDriver:
+    """The driver's library, as far as it is asked for the newest CUDA that it accepts."""
+
+    def __init__(self, cuda: int) -> None:
+        self.cuda = cuda
+
+    def cuDriverGetVersion(self, to: Any) -> int:
+        to._obj.value = self.cuda
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("accepted", "reason"),
+    [
+        (
+            12040,
+            "the driver (550.54.15) accepts CUDA 12.4, and CUDA 13 is installed here, which needs a driver of version"
+            ' 580 or newer: update it, or in a new environment pip install "svdengine[cuda12]"',
+        ),
+        (
+            11080,
+            "the driver (550.54.15) accepts CUDA 11.8, and CUDA 13 is installed here, which needs a driver of version"
+            " 580 or newer: update it",
+        ),
+        (13000, None),
+        (14010, None),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named_with_what_suits_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, accepted: int, reason: str | None
+) -> None:
+    pretend(monkeypatch)
+    monkeypatch.setattr(availability.ctypes, "CDLL", lambda name: OldDriver(accepted))
+    version = tmp_path / "version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n")
+    monkeypatch.setattr(availability, "_VERSION_FILE", version)
+    found = find_gpu()
+    assert found == (reason or Gpu("a card", 1 << 30, (9, 0)))
+
+
+def test_a_missing_package_is_named_with_the_extra_that_suits_the_driver(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretend(monkeypatch, missing="cupy")
+    monkeypatch.setattr(availability.ctypes, "CDLL", lambda name: OldDriver(12060))
+    monkeypatch.setattr(availability, "_VERSION_FILE", tmp_path / "none")
+    assert find_gpu() == 'a driver was found, but CuPy is missing; pip install "svdengine[cuda12]"'
 
 
 def test_gpus_are_described(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,13 @@ def device() -> Iterator[Any]:
     """A Device (kernels/cuda/device.py): the GPU, or else the simulator."""
     import simulator
 
+    from svdengine.kernels.cuda import cupy_device
     from svdengine.kernels.cuda import device as devices
     from svdengine.kernels.cuda.intrinsics import SIMULATED
 
     if SIMULATED:
         simulator.install()
-    found = devices.SimulatedDevice() if SIMULATED else devices.CupyDevice()
+    found = devices.SimulatedDevice() if SIMULATED else cupy_device.CupyDevice()
     try:
         yield found
     finally:

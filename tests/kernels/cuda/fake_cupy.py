@@ -23,10 +23,14 @@ class Array(np.ndarray):
         assert not stream.captured_in_progress and values.dtype == self.dtype and values.shape == self.shape
         self[...] = values
 
-    def get(self, stream: Any) -> NDArray:
-        """Copy to the host."""
+    def get(self, stream: Any, out: NDArray | None = None) -> NDArray:
+        """Copy to the host, and wait."""
         assert not stream.captured_in_progress
-        return np.array(self)
+        if out is None:
+            return np.array(self)
+        assert out.dtype == self.dtype and out.shape == self.shape and out.flags.c_contiguous
+        out[...] = self
+        return out
 
 
 class Stream:
@@ -71,6 +75,22 @@ class Event:
         """It has happened."""
 
 
+class CUDARuntimeError(RuntimeError):
+    """An error of the runtime."""
+
+
+class CUDADriverError(RuntimeError):
+    """An error of the driver."""
+
+
+class CUBLASError(RuntimeError):
+    """An error of cuBLAS."""
+
+
+class OutOfMemoryError(MemoryError):
+    """An error of the memory pool."""
+
+
 class Function:
     """A kernel that notes its calls."""
 
@@ -93,7 +113,7 @@ class PinnedMemory:
 
     def __init__(self, size: int) -> None:
         if PinnedMemory.held + size > PinnedMemory.most:
-            raise RuntimeError("cudaErrorMemoryAllocation: out of memory")
+            raise CUDARuntimeError("cudaErrorMemoryAllocation: out of memory")
         self.size, self.buffer = size, ctypes.create_string_buffer(size)
         self.ptr = ctypes.addressof(self.buffer)
         PinnedMemory.held += size
@@ -134,7 +154,7 @@ def fake_cupy(free: int = 1 << 30) -> Any:
 
     def zeros(size: int, dtype: Any) -> Any:
         if size * np.dtype(dtype).itemsize > free:
-            raise MemoryError
+            raise OutOfMemoryError("Out of memory allocating")
         assert Stream.current is not None and not Stream.current.captured_in_progress
         return np.zeros(size, dtype).view(Array)
 
@@ -154,28 +174,37 @@ def fake_cupy(free: int = 1 << 30) -> Any:
             return Function(calls, f"{entry} of {self.cubin.decode()}")
 
     cupy.zeros = zeros
-    cupy.get_default_memory_pool = lambda: SimpleNamespace(free_bytes=lambda: 7, free_all_blocks=lambda: None)
+    pool = SimpleNamespace(free_bytes=lambda: 7, freed=0)
+
+    def free_all_blocks() -> None:
+        pool.freed += 1
+
+    pool.free_all_blocks = free_all_blocks
+    cupy.get_default_memory_pool = lambda: pool
     cupy.cuda = SimpleNamespace(
         Device=Device,
         Stream=Stream,
         Event=Event,
         get_elapsed_time=lambda start, end: 1e3 * (end.time - start.time),
         function=SimpleNamespace(Module=Module),
-        memory=SimpleNamespace(OutOfMemoryError=MemoryError),
+        memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
+        driver=SimpleNamespace(CUDADriverError=CUDADriverError),
         runtime=SimpleNamespace(
-            memGetInfo=lambda: (free, free), CUDA_R_16F=2, CUDA_R_32F=0, CUDARuntimeError=RuntimeError
+            memGetInfo=lambda: (free, free), CUDA_R_16F=2, CUDA_R_32F=0, CUDARuntimeError=CUDARuntimeError
         ),
         PinnedMemory=PinnedMemory,
         UnownedMemory=UnownedMemory,
         MemoryPointer=MemoryPointer,
-        get_cublas_handle=lambda: "handle",
     )
     return cupy
 
 
 def fake_cublas() -> Any:
     """cuBLAS's product of column-major matrices at addresses, for types 0 (float32) and 2 (float16)."""
-    cublas: Any = SimpleNamespace(CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68)
+    cublas: Any = SimpleNamespace(CUBLAS_OP_N=0, CUBLAS_OP_T=1, CUBLAS_COMPUTE_32F=68, CUBLASError=CUBLASError)
+    cublas.handles = []
+    cublas.create = lambda: cublas.handles.append("handle") or "handle"
+    cublas.destroy = cublas.handles.remove
 
     def at(address: int, kind: int, stride: int, columns: int) -> NDArray:
         dtype = np.dtype(np.float16 if kind == 2 else np.float32)

@@ -211,6 +211,7 @@ class Cuda:
     ffs = staticmethod(lambda value: (int(value) & -int(value)).bit_length())  # 1 for the lowest bit, 0 for none
     clz = staticmethod(lambda value: WARP - (int(value) & FULL).bit_length())
     threadfence = staticmethod(lambda: None)
+    fma = staticmethod(lambda a, b, c: np.float32(np.float64(a) * np.float64(b) + np.float64(c)))
     grid = staticmethod(lambda dimensions: _me().block.index.x * _me().block.size.x + _me().index.x)
 
 

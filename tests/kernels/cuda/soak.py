@@ -69,7 +69,7 @@ def run(device: Any, count: int) -> Outcome:
 
 def main() -> None:
     """Decode on the GPU."""
-    from svdengine.kernels.cuda.device import CupyDevice
+    from svdengine.kernels.cuda.cupy_device import CupyDevice
 
     print(run(CupyDevice(), int(sys.argv[1]) if len(sys.argv) > 1 else 24))
 

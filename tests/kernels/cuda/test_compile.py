@@ -18,7 +18,7 @@ from svdengine.kernels.cuda.catalogue import all_kernels
 KERNELS = all_kernels()
 ARCHITECTURES = ("sm_80", "sm_90a")
 REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
-FULL_BLOCKS = ("list_positive", "project_")  # of 1024 threads, which have half as many
+FULL_BLOCKS = ("list_every", "project_")  # of 1024 threads, which have half as many
 MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
 WIDE = ("attention_", "gemv_", "gate_", "up_", "down_", "project_", "score_q8", "score_q4", "score_none_2")

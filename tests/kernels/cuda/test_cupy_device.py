@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 import time
 from pathlib import Path
 from types import ModuleType
@@ -11,16 +12,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cupy import PinnedMemory, fake_cublas, fake_cupy
+from fake_cupy import (
+    CUBLASError,
+    CUDADriverError,
+    CUDARuntimeError,
+    OutOfMemoryError,
+    PinnedMemory,
+    Stream,
+    fake_cublas,
+    fake_cupy,
+)
 
-from svdengine.errors import DeviceError
-from svdengine.kernels.cuda import compilation, device
+from svdengine.commands.compile import compile_cuda_kernels
+from svdengine.errors import DeviceError, SvdEngineError
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import find_predictor
+from svdengine.kernels import brought_along
+from svdengine.kernels.cuda import compilation, cupy_device
 from svdengine.kernels.cuda.availability import Gpu
-from svdengine.kernels.cuda.bandwidth import BLOCKS, THREADS
+from svdengine.kernels.cuda.bandwidth import BLOCKS, THREADS, read_words
+from svdengine.kernels.cuda.cupy_device import CupyDevice
 from svdengine.kernels.cuda.description import measured_bandwidth
-from svdengine.kernels.cuda.device import CupyDevice, Gemm, SimulatedDevice
+from svdengine.kernels.cuda.device import Gemm, SimulatedDevice
 from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
 from svdengine.kernels.cuda.intrinsics import SIMULATED
+from svdengine.kernels.cuda.planned_device import needed_kernels
+from svdengine.tools.first_gpu_parts import small_config
+from svdengine.tools.planted_model import Sparsity, write_planted
 
 pytestmark = pytest.mark.skipif(not SIMULATED, reason="with a GPU the other tests use the real CuPy")
 
@@ -34,11 +52,12 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     for name in ("cupy_backends", "cupy_backends.cuda"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs", libraries)
+    monkeypatch.setitem(sys.modules, "cupy_backends.cuda.libs.cublas", libraries.cublas)
     monkeypatch.setitem(sys.modules, "cupy", module)
-    monkeypatch.setattr(device, "SIMULATED", False)
-    monkeypatch.setattr(device, "find_gpu", lambda index: Gpu("a card", 1 << 30, (9, 0)))
+    monkeypatch.setattr(cupy_device, "SIMULATED", False)
+    monkeypatch.setattr(cupy_device, "find_gpu", lambda index: Gpu("a card", 1 << 30, (9, 0)))
     monkeypatch.setattr(
-        device, "machine_code", lambda kernel, capability: ("entry", f"{kernel.name} {capability}".encode())
+        cupy_device, "machine_code", lambda kernel, capability: ("entry", f"{kernel.name} {capability}".encode())
     )
     return module
 
@@ -133,25 +152,186 @@ def test_products_of_the_library_are_those_of_the_simulator(cupy: Any, dtype: An
     assert not np.allclose(found[0], y)
 
 
+def test_work_goes_to_and_from_page_locked_memory(cupy: Any) -> None:
+    gpu, before = CupyDevice(), PinnedMemory.held
+    staged = gpu.staging(5, np.int32)
+    assert PinnedMemory.held == before + 20 and staged.shape == (5,) and not staged.any()
+    staged[:] = range(5)
+    array = gpu.zeros(5, np.int32)
+    gpu.write(array, staged[:3])
+    back = gpu.staging(9, np.int32)
+    found = gpu.download(array, back)
+    assert found.base is not None and found.tolist() == [0, 1, 2, 0, 0] == back[:5].tolist()
+    del staged, back, found
+    gc.collect()
+    assert PinnedMemory.held == before
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access"), "stopped: .* start it again"),
+        (CUDADriverError("CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"), "stopped: .* start it again"),
+        (CUBLASError("CUBLAS_STATUS_ALLOC_FAILED"), "no room left: CUBLAS_STATUS_ALLOC_FAILED; use a smaller context"),
+        (OutOfMemoryError("Out of memory allocating 512 bytes"), "no room left: Out of memory .* --gpu-memory"),
+        (CUDARuntimeError("cudaErrorInvalidValue:\ninvalid"), "refused: cudaErrorInvalidValue: invalid"),
+    ],
+)
+def test_errors_of_cuda_are_device_errors(cupy: Any, error: Exception, said: str) -> None:
+    gpu = CupyDevice()
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    array = gpu.zeros(1, np.float32)
+    gpu._functions["add_parts_to_rows"] = fail
+    cupy.cuda.Event = fail
+    for work in (
+        lambda: add_parts(gpu, array, 0, array, array, 1, 1, 1, 1.0),
+        lambda: gpu.seconds(lambda: None),
+        lambda: gpu.record(lambda: add_parts(gpu, array, 0, array, array, 1, 1, 1, 1.0)),
+    ):
+        with pytest.raises(DeviceError, match=said) as raised:
+            work()
+        assert raised.value.__cause__ is error and "\n" not in str(raised.value)
+
+
+def test_a_gpu_that_stopped_can_be_closed(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = CupyDevice()
+
+    def fail(*_: Any) -> None:
+        raise CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access")
+
+    monkeypatch.setattr(Stream, "synchronize", fail)
+    monkeypatch.setattr(cupy.get_default_memory_pool(), "free_all_blocks", fail)
+    gpu.close()
+
+
+def test_the_library_is_opened_and_tried_before_memory_is_planned(cupy: Any) -> None:
+    from cupy_backends.cuda.libs import cublas
+
+    gpu = CupyDevice()
+    assert gpu.has_blas and not gpu.without_blas and cublas.handles == ["handle"]
+    gpu.close()
+    assert not cublas.handles and cupy.get_default_memory_pool().freed == 1
+
+
+def test_a_library_without_code_for_the_gpu_is_not_used(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cupy_backends.cuda.libs import cublas
+
+    def fail(*_: Any) -> None:
+        raise CUBLASError("CUBLAS_STATUS_ARCH_MISMATCH")
+
+    right = cublas.gemmEx
+    monkeypatch.setattr(cublas, "gemmEx", fail)
+    gpu = CupyDevice()
+    assert not gpu.has_blas and "cannot be used: the GPU refused: CUBLAS_STATUS_ARCH_MISMATCH" in gpu.without_blas
+    gpu.close()
+    monkeypatch.setattr(cublas, "gemmEx", lambda *arguments: right(*arguments[:3], arguments[3] - 1, *arguments[4:]))
+    assert CupyDevice().without_blas == "cuBLAS gave wrong results"
+    monkeypatch.delattr(cublas, "gemmEx")
+    assert CupyDevice().without_blas == "cuBLAS is not installed"
+
+
+def test_what_steps_need_is_compiled_before_they_run(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = CupyDevice()
+    array = gpu.zeros(64, np.float32)
+    asked: list[list[str]] = []
+
+    def machine_codes(kernels: Any, capability: Any) -> dict[str, tuple[str, bytes]]:
+        asked.append([kernel.name for kernel in kernels])
+        return {name: ("entry", name.encode()) for name in asked[-1]}
+
+    monkeypatch.setattr(cupy_device, "machine_codes", machine_codes)
+    monkeypatch.setattr(cupy_device, "machine_code", lambda *_: pytest.fail("compiled while a step ran"))
+    step = lambda: add_parts(gpu, array, 0, array, array, 64, 64, 1, 1.0)  # noqa: E731
+    gpu.prepare([step, step])
+    gpu.prepare([step])
+    assert asked == [["add_parts_to_rows"], []] and not cupy.calls
+    step()
+    assert len(cupy.calls) == 1
+
+
 def test_the_simulator_is_no_gpu() -> None:
     with pytest.raises(DeviceError, match="CUDA cannot be used"):
         CupyDevice()
 
 
-def test_machine_code_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiled: list[Any] = []
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
+    """An empty cache, no folder that was brought along, and a compiler that notes what it compiled."""
+    found: list[Any] = []
 
     def compile_kernel(kernel: Any, capabilities: list[Any]) -> tuple[str, list[bytes]]:
-        compiled.append(capabilities)
+        found.append((kernel.name, capabilities))
         return "entry", [b"\x7fELF\0code"]
 
     monkeypatch.setattr(compilation, "compile_kernel", compile_kernel)
-    monkeypatch.setattr(compilation, "_cache_directory", lambda: tmp_path / "kernels")
+    monkeypatch.setattr(compilation, "folder_name", lambda: "of-these-sources")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv(brought_along.ENVIRONMENT, str(tmp_path / "brought"))
+    return found
+
+
+def test_machine_code_is_compiled_once(compiled: list[Any], capsys: Any) -> None:
     for _ in range(2):
         assert compilation.machine_code(add_parts_to_rows, (9, 0, "a")) == ("entry", b"\x7fELF\0code")
-    assert compiled == [[(9, 0, "a")]]
+    assert compiled == [("add_parts_to_rows", [(9, 0, "a")])]
+    assert capsys.readouterr().err == "compiling 1 CUDA kernel for sm_90a, once on this machine ...\n"
     compilation.machine_code(add_parts_to_rows, (8, 0))
     assert len(compiled) == 2
-    (tmp_path / "kernels" / "add_parts_to_rows-sm_80.cubin").write_bytes(b"")
-    compilation.machine_code(add_parts_to_rows, (8, 0))
-    assert len(compiled) == 3
+    path = compilation.user_folder() / "add_parts_to_rows-sm_80.cubin"
+    for damaged in (b"", path.read_bytes()[:-1], path.read_bytes()[:-1] + b"?"):
+        path.write_bytes(damaged)
+        compilation.machine_code(add_parts_to_rows, (8, 0))
+    assert len(compiled) == 5
+
+
+def test_machine_code_that_was_brought_along_is_not_compiled(compiled: list[Any], tmp_path: Path, capsys: Any) -> None:
+    compilation.compile_into(tmp_path / "brought" / "of-these-sources", [add_parts_to_rows], (8, 0), must_keep=True)
+    assert compilation.machine_codes([add_parts_to_rows], (8, 0)).keys() == {"add_parts_to_rows"}
+    assert len(compiled) == 1 and not capsys.readouterr().err
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError):
+        compilation.compile_into(tmp_path / "file", [add_parts_to_rows], (8, 0), must_keep=True)
+
+
+def test_several_kernels_are_compiled_in_threads(compiled: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(2, timeout=20)  # broken unless two are compiled at once
+    one = compilation.compile_kernel
+
+    def wait_and_compile(kernel: Any, capabilities: Any) -> Any:
+        together.wait()
+        return one(kernel, capabilities)
+
+    monkeypatch.setattr(compilation, "compile_kernel", wait_and_compile)
+    monkeypatch.setattr(compilation, "default_threads", lambda: 2)
+    codes = compilation.machine_codes([add_parts_to_rows, read_words], (8, 0))
+    assert codes.keys() == {"add_parts_to_rows", "read_words"}
+
+
+def test_the_command_compiles_what_is_missing_for_a_gpu_that_is_not_there(
+    compiled: list[Any], tmp_path: Path, capsys: Any
+) -> None:
+    kernels = {kernel.name: kernel for kernel in (add_parts_to_rows, read_words)}
+    for _ in range(2):
+        folder = compile_cuda_kernels(kernels, ["sm_87", "sm_90a"], tmp_path / "brought")
+    assert folder == tmp_path / "brought" / "of-these-sources" and len(compiled) == 4
+    assert capsys.readouterr().err.count("compiling 2 CUDA kernels for sm_") == 2
+    assert compilation.machine_codes(kernels.values(), (8, 7)).keys() == kernels.keys() and len(compiled) == 4
+    with pytest.raises(SvdEngineError, match="found the target sm_70, expected one of sm_80, sm_86"):
+        compile_cuda_kernels(kernels, ["sm_70"], tmp_path)
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(SvdEngineError, match="cannot write"):
+        compile_cuda_kernels(kernels, ["sm_80"], tmp_path / "file")
+
+
+def test_kernels_of_a_model_are_known_without_a_gpu(tmp_path: Path) -> None:
+    """Those that an executor launches are among them."""
+    path = tmp_path / "model.svdp"
+    write_planted(path, small_config(), "q4", Sparsity(rank=64, predicted=0.4, active=0.2))
+    with read_model_file(path) as file:
+        found = needed_kernels(file.config, file.arrays, file.formats, find_predictor(file))
+    for name in ("gemv_q4_1x1", "gate_up_q4", "down_q4", "score_q8_0", "widen_q4", "list_every", "choose", "place_f16"):
+        assert name in found
+    assert any(name.startswith("attention_32_") for name in found) and "gemv_q6_1x1" not in found

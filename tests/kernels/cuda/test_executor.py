@@ -15,7 +15,21 @@ from random_predictors import make_predictor
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.base_executor import ExecutorSetup
-from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling, sparse
+from svdengine.kernels.cuda import (
+    attention,
+    elementwise,
+    embedding,
+    executor,
+    gemm,
+    norm,
+    rope,
+    sample_survey,
+    sample_weights,
+    sample_whole,
+    sampling,
+    sparse,
+    workspace,
+)
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -71,11 +85,24 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (norm, elementwise, embedding):
             monkeypatch.setattr(module, "THREADS", 32)
         monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
-        monkeypatch.setattr(sampling, "SAMPLE_THREADS", 32)
-        monkeypatch.setattr(sampling, "_DIGIT", 7)
+        few_sampling_threads(monkeypatch)
         for module in (attention, rope):
             monkeypatch.setattr(module, "THREADS", 64)
             monkeypatch.setattr(module, "_WARPS", 2)
+
+
+def few_sampling_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name, value in (
+        (sampling, "SAMPLE_THREADS", 32),
+        (sample_survey, "SURVEY_THREADS", 32),
+        (sample_whole, "DIGIT", 7),
+    ):
+        monkeypatch.setattr(module, name, value)
+    for module in (workspace, sample_survey, sampling):
+        for name, value in (("SLICES", 2), ("BINS", 32), ("MOST_LISTED", 32)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sample_survey, "_STEP", np.float32(32 / sample_weights.LOWEST))
 
 
 @contextmanager
@@ -267,7 +294,7 @@ def test_tokens_are_chosen_in_the_recorded_step(device: Any) -> None:
             assert none.shape == (0, LLAMA.vocab_size)
             params = SamplingParams(temperature=1.3, top_k=5, top_p=0.9, min_p=0.01)
             assert both.tolist() == [drawn(logits[0], params, sampled.draw), logits[1].argmax()]
-        assert {shape.sample for shape in cuda._graphs} == {True, False}
+        assert {shape.sample for shape in cuda._graphs} == {"drawn", ""}
         mixed, rest = cuda.forward_and_sample(batch, [None, greedy])
         assert mixed[1] == both[1]
         np.testing.assert_array_equal(rest, logits[:1])

@@ -101,7 +101,7 @@ def test_the_command_prints_what_was_measured(monkeypatch: pytest.MonkeyPatch, c
     card = GpuDescription("a card", 1, 1, "9.0", "13.0", "13.0", None, None)
     monkeypatch.setattr(tool, "find_gpu", lambda: Gpu("a card", 1, (9, 0)))
     monkeypatch.setattr(tool, "describe_gpus", lambda: (card,))
-    monkeypatch.setattr("svdengine.kernels.cuda.device.CupyDevice", lambda: SimulatedDevice(memory=1 << 16))
+    monkeypatch.setattr("svdengine.kernels.cuda.cupy_device.CupyDevice", lambda: SimulatedDevice(memory=1 << 16))
     timing = Timing("a product", 20.0, 50.0, 15.0, 0.75, "another", 1.5, "80 %")
     asked: list[Any] = []
 

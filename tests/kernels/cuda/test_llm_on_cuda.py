@@ -24,7 +24,7 @@ def test_a_seed_means_the_same_on_every_device(device: Any, monkeypatch: pytest.
 
     if SIMULATED:
         monkeypatch.setattr(availability, "find_gpu", lambda: Gpu("a card", 1 << 30, (9, 0)))
-        monkeypatch.setattr(sys.modules["svdengine.kernels.cuda.device"], "CupyDevice", lambda: device)
+        monkeypatch.setattr(sys.modules["svdengine.kernels.cuda.cupy_device"], "CupyDevice", lambda: device)
     path = write_tiny_model(tmp_path / "model.svdp", **SMALL)
     found = []
     for name in ("cuda", "reference"):

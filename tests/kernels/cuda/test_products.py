@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import simulator
 from model_zoo import relative_error, zoo
 from numpy.typing import NDArray
 
 from svdengine.kernels import reference
 from svdengine.kernels.cuda import gemm, gemv
 from svdengine.kernels.cuda.elementwise import ACTIVATIONS, activate_ffn, add_parts
+from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.model import Matrix, Norm, _matrix
-from svdengine.kernels.cuda.norm import normalize
+from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
+from svdengine.kernels.cuda.score import ROUND_THREADS, round_rows
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, padded_columns, quantize
 from svdengine.models.config import Activation
 
@@ -107,6 +112,41 @@ def test_activation_functions(device: Any, activation: Activation, gated: bool) 
     assert activation in ACTIVATIONS
 
 
+def room(device: Any, rows: int = 2) -> Any:
+    """The buffers of a workspace that norms use, at 320 items a row."""
+    fine, coarse = (device.zeros(rows * 320, np.float32) for _ in range(2))
+    return SimpleNamespace(
+        fine=fine, coarse=coarse, tickets=device.zeros(rows, np.int32), sizes=SimpleNamespace(hidden=320)
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "falcon_7b"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_norm_after_a_sum_is_that_of_the_whole_row_and_rounded_as_alone(
+    device: Any, name: str, backwards: bool
+) -> None:
+    config, random = replace(zoo()[name], hidden_size=300), np.random.default_rng(1)
+    partial, x = random.standard_normal((2, 3, 320), np.float32), random.standard_normal((2, 320), np.float32)
+    bias, weight = random.standard_normal((2, 300), np.float32)
+    norm, together, alone = Norm(device.upload(weight), device.upload(bias)), room(device), room(device)
+    together.partial, together.x, out = device.upload(partial), device.upload(x), device.zeros(2 * 320, np.float32)
+    following, down_bias = Following(norm, out, True), device.upload(bias)
+    with simulator.backwards() if backwards and SIMULATED else nullcontext():  # whichever block is the last
+        add_parts_and_normalize(device, config, together, 3, down_bias, 2, following)
+    summed, expected = device.upload(x), device.zeros(2 * 320, np.float32)
+    add_parts(device, device.upload(partial), 3, down_bias, summed, 300, 320, 2, config.residual_scale)
+    np.testing.assert_array_equal(device.download(together.x), device.download(summed))
+    normalize(device, config, alone, norm, summed, expected, 320, 2)
+    np.testing.assert_array_equal(device.download(out), device.download(expected))
+    arrays = (alone.fine, alone.fine, alone.coarse, alone.coarse)
+    device.launch(round_rows, (2, 2), ROUND_THREADS, expected, *arrays, 300, 320, 320)
+    for rounded in ("fine", "coarse"):
+        found, right = (device.download(getattr(work, rounded)).view(np.uint32) for work in (together, alone))
+        np.testing.assert_array_equal(found, right)
+        assert found.any()
+    assert not device.download(together.tickets).any()
+
+
 @pytest.mark.parametrize("name", ["llama", "falcon_7b"])
 def test_norms_of_chosen_rows(device: Any, name: str) -> None:
     config = replace(zoo()[name], hidden_size=300)
@@ -116,7 +156,7 @@ def test_norms_of_chosen_rows(device: Any, name: str) -> None:
     bias = bias if config.norm == "layer" else 0 * bias
     norm, out = Norm(device.upload(weight), device.upload(bias)), device.zeros(2 * 320, np.float32)
     chosen = device.upload(np.array([2, 0], np.int32))
-    normalize(device, config, norm, device.upload(x), out, 320, 2, chosen=chosen, factor=2.0)
+    normalize(device, config, room(device), norm, device.upload(x), out, 320, 2, chosen=chosen, factor=2.0)
     expected = reference.normalize(config, {"n.weight": weight, "n.bias": bias}, "n", x[[2, 0], :300])
     assert relative_error(device.download(out).reshape(2, 320)[:, :300], 2 * expected) < 1e-5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -13,11 +14,11 @@ from model_zoo import random_weights, relative_error, zoo
 from numpy.typing import NDArray
 
 from svdengine.kernels.cuda import sparse
-from svdengine.kernels.cuda.compact import COMPACT_THREADS, list_positive
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.memory_split import LayerSplit
 from svdengine.kernels.cuda.model import Model, build_model, place_predictor
+from svdengine.kernels.cuda.score import SCORE, SCORE_ROWS, SCORE_THREADS
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
@@ -150,22 +151,40 @@ def test_scores_and_lists_are_the_definitions(
         assert 0 < len(listed) < CONFIG.ffn_size
 
 
+def listed_by_scores(device: Any, values: NDArray[np.float32], size: int) -> tuple[NDArray[np.int32], Any, Any, Any]:
+    """Lists (rows, stride), lengths, counts and tickets from scores that thresholds alone make, by two launches."""
+    rows, stride = values.shape
+    blocks, words = -(-size // SCORE_ROWS), stride // 32
+    nothing, half = device.zeros(4, np.uint32), device.zeros(4, np.float16)
+    masks, tickets = device.upload(np.full(rows * words, 0xFFFFFFFF, np.uint32)), device.zeros(rows, np.int32)
+    neurons, lengths = device.zeros(rows * stride, np.int32), device.zeros(rows, np.int32)
+    counts, scores = device.zeros(3 * rows, np.int64), device.zeros(rows * stride, np.float32)
+    for row in range(rows):  # thresholds are shared by rows: one launch each
+        part = slice(row * stride, (row + 1) * stride)
+        device.launch(
+            SCORE["", 0], (blocks, 1), SCORE_THREADS, nothing, half, half, nothing.view(np.float32),
+            nothing, half, device.upload(values[row]), device.zeros(stride, np.float32), nothing, nothing,
+            nothing.view(np.float32), scores[part], masks[row * words : (row + 1) * words], tickets[row : row + 1],
+            neurons[part], lengths[row : row + 1], counts[3 * row : 3 * row + 3], size, 0, 0, 0, 0, stride, words,
+        )  # fmt: skip
+    return device.download(neurons).reshape(rows, stride), *map(device.download, (lengths, counts, tickets))
+
+
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 1023, 1025, 2500])
 def test_lists_of_any_length_are_in_order(device: Any, size: int) -> None:
-    stride, threads = 2560, 128
+    stride = 2560
     values = np.random.default_rng(size).standard_normal((2, stride)).astype(np.float32)
     values[1] = np.abs(values[1])
     values[:, size // 2] = [np.nan, 0.0]
-    neurons, lengths = device.zeros(2 * stride, np.int32), device.zeros(2, np.int32)
-    counts = device.zeros(6, np.int64)
-    device.launch(list_positive, (2,), threads, device.upload(values), neurons, lengths, counts, size, stride)
-    found, count = device.download(neurons).reshape(2, stride), device.download(lengths)
-    for row in range(2):
-        expected = np.flatnonzero(values[row, :size] > 0)
-        assert count[row] == len(expected)
-        np.testing.assert_array_equal(found[row, : count[row]], expected)
-    np.testing.assert_array_equal(device.download(counts).reshape(2, 3)[:, [0, 2]], np.stack([count, [size] * 2], 1))
-    assert COMPACT_THREADS % 32 == 0
+    for order in (nullcontext(), simulator.backwards() if SIMULATED else nullcontext()):  # whichever block is the last
+        with order:
+            found, lengths, counts, tickets = listed_by_scores(device, values, size)
+        for row in range(2):
+            expected = np.flatnonzero(values[row, :size] > 0)
+            assert lengths[row] == len(expected)
+            np.testing.assert_array_equal(found[row, : lengths[row]], expected)
+        np.testing.assert_array_equal(counts.reshape(2, 3)[:, [0, 2]], np.stack([lengths, [size] * 2], 1))
+        assert not tickets.any()
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -1,0 +1,69 @@
+"""Machine code for every target, made without a GPU: kernels must be able to start, and do no work that is slow there.
+
+`pytest -m long` looks at all kernels; otherwise it is those that are nearest to a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svdengine.commands.compile import CUDA_TARGETS
+from svdengine.kernels.cuda.catalogue import all_kernels
+from svdengine.kernels.cuda.compact import COMPACT_THREADS
+from svdengine.kernels.cuda.compilation import TARGETS
+from svdengine.kernels.cuda.score import PROJECT_THREADS
+
+# Kernels by the threads of their blocks: a multiprocessor has 65,536 registers.
+THREADS = {"list_every": COMPACT_THREADS, "project_q8": PROJECT_THREADS, "project_q4": PROJECT_THREADS}
+FLOAT32 = ("spread",)  # that goes over a whole vocabulary
+MOST_REGISTERS = 128
+
+
+def inspect(names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """What offline_targets.py says of these kernels; of all where none is named."""
+    pathfinder = pytest.importorskip("cuda.pathfinder", reason="needs cuda-pathfinder: pip install 'svdengine[test]'")
+    for tool in ("cuobjdump", "nvdisasm"):
+        if pathfinder.find_nvidia_binary_utility(tool) is None:
+            pytest.skip(f"needs {tool}: pip install 'svdengine[test]'")
+    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
+    program = str(Path(__file__).parent / "offline_targets.py")
+    done = subprocess.run([sys.executable, program, *names], env=environment, stdout=subprocess.PIPE, check=True)
+    found: dict[str, dict[str, dict[str, Any]]] = json.loads(done.stdout)
+    return found
+
+
+def test_blocks_of_1024_threads_can_start_on_every_target() -> None:
+    for name, targets in inspect([*THREADS, *FLOAT32]).items():
+        assert targets.keys() == TARGETS.keys()
+        for target, used in targets.items():
+            assert used["REG"] * THREADS.get(name, 256) <= 65536, f"{name} {target}: {used['REG']} registers"
+            assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, f"{name} {target}: {used}"
+            if name in FLOAT32:  # a few operations on float64 a thread, and none a token
+                double = {op: n for op, n in used["operations"].items() if op in ("DFMA", "DMUL", "DADD", "DSETP")}
+                assert "DFMA" not in double and sum(double.values()) <= 8, f"{name} {target}: {double}"
+
+
+def test_kernels_that_need_it_say_how_large_their_blocks_are() -> None:
+    kernels = all_kernels()
+    if hasattr(kernels["list_every"].dispatcher, "targetoptions"):  # the simulator drops options
+        for name, threads in THREADS.items():
+            assert kernels[name].dispatcher.targetoptions["launch_bounds"] == threads
+
+
+@pytest.mark.long
+def test_every_kernel_stays_in_registers_on_every_target() -> None:
+    for name, targets in inspect([]).items():
+        for target, used in targets.items():
+            assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, f"{name} {target}: {used}"
+            assert used["REG"] <= MOST_REGISTERS, f"{name} {target}: {used['REG']} registers"
+
+
+def test_the_command_knows_every_target() -> None:
+    assert tuple(TARGETS) == CUDA_TARGETS

@@ -1,0 +1,224 @@
+"""Model, not measurement: where the time of a decode step goes on an NVIDIA GPU, kernel by kernel.
+
+    python -m svdengine.tools.cuda_step_time --card H200 --dtype f16 --context 512
+
+What a step launches is asked of the executor itself, which runs on no device here. A kernel takes as long as its bytes
+do at the share of the bandwidth that a copy reaches, or as its instructions do where that is longer; then comes the gap
+to the next one. Instructions are counted in the main loop of the machine code that is compiled for the card, which
+takes the test extra; with `--bytes-only` they are left out. Activations, lists and sums stay in the GPU's cache and
+count nothing. So does whatever makes a kernel wait: a GPU can only be slower. `svdengine bench --device cuda` measures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from svdengine.kernels.cuda.compilation import TARGETS, compile_kernel
+from svdengine.kernels.cuda.formats.table import kernels_of
+from svdengine.kernels.cuda.planned_device import Launch
+from svdengine.kernels.executor import FfnPath
+from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat, format_named, padded_columns
+from svdengine.models import ModelConfig
+from svdengine.tools.machine_code import bytes_per_instruction, disassembled
+from svdengine.tools.planned_kernels import step_launches
+from svdengine.tools.random_model import SHAPES, shape_config
+
+_REACHED = 0.9  # of the bandwidth, by a copy
+_GAP = 1.1e-6  # seconds from a kernel of a graph to the next one, which waits for it
+_INSTRUCTIONS = 2.5  # that a multiprocessor issues a cycle
+_HOST = 150e-6  # seconds of a step in which the GPU has nothing to do
+_KV_BYTES = 2  # of a float16
+_MATRIX = 4  # arguments that are a matrix: words, scale, low and row
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU, as its data sheet describes it."""
+
+    bandwidth: float  # bytes a second
+    multiprocessors: int
+    clock: float  # cycles a second
+    target: str
+
+
+CARDS = {
+    "H100": Card(3.35e12, 132, 1.83e9, "sm_90a"),
+    "H200": Card(4.8e12, 132, 1.83e9, "sm_90a"),
+    "RTX4090": Card(1.008e12, 128, 2.52e9, "sm_89"),
+    "RTX3090": Card(0.936e12, 82, 1.70e9, "sm_86"),
+    "Orin": Card(0.2048e12, 16, 1.30e9, "sm_87"),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step: one token of one sequence."""
+
+    config: ModelConfig
+    dtype: WeightFormat
+    context: int  # tokens that are cached
+    path: FfnPath
+    rank: int = 256  # of the predictor
+    predicted: float = 0.15  # share of neurons whose gate is computed
+    active: float = 0.10  # share of neurons whose up and down are read
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """All launches of a kernel in a step."""
+
+    name: str
+    launches: int
+    bytes: float  # of weights and of the KV cache
+    reading: float  # seconds that the bytes take
+    issuing: float  # seconds that the instructions take
+
+    @property
+    def seconds(self) -> float:
+        """With the gaps behind its launches."""
+        return max(self.reading, self.issuing) + self.launches * _GAP
+
+
+def step_times(work: Work, card: Card, rates: Mapping[str, float]) -> list[KernelTime]:
+    """Each kernel of a step. rates: bytes of weights that a kernel reads with an instruction of a warp, where known."""
+    launches: dict[str, float] = {}
+    read: dict[str, float] = {}
+    one, two = (_counted(_launches(work, layers), work) for layers in (1, 2))
+    for name in two:
+        (first, first_bytes), (second, second_bytes) = one.get(name, (0, 0.0)), two[name]
+        more = work.config.layer_count - 1
+        launches[name] = first + more * (second - first)
+        read[name] = first_bytes + more * (second_bytes - first_bytes)
+    found = []
+    for name, count in launches.items():
+        issued = read[name] / rates[name] if name in rates else 0.0
+        found.append(
+            KernelTime(
+                name,
+                round(count),
+                read[name],
+                read[name] / (_REACHED * card.bandwidth),
+                issued / (_INSTRUCTIONS * card.multiprocessors * card.clock),
+            )
+        )
+    return sorted(found, key=lambda kernel: -kernel.seconds)
+
+
+def instruction_rates(work: Work, card: Card) -> dict[str, float]:
+    """Bytes of weights an instruction of a warp, in the main loop of each kernel of a step that reads weights."""
+    kernels = {launch.kernel.name: launch.kernel for launch in _launches(work, 1)}
+    found = {}
+    for name, kernel in kernels.items():
+        share = weight_share(name)
+        if share is not None:
+            _, (cubin,) = compile_kernel(kernel, [TARGETS[card.target]])
+            found[name] = share * bytes_per_instruction(disassembled(cubin))
+    return {name: rate for name, rate in found.items() if rate}
+
+
+def weight_share(name: str) -> float | None:
+    """Which share of what a kernel's main loop loads is weights, and not activations; None for other kernels."""
+    match = re.fullmatch(
+        r"(gemv_transposed|gemv|gate_up|gate|up|down)_([a-z]+\d*)(?:_(\d+)(?:x(\d+))?)?(?:_split)?", name
+    )
+    if match is None or match[2] not in FORMATS:
+        return None
+    kind, stored = match[1], format_named(match[2])
+    kernels = kernels_of(stored.name)
+    weights = stored.row_bytes(kernels.chunk_columns)
+    rows, tile = (int(match[3] or 1), int(match[4] or 1)) if kind == "gemv" else (1, 1)
+    activations = 0 if kind in ("gemv_transposed", "down") else 4 * kernels.chunk_columns * tile
+    return rows * weights / (rows * weights + activations)
+
+
+def _launches(work: Work, layers: int) -> list[Launch]:
+    config = replace(work.config, layer_count=layers)
+    return step_launches(config, work.dtype, context=work.context, rank=work.rank, path=work.path)
+
+
+def _counted(launches: Sequence[Launch], work: Work) -> dict[str, tuple[int, float]]:
+    """Launches and bytes of each kernel."""
+    found: dict[str, tuple[int, float]] = {}
+    for launch in launches:
+        count, read = found.get(launch.kernel.name, (0, 0.0))
+        found[launch.kernel.name] = count + 1, read + _bytes_of(launch, work)
+    return found
+
+
+def _bytes_of(launch: Launch, work: Work) -> float:
+    """Bytes of weights or of the KV cache that a launch reads."""
+    name, config = launch.kernel.name, work.config
+
+    def matrix(first: int) -> float:
+        return float(sum(array.nbytes for array in launch.arguments[first : first + _MATRIX]))
+
+    if name.startswith(("gemv", "project", "score")):
+        return matrix(0)
+    if name.startswith("gate_up"):  # a matrix, what may lie in host memory, and a bias, twice
+        return work.predicted * matrix(0) + work.active * matrix(_MATRIX + 2)
+    if name.startswith(("gate", "up", "down")):
+        return (work.predicted if name.startswith("gate") else work.active) * matrix(0)
+    if name.startswith("attention"):
+        return 2.0 * _KV_BYTES * work.context * config.kv_head_count * config.head_dim
+    if name.startswith("embed"):
+        return float(FORMATS[work.dtype].row_bytes(padded_columns(config.hidden_size)))
+    return 0.0
+
+
+def table(times: Sequence[KernelTime]) -> list[str]:
+    """A table of a step."""
+    lines = [
+        "| kernel | launches | MB | bytes ms | instructions ms | gaps ms | together ms |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in times:
+        numbers = (one.reading, one.issuing, one.launches * _GAP, one.seconds)
+        cells = " | ".join(f"{1e3 * number:.3f}" for number in numbers)
+        lines.append(f"| {one.name} | {one.launches} | {one.bytes / 1e6:.1f} | {cells} |")
+    return lines
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="svdengine.tools.cuda_step_time", description=__doc__.splitlines()[0])
+    parser.add_argument("--card", choices=CARDS, default="H200")
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--dtype", choices=WEIGHT_FORMATS, default="f16", help="of all weights (default: f16)")
+    parser.add_argument("--context", type=int, default=512, help="tokens that are cached (default: 512)")
+    for name, what in (("predicted", "whose gate is computed"), ("active", "whose up and down are")):
+        default = getattr(Work, name)
+        parser.add_argument(
+            f"--{name}", type=float, default=default, help=f"share of neurons {what} (default: {default})"
+        )
+    parser.add_argument("--rank", type=int, default=Work.rank, help=f"of the predictor (default: {Work.rank})")
+    parser.add_argument("--bytes-only", action="store_true", help="compile nothing, and count no instructions")
+    options = parser.parse_args(arguments)
+    card, config, seconds = CARDS[options.card], shape_config(options.shape, activation="relu"), {}
+    shares = f"rank {options.rank}, {options.predicted:.0%} predicted, {options.active:.0%} active"
+    print(f"A model, not a measurement: {options.card}, {options.shape}, {options.dtype}, one token,")
+    print(f"{options.context} tokens cached, {shares}; {_REACHED:.0%} of {card.bandwidth / 1e9:.0f} GB/s is reached,")
+    print(
+        f"{_INSTRUCTIONS} instructions a cycle, {1e6 * _GAP:.1f} us between kernels, {1e6 * _HOST:.0f} us of the host"
+    )
+    paths: tuple[FfnPath, ...] = ("dense", "predict")
+    for path in paths:
+        work = Work(
+            config, options.dtype, options.context, path, options.rank, options.predicted, options.active
+        )  # fmt: skip
+        times = step_times(work, card, {} if options.bytes_only else instruction_rates(work, card))
+        seconds[path] = sum(one.seconds for one in times) + _HOST
+        read = sum(one.bytes for one in times)
+        print("", *table(times), "", sep="\n")
+        print(
+            f"{path}: {1e3 * seconds[path]:.2f} ms, {1 / seconds[path]:.0f} tokens/s, {read / 1e9:.2f} GB,"
+            f" {sum(one.launches for one in times)} launches,"
+            f" {read / seconds[path] / card.bandwidth:.0%} of the bandwidth"
+        )
+    print(f"the sparse step is {seconds['dense'] / seconds['predict']:.2f} times as fast")
+
+
+if __name__ == "__main__":
+    main()
