@@ -128,7 +128,7 @@ def matrix_sizes(config: ModelConfig) -> dict[str, dict[WeightFormat, int]]:
     sizes: dict[str, dict[WeightFormat, int]] = {}
     for spec in tensor_specs(config):
         if spec.matrix and spec.name != "position_embedding":
-            count = config.layer_count if spec.stacked else 1
+            count = spec.shape[0] if spec.stacked else 1
             sizes[spec.name] = {one: count * format_named(one).stored_bytes(*spec.shape[-2:]) for one in FORMATS}
     return sizes
 
@@ -241,7 +241,7 @@ def _compose(
     with write(BASE, formats=formats) as writer:
         for spec in tensor_specs(config):
             parts = gather_parts(files[formats.get(spec.name, BASE)].arrays, spec.name)
-            for layer in range(config.layer_count if spec.stacked else 1):
+            for layer in range(spec.shape[0] if spec.stacked else 1):
                 here = {suffix: part[layer] if spec.stacked else part for suffix, part in parts.items()}
                 if spec.matrix:
                     writer.write_parts(spec.name, here, layer)
