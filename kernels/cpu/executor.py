@@ -234,13 +234,14 @@ class CpuExecutor(BaseExecutor):
 
     def _with_group(self, work: Workspace, rows: int) -> Workspace:
         """The workspace with buffers for rows that chose the same expert, whose FFN runs in all others as before."""
-        strides = {"normed": work.hidden_stride, "hidden_q": work.hidden_q_stride, "ffn_add": work.hidden_stride}
-        buffers = {name: aligned(rows * stride) for name, stride in strides.items()}
+        normed, added = aligned(rows * work.hidden_stride), aligned(rows * work.hidden_stride)
+        quantized = aligned(rows * work.hidden_q_stride)
         lists = aligned(self.threads * 8 * padded_columns(rows))
-        group = packed(work._replace(**{name: buffer.ctypes.data for name, buffer in buffers.items()}))
+        normed_at, quantized_at, added_at = (buffer.ctypes.data for buffer in (normed, quantized, added))
+        group = packed(work._replace(normed=normed_at, hidden_q=quantized_at, ffn_add=added_at))
         sequences = np.zeros_like(self._inputs.sequences)
         inputs = packed(self._inputs._replace(sequences=sequences))
-        self._keep += [*buffers.values(), lists, group, sequences, inputs]
+        self._keep += [normed, quantized, added, lists, group, sequences, inputs]
         return work._replace(
             group=group.ctypes.data,
             group_inputs=inputs.ctypes.data,
