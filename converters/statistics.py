@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -56,9 +56,6 @@ class LayerStatistics:
         return self.second_moment - np.outer(self.mean, self.mean)
 
 
-NO_EXPERTS = np.zeros((0, 0, 0), np.int16)
-
-
 @dataclass(frozen=True)
 class Statistics:
     """Everything that predictors and thresholds are made from."""
@@ -68,8 +65,8 @@ class Statistics:
     held_out: NDArray[np.float16]  # (layers, rows, d) sample of the held-out windows
     tokens: int  # that the moments come from
     # (layers, rows, active experts) numbers of the experts that each sampled row has; no rows without experts
-    fit_experts: NDArray[np.int16] = NO_EXPERTS
-    held_out_experts: NDArray[np.int16] = NO_EXPERTS
+    fit_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
+    held_out_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
 
 
 class SampledMoments(Sequence[LayerStatistics]):

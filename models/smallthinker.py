@@ -21,6 +21,9 @@ _EVERY_NTH_IS_FULL = 4  # in a GGUF file, which does not say so
 def config_from_hf(settings: Settings) -> ModelConfig:
     """Read a SmallThinker config.json."""
     _refuse_variants(settings)
+    activation = settings.get("hidden_act", "relu")  # which published settings do not name
+    if activation != "relu":
+        raise ValueError(f"a SmallThinker model has the activation relu, found {shown(activation)}")
     count = integer(settings, "moe_num_primary_experts", default=32)
     rotated, slides = _layout(settings, "rope_layout", 1), _layout(settings, "sliding_window_layout", 0)
     sliding = tuple(layer for layer, on in enumerate(slides) if on)
