@@ -30,7 +30,7 @@ from svdengine.files.model_writer import ModelWriter
 from svdengine.files.tensor_writer import PAGE
 from svdengine.kernels.formats import Parts, WeightFormat, format_named, gather_parts
 from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import tensor_specs
+from svdengine.models.tensors import ROUTER, tensor_specs
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -127,7 +127,7 @@ def matrix_sizes(config: ModelConfig) -> dict[str, dict[WeightFormat, int]]:
     """Bytes of each matrix, of all its layers, in each format that it can have."""
     sizes: dict[str, dict[WeightFormat, int]] = {}
     for spec in tensor_specs(config):
-        if spec.matrix and spec.name != "position_embedding":
+        if spec.matrix and spec.name not in ("position_embedding", ROUTER):
             count = spec.shape[0] if spec.stacked else 1
             sizes[spec.name] = {one: count * format_named(one).stored_bytes(*spec.shape[-2:]) for one in FORMATS}
     return sizes
