@@ -15,6 +15,7 @@ from small_checkpoints import TOKENS, write_gguf, write_hf
 import svdengine
 from svdengine.converters import convert
 from svdengine.converters.calibration import EXACT, CalibrationOptions, calibrate
+from svdengine.converters.sized_conversion import Wish, convert_to_size
 from svdengine.converters.weight_calibration import Quantizer, WeightCalibration
 from svdengine.errors import ConversionError, DeviceError, ModelFileError
 from svdengine.files.model_file import ModelFile, read_model_file
@@ -215,6 +216,18 @@ def test_q4_is_calibrated_by_convert(tmp_path: Path) -> None:
     assert ("gate", CONFIG.ffn_blocks - 1) in found and ("down_T", 0) in found and not dict(found).get("router")
     with svdengine.load(tmp_path / "m.svdp", device="cpu", threads=1) as llm:
         assert np.isfinite(llm.logits([1, 5, 9, 30])).all()
+
+
+def test_formats_are_chosen_for_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVDENGINE_DEVICE", "reference")
+    text = tmp_path / "text.txt"
+    text.write_text("hello world, hello there, who is it? " * 20)
+    made = convert_to_size(
+        hf_folder(tmp_path / "hf"), tmp_path / "m.svdp", Wish(bits=9.0), calibration=WeightCalibration(text=(text,))
+    )
+    assert "router" not in made.choice.formats and {"gate", "up", "down_T"} <= made.choice.formats.keys()
+    with read_model_file(tmp_path / "m.svdp") as file:
+        assert file.formats == {**made.choice.formats, "router": "f32"}
 
 
 WINDOWS = [random_tokens(CONFIG, 64, seed) for seed in range(30)]
