@@ -58,7 +58,11 @@ class BaseExecutor(ABC):
         self._predictor: Predictor | None = None
         self._times: FfnTimes | None = None
         self._measured_layers: int | None = None  # that times are measured on; None: enough
-        self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.layer_count  # as they lie on the device
+        # Of a layer, as they lie on the device; of experts, those that one row reads.
+        # Numbers of the experts that rows of the latest `ffn_inputs` had, (layers, n, active_experts): 0 in a layer
+        # without experts, and None in a model without.
+        self.kept_experts: NDArray[np.int32] | None = None
+        self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.ffn_blocks * _neurons(config) / config.ffn_size
         norm = {name: array for name, array in setup.arrays.items() if name.startswith("output_norm.")}
         self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
         self._counted = NO_NEURONS
@@ -80,7 +84,7 @@ class BaseExecutor(ABC):
     def predictor(self, predictor: Predictor | None) -> None:
         if predictor is not None:
             config = self.config
-            check_predictor(predictor, config.layer_count, config.ffn_size, config.hidden_size)
+            check_predictor(predictor, config.ffn_blocks, config.ffn_size, config.hidden_size)
         self._predictor = self._times = None  # also where there turns out to be no room for the new one
         self._place_predictor(predictor)
         self._predictor = predictor
@@ -93,7 +97,7 @@ class BaseExecutor(ABC):
             self._times = measure_ffn_times(
                 self,
                 config.layer_count,
-                config.ffn_size,
+                _neurons(config),
                 self._ffn_layer_bytes,
                 config.hidden_size,
                 self._measured_layers,
@@ -213,6 +217,11 @@ class BaseExecutor(ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the executor is closed")
+
+
+def _neurons(config: ModelConfig) -> int:
+    """Neurons of a layer's FFN, or of the experts that a token has of it, on average."""
+    return round(config.token_neurons / config.layer_count)
 
 
 def _ffn_bytes(arrays: Mapping[str, NDArray]) -> int:

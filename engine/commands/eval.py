@@ -89,7 +89,13 @@ def command(
         if report is not None and llm.predictor is not None:
             options["ffn"] = "both"
         found = _measure(
-            llm, text, window, tasks, options, study=predictors or report is not None, curve=report is not None
+            llm,
+            text,
+            window,
+            tasks,
+            options,
+            study=predictors or (report is not None and not llm.config.expert_count),
+            curve=report is not None,
         )
         if report is not None:
             _write_report(llm, report, found)

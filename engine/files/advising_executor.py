@@ -76,6 +76,11 @@ class AdvisingExecutor:
         self._advise([])
         return self.inner.ffn_inputs(batch)
 
+    @property
+    def kept_experts(self) -> NDArray[np.int32] | None:
+        """See BaseExecutor."""
+        return self.inner.kept_experts
+
     def _scattered(self, n: int) -> list[str]:
         """The arrays of which a step of n rows picks rows."""
         path = self.inner.ffn_path(n)

@@ -89,7 +89,7 @@ def read_predictor(path: Path | str, model_file: ModelFile) -> Predictor:
     config = model_file.config
     try:
         predictor = predictor_from_arrays(
-            arrays, metadata["predictor"], config.layer_count, config.ffn_size, config.hidden_size
+            arrays, metadata["predictor"], config.ffn_blocks, config.ffn_size, config.hidden_size
         )
         check_finite(arrays)
     except (ValueError, RecursionError) as error:
@@ -165,7 +165,7 @@ def find_predictor(model_file: ModelFile, path: str | Path | None = None) -> Pre
     config = model_file.config
     try:
         description = model_file.metadata["predictor"]
-        predictor = predictor_from_arrays(arrays, description, config.layer_count, config.ffn_size, config.hidden_size)
+        predictor = predictor_from_arrays(arrays, description, config.ffn_blocks, config.ffn_size, config.hidden_size)
         check_finite(arrays)
     except KeyError:
         raise ModelFileError(f"{model_file.path}: holds predictor tensors, but does not describe them") from None

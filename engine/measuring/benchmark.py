@@ -140,7 +140,7 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
     predicted, active = neurons.predicted_density, neurons.active_density
     if predicted is None or active is None:
         return dense * steps_per_token
-    share = neurons.total / (tokens * config.layer_count * config.ffn_size)  # of tokens that ran sparse
+    share = neurons.total / (tokens * config.token_neurons)  # of tokens that ran sparse
     around = sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)  # attention, norms, embeddings
     rows = sparse_weight_bytes(llm.model_file, llm.predictor, predicted, active) - around
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token

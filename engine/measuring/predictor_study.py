@@ -70,6 +70,8 @@ def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> P
     from svdengine.converters.parallel import over_parts
 
     require_relu_family(llm.model_file)
+    if llm.config.expert_count:
+        raise RequestError("predictors of a mixture of experts are not compared: each expert has its own; leave it out")
     statistics = _gather(llm, text, progress)
     count, done = llm.config.layer_count, 0
     middle: list[NeuronScores] = []

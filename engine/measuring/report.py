@@ -18,6 +18,7 @@ from svdengine.measuring.task_scores import TaskScore
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
+    from svdengine.models.config import ModelConfig
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ def make_report(llm: LLM, found: Measurements) -> Report:
     formats = "/".join(sorted(set(file.formats.values())))
     facts = [
         ("model", f"{config.family}, {parameter_count(config) / 1e6:.0f} M parameters in {formats}"),
-        ("FFN", f"{config.layer_count} layers of {config.ffn_size} neurons, {config.activation}"),
+        ("FFN", f"{config.layer_count} layers of {_shown_ffn(config)}, {config.activation}"),
     ]
     if llm.predictor is not None:
         noted = predictor_report(llm.predictor)
@@ -45,6 +46,12 @@ def make_report(llm: LLM, found: Measurements) -> Report:
         budget = ", ".join(f"{name} {value:g}" for name, value in noted["budget"].items())
         facts += [("budget", budget)] if budget else []
     return Report(file.path.name, tuple(facts), found)
+
+
+def _shown_ffn(config: ModelConfig) -> str:
+    if not config.expert_count:
+        return f"{config.ffn_size} neurons"
+    return f"{config.expert_count} experts of {config.ffn_size} neurons, {config.active_experts} a token"
 
 
 def render_report(report: Report) -> str:
