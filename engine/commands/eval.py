@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svdengine.commands.arguments import check_writable
-from svdengine.commands.options import measuring_options, open_model, read_text
+from svdengine.commands.options import measuring_options, open_model, predictor_option, read_text
 from svdengine.commands.progress import StageProgress
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of erro
 
 @click.command("eval")
 @measuring_options
+@predictor_option
 @click.option("--perplexity", "text_file", type=click.Path(path_type=Path), metavar="FILE", help="Score this text.")
 @click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens scored at a time.")
 @click.option(

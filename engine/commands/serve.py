@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from svdengine.commands.arguments import Number, check_extra
+from svdengine.commands.help_pages import Command, option
 from svdengine.commands.options import (
     kept_kv,
     kv_save_option,
@@ -21,25 +22,31 @@ from svdengine.commands.options import (
 _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can wait for
 
 
-@click.command("serve")
+EXAMPLES = (
+    "svdengine serve smollm2.svdp                           then open http://127.0.0.1:8080",
+    "svdengine serve smollm2.svdp --host 0.0.0.0 --api-key-file keys.txt --log-file serve.log",
+)
+
+
+@click.command("serve", cls=Command, examples=EXAMPLES)
 @model_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--name", metavar="NAME", help="Name of the model in requests; by default that of its file.")
-@click.option(
+@option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
+@option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@option("--name", metavar="NAME", help="Name of the model in requests; by default that of its file.")
+@option(
     "--api-key",
     multiple=True,
     metavar="KEY",
     help="A key that clients must show. Repeatable. A file is safer: others on this machine see command lines.",
 )
-@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
-@click.option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
-@click.option(
+@option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
+@option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
+@option(
     "--embeddings",
     is_flag=True,
     help="Answer /v1/embeddings, by the mean of the model's last hidden states. It is no trained embedding model.",
 )
-@click.option(
+@option(
     "--max-requests",
     type=click.IntRange(1, 4096),
     default=64,
@@ -47,10 +54,10 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="N",
     help="Completions that may run or wait; further ones get status 429.",
 )
-@click.option(
+@option(
     "--max-body", type=click.IntRange(1, 1 << 20), default=4, show_default=True, metavar="MIB", help="Largest request."
 )
-@click.option(
+@option(
     "--request-seconds",
     type=Number(0, _LONGEST, min_open=True),
     default=600.0,
@@ -58,7 +65,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="An answer that takes longer ends there.",
 )
-@click.option(
+@option(
     "--drain-seconds",
     type=Number(0, _LONGEST),
     default=30.0,
@@ -66,7 +73,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="On SIGTERM, SIGHUP or Ctrl-C, time for running answers to end.",
 )
-@click.option(
+@option(
     "--max-connections",
     type=click.IntRange(1, 65536),
     default=1024,
@@ -74,7 +81,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="N",
     help="Open connections; one that has no request gives way to a new one.",
 )
-@click.option(
+@option(
     "--address-connections",
     type=click.IntRange(1, 65536),
     default=256,
@@ -82,7 +89,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="N",
     help="Of these, connections of one address.",
 )
-@click.option(
+@option(
     "--head-seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=10.0,
@@ -90,7 +97,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="Time for a client to send the head of a request.",
 )
-@click.option(
+@option(
     "--body-seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,

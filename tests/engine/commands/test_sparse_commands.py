@@ -13,7 +13,7 @@ from tiny_predictor import write_sparse_model
 
 from svdengine import SamplingParams, load
 from svdengine.cli import main
-from svdengine.commands.chat import greeting
+from svdengine.commands.greeting import greeting
 
 TEXT = "once upon a time there was a user and a system, hello world. what is 2 + 2? the assistant says: 4. " * 40
 
@@ -285,25 +285,30 @@ def test_bench_of_both_paths(folder: Path) -> None:
     assert "predicted %" not in done(*common[:-1], "dense").stdout
 
 
-def test_a_chat_begins_with_what_prediction_brings(folder: Path) -> None:
+def test_a_chat_begins_with_what_runs_and_what_prediction_brings(folder: Path) -> None:
     with load(folder / "sparse.svdp", device="reference", ffn="sparse") as llm:
-        first, second = greeting(llm).splitlines()
+        first, memory, sparsity, _ = greeting(llm).splitlines()
         assert llm.ffn == "sparse"
         [answer] = llm.generate("hello", SamplingParams(max_tokens=3, ignore_eos=True))
         assert answer.stats.generated_tokens == 3
         llm.ffn = "dense"
-        assert len(greeting(llm).splitlines()) == 1
-    assert first.startswith("sparse.svdp on ")
-    found = re.fullmatch(r"(\d+) % of the FFN neurons are .* ([\d.]+) times .* \((\d+) tokens/s, dense (\d+)\)", second)
-    assert found is not None and 10 < int(found[1]) < 60
-    assert float(found[2]) == pytest.approx(int(found[3]) / int(found[4]), rel=0.1)
+        assert "not used with --ffn dense" in greeting(llm)
+    assert re.fullmatch(r"sparse\.svdp: \d+ M parameters in f32, on reference", first)
+    assert re.fullmatch(r"context 512 tokens; memory \d+ MB of weights, \d+ MB of KV cache", memory)
+    found = re.search(
+        r"(\d+) % of FFN neurons predicted, (\d+) % computed, ([\d.]+) times .* \((\d+) and (\d+) tokens/s\)", sparsity
+    )
+    assert found is not None and 10 < int(found[2]) <= int(found[1]) < 80
+    assert float(found[3]) == pytest.approx(int(found[4]) / int(found[5]), rel=0.1)
+    with load(folder / "silu.svdp", device="reference") as llm:
+        assert "dense: sparse execution needs a ReLU-family activation" in greeting(llm)
 
 
 def test_answers_say_what_was_computed(folder: Path) -> None:
     greedy = ("--temperature", 0, "-n", 4, "--ignore-eos")
     sparse = done("chat", folder / "sparse.svdp", "--ffn", "sparse", *greedy, text="hello\n").stderr
-    assert "% predicted and" in sparse and "% computed]" in sparse.replace("; the length limit was reached", "")
-    assert "% predicted" not in done("chat", folder / "sparse.svdp", "--ffn", "dense", *greedy, text="hello\n").stderr
+    assert re.search(r"% of FFN neurons predicted, \d+ % computed(; the length limit was reached)?\]", sparse)
+    assert "predicted" not in done("chat", folder / "sparse.svdp", "--ffn", "dense", *greedy, text="hello\n").stderr
     none = ("generate", folder / "sparse.svdp", "--ffn", "sparse", "-p", "hello", "--json", "--sparsity-bias", 50)
     assert json.loads(done(*none, *greedy).stdout)["stats"]["predicted_density"] == 0
-    assert "sparsity_bias must lie between" in error_of(*none[:-1], 1000)
+    assert "--sparsity-bias must lie between" in error_of(*none[:-1], 1000)
