@@ -287,7 +287,7 @@ def test_bench_of_both_paths(folder: Path) -> None:
 
 def test_a_chat_begins_with_what_runs_and_what_prediction_brings(folder: Path) -> None:
     with load(folder / "sparse.svdp", device="reference", ffn="sparse") as llm:
-        first, memory, sparsity, _ = greeting(llm).splitlines()
+        first, memory, sparsity, rates, _ = greeting(llm).splitlines()
         assert llm.ffn == "sparse"
         [answer] = llm.generate("hello", SamplingParams(max_tokens=3, ignore_eos=True))
         assert answer.stats.generated_tokens == 3
@@ -295,11 +295,10 @@ def test_a_chat_begins_with_what_runs_and_what_prediction_brings(folder: Path) -
         assert "not used with --ffn dense" in greeting(llm)
     assert re.fullmatch(r"sparse\.svdp: \d+ M parameters in f32, on reference", first)
     assert re.fullmatch(r"context 512 tokens; memory \d+ MB of weights, \d+ MB of KV cache", memory)
-    found = re.search(
-        r"(\d+) % of FFN neurons predicted, (\d+) % computed, ([\d.]+) times .* \((\d+) and (\d+) tokens/s\)", sparsity
-    )
-    assert found is not None and 10 < int(found[2]) <= int(found[1]) < 80
-    assert float(found[3]) == pytest.approx(int(found[4]) / int(found[5]), rel=0.1)
+    shares = re.search(r"(\d+) % of FFN neurons predicted, (\d+) % computed", sparsity)
+    assert shares is not None and 10 < int(shares[2]) <= int(shares[1]) < 80
+    speed = re.fullmatch(r"(\d+) tokens/s, dense (\d+): ([\d.]+) times as fast", rates)
+    assert speed is not None and float(speed[3]) == pytest.approx(int(speed[1]) / int(speed[2]), rel=0.1)
     with load(folder / "silu.svdp", device="reference") as llm:
         assert "dense: sparse execution needs a ReLU-family activation" in greeting(llm)
 
