@@ -257,7 +257,13 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
     assert next(iter(record["predictors"]["mean"])) == "this model's"
     report = read_report(tmp_path / "report.html")
-    assert report.count["svg"] == 4 and report.count["table"] == 3
+    assert report.count["svg"] == 6 and report.count["table"] == 5
+    for name in ("speed", "ranking", "neuron", "density", "recall", "error"):
+        rows = (tmp_path / f"report.{name}.csv").read_text(encoding="utf-8").splitlines()
+        assert len(rows) > 2 and len({row.count(",") for row in rows}) == 1
+    numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert numbers["measured"]["comparison"]["dense_tokens_per_second"] > 0
+    assert "SHA-256" in numbers["facts"]["text"] and "svdengine 0.1.0" in numbers["facts"]["made"]
     arguments = (
         "eval",
         folder / "dense.svdp",
