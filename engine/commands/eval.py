@@ -31,7 +31,7 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of erro
 
 EXAMPLES = (
     "svdengine eval smollm2.svdp --perplexity book.txt",
-    "svdengine eval relu.svdp --perplexity book.txt --predictor a.safetensors --predictor b.safetensors --report r.html",
+    "svdengine eval relu.svdp --perplexity book.txt --report r.html --predictor a.st --predictor b.st",
 )
 
 

@@ -61,15 +61,17 @@ def speed_figure(comparisons: dict[str, PathComparison]) -> Figure:
     dense = first.dense_tokens_per_second if timed else first.dense_bytes_per_token / 1e6
     series.append(Series("dense", ((float(dense or 0), 0.0),), labels=("dense",)))
     rows.append(
-        ("dense", None, first.dense.perplexity, 0.0, None, None, None, None, first.dense_tokens_per_second)
-        + (first.dense_bytes_per_token,)
+        (
+            *("dense", None, first.dense.perplexity, 0.0, None, None, None, None),
+            *(first.dense_tokens_per_second, first.dense_bytes_per_token),
+        )
     )
     across = "tokens/s, decoding" if timed else "MB of weights read for a token"
     return Figure(
         "speed",
         "Error against speed",
-        "Each point is one sparsity bias, which shifts every threshold at run time; 0 is as calibrated. The perplexity's"
-        f" rise is measured on {first.dense.tokens} tokens, the speed by decoding one sequence of plain text here.",
+        "Each point is one sparsity bias, which shifts every threshold at run time; 0 is as calibrated. The rise of"
+        f" perplexity is measured on {first.dense.tokens} tokens, the speed by decoding one sequence of plain text here.",
         line_chart(series, across, "perplexity rise, %"),
         (
             Column("predictor"),
@@ -158,8 +160,10 @@ def selection_figures(study: PredictorStudy) -> Iterator[Figure]:
     )
     columns += (Column("precision", "{:.1f} %", 100), Column("relative error", "{:.2e}"))
     rows = tuple(
-        (x.layer, name, s.predicted_density, s.computed_density, x.active_density, s.recall, s.precision)
-        + (s.relative_error,)
+        (
+            *(x.layer, name, s.predicted_density, s.computed_density, x.active_density),
+            *(s.recall, s.precision, s.relative_error),
+        )
         for x in study.layers
         for name, s in x.selections.items()
     )
