@@ -60,7 +60,7 @@ def answers(llm: LLM, settings: Mapping[str, Any], *, greedy: bool, seed: int) -
     fields = {**settings, "temperature": 0.0} if greedy else settings
     template = llm.chat_template
     prompts = [template.encode([{"role": "user", "content": question}]) for question, _ in QUESTIONS]
-    return llm.generate(prompts, llm.default_params, **fields, seed=seed, max_tokens=_MOST_TOKENS)  # type: ignore[arg-type]
+    return llm.generate(prompts, llm.default_params, **fields, seed=seed, max_tokens=_MOST_TOKENS)
 
 
 def loops(text: str) -> bool:

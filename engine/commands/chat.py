@@ -114,6 +114,8 @@ def _converse(conversation: Conversation) -> None:
             if not editor.interactive or _may_leave(conversation):
                 return
         except KeyboardInterrupt:
+            if not editor.interactive:
+                raise
             click.echo(err=True)
             if interrupted and _may_leave(conversation):
                 return

@@ -88,10 +88,12 @@ class Conversation:
         wrapped = sys.stdout.isatty() and not self.plain
         writer = AnswerWriter(_write, width=terminal_width() if wrapped else None, styled=styled)
         stream = self.llm.stream_chat(self.session.sent, self.params, context_shift=shift)
-        with stream, _on_interrupt(stream.cancel):
-            for piece in stream:
-                writer.push(printable(piece))
-        writer.close()
+        try:
+            with stream, _on_interrupt(stream.cancel):
+                for piece in stream:
+                    writer.push(printable(piece))
+        finally:
+            writer.close()
         done = stream.completion
         self.session.answered(done)
         click.echo()

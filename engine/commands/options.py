@@ -211,7 +211,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.loading import load
-    from svdengine.scheduling.sampling import check_sparsity_bias
+    from svdengine.scheduling.sampling import check_sparsity_bias, merge_params
     from svdengine.scheduling.scheduler import PREFILL_ROWS
     from svdengine.scheduling.sequence import blocks_for
 
@@ -233,6 +233,10 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         prefetch=options["prefetch"],
         deterministic=options["deterministic"],
     )
+    if options["model"] is None:
+        from svdengine.commands.demo_model import SAMPLING
+
+        llm.default_params = merge_params(llm.default_params, SAMPLING)
     if llm.executor.block_count < sequences * blocks_for(llm.context):
         llm.close()
         raise RequestError(

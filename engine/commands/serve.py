@@ -17,6 +17,7 @@ from svdengine.commands.options import (
     model_options,
     open_shared_model,
     prefill_rows_option,
+    verbosity_options,
 )
 
 _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can wait for
@@ -105,15 +106,33 @@ EXAMPLES = (
     metavar="S",
     help="Time for a client to send the body of a request.",
 )
+@option(
+    "--log-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the log to FILE, not to standard error. It has a line for each request: who, what, status, time.",
+)
+@option("--log-prompts", is_flag=True, help="Write what was asked to the log as well. By default it never is.")
 @prefill_rows_option
 @kv_save_option
-def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path | None, **options: Any) -> None:
+@verbosity_options
+def command(
+    api_key: tuple[str, ...],
+    api_key_file: Path | None,
+    kv_save: Path | None,
+    log_file: Path | None,
+    verbose: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Serve MODEL, a .svdp file or a name on a hub, to programs that speak OpenAI's interface, and to browsers.
 
-    API keys are also read from the environment variable SVDENGINE_API_KEY.
+    API keys are also read from the environment variable SVDENGINE_API_KEY. The log has a line for each request; -q
+    leaves only what went wrong, and -v adds what monitors and the chat page ask for.
     """
     check_extra("serve", "starlette", "uvicorn")
     from svdengine.server.http_server import HttpServer, listen, url_of
+    from svdengine.server.request_log import set_up_log
     from svdengine.server.service import Service
     from svdengine.server.settings import Settings, read_api_keys
 
@@ -132,7 +151,9 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
         body_seconds=options["body_seconds"],
         request_seconds=options["request_seconds"],
         drain_seconds=options["drain_seconds"],
+        log_prompts=options["log_prompts"],
     )
+    set_up_log(verbose=verbose, quiet=quiet, file=log_file)
     with listen(settings) as listening, open_shared_model(options) as llm, kept_kv(llm, kv_save):
         service = Service(llm, settings)
         server = HttpServer(service, lambda: _say("\nending; a second signal ends at once"))

@@ -71,7 +71,7 @@ def speed_figure(comparisons: dict[str, PathComparison]) -> Figure:
         "speed",
         "Error against speed",
         "Each point is one sparsity bias, which shifts every threshold at run time; 0 is as calibrated. The rise of"
-        f" perplexity is measured on {first.dense.tokens} tokens, the speed by decoding one sequence of plain text here.",
+        f" perplexity is measured on {first.dense.tokens} tokens, the speed by decoding plain text here.",
         line_chart(series, across, "perplexity rise, %"),
         (
             Column("predictor"),
@@ -152,13 +152,8 @@ def selection_figures(study: PredictorStudy) -> Iterator[Figure]:
     active = tuple((x.layer, 100 * x.active_density) for x in study.layers)
     density.append(Series("active in truth", active, dashed=True))
     top = max(value for one in density for _, value in one.points)
-    columns = (Column("layer"), Column("predictor"), Column("predicted", "{:.1f} %", 100))
-    columns += (
-        Column("computed", "{:.1f} %", 100),
-        Column("active", "{:.1f} %", 100),
-        Column("recall", "{:.1f} %", 100),
-    )
-    columns += (Column("precision", "{:.1f} %", 100), Column("relative error", "{:.2e}"))
+    shares = (Column(what, "{:.1f} %", 100) for what in ("predicted", "computed", "active", "recall", "precision"))
+    columns = (Column("layer"), Column("predictor"), *shares, Column("relative error", "{:.2e}"))
     rows = tuple(
         (
             *(x.layer, name, s.predicted_density, s.computed_density, x.active_density),
