@@ -1,4 +1,4 @@
-"""The Dockerfile of docs/examples, without Docker: its commands run in a folder, and the result as a user of no name."""
+"""The Dockerfile of docs/examples, without Docker: its commands run in a folder, and then a user without a name."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
 """The command line of sparse models: calibrate, inspect, eval, bench, chat and generate."""
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from tiny_model import tiny_config, write_tiny_model
-from tiny_predictor import write_sparse_model
+from tiny_predictor import tiny_predictor, write_sparse_model
 
 from svdengine import SamplingParams, load
 from svdengine.cli import main
 from svdengine.commands.greeting import greeting
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import model_fingerprint, write_predictor
 
 TEXT = "once upon a time there was a user and a system, hello world. what is 2 + 2? the assistant says: 4. " * 40
 
@@ -257,8 +260,8 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
     assert next(iter(record["predictors"]["mean"])) == "this model's"
     report = read_report(tmp_path / "report.html")
-    assert report.count["svg"] == 6 and report.count["table"] == 5
-    for name in ("speed", "ranking", "neuron", "density", "recall", "error"):
+    assert report.count["svg"] == 5 and report.count["table"] == 4  # nothing is missed: there is no error to draw
+    for name in ("speed", "ranking", "neuron", "density", "recall"):
         rows = (tmp_path / f"report.{name}.csv").read_text(encoding="utf-8").splitlines()
         assert len(rows) > 2 and len({row.count(",") for row in rows}) == 1
     numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -279,6 +282,29 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     assert "ReLU-family" in error_of(
         "eval", folder / "silu.svdp", "--perplexity", folder / "text.txt", "--window", 64, "--predictors"
     )
+
+
+def test_a_report_of_two_predictors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[: len(TEXT) // 3], encoding="utf-8")
+    with read_model_file(folder / "sparse.svdp") as file:
+        fingerprint = model_fingerprint(file)
+    for name, offset in (("all", 100.0), ("few", -0.5)):
+        write_predictor(tmp_path / f"{name}.safetensors", tiny_predictor(tiny_config(), offset, fingerprint))
+    given = [word for name in ("all", "few") for word in ("--predictor", tmp_path / f"{name}.safetensors")]
+    common = ("eval", folder / "sparse.svdp", "--perplexity", tmp_path / "text.txt", *given)
+    done(*common, "--report", tmp_path / "both.html")
+    report = read_report(tmp_path / "both.html")
+    assert report.count["svg"] == 6 and report.count["table"] == 5
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "predictor all" in page and "predictor few" in page and page.count(">+0.4<") == 2
+    with (tmp_path / "both.error.csv").open(encoding="utf-8") as lines:
+        errors = {(row["layer"], row["predictor"]): float(row["relative error"]) for row in csv.DictReader(lines)}
+    layers = {layer for layer, _ in errors}
+    assert all(errors[layer, "all"] == 0 < errors[layer, "few"] for layer in layers)
+    numbers = json.loads((tmp_path / "both.json").read_text(encoding="utf-8"))["measured"]["comparisons"]
+    assert numbers["all"]["dense"] == numbers["few"]["dense"]
+    assert numbers["few"]["sparse"][1]["mean_kl"] > numbers["all"]["sparse"][1]["mean_kl"]
+    assert run(*common).exit_code == 2  # without a report, one is measured
 
 
 def test_bench_of_both_paths(folder: Path) -> None:

@@ -155,7 +155,7 @@ def test_a_paste_is_one_message_and_is_in_the_history(start: Start, tmp_path: Pa
     terminal.enter("/quit")
     terminal.wait_for("left with 0")
     history = (tmp_path / "state" / "svdengine" / "chat_history").read_text(encoding="utf-8")
-    assert [json.loads(line) for line in history.splitlines()][0] == "first line\nsecond line"
+    assert json.loads(history.splitlines()[0]) == "first line\nsecond line"
     again = start()
     again.type("", "Up", "Up", "Up")
     again.wait_for("second line")
