@@ -79,7 +79,7 @@ def speed_figure(comparisons: dict[str, PathComparison]) -> Figure:
             Column("perplexity", "{:.4f}"),
             Column("rise", "{:+.2f} %"),
             Column("same token", "{:.2f} %", 100),
-            Column("KL, nats", "{:.5f}"),
+            Column("KL (nats)", "{:.5f}"),
             Column("predicted", "{:.1f} %", 100),
             Column("computed", "{:.1f} %", 100),
             Column("tokens/s", "{:.1f}"),

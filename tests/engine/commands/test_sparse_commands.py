@@ -296,7 +296,7 @@ def test_a_report_of_two_predictors(folder: Path, tmp_path: Path) -> None:
     report = read_report(tmp_path / "both.html")
     assert report.count["svg"] == 6 and report.count["table"] == 5
     page = (tmp_path / "both.html").read_text(encoding="utf-8")
-    assert "predictor all" in page and "predictor few" in page and page.count(">+0.4<") == 2
+    assert "predictor all" in page and "predictor few" in page and page.count(">+0.4<") == 4
     with (tmp_path / "both.error.csv").open(encoding="utf-8") as lines:
         errors = {(row["layer"], row["predictor"]): float(row["relative error"]) for row in csv.DictReader(lines)}
     layers = {layer for layer, _ in errors}

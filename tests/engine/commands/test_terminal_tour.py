@@ -170,7 +170,7 @@ def test_keys(start: Start) -> None:
     terminal.type("never sent", "C-c")
     terminal.wait_for("Ctrl-C once more to leave")
     terminal.enter("hello")
-    terminal.wait_for("prompt tokens")
+    terminal.wait_for("tokens/s")
     terminal.type("", "C-c")
     terminal.wait_for("Ctrl-C once more to leave", 2)
     terminal.type("", "C-c")
