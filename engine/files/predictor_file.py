@@ -180,15 +180,15 @@ def require_predictor(model_file: ModelFile, predictor: Predictor | None) -> Non
     require_relu_family(model_file)
     if predictor is None:
         raise RequestError(
-            f"{model_file.path} has no predictor, which ffn='sparse' needs;"
-            f" run: svdengine calibrate {model_file.path}, or use ffn='dense'"
+            f"{model_file.path} has no predictor, which the sparse path needs;"
+            f" run: svdengine calibrate {model_file.path}, or run it dense"
         )
 
 
 def require_relu_family(model_file: ModelFile) -> None:
     """Raise RequestError when no neuron of the model is ever exactly zero."""
     if not model_file.config.sparse_ffn:
-        raise RequestError(f"{model_file.path}: {why_not_sparse(model_file.config)}; use ffn='dense'")
+        raise RequestError(f"{model_file.path}: {why_not_sparse(model_file.config)}; run it dense")
 
 
 def why_not_sparse(config: ModelConfig) -> str:

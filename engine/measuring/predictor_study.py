@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from svdengine.converters.ffn_layer import FfnLayer, Neurons
     from svdengine.converters.predictor_quality import Scorer, Selection
     from svdengine.converters.statistics import LayerStatistics, Statistics
-    from svdengine.kernels.predictor import LayerPredictor
+    from svdengine.kernels.predictor import LayerPredictor, Predictor
     from svdengine.llm import LLM
 
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is, and all
@@ -31,12 +31,12 @@ OWN = "this model's"
 
 @dataclass(frozen=True)
 class LayerStudy:
-    """One layer: every predictor's ranking, and what the model's own one selects."""
+    """One layer: every predictor's ranking, and what the model's own one and others with thresholds select."""
 
     layer: int
     auroc: dict[str, float]  # name of a predictor -> its AUROC, NaN where no neuron is active on some tokens only
     active_density: float  # share of neurons whose gate is not zero
-    own: Selection | None
+    selections: dict[str, Selection]  # by predictor
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,12 @@ class PredictorStudy:
     held_out_tokens: int
 
 
-def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> PredictorStudy:
+def study_predictors(
+    llm: LLM, text: str, progress: Progress | None = None, predictors: Mapping[str, Predictor] | None = None
+) -> PredictorStudy:
     """Fit predictors of several kinds to four fifths of `text`, and measure them and the model's own on the rest.
+
+    `predictors`: those of the model to measure, by name, the first one in most detail; by default its own.
 
     `llm` must be idle. Raises RequestError for a model outside the ReLU family, ConversionError when the text is too
     short.
@@ -72,6 +76,8 @@ def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> P
     require_relu_family(llm.model_file)
     if llm.config.expert_count:
         raise RequestError("predictors of a mixture of experts are not compared: each expert has its own; leave it out")
+    if predictors is None:
+        predictors = {OWN: llm.predictor} if llm.predictor is not None else {}
     statistics = _gather(llm, text, progress)
     count, done = llm.config.layer_count, 0
     middle: list[NeuronScores] = []
@@ -79,13 +85,13 @@ def study_predictors(llm: LLM, text: str, progress: Progress | None = None) -> P
     def study(part: slice) -> LayerStudy:
         nonlocal done
         index = part.start
-        own = llm.predictor.layers[index] if llm.predictor is not None else None
+        own = {name: predictor.layers[index] for name, predictor in predictors.items()}
         layer = read_ffn_layer(llm.model_file, index)
         x = statistics.held_out[index].astype(np.float32)
         neurons = run_neurons(layer, x)
         found = _study_layer(index, layer, statistics.layers[index], own, x, neurons)
-        if own is not None and index == count // 2:
-            middle.append(_neuron_scores(index, own, x, neurons))
+        if own and index == count // 2:
+            middle.append(_neuron_scores(index, next(iter(own.values())), x, neurons))
         with told:
             done += 1
             if progress is not None:
@@ -122,7 +128,7 @@ def _study_layer(
     index: int,
     layer: FfnLayer,
     statistics: LayerStatistics,
-    own: LayerPredictor | None,
+    own: Mapping[str, LayerPredictor],
     x: NDArray[np.float32],
     neurons: Neurons,
 ) -> LayerStudy:
@@ -130,17 +136,20 @@ def _study_layer(
     from svdengine.kernels.predictor import scores
 
     auroc = {name: mean_auroc(scorer(x), neurons.active) for name, scorer in _scorers(layer, statistics, own)}
-    chosen = select(scores(own, x) > 0, neurons) if own is not None else None
+    chosen = {name: select(scores(predictor, x) > 0, neurons) for name, predictor in own.items()}
     return LayerStudy(index, auroc, float(neurons.active.mean()), chosen)
 
 
-def _scorers(layer: FfnLayer, statistics: LayerStatistics, own: LayerPredictor | None) -> Iterator[tuple[str, Scorer]]:
-    """The model's own predictor, then those to compare it with; ranks and bits are its own where it has them."""
+def _scorers(
+    layer: FfnLayer, statistics: LayerStatistics, predictors: Mapping[str, LayerPredictor]
+) -> Iterator[tuple[str, Scorer]]:
+    """The model's own predictors, then those to compare with; ranks and bits are the first one's where it has them."""
     from svdengine.converters.predictor_quality import oracle_scorer, random_scorer, scorer_of, sign_scorer
     from svdengine.converters.predictors import build_predictor, find_basis
 
-    if own is not None:
-        yield OWN, scorer_of(own)
+    for name, predictor in predictors.items():
+        yield name, scorer_of(predictor)
+    own = next(iter(predictors.values()), None)
     hidden = layer.gate.shape[1]
     rank = min(own.rank, *layer.gate.shape) if own is not None and own.rank else max(1, hidden // 8)
     bits = own.residual_bits if own is not None and own.residual_bits else 2

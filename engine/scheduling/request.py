@@ -85,7 +85,9 @@ class Generation:
         limit: ContextLimit,
         decoder: StreamDecoder | None,
         constraint: Constraint | None = None,
+        breakers: frozenset[int] = frozenset(),
     ) -> None:
+        """`breakers`: tokens that end a repetition, for DRY."""
         _check_tokens(prompt, vocab_size)
         fitted = _fit(prompt, limit)
         self.sequence = Sequence(
@@ -102,7 +104,7 @@ class Generation:
         self.error: Exception | None = None
         self._limit = limit
         self._prompt_tokens = len(prompt)
-        self._sampler = Sampler(params, vocab_size, prompt, constraint)
+        self._sampler = Sampler(params, vocab_size, prompt, constraint, breakers)
         self._end_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_tokens)
         self._decoder = decoder
         self._stops = StopStrings(params.stop)

@@ -18,7 +18,17 @@ SCHEMA = mapping()  # a JSON schema, which the grammar's compiler checks
 # What no interface but our own has. They are taken by all.
 OWN_FIELDS: Mapping[str, Schema] = {
     "min_p": number(0, 1),
+    "typical_p": number(0, 1),
+    "top_n_sigma": number(0, 1000),
+    "xtc_probability": number(0, 1),
+    "xtc_threshold": number(0, 1),
     "repetition_penalty": number(0.01, 100),
+    "repeat_last_n": whole(-1, 1 << 31),
+    "dry_multiplier": number(0, 100),
+    "dry_base": number(1, 100),
+    "dry_allowed_length": whole(1, 1 << 16),
+    "dry_penalty_last_n": whole(-1, 1 << 31),
+    "dry_sequence_breakers": listing(text(1), longest=64),
     "presence_penalty": PENALTY,
     "frequency_penalty": PENALTY,
     "logit_bias": mapping(number(-100, 100)),
