@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
 from svdengine.kernels.kv_q8 import dequantize_kv, key_shape, pack_kv, quantize_kv, unpack_kv
 from svdengine.kernels.norm import normalize, rms_norm
@@ -161,10 +161,8 @@ class ReferenceExecutor(BaseExecutor):
             return ffn(self.config, self.layers[layer], x)
         if self.predictor is None:
             raise ValueError("ffn='sparse' needs a predictor")
-        counts, predictor = np.zeros(3, np.int64), self.predictor.layers[layer]
-        y = sparse_ffn(self.config, self.layers[layer], x, predictor, sparsity_bias, counts)
-        self._counted += NeuronCounts(*map(int, counts))
-        return y
+        predictor = self.predictor.layers[layer]
+        return sparse_ffn(self.config, self.layers[layer], x, predictor, sparsity_bias, self._counted[layer])
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""

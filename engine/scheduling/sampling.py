@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from svdengine.errors import RequestError, shown
+from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.numbers import check_integer, check_number
 from svdengine.text.grammar import Grammar, read_response_format
 
@@ -38,6 +39,7 @@ class SamplingFields(TypedDict, total=False):
     ignore_eos: bool
     response_format: Grammar | Mapping[str, Any] | None
     sparsity_bias: float
+    ffn: FfnMode | None
     priority: int
 
 
@@ -66,6 +68,7 @@ class SamplingParams:
         "json_object"}), or a Grammar. None, or {"type": "text"}: any text.
     sparsity_bias: shifts the sparsity predictor's thresholds, in standard deviations of a neuron's gate; above 0:
         fewer neurons are computed.
+    ffn: how the FFNs of this request run: "dense", "exact", "sparse" or "auto". None: as those of the model do.
     priority: requests that wait for each other go lower numbers first, equal ones in order of arrival.
     """
 
@@ -85,6 +88,7 @@ class SamplingParams:
     ignore_eos: bool = False
     response_format: Grammar | None = None
     sparsity_bias: float = 0.0
+    ffn: FfnMode | None = None
     priority: int = 0
 
     if TYPE_CHECKING:  # more can be given than the fields hold: __post_init__ converts it
@@ -106,6 +110,8 @@ class SamplingParams:
         check_number("presence_penalty", self.presence_penalty, -100.0, 100.0)
         check_number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
         check_sparsity_bias(self.sparsity_bias)
+        if self.ffn is not None and self.ffn not in get_args(FfnMode):
+            raise RequestError(f"ffn must be one of {', '.join(get_args(FfnMode))}, found {shown(self.ffn)}")
         check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         if self.top_p == 0.0:
             raise RequestError("top_p must be above 0; use temperature 0 for greedy decoding")

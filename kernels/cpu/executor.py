@@ -21,28 +21,26 @@ from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.record import packed
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import (
-    ACTIVE,
-    COUNTS,
     DENSE,
+    FIRST_LAYER,
     GAP,
     KEPT,
+    LAYER_COUNTS,
     MODE,
     N_ROWS,
     ONLY_FFNS,
     PREDICT,
-    PREDICTED,
     SIZES,
     SKIP_ZEROS,
     SOURCE,
     SOURCE_LAYER,
     STAGES,
-    TOTAL,
     WANTED,
     Inputs,
     Workspace,
     quantized_bytes,
 )
-from svdengine.kernels.executor import Logits, NeuronCounts
+from svdengine.kernels.executor import LayerCounts, Logits
 from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.kv_q8 import key_shape
 from svdengine.kernels.predictor import Predictor, largest_rank
@@ -111,14 +109,19 @@ class CpuExecutor(BaseExecutor):
         self._check_open()
         self._kv.write(blocks, data)
 
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
-        return NeuronCounts(int(predicted), int(active), int(total))
+    def layer_counts(self) -> LayerCounts:
+        """See `Executor`."""
+        counts: LayerCounts = self._layer_counters().sum(0)
+        return counts
 
-    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
-        self._inputs.counts[:] = 0
-        self._inputs.counts[0, [PREDICTED, ACTIVE, TOTAL]] = counts.predicted, counts.active, counts.total
+    def _set_layer_counts(self, counts: LayerCounts) -> None:
+        self._layer_counters()[:] = 0
+        self._layer_counters()[0] = counts
+
+    def _layer_counters(self) -> NDArray[np.int64]:
+        """A view of what the threads count: (threads, layers, 3)."""
+        columns = slice(FIRST_LAYER, FIRST_LAYER + LAYER_COUNTS * self.config.layer_count)
+        return self._inputs.counts[:, columns].reshape(self.threads, -1, LAYER_COUNTS)
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         self._kept_predictor = place_predictor(self._model, predictor)
@@ -243,5 +246,5 @@ def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
         logit_rows=ints(rows),
         sparsity_bias=np.zeros(rows, np.float32),
         claims=np.zeros(layers * STAGES + 1, np.int64),
-        counts=np.zeros((threads, COUNTS), np.int64),
+        counts=np.zeros((threads, -(-(FIRST_LAYER + layers * LAYER_COUNTS) // 8) * 8), np.int64),
     )
