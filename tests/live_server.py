@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model import write_tiny_model
+from tiny_predictor import write_sparse_model
 
 import svdengine
 from svdengine import LLM
@@ -43,6 +44,14 @@ class GatedExecutor:
             raise RuntimeError("the device is on fire")
         logits: Logits = self._inner.forward(batch)
         return logits
+
+    @property
+    def ffn(self) -> Any:
+        return self._inner.ffn
+
+    @ffn.setter
+    def ffn(self, ffn: Any) -> None:
+        self._inner.ffn = ffn
 
     def hidden_states(self) -> Any:
         """Written out, as `isinstance` asks for it."""
@@ -82,11 +91,13 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(folder: Path, context: int = 256, **settings: Any) -> Iterator[LiveServer]:
-    path = folder / "tiny.svdp"
+def live_server(folder: Path, context: int = 256, sparse: bool = False, **settings: Any) -> Iterator[LiveServer]:
+    """`sparse`: its model has a predictor, and runs by it."""
+    path = folder / ("sparse.svdp" if sparse else "tiny.svdp")
     if not path.exists():
-        write_tiny_model(path)
-    with svdengine.load(path, device="reference", context=context, sequences=4) as llm:
+        (write_sparse_model if sparse else write_tiny_model)(path)
+    ffn: Any = "sparse" if sparse else "auto"
+    with svdengine.load(path, device="reference", context=context, sequences=4, ffn=ffn) as llm:
         server = LiveServer(llm, **settings)
         try:
             yield server

@@ -5,7 +5,7 @@ import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSy
 
 const TARGET = "../../engine/server/web/vendor";
 // Of KaTeX's fonts those that common mathematics is set in; the others fall back to them.
-const FONTS = ["AMS-Regular", "Main-Bold", "Main-Italic", "Main-Regular", "Math-Italic", "Size1-Regular", "Size2-Regular",
+const FONTS = ["AMS-Regular", "Main-Italic", "Main-Regular", "Math-Italic", "Size1-Regular", "Size2-Regular",
   "Size3-Regular", "Size4-Regular"];
 const PACKAGES = ["dompurify", "highlight.js", "katex", "marked"];
 

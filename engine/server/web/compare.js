@@ -59,6 +59,7 @@ export class Compare {
       const run = this.#running;
       this.#running = null;
       this.#show(side, run, []);
+      this.#meters[side].settle();
       if (run.error || run.stopped) {
         if (run.error) notice(run.error.message);
         break;
@@ -98,18 +99,12 @@ export class Compare {
 
   async #save() {
     const { dense, sparse } = this.#results;
-    const side = (name, run) => ({ text: run.text, speed: run.speed, density: run.density, means: this.#meters[name].means });
+    const side = (name, run) => ({ text: run.text, speed: run.speed, density: run.density,
+      means: this.#meters[name].means, predicted: this.#meters[name].predictedMeans });
     const blob = await picture({ model: this.#asked.model, question: this.#asked.question, setting: this.#asked.setting,
-      dense: side("dense", dense), sparse: { ...side("sparse", sparse), predicted: predictedMeans(sparse, this.#asked.model.svdengine.layers) } });
+      dense: side("dense", dense), sparse: side("sparse", sparse) });
     save("svdengine-dense-and-sparse.png", blob, "image/png");
   }
-}
-
-function predictedMeans(run, layers) {
-  const sums = Array(layers).fill(0);
-  const columns = run.columns.filter((column) => column?.predicted.length === layers);
-  for (const column of columns) column.predicted.forEach((share, i) => (sums[i] += share));
-  return sums.map((sum) => (columns.length ? sum / columns.length : 1));
 }
 
 /** The share of words that two texts begin with alike. */

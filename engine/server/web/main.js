@@ -206,7 +206,7 @@ function complete(message, run, begun) {
 }
 
 function finished(message, run) {
-  sparsity.show(run, []);
+  sparsity.end(run);
   thread.finish(message);
   gauge();
 }

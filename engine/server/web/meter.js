@@ -58,7 +58,9 @@ export class Meter {
   #target = null;
   #shown = null;
   #sums = null;
+  #predicted = null;
   #count = 0;
+  #settled = false; // it shows the means
   #frame = 0;
 
   /** Begin anew: nothing lit. */
@@ -66,6 +68,7 @@ export class Meter {
     this.layers = layers;
     this.#target = this.#shown = { active: Array(layers).fill(0), predicted: Array(layers).fill(0) };
     this.#sums = Array(layers).fill(0);
+    this.#predicted = Array(layers).fill(0);
     this.#count = 0;
     this.draw();
     this.#say();
@@ -77,18 +80,34 @@ export class Meter {
       const all = Array(this.layers).fill(1);
       this.#target = column && column.active.length === this.layers ? column : column ? spread(column, this.layers) : { active: all, predicted: all };
       this.#target.active.forEach((share, i) => (this.#sums[i] += share));
+      this.#target.predicted.forEach((share, i) => (this.#predicted[i] += share));
       this.#count++;
     }
     if (columns.length === 0) return;
+    this.#settled = false;
     if (this.#still) this.#shown = this.#target;
     cancelAnimationFrame(this.#frame);
     this.#frame = requestAnimationFrame(() => this.#move());
     this.#say();
   }
 
+  /** Come to rest at the means of all tokens. */
+  settle() {
+    if (!this.#count) return;
+    this.#settled = true;
+    this.#target = { active: this.means, predicted: this.predictedMeans };
+    if (this.#still) this.#shown = this.#target;
+    cancelAnimationFrame(this.#frame);
+    this.#frame = requestAnimationFrame(() => this.#move());
+  }
+
   /** By layer, over all tokens so far; null before the first. */
   get means() {
     return this.#count ? this.#sums.map((sum) => sum / this.#count) : null;
+  }
+
+  get predictedMeans() {
+    return this.#count ? this.#predicted.map((sum) => sum / this.#count) : null;
   }
 
   draw() {
@@ -101,7 +120,7 @@ export class Meter {
     canvas.height = Math.round(height * scale);
     const context = canvas.getContext("2d");
     context.scale(scale, scale);
-    drawMeter(context, { x: 0, y: 0, width, height }, this.layers, this.#shown, this.#count > 1 ? this.means : null, colours(canvas));
+    drawMeter(context, { x: 0, y: 0, width, height }, this.layers, this.#shown, this.#count > 1 && !this.#settled ? this.means : null, colours(canvas));
   }
 
   #move() {
@@ -111,7 +130,7 @@ export class Meter {
     });
     this.#shown = { active: step("active"), predicted: step("predicted") };
     this.draw();
-    const moving = this.#shown.active.some((share, i) => share !== this.#target.active[i]);
+    const moving = ["active", "predicted"].some((name) => this.#shown[name].some((share, i) => share !== this.#target[name][i]));
     if (moving) this.#frame = requestAnimationFrame(() => this.#move());
   }
 

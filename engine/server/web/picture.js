@@ -5,7 +5,7 @@ import { percent, rate } from "./run.js";
 
 const [WIDTH, HEIGHT, EDGE] = [1600, 900, 80];
 const FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", sans-serif';
-const PAINT = { off: "#1c2b29", dim: "#1f5a54", low: "#14b8a6", high: "#a7f3d0", mark: "rgba(0,0,0,0)" };
+const PAINT = { off: "#1a2927", dim: "#1f4642", low: "#14b8a6", high: "#a7f3d0", mark: "rgba(0,0,0,0)" };
 const [TEXT, FAINT, ACCENT] = ["#eef5f4", "#8fa5a1", "#5eead4"];
 
 /** A PNG of two answers to a question. */
@@ -24,11 +24,13 @@ export async function picture({ model, question, setting, dense, sparse }) {
   const layers = model.svdengine.layers;
   const width = (WIDTH - 2 * EDGE - 80) / 2;
   side(context, "Dense", "every neuron", dense, null, EDGE, width, layers);
-  side(context, "Sparse", setting.toLowerCase(), sparse, { active: sparse.means ?? [], predicted: sparse.predicted }, EDGE + width + 80, width, layers);
+  side(context, "Sparse", setting.toLowerCase(), sparse, { active: sparse.means ?? [], predicted: sparse.predicted ?? [] }, EDGE + width + 80, width, layers);
 
   if (dense.speed && sparse.speed) {
     write(context, `${(sparse.speed / dense.speed).toFixed(2)} × the speed`, EDGE, 838, ACCENT, 700, 44);
   }
+  context.textAlign = "center";
+  write(context, "A column is a layer. Lit: the neurons that were computed.", WIDTH / 2 + 60, 836, FAINT, 400, 24);
   context.textAlign = "right";
   write(context, "svdengine", WIDTH - EDGE, 838, TEXT, 600, 30);
   context.textAlign = "left";

@@ -71,6 +71,12 @@ export class Sparsity {
     this.#gain(run.speed);
   }
 
+  /** The answer is complete. */
+  end(run) {
+    this.show(run, []);
+    this.#meter.settle();
+  }
+
   /** Show an answer that was kept, or that there is none. */
   recall(message) {
     if ($("sparsity").hidden) return;
@@ -79,6 +85,7 @@ export class Sparsity {
     const columns = unpacked(message.weave);
     if (message.weave.layers !== this.#model.svdengine.layers) return;
     this.#meter.push(columns);
+    this.#meter.settle();
     $("share").textContent = message.density ? percent(message.density.active) : "100 %";
     if (message.speed) $("speed").textContent = rate(message.speed);
     this.#gain(message.speed ?? 0);
@@ -119,7 +126,7 @@ export class Sparsity {
     $("gain").textContent = dense && speed ? `${(speed / dense).toFixed(2)} ×` : "–";
     $("gain").title = dense ? `Dense: ${rate(dense)} tokens/s, measured here` : "";
     $("measure").hidden = Boolean(dense);
-    $("gain-label").hidden = !dense;
+    $("gain").hidden = $("gain-label").hidden = !dense;
   }
 
   #tell() {
