@@ -51,7 +51,7 @@ export class Run {
     const measured = this.usage?.svdengine?.tokens_per_second;
     if (measured) return measured;
     const seconds = (this.#last - this.#first) / 1000;
-    return this.tokens > 1 && seconds > 0.15 ? (this.tokens - 1) / seconds : 0;
+    return this.tokens > 1 && seconds > 0.02 ? (this.tokens - 1) / seconds : 0;
   }
 
   /** Shares of neurons computed and predicted over all tokens; null where every step was dense. */
