@@ -12,6 +12,7 @@ const CLEAN = {
   ALLOWED_TAGS: ["p", "br", "strong", "em", "del", "code", "pre", "ul", "ol", "li", "input", "blockquote", "hr", "a",
     "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "span"],
   ALLOWED_ATTR: ["href", "title", "type", "checked", "disabled", "start", "align", "class", "data-language", "data-display"],
+  ADD_URI_SAFE_ATTR: ["type", "start", "align", "data-language", "data-display"], // their values are no addresses
   ALLOWED_URI_REGEXP: /^(?:https?:\/\/|mailto:)/i,
   ALLOW_DATA_ATTR: false,
   ALLOW_ARIA_ATTR: false,
