@@ -64,11 +64,11 @@ class GatedExecutor:
 class LiveServer:
     """A running server and what is behind it."""
 
-    def __init__(self, llm: LLM, **settings: Any) -> None:
+    def __init__(self, llm: LLM, named: str = "tiny", **settings: Any) -> None:
         self.llm = llm
         self.gate = GatedExecutor(llm._engine.executor)
         llm._engine.executor = self.gate  # type: ignore[assignment]
-        self.settings = Settings(name="tiny", port=0, **settings)
+        self.settings = Settings(name=named, port=0, **settings)
         self.service = Service(llm, self.settings)
         self._listening = listen(self.settings)
         self.url = url_of(self._listening)

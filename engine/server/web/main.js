@@ -80,11 +80,18 @@ async function openConversation(id) {
   const found = await store.conversation(id);
   if (!found) return begin();
   conversation = found;
-  messages = await store.messages(id);
+  messages = settled(await store.messages(id));
   leaf = found.leaf;
   sessionStorage.setItem(OPEN, id);
   refresh();
   return undefined;
+}
+
+/** An answer that nobody has kept for a while was cut with the page that wrote it. */
+function settled(found) {
+  const live = Date.now() - 3 * SAVE_EVERY;
+  return found.map((message) => (message.growing && (message.touched ?? message.created) < live
+    ? { ...message, growing: false, stopped: true } : message));
 }
 
 function begin() {
@@ -113,11 +120,11 @@ function refresh() {
 async function reload(id) {
   sidebar.refresh();
   if (id !== conversation?.id || running) return;
-  const found = await store.conversation(id);
-  if (!found || running || id !== conversation?.id) return;
+  const [found, all] = [await store.conversation(id), settled(await store.messages(id))];
   const before = messages.length;
+  if (!found || running || id !== conversation?.id || all.length < before) return;
   conversation = found;
-  messages = await store.messages(id);
+  messages = all;
   $("title").textContent = found.title;
   if (messages.length === before && !messages.some((message) => message.growing)) return;
   const at = messages.find((message) => message.id === leaf);
@@ -157,8 +164,15 @@ function turns(shown) {
 async function add(message) {
   messages.push(message);
   leaf = message.id;
-  await store.write(message);
-  await store.change(conversation.id, { ...conversation, leaf, changed: Date.now(), deleted: 0 });
+  const news = { leaf, changed: Date.now(), deleted: 0 };
+  if (await store.conversation(conversation.id)) {
+    await store.write(message);
+    await store.change(conversation.id, news);
+    return;
+  }
+  // A new one, or one that another tab deleted: all of it.
+  for (const each of messages) await store.write(each);
+  await store.change(conversation.id, { ...conversation, ...news });
 }
 
 /** Have a question answered. `begun`: what the answer begins with. */
@@ -170,7 +184,7 @@ async function answer(question, begun = "") {
   await add(message);
   refresh();
   sparsity.begin();
-  const saving = setInterval(() => store.write({ ...message, content: begun + run.text }), SAVE_EVERY);
+  const saving = setInterval(() => store.write({ ...message, content: begun + run.text, touched: Date.now() }), SAVE_EVERY);
   try {
     await run.go(await request(question, begun), (_, columns) => {
       sparsity.show(run, columns);
@@ -185,8 +199,8 @@ async function answer(question, begun = "") {
   complete(message, run, begun);
   await store.write({ ...message });
   busy(false);
-  sidebar.refresh();
   if (conversation?.id === message.conversation) finished(message, run);
+  reload(message.conversation); // what other tabs wrote meanwhile
 }
 
 /** What is kept of an answer. */
@@ -241,10 +255,15 @@ async function send(text, files) {
   return answer(question);
 }
 
-/** Another version of an answer. */
-function again(message) {
+/** Another version of an answer; in place of one that has nothing but an error. */
+async function again(message) {
   const question = messages.find(({ id }) => id === message.parent);
-  if (!running && question) answer(question);
+  if (running || !question) return;
+  if (!message.content) {
+    messages = messages.filter(({ id }) => id !== message.id);
+    await store.discard(message);
+  }
+  answer(question);
 }
 
 /** A version that goes on where an answer was cut. */

@@ -44,6 +44,12 @@ export class Store {
     this.channel?.postMessage(message.conversation);
   }
 
+  /** Drop a message that nothing follows. */
+  async discard(message) {
+    await this.tables.drop(message.id);
+    this.channel?.postMessage(message.conversation);
+  }
+
   /** Take conversations away; `restore` brings them back within a minute. */
   async remove(ids) {
     for (const id of ids) await this.change(id, { deleted: Date.now() });
@@ -128,6 +134,10 @@ class Indexed {
     await done(table.put({ ...before, ...fields, id }));
   }
 
+  drop(message) {
+    return done(this.#table("messages", "readwrite").delete(message));
+  }
+
   async forget(conversation) {
     const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
     const messages = transaction.objectStore("messages");
@@ -155,6 +165,10 @@ class Memory {
 
   async merge(name, id, fields) {
     this[name].set(id, { ...this[name].get(id), ...fields, id });
+  }
+
+  async drop(message) {
+    this.messages.delete(message);
   }
 
   async forget(conversation) {

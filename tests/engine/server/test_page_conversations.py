@@ -93,7 +93,7 @@ def test_search_rename_and_delete_with_undo(page: Any) -> None:
 
 def test_json_holds_all_versions_and_markdown_what_is_shown(page: Any, server: LiveServer, tmp_path: Path) -> None:
     answered(page, "first question")
-    page.click("text=Again")
+    page.click('.assistant button:text-is("Again")')
     page.wait_for_selector(".assistant .versions >> text=2 / 2")
     done(page)
     text = saved(page, lambda: page.click("#export"))
@@ -209,7 +209,7 @@ def test_edited_questions_and_other_answers_are_versions(page: Any) -> None:
     page.click("[aria-label='Earlier version']")
     wait_until(page, "document.querySelectorAll('.user').length === 2")
     assert page.locator(".user .text").all_inner_texts() == ["first wording", "a later question"]
-    page.locator(".assistant").first.locator("text=Again").click()  # not only the last answer
+    page.locator(".assistant").first.locator('button:text-is("Again")').click()  # not only the last answer
     page.wait_for_selector(".assistant .versions >> text=2 / 2")
     done(page)
     assert page.locator(".message").count() == 2
