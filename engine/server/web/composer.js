@@ -27,7 +27,7 @@ export class Composer {
     });
     input.addEventListener("keydown", (event) => {
       const phone = matchMedia("(pointer: coarse)").matches;
-      if (event.key !== "Enter" || event.shiftKey || event.isComposing || phone) return;
+      if (event.key !== "Enter" || event.shiftKey || event.ctrlKey || event.metaKey || event.isComposing || phone) return;
       event.preventDefault();
       this.send();
     });

@@ -180,6 +180,7 @@ async function answer(question, begun = "") {
   const message = { id: newId(), conversation: conversation.id, parent: question.id, role: "assistant", content: begun,
     created: Date.now(), growing: true };
   const run = (running = new Run());
+  const setting = Object.keys(sparsity.fields).length ? sparsity.setting.split(":")[0].toLowerCase() : undefined;
   busy(true);
   await add(message);
   refresh();
@@ -196,7 +197,7 @@ async function answer(question, begun = "") {
     clearInterval(saving);
   }
   running = null;
-  complete(message, run, begun);
+  complete(message, run, begun, setting);
   await store.write({ ...message });
   busy(false);
   if (conversation?.id === message.conversation) finished(message, run);
@@ -204,10 +205,9 @@ async function answer(question, begun = "") {
 }
 
 /** What is kept of an answer. */
-function complete(message, run, begun) {
+function complete(message, run, begun, setting) {
   Object.assign(message, { content: begun + run.text, growing: false, figures: run.figures, stopped: run.stopped, cut: run.cut,
-    speed: run.speed, density: run.density, context: run.context });
-  if (Object.keys(sparsity.fields).length) message.setting = sparsity.setting.split(":")[0].toLowerCase();
+    speed: run.speed, density: run.density, context: run.context, setting });
   if (run.columns.length && model?.svdengine?.sparse) message.weave = packed(run.columns, model.svdengine.layers);
   const size = model?.max_model_len ?? Infinity;
   message.full = run.error?.code === "context_length_exceeded" || (run.cut && run.context >= size - 1);

@@ -10,7 +10,7 @@ const DEEPEST = 40; // marks of quotes or lists that nest; deeper ones would tak
 
 const CLEAN = {
   ALLOWED_TAGS: ["p", "br", "strong", "em", "del", "code", "pre", "ul", "ol", "li", "input", "blockquote", "hr", "a",
-    "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "span"],
+    "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "span"],
   ALLOWED_ATTR: ["href", "title", "type", "checked", "disabled", "start", "align", "class", "data-language", "data-display"],
   ADD_URI_SAFE_ATTR: ["type", "start", "align", "data-language", "data-display"], // their values are no addresses
   ALLOWED_URI_REGEXP: /^(?:https?:\/\/|mailto:)/i,
@@ -34,7 +34,7 @@ const parser = new marked.Marked({
     html: ({ text }) => escape(text),
     image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || href)}</a>`, // nothing is loaded
     heading({ tokens, depth }) {
-      const level = Math.min(depth + 2, 6); // the page has the first two
+      const level = Math.min(depth + 1, 6); // the page has the first
       return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>\n`;
     },
     code: ({ text, lang }) =>

@@ -69,7 +69,9 @@ def test_a_request_chooses_its_path(server: LiveServer) -> None:
     lax, strict = (layers(pieces(server, ffn="sparse", sparsity_bias=bias)) for bias in (-1.0, 1.0))
     assert sum(lax[0]["predicted_density"]) > sum(strict[0]["predicted_density"])
     status, body, _ = ask(server, CHAT, {**BODY, "ffn": "fast"})
-    assert status == 400 and body["error"]["param"] == "ffn" and "dense, exact, sparse, auto" in body["error"]["message"]
+    assert (
+        status == 400 and body["error"]["param"] == "ffn" and "dense, exact, sparse, auto" in body["error"]["message"]
+    )
 
 
 def test_a_model_without_a_predictor_refuses_the_sparse_path(tmp_path: Path) -> None:

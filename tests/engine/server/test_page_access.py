@@ -122,7 +122,11 @@ def test_settings_show_the_defaults_that_hold(page: Any) -> None:
     page.fill("#system", "Be brief.")
     page.click("#settings >> text=Save")
     answered(page, "hello")
-    assert {name: sent[0][name] for name in ("temperature", "top_k", "seed")} == {"temperature": 0, "top_k": 3, "seed": 5}
+    assert {name: sent[0][name] for name in ("temperature", "top_k", "seed")} == {
+        "temperature": 0,
+        "top_k": 3,
+        "seed": 5,
+    }
     assert sent[0]["messages"][0] == {"role": "system", "content": "Be brief."} and "top_p" not in sent[0]
     page.click("#open-settings")
     page.click("#reset")

@@ -45,14 +45,14 @@ PAYLOADS = [
     f"<svg><script>{RUN}</script></svg>",
     f"<details open ontoggle={RUN}>x</details>",
     f"<iframe srcdoc='<script>parent.{RUN}</script>'></iframe>",
-    f"<iframe src=\"javascript:parent.{RUN}\"></iframe>",
+    f'<iframe src="javascript:parent.{RUN}"></iframe>',
     f"<body onload={RUN}>",
     f"<input autofocus onfocus={RUN}>",
     f"<video><source onerror={RUN}></video>",
-    f"<math><mtext><table><mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror={RUN}&gt;\">",
+    f'<math><mtext><table><mglyph><style><!--</style><img title="--&gt;&lt;img src=1 onerror={RUN}&gt;">',
     f"<form><math><mtext></form><form><mglyph><style></math><img src onerror={RUN}>",
-    f"<noscript><p title=\"</noscript><img src=x onerror={RUN}>\">",
-    f"<a href=\"javascript:{RUN}\">x</a>",
+    f'<noscript><p title="</noscript><img src=x onerror={RUN}>">',
+    f'<a href="javascript:{RUN}">x</a>',
     f"[x](javascript:{RUN})",
     f"[x](JaVaScRiPt:{RUN})",
     f"[x](java\tscript:{RUN})",
@@ -64,12 +64,12 @@ PAYLOADS = [
     "[x](//example.org) [y](/v1/models) [z](#top) [f](file:///etc/passwd) [b](blob:x)",
     f"<javascript:{RUN}>",
     f"![x](javascript:{RUN})",
-    f"![x\" onerror=\"{RUN}](x)",
-    f"![x](x\"onerror=\"{RUN})",
+    f'![x" onerror="{RUN}](x)',
+    f'![x](x"onerror="{RUN})',
     f"[x]: javascript:{RUN}\n\n[x]",
-    f"[x](https://example.org \"a\" onmouseover=\"{RUN}\")",
-    f"[x](https://example.org/\"onmouseover=\"{RUN})",
-    f"```\" onmouseover=\"{RUN}\nx\n```",
+    f'[x](https://example.org "a" onmouseover="{RUN}")',
+    f'[x](https://example.org/"onmouseover="{RUN})',
+    f'```" onmouseover="{RUN}\nx\n```',
     f"```x<img/src=x/onerror={RUN}>\nx\n```",
     f"```html\n<script>{RUN}</script>\n```",
     f"`<img src=x onerror={RUN}>`",
@@ -80,7 +80,7 @@ PAYLOADS = [
     "$\\def\\a{\\a\\a}\\a$",
     "$" + "{" * 3000 + "$",
     f"<style>*{{display:none}}</style><link rel=stylesheet href=//example.org><meta http-equiv=refresh content=0;url=//x>",
-    f"<div id=\"input\" class=\"error\" style=\"position:fixed;inset:0\" data-copy=\"x\" role=\"alert\">x</div>",
+    f'<div id="input" class="error" style="position:fixed;inset:0" data-copy="x" role="alert">x</div>',
     f"&lt;img src=x onerror={RUN}&gt;",
     "\u202e<b>\u2028<i>\0<u>",
 ]
@@ -107,7 +107,7 @@ def test_markdown_whole(page: Any, tmp_path: Path) -> None:
     assert page.inner_text(".user .text") == HOSTILE
     assert page.inner_text(".assistant").count(HOSTILE) == 2
     for selector, text in (
-        ("h3", "A title"),
+        ("h2", "A title"),
         ("strong", "bold"),
         ("em", "italic"),
         ("del", "gone"),
@@ -146,7 +146,9 @@ def test_nothing_of_a_model_runs_or_leads_astray(page: Any, tmp_path: Path, serv
     assert found == []
     links = page.locator("#messages .text a").evaluate_all("all => all.map(a => a.href)")
     assert all(link.startswith("https://example.org") for link in links), links
-    ids = page.evaluate("[...document.querySelectorAll('#messages .text [id], #messages .text [style]:not(.katex *)')].length")
+    ids = page.evaluate(
+        "[...document.querySelectorAll('#messages .text [id], #messages .text [style]:not(.katex *)')].length"
+    )
     assert ids == 0 and page.inner_text("#messages").count("onerror=") > 10
     page.hover("#messages .text a >> nth=0")
     page.wait_for_timeout(100)
