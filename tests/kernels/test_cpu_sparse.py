@@ -172,7 +172,7 @@ def test_neurons_are_counted_by_layer_as_the_reference_does(rows: int, threads: 
     predictor = make_predictor(config, 8, 0, 0.0)
     tokens = random_tokens(config, LENGTH)
     chunks = [rows] * (LENGTH // rows)
-    arrays, _, weights = stored(config, "f32")
+    _arrays, _, weights = stored(config, "f32")
     reference = ReferenceExecutor(config, weights, 16, 64, predictor=predictor, ffn="sparse")
     run_in_chunks(reference, tokens, chunks)
     expected = reference.layer_counts()

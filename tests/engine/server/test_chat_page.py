@@ -1,4 +1,4 @@
-"""The chat page in a real browser, Chromium, headless, where it is installed: asking, stopping, errors, keys, context."""
+"""The chat page in Chromium, where it is installed: asking, stopping, errors, keys, a full context."""
 
 import time
 from collections.abc import Iterator

@@ -59,7 +59,7 @@ PAYLOADS = [
     f"[x](&#106;avascript:{RUN})",
     f"[x](javascript&colon;{RUN})",
     f"[x](\x01javascript:{RUN})",
-    f"[x](data:text/html;base64,PHNjcmlwdD4=)",
+    "[x](data:text/html;base64,PHNjcmlwdD4=)",
     f"[x](vbscript:{RUN})",
     "[x](//example.org) [y](/v1/models) [z](#top) [f](file:///etc/passwd) [b](blob:x)",
     f"<javascript:{RUN}>",
@@ -79,13 +79,13 @@ PAYLOADS = [
     f"$\\text{{<img src=x onerror={RUN}>}}$",
     "$\\def\\a{\\a\\a}\\a$",
     "$" + "{" * 3000 + "$",
-    f"<style>*{{display:none}}</style><link rel=stylesheet href=//example.org><meta http-equiv=refresh content=0;url=//x>",
-    f'<div id="input" class="error" style="position:fixed;inset:0" data-copy="x" role="alert">x</div>',
+    "<style>*{display:none}</style><link rel=stylesheet href=//example.org><meta http-equiv=refresh content=0;url=//x>",
+    '<div id="input" class="error" style="position:fixed;inset:0" data-copy="x" role="alert">x</div>',
     f"&lt;img src=x onerror={RUN}&gt;",
     "\u202e<b>\u2028<i>\0<u>",
 ]
-DEEP = ["> " * 5000 + "x", "- " * 3000 + "x", "*" * 20_000 + "x", "[" * 20_000, "`" * 9001 + "x", "**x " * 9000,
-        "![" * 5000 + "](x)" * 5000, "| " * 5000 + "\n" + "|-" * 5000, "$" * 9001, "\\[" * 4000, "<" * 9000]  # fmt: skip
+DEEP = ["> " * 5000 + "x", "- " * 3000 + "x", "*" * 20_000 + "x", "[" * 20_000, "`" * 9001 + "x", "**x " * 9000]
+DEEP += ["![" * 5000 + "](x)" * 5000, "| " * 5000 + "\n" + "|-" * 5000, "$" * 9001, "\\[" * 4000, "<" * 9000]
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +141,13 @@ def test_nothing_of_a_model_runs_or_leads_astray(page: Any, tmp_path: Path, serv
     found = page.evaluate("""() => [...document.querySelectorAll('#messages .text *')].flatMap(node => [
         ...(/^(script|img|iframe|object|embed|form|style|link|meta|base|video|audio|source|body|html|details|noscript)$/i
             .test(node.localName) ? [node.outerHTML] : []),
-        ...[...node.attributes].filter(a => /^on/i.test(a.name) || /script:|data:/i.test(a.value)).map(a => a.name + a.value),
+        ...[...node.attributes].filter(a => /^on/i.test(a.name) || /script:|data:/i.test(a.value)).map(a => a.name),
     ])""")
     assert found == []
     links = page.locator("#messages .text a").evaluate_all("all => all.map(a => a.href)")
     assert all(link.startswith("https://example.org") for link in links), links
     ids = page.evaluate(
-        "[...document.querySelectorAll('#messages .text [id], #messages .text [style]:not(.katex *)')].length"
+        "document.querySelectorAll('#messages .text [id], #messages .text [style]:not(.katex *)').length"
     )
     assert ids == 0 and page.inner_text("#messages").count("onerror=") > 10
     page.hover("#messages .text a >> nth=0")
@@ -186,7 +186,8 @@ def test_text_that_nests_without_end_is_shown(browser: Any, server: LiveServer, 
         open_page(page, server)
         shown = page.evaluate(
             "async (text) => { const m = await import('./markdown.js');"
-            "const box = document.querySelector('#messages'); box.replaceChildren(m.render(text)); return box.textContent.length }",
+            "const box = document.querySelector('#messages');"
+            "box.replaceChildren(m.render(text)); return box.textContent.length }",
             text,
         )
         assert shown > 0 and page.problems == []

@@ -1,4 +1,4 @@
-"""Sparsity on the chat page, in Chromium: the meter, the numbers, the slider, the weave, dense and sparse side by side."""
+"""Sparsity on the chat page, in Chromium: the meter, the numbers, the slider, the weave, and the comparison."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,8 @@ LIT = """canvas => {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     with live_server(tmp_path_factory.mktemp("sparsity"), sparse=True) as server:
-        server.llm.default_params = SamplingParams(temperature=0, ignore_eos=True)
+        x = server.llm.tokenizer.encode("x")[0]
+        server.llm.default_params = SamplingParams(temperature=0, logit_bias={x: 100.0}, ignore_eos=True)
         yield server
 
 
@@ -43,15 +44,15 @@ def percent(page: Any, selector: str) -> float:
 
 
 def test_the_meter_shows_each_token_and_then_the_means(page: Any, server: LiveServer) -> None:
-    assert page.inner_text("#share") == "–" and page.locator("#meter").evaluate(LIT) < 0.01
+    assert page.inner_text("#share") == "\u2013" and page.locator("#meter").evaluate(LIT) < 0.01
     assert "no answer yet" in page.get_attribute("#meter", "aria-label")
     server.gate.hold()
     ask(page, "hello")
     server.gate.allow(4)
-    wait_until(page, "document.getElementById('share').textContent !== '–'")
+    wait_until(page, "document.getElementById('share').textContent !== '\u2013'")
     page.wait_for_timeout(60)
     server.gate.allow(4)
-    wait_until(page, "document.getElementById('speed').textContent !== '–'")
+    wait_until(page, "document.getElementById('speed').textContent !== '\u2013'")
     during = percent(page, "#share")
     server.gate.let_go()
     page.wait_for_selector("#messages[aria-busy=false] .assistant .figures:has-text('20 tokens')")
@@ -63,7 +64,7 @@ def test_the_meter_shows_each_token_and_then_the_means(page: Any, server: LiveSe
     width, height = page.locator("canvas.weave").evaluate("c => [c.width, c.height]")
     assert (width, height) == (20, server.llm.config.layer_count)
     page.reload()
-    wait_until(page, "document.getElementById('share').textContent !== '–'")
+    wait_until(page, "document.getElementById('share').textContent !== '\u2013'")
     assert percent(page, "#share") == share and page.locator("canvas.weave").count() == 1
 
 
@@ -84,11 +85,11 @@ def test_the_speed_against_dense_is_measured(page: Any) -> None:
     answered(page, "hello")
     assert page.is_hidden("#gain")
     page.click("#measure")
-    page.wait_for_selector("#gain:has-text('×')")
+    page.wait_for_selector("#gain:has-text('\u00d7')")
     assert page.sent[-1]["ffn"] == "dense" and page.sent[-1]["max_tokens"] == 32
     assert page.is_hidden("#measure") and page.inner_text("#gain-label") == "dense speed"
     page.reload()
-    page.wait_for_selector("#gain:has-text('×')")
+    page.wait_for_selector("#gain:has-text('\u00d7')")
 
 
 def test_dense_and_sparse_side_by_side(page: Any, server: LiveServer) -> None:
@@ -102,8 +103,9 @@ def test_dense_and_sparse_side_by_side(page: Any, server: LiveServer) -> None:
     assert dense["ffn"] == "dense" and "ffn" not in sparse
     assert page.inner_text("#dense-share") == "100 %" and 0 < percent(page, "#sparse-share") < 100
     assert page.locator("#dense-meter").evaluate(LIT) > 1.2 * page.locator("#sparse-meter").evaluate(LIT) > 0
-    assert len(page.inner_text("#dense-text")) > 3 and page.inner_text("#compare-question") == "hello"
-    assert "× the speed" in page.inner_text("#verdict")
+    assert page.inner_text("#dense-text") == page.inner_text("#sparse-text") == "x" * 20
+    assert "word for word the same" in page.inner_text("#verdict") and page.inner_text("#compare-question") == "hello"
+    assert "\u00d7 the speed" in page.inner_text("#verdict")
     with page.expect_download() as download:
         page.click("#compare-picture")
     picture = Path(download.value.path()).read_bytes()
