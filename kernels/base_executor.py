@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import NO_NEURONS, FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, LayerCounts, Logits, NeuronCounts
 from svdengine.kernels.ffn_times import FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.formats import WeightFormat, gather_parts
 from svdengine.kernels.norm import normalize
@@ -40,8 +40,8 @@ class BaseExecutor(ABC):
     """An `Executor` but for what its device does. Not for use from several threads at once: one step at a time.
 
     The executor of a device adds `forward`, which begins with `_check`, and what is abstract here. When it is ready to
-    place a predictor it sets its first one. A device that counts neurons itself has `neuron_counts` and
-    `_set_neuron_counts` of its own.
+    place a predictor it sets its first one. A device that counts neurons itself has `layer_counts` and
+    `_set_layer_counts` of its own.
     """
 
     name: str
@@ -65,7 +65,7 @@ class BaseExecutor(ABC):
         self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.ffn_blocks * _neurons(config) / config.ffn_size
         norm = {name: array for name, array in setup.arrays.items() if name.startswith("output_norm.")}
         self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
-        self._counted = NO_NEURONS
+        self._counted: LayerCounts = np.zeros((config.layer_count, 3), np.int64)
         self._closed = False
         self.copied: tuple[str, ...] = ()  # matrices that steps read as copies, not where they were given
         self.copies: tuple[NDArray, ...] = ()  # what is read in their place
@@ -93,7 +93,7 @@ class BaseExecutor(ABC):
     def ffn_times(self) -> FfnTimes:
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
         if self._times is None:
-            config, counted = self.config, self.neuron_counts()
+            config, counted = self.config, self.layer_counts()
             self._times = measure_ffn_times(
                 self,
                 config.layer_count,
@@ -103,7 +103,7 @@ class BaseExecutor(ABC):
                 self._measured_layers,
                 gated=config.gated,
             )
-            self._set_neuron_counts(counted)
+            self._set_layer_counts(counted)
         return self._times
 
     def ffn_path(self, n: int) -> FfnPath:
@@ -151,11 +151,15 @@ class BaseExecutor(ABC):
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
-        return self._counted
+        return NeuronCounts(*map(int, self.layer_counts().sum(0)))
+
+    def layer_counts(self) -> LayerCounts:
+        """See `Executor`."""
+        return self._counted.copy()
 
     def reset_neuron_counts(self) -> None:
         """Start counting anew."""
-        self._set_neuron_counts(NO_NEURONS)
+        self._set_layer_counts(np.zeros_like(self.layer_counts()))
 
     def close(self) -> None:
         """Give back threads and memory; the executor cannot be used afterwards. Calling it twice is fine.
@@ -185,7 +189,7 @@ class BaseExecutor(ABC):
     def _release(self) -> None:
         """Give back threads and device memory."""
 
-    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
+    def _set_layer_counts(self, counts: LayerCounts) -> None:
         """Count on from these."""
         self._counted = counts
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
 from svdengine.kernels.kv_q8 import dequantize_kv, key_shape, pack_kv, quantize_kv, unpack_kv
 from svdengine.kernels.norm import normalize, rms_norm
@@ -163,7 +163,7 @@ class ReferenceExecutor(BaseExecutor):
         if self._kept is not None:
             self._kept.append(x)
         if layer not in config.expert_layers:
-            return np.sum([self._block(block, x, sparsity_bias) for block in blocks], 0)
+            return np.sum([self._block(layer, block, x, sparsity_bias) for block in blocks], 0)
 
         # Each expert runs the rows that chose it, and adds its share to them.
         chosen, weights = route(config, routed_by @ self.layers[layer]["router"].T)
@@ -174,19 +174,17 @@ class ReferenceExecutor(BaseExecutor):
             rows, place = np.nonzero(chosen == expert)
             if len(rows):
                 bias = sparsity_bias[rows] if isinstance(sparsity_bias, np.ndarray) else sparsity_bias
-                y[rows] += weights[rows, place, None] * self._block(block, x[rows], bias)
+                y[rows] += weights[rows, place, None] * self._block(layer, block, x[rows], bias)
         return y
 
-    def _block(self, block: int, x: Array, sparsity_bias: Array | np.float32) -> Array:
-        """One FFN block of rows (n, d) by the path that was chosen."""
+    def _block(self, layer: int, block: int, x: Array, sparsity_bias: Array | np.float32) -> Array:
+        """An FFN block of a layer, of rows (n, d), by the path that was chosen."""
         if self.ffn != "sparse":
             return ffn(self.config, self.blocks[block], x)
         if self.predictor is None:
             raise ValueError("ffn='sparse' needs a predictor")
-        counts, predictor = np.zeros(3, np.int64), self.predictor.layers[block]
-        y = sparse_ffn(self.config, self.blocks[block], x, predictor, sparsity_bias, counts)
-        self._counted += NeuronCounts(*map(int, counts))
-        return y
+        counts, predictor = self._counted[layer], self.predictor.layers[block]
+        return sparse_ffn(self.config, self.blocks[block], x, predictor, sparsity_bias, counts)
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""

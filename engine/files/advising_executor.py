@@ -36,7 +36,8 @@ class AdvisingExecutor:
         self.inner = inner
         self.name, self.block_count, self.max_batch_rows = inner.name, inner.block_count, inner.max_batch_rows
         self.ffn_path, self.close = inner.ffn_path, inner.close
-        self.neuron_counts, self.reset_neuron_counts = inner.neuron_counts, inner.reset_neuron_counts
+        self.neuron_counts, self.layer_counts = inner.neuron_counts, inner.layer_counts
+        self.reset_neuron_counts = inner.reset_neuron_counts
         self._file, self._rows = model_file, ffn_row_names(model_file)
         self._told: dict[str, Advice] = {}
 

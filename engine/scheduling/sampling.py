@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack, get_args
 
 from svdengine.errors import RequestError, shown
+from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.numbers import check_integer, check_number
 from svdengine.text.grammar import Grammar, read_response_format
 
@@ -64,6 +65,7 @@ class SamplingFields(TypedDict, total=False):
     ignore_eos: bool
     response_format: Grammar | Mapping[str, Any] | None
     sparsity_bias: float
+    ffn: FfnMode | None
     priority: int
 
 
@@ -102,6 +104,7 @@ class SamplingParams:
         "json_object"}), or a Grammar. None, or {"type": "text"}: any text.
     sparsity_bias: shifts the sparsity predictor's thresholds, in standard deviations of a neuron's gate; above 0:
         fewer neurons are computed.
+    ffn: how the FFNs of this request run: "dense", "exact", "sparse" or "auto". None: as those of the model do.
     priority: requests that wait for each other go lower numbers first, equal ones in order of arrival.
     """
 
@@ -131,6 +134,7 @@ class SamplingParams:
     ignore_eos: bool = False
     response_format: Grammar | None = None
     sparsity_bias: float = 0.0
+    ffn: FfnMode | None = None
     priority: int = 0
 
     if TYPE_CHECKING:  # more can be given than the fields hold: __post_init__ converts it
@@ -152,6 +156,8 @@ class SamplingParams:
         check_integer("dry_allowed_length", self.dry_allowed_length, 1, 1 << 16)
         object.__setattr__(self, "dry_sequence_breakers", _strings("dry_sequence_breakers", self.dry_sequence_breakers))
         check_sparsity_bias(self.sparsity_bias)
+        if self.ffn is not None and self.ffn not in get_args(FfnMode):
+            raise RequestError(f"ffn must be one of {', '.join(get_args(FfnMode))}, found {shown(self.ffn)}")
         check_integer("priority", self.priority, -MAX_PRIORITY, MAX_PRIORITY)
         for name in ("top_p", "typical_p"):
             if getattr(self, name) == 0.0:

@@ -31,6 +31,7 @@ from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
 from svdengine.server.interface_routes import InterfaceRoutes
 from svdengine.server.job import Job
+from svdengine.server.model_info import model_info
 from svdengine.server.request_log import log_prompt, log_request
 from svdengine.server.service import Service
 from svdengine.server.token_fields import detokenized, tokenized, tokenizer_info
@@ -255,6 +256,7 @@ class Routes:
             "owned_by": "svdengine",
             "max_model_len": llm.context,
             "chat": llm.model_file.chat_template is not None,
+            "svdengine": model_info(llm),
         }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from svdengine.server.body_schema import Schema, either, flag, listing, mapping, number, text, whole
+from svdengine.server.body_schema import Schema, choice, either, flag, listing, mapping, number, text, whole
 
 TEMPERATURE = number(0, 100)
 TOP_P = number(0, 1)
@@ -36,6 +36,7 @@ OWN_FIELDS: Mapping[str, Schema] = {
     "stop_token_ids": listing(whole(0, 1 << 31)),
     "ignore_eos": flag(),
     "sparsity_bias": number(-100, 100),
+    "ffn": choice("dense", "exact", "sparse", "auto"),
     "context_shift": flag(),
     "chat_template_kwargs": mapping(),
 }

@@ -21,10 +21,10 @@ from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.record import packed
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import (
-    ACTIVE,
     AHEAD,
-    COUNTS,
+    BLOCK_COUNTS,
     DENSE,
+    FIRST_BLOCK,
     GAP,
     KEPT,
     KEPT_EXPERTS,
@@ -32,19 +32,17 @@ from svdengine.kernels.cpu.workspace import (
     N_ROWS,
     ONLY_FFNS,
     PREDICT,
-    PREDICTED,
     SIZES,
     SKIP_ZEROS,
     SOURCE,
     SOURCE_LAYER,
     STAGES,
-    TOTAL,
     WANTED,
     Inputs,
     Workspace,
     quantized_bytes,
 )
-from svdengine.kernels.executor import Logits, NeuronCounts
+from svdengine.kernels.executor import LayerCounts, Logits
 from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.kv_q8 import key_shape
 from svdengine.kernels.predictor import Predictor, largest_rank
@@ -113,14 +111,22 @@ class CpuExecutor(BaseExecutor):
         self._check_open()
         self._kv.write(blocks, data)
 
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
-        return NeuronCounts(int(predicted), int(active), int(total))
+    def layer_counts(self) -> LayerCounts:
+        """See `Executor`."""
+        counts: LayerCounts = np.add.reduceat(self._block_counters().sum(0), self._first_blocks())
+        return counts
 
-    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
-        self._inputs.counts[:] = 0
-        self._inputs.counts[0, [PREDICTED, ACTIVE, TOTAL]] = counts.predicted, counts.active, counts.total
+    def _set_layer_counts(self, counts: LayerCounts) -> None:
+        self._block_counters()[:] = 0
+        self._block_counters()[0, self._first_blocks()] = counts
+
+    def _first_blocks(self) -> list[int]:
+        return [self.config.blocks_of(layer).start for layer in range(self.config.layer_count)]
+
+    def _block_counters(self) -> NDArray[np.int64]:
+        """A view of what the threads count: (threads, FFN blocks, 3)."""
+        columns = slice(FIRST_BLOCK, FIRST_BLOCK + BLOCK_COUNTS * self.config.ffn_blocks)
+        return self._inputs.counts[:, columns].reshape(self.threads, -1, BLOCK_COUNTS)
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         self._kept_predictor = place_predictor(self._model, predictor)
@@ -271,5 +277,5 @@ def _inputs(rows: int, kv_blocks: int, threads: int, ffn_blocks: int) -> Inputs:
         logit_rows=ints(rows),
         sparsity_bias=np.zeros(rows, np.float32),
         claims=np.zeros(ffn_blocks * STAGES + 1, np.int64),
-        counts=np.zeros((threads, COUNTS), np.int64),
+        counts=np.zeros((threads, -(-(FIRST_BLOCK + ffn_blocks * BLOCK_COUNTS) // 8) * 8), np.int64),
     )

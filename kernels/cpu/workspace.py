@@ -13,8 +13,10 @@ DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate 
 # the next one's, or 0 when all have the same. AHEAD: whether experts are asked for when they are chosen (experts.py).
 # KEPT_EXPERTS: address for their numbers, or 0.
 N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, AHEAD, KEPT_EXPERTS, SIZES = range(11)
-# Counters of a thread, in Inputs.counts, on a cache line of their own.
-PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8
+# Columns of a thread's counters, in Inputs.counts: its list of the FFN at hand, and after it three numbers of each
+# FFN block (experts.py). A thread's are on cache lines of their own.
+LISTED, FIRST_BLOCK = 0, 8
+PREDICTED, ACTIVE, TOTAL, BLOCK_COUNTS = range(4)
 KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
 # Fields of a team's synchronisation array, 8 int64 apart.
 ARRIVED, EPOCH, CALLED, ASLEEP, CROWDED, PARKED = range(0, 48, 8)  # the parked flags of the members follow, 8 apart
@@ -103,4 +105,4 @@ class Inputs(NamedTuple):
     logit_rows: Annotated[NDArray[np.int32], 1]
     sparsity_bias: Annotated[NDArray[np.float32], 1]  # of each sequence
     claims: Annotated[NDArray[np.int64], 1]  # (blocks * STAGES + 1,) zeros when a step begins
-    counts: Annotated[NDArray[np.int64], 2]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows
+    counts: Annotated[NDArray[np.int64], 2]  # (threads, columns) neurons of sparse rows, by FFN block
