@@ -33,8 +33,11 @@ writeFileSync(`${TARGET}/katex.css`, css);
 
 const licences = PACKAGES.map((name) => {
   const folder = `node_modules/${name}`;
-  const { version, license, homepage } = JSON.parse(readFileSync(`${folder}/package.json`, "utf8"));
+  const { version, license } = JSON.parse(readFileSync(`${folder}/package.json`, "utf8"));
   const file = readdirSync(folder).find((each) => /^licen[cs]e/i.test(each));
-  return `${name} ${version}, ${license}\n${"-".repeat(60)}\n\n${readFileSync(`${folder}/${file}`, "utf8").trim()}\n`;
+  // Of two licences that may be chosen, Apache-2.0: its text is svdengine's own LICENSE, and need not be there twice.
+  const apache = name === "dompurify" && `(c) Cure53 and other contributors\n\nApache License 2.0, whose text is that of the file LICENSE of svdengine.`;
+  const text = apache || readFileSync(`${folder}/${file}`, "utf8").trim();
+  return `${name} ${version}, ${license}\n${"-".repeat(60)}\n\n${text}\n`;
 });
 writeFileSync(`${TARGET}/LICENSES.txt`, `The chat page is bundled with these libraries.\n\n\n${licences.join("\n\n")}`);

@@ -12,6 +12,7 @@ export class Thread {
   #does;
   #messages = []; // all versions
   #busy = false;
+  #latest = null; // of the answer that grows
   #next = 0;
   #spent = 0;
 
@@ -43,13 +44,14 @@ export class Thread {
   /** Make the nodes of an answer anew while it grows, a few times a second, and less often when they take long. */
   grow(message, run) {
     this.#busy = true;
+    this.#latest = { ...message, content: run.text, figures: run.figures };
     if (this.#next) return;
     this.#next = setTimeout(() => {
       this.#next = 0;
       if (!this.#busy) return;
       const begun = performance.now();
-      const node = this.node(message);
-      if (node) this.fill(node, { ...message, content: run.text, figures: run.figures }, true);
+      const node = this.node(this.#latest);
+      if (node) this.fill(node, this.#latest, true);
       this.#spent = performance.now() - begun;
     }, Math.max(40, 5 * this.#spent));
   }

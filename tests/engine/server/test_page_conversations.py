@@ -52,7 +52,7 @@ def saved(page: Any, act: Any) -> str:
 
 def test_a_new_chat_deletes_nothing(page: Any) -> None:
     answered(page, "about apples")
-    page.click("#new")
+    page.click("#new-in-list")
     assert page.is_visible("#welcome") and titles(page) == ["about apples"]
     answered(page, "about pears")
     assert titles(page) == ["about pears", "about apples"]
@@ -64,7 +64,7 @@ def test_a_new_chat_deletes_nothing(page: Any) -> None:
 
 def test_search_rename_and_delete_with_undo(page: Any) -> None:
     for text in ("apples are red", "pears are green", "plums are blue"):
-        page.click("#new")
+        page.click("#new-in-list")
         answered(page, text)
     page.fill("#search", "are GREEN")
     wait_until(page, f"document.querySelectorAll('{LISTED}').length === 1")
