@@ -125,7 +125,7 @@ def command(
         found = _measure(llm, text, window, tasks, options, named if predictors or report is not None else None)
         if report is not None:
             _measure_curve(llm, text, window, named, found)
-            _write_report(llm, report, found, named, (str(text_file), text))
+            _write_report(llm, report, found, named, (text_file.name if text_file is not None else "", text))
     if against is not None:
         _compare(found, tasks, against, options)
     record = _record(found)

@@ -76,10 +76,10 @@ def speed_figure(comparisons: dict[str, PathComparison]) -> Figure:
         (
             Column("predictor"),
             Column("bias", "{:+g}"),
-            Column("perplexity", "{:.4f}"),
+            Column("perplexity", "{:.2f}"),
             Column("rise", "{:+.2f} %"),
-            Column("same token", "{:.2f} %", 100),
-            Column("KL (nats)", "{:.5f}"),
+            Column("same token", "{:.1f} %", 100),
+            Column("KL (nats)", "{:.4f}"),
             Column("predicted", "{:.1f} %", 100),
             Column("computed", "{:.1f} %", 100),
             Column("tokens/s", "{:.1f}"),
@@ -175,7 +175,7 @@ def selection_figures(study: PredictorStudy) -> Iterator[Figure]:
     text = "The share of active neurons that are predicted. Those that are missed are mostly the weakest."
     yield Figure("recall", "Recall", text, chart, columns, rows)
     if any(math.isfinite(value) for one in error for _, value in one.points):
-        chart = line_chart(error, "layer", "relative error", y_format=lambda v: f"{10**v:.0e}")
+        chart = line_chart(error, "layer", "relative error", y_format=lambda v: f"{10**v:.2g}")
         text = "The share of the FFN output's energy that missed neurons would have added; a logarithmic scale."
         yield Figure("error", "Error", text, chart, columns, rows)
 
@@ -217,4 +217,8 @@ def _known(value: float) -> float | None:
 def _cell(column: Column, value: Value) -> str:
     if value is None:
         return ""
-    return str(value) if isinstance(value, str) else column.form.format(value * column.times)
+    return (
+        str(value)
+        if isinstance(value, str)
+        else column.form.format(value if column.times == 1.0 else value * column.times)
+    )
