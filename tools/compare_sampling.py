@@ -48,11 +48,10 @@ CARD = {"temperature": 0.2, "top_p": 0.9, "top_k": 0, "min_p": 0.0}  # of the de
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "llama.cpp's": {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05},
     "the card's": CARD,
-    "the card's, repetition 1.1": {**CARD, "repetition_penalty": 1.1},
     "the card's, repetition 1.1, last 64": {**CARD, "repetition_penalty": 1.1, "repeat_last_n": 64},
     "the card's, DRY 0.8": {**CARD, "dry_multiplier": 0.8},
 }
-_MOST_TOKENS = 250
+_MOST_TOKENS = 120
 
 
 def answers(llm: LLM, settings: Mapping[str, Any], *, greedy: bool, seed: int) -> list[Completion]:

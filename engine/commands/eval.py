@@ -99,6 +99,8 @@ def command(
     --ffn both runs dense and sparse, and says how often they agree on the likeliest next token and how far their
     distributions are apart. With --json, `perplexity` is then that of the sparse path, and `dense` holds the other.
     """
+    from svdengine.files.predictor_file import require_relu_family
+
     if text_file is None and not task_files:
         raise click.UsageError("there is nothing to measure: give --perplexity FILE or --tasks FILE")
     if (predictors or report is not None) and text_file is None:
@@ -117,12 +119,14 @@ def command(
         window = window or min(WINDOW, llm.context)
         if report is not None and llm.predictor is not None:
             options["ffn"] = "both"
+        if predictors or report is not None:
+            require_relu_family(llm.model_file)
         named = _predictors(llm, predictor_files)
         studied = predictors or (report is not None and not llm.config.expert_count)
         found = _measure(llm, text, window, tasks, options, named if studied else None)
         if report is not None:
             _measure_curve(llm, text, window, named, found)
-            _write_report(llm, report, found, named, (str(text_file), text))
+            _write_report(llm, report, found, named, (text_file.name if text_file is not None else "", text))
     if against is not None:
         _compare(found, tasks, against, options)
     record = _record(found)
@@ -304,7 +308,7 @@ def _study_lines(study: dict[str, Any]) -> Iterator[str]:
         yield f"[{number}] {name}"
     yield f"{'AUROC':<7}" + "".join(f"{f'[{number}]':>8}" for number in range(1, len(names) + 1))
     for title, row in [*((str(x["layer"]), x["auroc"]) for x in study["layers"]), ("mean", study["mean"])]:
-        yield f"{title:<7}" + "".join("       -" if row[name] is None else f"{row[name]:>8.3f}" for name in names)
+        yield f"{title:<7}" + "".join("       -" if row.get(name) is None else f"{row[name]:>8.3f}" for name in names)
 
 
 def _perplexity_line(score: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ Progress = Callable[[str, int, int], None]  # what is being done, how much of it
 WINDOW = 256  # tokens
 FIT_ROWS = 4096  # tokens that predictors are fitted to
 HELD_OUT_ROWS = 1024  # tokens that they are measured on
+COMPARED_LAYERS = 12  # of a deep model, in which predictors are made to compare with: that takes seconds a layer
 OWN = "this model's"
 
 
@@ -35,6 +36,7 @@ class LayerStudy:
 
     layer: int
     auroc: dict[str, float]  # name of a predictor -> its AUROC, NaN where no neuron is active on some tokens only
+    compared: bool  # whether those that are made to compare with are among them
     active_density: float  # share of neurons whose gate is not zero
     selections: dict[str, Selection]  # by predictor
 
@@ -89,7 +91,7 @@ def study_predictors(
         layer = read_ffn_layer(llm.model_file, index)
         x = statistics.held_out[index].astype(np.float32)
         neurons = run_neurons(layer, x)
-        found = _study_layer(index, layer, statistics.layers[index], own, x, neurons)
+        found = _study_layer(index, layer, statistics.layers[index], own, x, neurons, compared=index in chosen)
         if own and index == count // 2:
             middle.append(_neuron_scores(index, next(iter(own.values())), x, neurons))
         with told:
@@ -98,6 +100,7 @@ def study_predictors(
                 progress("layers", done, count)
         return found
 
+    chosen = compared_layers(count)
     told = Lock()
     if llm.config.hidden_size < LARGE:
         layers = over_parts(study, count, size=1)
@@ -131,13 +134,16 @@ def _study_layer(
     own: Mapping[str, LayerPredictor],
     x: NDArray[np.float32],
     neurons: Neurons,
+    *,
+    compared: bool,
 ) -> LayerStudy:
     from svdengine.converters.predictor_quality import mean_auroc, select
     from svdengine.kernels.predictor import scores
 
-    auroc = {name: mean_auroc(scorer(x), neurons.active) for name, scorer in _scorers(layer, statistics, own)}
+    scorers = _scorers(layer, statistics, own) if compared else _scorers_of(own)
+    auroc = {name: mean_auroc(scorer(x), neurons.active) for name, scorer in scorers}
     chosen = {name: select(scores(predictor, x) > 0, neurons) for name, predictor in own.items()}
-    return LayerStudy(index, auroc, float(neurons.active.mean()), chosen)
+    return LayerStudy(index, auroc, compared, float(neurons.active.mean()), chosen)
 
 
 def _scorers(
@@ -147,8 +153,7 @@ def _scorers(
     from svdengine.converters.predictor_quality import oracle_scorer, random_scorer, scorer_of, sign_scorer
     from svdengine.converters.predictors import build_predictor, find_basis
 
-    for name, predictor in predictors.items():
-        yield name, scorer_of(predictor)
+    yield from _scorers_of(predictors)
     own = next(iter(predictors.values()), None)
     hidden = layer.gate.shape[1]
     rank = min(own.rank, *layer.gate.shape) if own is not None and own.rank else max(1, hidden // 8)
@@ -163,6 +168,19 @@ def _scorers(
     yield "sign bits", sign_scorer(layer)
     yield "random", random_scorer(layer)
     yield "oracle", oracle_scorer(layer)
+
+
+def _scorers_of(predictors: Mapping[str, LayerPredictor]) -> Iterator[tuple[str, Scorer]]:
+    from svdengine.converters.predictor_quality import scorer_of
+
+    for name, predictor in predictors.items():
+        yield name, scorer_of(predictor)
+
+
+def compared_layers(count: int) -> frozenset[int]:
+    """Of so many layers those in which predictors are made to compare with: all, or some that are evenly spread."""
+    some = min(count, COMPARED_LAYERS)
+    return frozenset(round(i * (count - 1) / max(some - 1, 1)) for i in range(some))
 
 
 def _neuron_scores(index: int, own: LayerPredictor, x: NDArray[np.float32], neurons: Neurons) -> NeuronScores:
@@ -182,9 +200,9 @@ def _neuron_scores(index: int, own: LayerPredictor, x: NDArray[np.float32], neur
 
 
 def mean_aurocs(study: PredictorStudy) -> dict[str, float]:
-    """Each predictor's AUROC, averaged over the layers that have one."""
+    """Each predictor's AUROC, averaged over those layers in which all were measured and that have one."""
     means = {}
     for name in study.layers[0].auroc:
-        found = [layer.auroc[name] for layer in study.layers if math.isfinite(layer.auroc[name])]
+        found = [x.auroc[name] for x in study.layers if x.compared and math.isfinite(x.auroc[name])]
         means[name] = sum(found) / len(found) if found else math.nan
     return means

@@ -165,9 +165,9 @@ def _task_section(tasks: Sequence[TaskScore]) -> str:
 
 
 def _section(figure: Figure) -> str:
-    """A chart, and a table that opens on demand. The scores of a neuron are too many for one."""
+    """A chart, and a table that opens on demand, where the numbers are few and no other figure has them."""
     table = ""
-    if figure.rows and figure.name != "neuron":
+    if figure.rows and figure.name not in ("neuron", "recall", "error"):
         rows = _rows([column.name for column in figure.columns], figure.cells())
         table = f'<details><summary>Table</summary><div class="scroll">{rows}</div></details>'
     return (

@@ -76,10 +76,10 @@ def speed_figure(comparisons: dict[str, PathComparison]) -> Figure:
         (
             Column("predictor"),
             Column("bias", "{:+g}"),
-            Column("perplexity", "{:.4f}"),
+            Column("perplexity", "{:.2f}"),
             Column("rise", "{:+.2f} %"),
-            Column("same token", "{:.2f} %", 100),
-            Column("KL (nats)", "{:.5f}"),
+            Column("same token", "{:.1f} %", 100),
+            Column("KL (nats)", "{:.4f}"),
             Column("predicted", "{:.1f} %", 100),
             Column("computed", "{:.1f} %", 100),
             Column("tokens/s", "{:.1f}"),
@@ -93,7 +93,11 @@ def ranking_figure(study: PredictorStudy) -> Iterator[Figure]:
     """AUROC by layer, as the paper's Figures 4 and 5 have it."""
     names = list(study.layers[0].auroc)
     series = [
-        Series(name, tuple((x.layer, x.auroc[name]) for x in study.layers), dashed=name in ("random", "oracle"))
+        Series(
+            name,
+            tuple((x.layer, x.auroc[name]) for x in study.layers if name in x.auroc),
+            dashed=name in ("random", "oracle"),
+        )
         for name in names
     ]
     drawn = [value for one in series if one.name != "random" for _, value in one.points if math.isfinite(value)]
@@ -102,13 +106,15 @@ def ranking_figure(study: PredictorStudy) -> Iterator[Figure]:
     low = max(0.0, math.floor(20 * min(drawn)) / 20 - 0.01)
     shown = [one for one in series if one.name != "random" or low < 0.5]
     means = mean_aurocs(study)
-    rows = [(str(x.layer), *(_known(x.auroc[name]) for name in names)) for x in study.layers]
+    rows = [(str(x.layer), *(_known(x.auroc.get(name, math.nan)) for name in names)) for x in study.layers]
+    some = sum(x.compared for x in study.layers)
+    where = "" if some == len(study.layers) else f" Others than the model's are made in {some} of the layers."
     rows.append(("mean", *(_known(means[name]) for name in names)))
     yield Figure(
         "ranking",
         "Ranking of neurons",
         "How well scores tell a neuron's active tokens from the others: 1 is the oracle, 0.5 chance. Fitted to "
-        f"{study.fit_tokens} tokens and measured on {study.held_out_tokens} others; the mean over neurons.",
+        f"{study.fit_tokens} tokens and measured on {study.held_out_tokens} others; the mean over neurons.{where}",
         line_chart(shown, "layer", "AUROC", y_range=(low, 1.005), y_format="{:.3g}".format),
         (Column("layer"), *(Column(name, "{:.3f}") for name in names)),
         tuple(rows),
@@ -169,7 +175,7 @@ def selection_figures(study: PredictorStudy) -> Iterator[Figure]:
     text = "The share of active neurons that are predicted. Those that are missed are mostly the weakest."
     yield Figure("recall", "Recall", text, chart, columns, rows)
     if any(math.isfinite(value) for one in error for _, value in one.points):
-        chart = line_chart(error, "layer", "relative error", y_format=lambda v: f"{10**v:.0e}")
+        chart = line_chart(error, "layer", "relative error", y_format=lambda v: f"{10**v:.2g}")
         text = "The share of the FFN output's energy that missed neurons would have added; a logarithmic scale."
         yield Figure("error", "Error", text, chart, columns, rows)
 
@@ -211,4 +217,8 @@ def _known(value: float) -> float | None:
 def _cell(column: Column, value: Value) -> str:
     if value is None:
         return ""
-    return str(value) if isinstance(value, str) else column.form.format(value * column.times)
+    return (
+        str(value)
+        if isinstance(value, str)
+        else column.form.format(value if column.times == 1.0 else value * column.times)
+    )
