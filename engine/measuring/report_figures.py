@@ -175,7 +175,7 @@ def selection_figures(study: PredictorStudy) -> Iterator[Figure]:
     text = "The share of active neurons that are predicted. Those that are missed are mostly the weakest."
     yield Figure("recall", "Recall", text, chart, columns, rows)
     if any(math.isfinite(value) for one in error for _, value in one.points):
-        chart = line_chart(error, "layer", "relative error", y_format=lambda v: f"{10**v:.2g}")
+        chart = line_chart(error, "layer", "relative error, %", y_format=lambda v: f"{100 * 10**v:.2g}")
         text = "The share of the FFN output's energy that missed neurons would have added; a logarithmic scale."
         yield Figure("error", "Error", text, chart, columns, rows)
 
