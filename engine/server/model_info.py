@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from svdengine import __version__
 from svdengine.llm import LLM
 
 Object = dict[str, Any]  # of JSON
@@ -17,6 +18,7 @@ def model_info(llm: LLM) -> Object:
     file, config, params = llm.model_file, llm.config, llm.default_params
     formats = Counter(file.formats.values())
     return {
+        "version": __version__,
         "family": config.family,
         "parameters": file.parameter_count,
         "size_bytes": file.size_bytes,

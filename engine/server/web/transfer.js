@@ -1,6 +1,6 @@
 // Conversations as files: JSON with all versions, and Markdown of what is shown, for people.
 
-import { newId, pathTo, titleOf } from "./tree.js";
+import { childrenOf, newId, pathTo, titleOf } from "./tree.js";
 
 const FORMAT = "svdengine-conversations";
 const ROLES = ["user", "assistant"];
@@ -58,19 +58,16 @@ function fromJson(name, text) {
 function checked(name, given, index) {
   const where = `${name}, conversation ${index + 1}`;
   if (!Array.isArray(given?.messages)) throw new Error(`${where}: "messages" is missing.`);
-  const ids = new Map();
   const conversation = newConversation(text(given.title) || "Imported", given.created, given.changed);
+  const ids = new Map(given.messages.map((message) => [message?.id, newId()]));
+  if (ids.size < given.messages.length) throw new Error(`${where}: an id is missing, or there twice.`);
   const messages = given.messages.map((message, i) => {
     if (!ROLES.includes(message?.role) || typeof message.content !== "string") {
       throw new Error(`${where}, message ${i + 1}: a role, user or assistant, and content are needed.`);
     }
-    const id = newId();
-    if (ids.has(message.id)) throw new Error(`${where}, message ${i + 1}: its id is there twice.`);
-    ids.set(message.id, id);
+    const id = ids.get(message.id);
     const parent = message.parent ?? null;
-    if (parent !== null && !ids.has(parent)) {
-      throw new Error(`${where}, message ${i + 1}: its parent must come before it.`);
-    }
+    if (parent !== null && !ids.has(parent)) throw new Error(`${where}, message ${i + 1}: its parent is not there.`);
     const files = Array.isArray(message.files) ? message.files : [];
     return {
       id,
@@ -85,7 +82,17 @@ function checked(name, given, index) {
       cut: message.cut === true,
     };
   });
+  if (reached(messages) < messages.length) throw new Error(`${where}: some messages follow none that begins.`);
   return { conversation: { ...conversation, leaf: ids.get(given.leaf) ?? messages.at(-1)?.id ?? null }, messages };
+}
+
+/** How many messages follow from a beginning. */
+function reached(messages) {
+  const children = childrenOf(messages);
+  const left = [null];
+  let count = -1;
+  for (; left.length > 0; count++) left.push(...(children.get(left.pop()) ?? []).map(({ id }) => id));
+  return count;
 }
 
 function fromMarkdown(name, source) {

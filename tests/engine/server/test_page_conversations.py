@@ -138,7 +138,9 @@ def test_markdown_that_looks_like_our_own_marks_comes_back(page: Any, tmp_path: 
         ('{"format": "svdengine-conversations", "version": 1, "conversations": [{"messages": [{"role": "system", '
          '"content": "x"}]}]}', "message 1: a role"),
         ('{"format": "svdengine-conversations", "version": 1, "conversations": [{"messages": [{"id": 1, "parent": 2, '
-         '"role": "user", "content": "x"}]}]}', "its parent must come before it"),
+         '"role": "user", "content": "x"}]}]}', "its parent is not there"),
+        ('{"format": "svdengine-conversations", "version": 1, "conversations": [{"messages": [{"id": 1, "parent": 1, '
+         '"role": "user", "content": "x"}]}]}', "follow none that begins"),
         ("a\0b", "is not a text file"),
     ],
 )  # fmt: skip
