@@ -94,14 +94,10 @@ def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) ->
     affine = weight_format != "q8"
     block_bytes, scale_bytes = 16 * _ROW_BYTES[weight_format], 16 if affine else 32  # of a block, of a group
 
-    def emit_dots(builder, at, x, columns):
-        """A function of group and row that gives the 16 int32 sums of a group's products."""
-        groups = []
-        for group in range(2):
-            own = [builder.add(row, ir.Constant(I64, 32 * group)) for row in x]
-            words = partial(_emit_weights, weight_format, builder, at, group)
-            groups.append(emit_products(builder, words, own, columns))
-        return lambda group, row: groups[group][row]
+    def emit_dots(builder, at, x, columns, group):
+        """(count) sums of a group's integer products, 16 int32 each."""
+        own = [builder.add(row, ir.Constant(I64, 32 * group)) for row in x]
+        return emit_products(builder, partial(_emit_weights, weight_format, builder, at, group), own, columns)
 
     def emit_tiles(builder, at, x, stride, columns, sums, unpacked):
         """Have AMX's tiles store the sums of a block at `sums`; at, x: of its weights, and of its first activations."""
@@ -130,7 +126,7 @@ def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) ->
         )
 
         def emit_block(block):
-            """By tiles: the sums of a block, which the next round of the loop scales. Gives their address."""
+            """By tiles: the sums of a block, which the next round of the loop scales."""
             at = builder.add(values, builder.mul(block, ir.Constant(I64, block_bytes)))
             half = builder.and_(block, ir.Constant(I64, 1))
             sums = builder.add(sums_room, builder.mul(half, ir.Constant(I64, SUMS_BYTES)))
@@ -147,10 +143,13 @@ def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) ->
                 last = builder.icmp_signed("==", following, blocks)
                 emit_block(builder.select(last, block, following))
                 half = builder.and_(block, ir.Constant(I64, 1))
-                dots = sums_at(builder, builder.add(sums_room, builder.mul(half, ir.Constant(I64, SUMS_BYTES))))
-            else:
-                dots = emit_dots(builder, at, [builder.add(row, x_at) for row in rows], columns)
+                stored = sums_at(builder, builder.add(sums_room, builder.mul(half, ir.Constant(I64, SUMS_BYTES))))
             for group in range(2):
+                if amx:
+                    dots = partial(stored, group)
+                else:  # one group after the other: the registers hold no more
+                    own = [builder.add(row, x_at) for row in rows]
+                    dots = emit_dots(builder, at, own, columns, group).__getitem__
                 place = builder.add(builder.mul(block, ir.Constant(I64, 2)), ir.Constant(I64, group))
                 of_group = builder.mul(place, ir.Constant(I64, scale_bytes))
                 scales_at, minima_at = builder.add(scales, of_group), builder.add(minima, of_group)
@@ -159,7 +158,7 @@ def panel_tile(weight_format: WeightFormat, count: int, *, amx: bool = False) ->
                 results = []
                 for t in range(count):
                     factor = builder.add(factors[t], builder.mul(place, ir.Constant(I64, 4)))
-                    sums = dots(group, t)
+                    sums = dots(t)
                     if BIAS and not affine:
                         offset = splat(builder, load(builder, builder.add(factor, offsets), I32))
                         sums = builder.add(sums, offset)
