@@ -50,12 +50,13 @@ class AnswerWriter:
         if self._width is None:
             self._write(text)
             return
-        *lines, rest = (self._held + text).split("\n")
-        self._held = ""
-        for line in lines:
-            self._take(line, ended=True)
-            self._end_line()
-        self._held = self._take(rest, ended=False)
+        for character in text:  # one by one, so that what is written does not depend on how a text is cut into pieces
+            if character == "\n":
+                self._take(self._held, ended=True)
+                self._end_line()
+                self._held = ""
+            else:
+                self._held = self._take(self._held + character, ended=False)
 
     def close(self) -> None:
         """Write what was held back; the cursor is left at the end of the text."""
@@ -110,7 +111,7 @@ class AnswerWriter:
 
     def _certain(self, text: str) -> int:
         """How much of an unfinished line can be written: whole words, before an emphasis that has not ended."""
-        cut = next((i + 1 for i in range(len(text) - 1, -1, -1) if text[i].isspace() or _wide(text[i])), 0)
+        cut = _word_end(text, len(text))
         if not self._styled:
             return cut
         at = 0
@@ -120,12 +121,12 @@ class AnswerWriter:
                 return self._waiting(text, at + opening.start(), cut)
             at = found.end()
             if at > cut:
-                return min(cut, found.start())
+                return _word_end(text, min(cut, found.start()))
         opening = _OPENING.search(text, at)
         return cut if opening is None else self._waiting(text, opening.start(), cut)
 
     def _waiting(self, text: str, opening: int, cut: int) -> int:
-        return cut if len(text) - opening > _LONGEST_WAIT else min(cut, opening)
+        return cut if len(text) - opening > _LONGEST_WAIT else _word_end(text, min(cut, opening))
 
     def _runs(self, text: str) -> Iterator[tuple[str, str]]:
         """Text by its style, without the marks of Markdown."""
@@ -190,6 +191,11 @@ def _words(text: str) -> Iterator[str]:
             yield character
         if narrow:
             yield narrow
+
+
+def _word_end(text: str, limit: int) -> int:
+    """Where the last word, with the white space after it, ends that ends within the first `limit` characters."""
+    return next((i for i in range(limit, 0, -1) if text[i - 1].isspace() or _wide(text[i - 1])), 0)
 
 
 def _is_fence(text: str) -> bool:

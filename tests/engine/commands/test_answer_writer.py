@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from svdengine.commands.answer_writer import AnswerWriter
@@ -69,6 +69,8 @@ def test_off_a_terminal_nothing_is_changed() -> None:
 
 
 @settings(deadline=None)
+@example(["1111>*漢", ""], 5, True)
+@example(["1111>", "*", "漢"], 5, True)
 @given(
     st.lists(st.text("ab *`_#->|.1\n~漢", max_size=12), max_size=12),
     st.integers(5, 40),
