@@ -76,6 +76,25 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return cuda.jit(function, **{k: v for k, v in options.items() if k in ("fastmath", "debug")})
 
 
+def unrolled(body: Callable[..., None], count: int) -> Any:
+    """run(first, *arguments): body(first, *arguments), body(first + 1, *arguments), and so on, `count` calls.
+
+    There is no loop, so that local arrays which are indexed by constants and by `first` are registers. `body` is a
+    device function of a constant; compilers keep loops as they are when their bodies are large.
+    """
+    if count == 1:
+        return body
+    half = count // 2
+    low, high = unrolled(body, half), unrolled(body, count - half)
+
+    @jit(device=True, forceinline=True)
+    def run(first, *arguments):
+        low(first, *arguments)
+        high(first + half, *arguments)
+
+    return run
+
+
 def _parse(parameters: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Types and names of "uint32* words, int32 rows"."""
     kinds, names = zip(*(part.split() for part in parameters.split(",")), strict=True)
@@ -95,6 +114,14 @@ if SIMULATED:
         """Four uint32 words from item i, a multiple of 4, in one load of memory that no thread writes meanwhile."""
         assert i % 4 == 0, f"a 16-byte load from word {i}"
         return words[i], words[i + 1], words[i + 2], words[i + 3]
+
+    def ldg128_once(words: Any, i: Any) -> Any:
+        """As `ldg128`, of what is read once: it is not kept in the multiprocessor's own cache."""
+        return ldg128(words, i)
+
+    def ldg128_near(words: Any, i: Any, offset: Any) -> Any:
+        """As `ldg128_once` from item i + offset: cheap where several offsets have the same i."""
+        return ldg128(words, i + offset)
 
     def ldg64(words: Any, i: Any) -> Any:
         """Two uint32 words from item i, a multiple of 2, as `ldg128`."""
@@ -173,29 +200,39 @@ else:
             base = context.make_array(kind)(context, builder, base).data
         return builder.gep(base, [i])
 
+    def _load(words, modifiers, count, indices=1):
+        """What @intrinsic takes for a load of `count` uint32 words, of memory that no thread writes meanwhile."""
+
+        def generate(context, builder, signature, arguments):
+            address = _item(context, builder, signature.args[0], *arguments[:2])
+            for offset in arguments[2:]:
+                address = builder.gep(address, [offset])
+            to = ",".join(f"${k}" for k in range(count))
+            text = f"ld.global.nc{modifiers}.v{count}.u32 {{{to}}}, [${count}];"
+            struct = _assembly(builder, ir.LiteralStructType([_I32] * count), [address], text, "=r," * count + "l")
+            return _tuple(builder, struct, count)
+
+        return types.UniTuple(types.uint32, count)(words, *[types.int64] * indices), generate
+
     @intrinsic
     def ldg128(typing_context, words, i):
         """Four uint32 words from item i, a multiple of 4, in one load of memory that no thread writes meanwhile."""
+        return _load(words, "", 4)
 
-        def generate(context, builder, signature, arguments):
-            address = _item(context, builder, signature.args[0], *arguments)
-            text = "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];"
-            struct = _assembly(builder, ir.LiteralStructType([_I32] * 4), [address], text, "=r,=r,=r,=r,l")
-            return _tuple(builder, struct, 4)
+    @intrinsic
+    def ldg128_once(typing_context, words, i):
+        """As `ldg128`, of what is read once: it is not kept in the multiprocessor's own cache."""
+        return _load(words, ".L1::no_allocate", 4)
 
-        return types.UniTuple(types.uint32, 4)(words, types.int64), generate
+    @intrinsic
+    def ldg128_near(typing_context, words, i, offset):
+        """As `ldg128_once` from item i + offset: cheap where several offsets have the same i."""
+        return _load(words, ".L1::no_allocate", 4, indices=2)
 
     @intrinsic
     def ldg64(typing_context, words, i):
         """Two uint32 words from item i, a multiple of 2, as `ldg128`."""
-
-        def generate(context, builder, signature, arguments):
-            address = _item(context, builder, signature.args[0], *arguments)
-            text = "ld.global.nc.v2.u32 {$0,$1}, [$2];"
-            struct = _assembly(builder, ir.LiteralStructType([_I32] * 2), [address], text, "=r,=r,l")
-            return _tuple(builder, struct, 2)
-
-        return types.UniTuple(types.uint32, 2)(words, types.int64), generate
+        return _load(words, "", 2)
 
     @intrinsic
     def h2f(typing_context, word):

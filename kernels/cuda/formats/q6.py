@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cuda.formats.affine import FOUR, HALVES, affine_kernels
-from svdengine.kernels.cuda.intrinsics import jit, ldg128, u8x4
+from svdengine.kernels.cuda.intrinsics import jit, ldg128_once, u8x4
 
 _PAIRS = np.uint32(0x30303030)
 
@@ -20,7 +20,7 @@ _PAIRS = np.uint32(0x30303030)
 def _load(words, base, j):
     """Words 0 to 3 are the low halves, 4 to 7 the pairs."""
     at = base + 12 * (j >> 1)
-    return ldg128(words, at + 4 * (j & 1)) + ldg128(words, at + 8)
+    return ldg128_once(words, at + 4 * (j & 1)) + ldg128_once(words, at + 8)
 
 
 @jit(device=True)

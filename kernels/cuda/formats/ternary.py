@@ -8,14 +8,14 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cuda.formats.affine import affine_kernels
-from svdengine.kernels.cuda.intrinsics import jit, ldg128, u8x4
+from svdengine.kernels.cuda.intrinsics import jit, ldg128_once, u8x4
 
 _PAIRS = np.uint32(0x03030303)
 
 
 @jit(device=True)
 def _load(words, base, j):
-    return ldg128(words, base + 4 * (j >> 1))
+    return ldg128_once(words, base + 4 * (j >> 1))
 
 
 @jit(device=True)
