@@ -190,7 +190,7 @@ class CudaExecutor(BaseExecutor):
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         group = self.config.head_count // self.config.kv_head_count
         alone = n <= _FEW_ROWS or len(np.unique(batch.sequences)) == n
-        most = 1 if alone else tile_rows(group, self.config.head_dim)
+        most = 1 if alone else tile_rows(group, self.config.head_dim, self._state.cache.dtype)
         tiles = cut_tiles(batch.sequences, most)
         tables = np.zeros((len(batch.block_tables), work.sizes.blocks), np.int32)
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables

@@ -15,7 +15,18 @@ from random_predictors import make_predictor
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.base_executor import ExecutorSetup
-from svdengine.kernels.cuda import attention, elementwise, embedding, executor, gemm, norm, rope, sampling, sparse
+from svdengine.kernels.cuda import (
+    attention,
+    attention_rows,
+    elementwise,
+    embedding,
+    executor,
+    gemm,
+    norm,
+    rope,
+    sampling,
+    sparse,
+)
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
@@ -73,7 +84,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
         monkeypatch.setattr(sampling, "SAMPLE_THREADS", 32)
         monkeypatch.setattr(sampling, "_DIGIT", 7)
-        for module in (attention, rope):
+        for module in (attention_rows, rope):
             monkeypatch.setattr(module, "THREADS", 64)
             monkeypatch.setattr(module, "_WARPS", 2)
 
