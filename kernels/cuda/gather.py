@@ -176,6 +176,7 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
     kernels, held_row = kernels_of(name), HELD_ROW[split]
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
     columns, chunk_words, fours = kernels.chunk_columns, kernels.chunk_words, kernels.chunk_columns // 4
+    finish = kernels.finish
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden,"
@@ -230,9 +231,9 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
                     total = add(total, values[i], w, scale, low, row, found[i], stride, j)
             cuda.syncthreads()
         if j < count:
-            out = (cuda.blockIdx.z * parts + cuda.blockIdx.y) * stride
+            out, found_sums = (cuda.blockIdx.z * parts + cuda.blockIdx.y) * stride, finish(total)
             for k in range(fours):
-                t = total[k]
+                t = found_sums[k]
                 stg128(partial, out + column_of(j, k), t[0], t[1], t[2], t[3])
 
     return down

@@ -111,7 +111,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     kernels = kernels_of(weight_format)
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
-    fours, width = columns // 4, columns + 1  # odd, against bank conflicts
+    finish, fours, width = kernels.finish, columns // 4, columns + 1  # odd, against bank conflicts
     room = _MOST_SHARERS * 32 * width
     # Loads of a thread that are on their way at once; the more sums it has, the fewer fit in registers beside them.
     four, two = columns <= 16 and tile * columns <= 32, columns <= 16 or tile == 1
@@ -167,11 +167,12 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
             sums = add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j)
             r += warps
 
+        whole = finish(sums[0]), finish(sums[1]), finish(sums[2]), finish(sums[3])
         for t in range(min(tile, n - b)):
             cuda.syncthreads()  # so that the row before has been read
             for k in range(fours):
                 for i in range(4):
-                    shared[cuda.threadIdx.x * width + 4 * k + i] = sums[t][k][i]
+                    shared[cuda.threadIdx.x * width + 4 * k + i] = whole[t][k][i]
             cuda.syncthreads()
             for item in range(cuda.threadIdx.x, 32 * columns, cuda.blockDim.x):
                 chunk, k = item // columns, item % columns
@@ -198,7 +199,10 @@ def multiply(
     factor: float = 1.0,
     add: bool = False,
 ) -> None:
-    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
+    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros.
+
+    For a format that takes integers (rounding.py) they are rounded rows.
+    """
     tile = min(n, 2) if n <= 2 else TILE
     per_warp = 4 if matrix.rows >= _MANY and tile == 1 else 1
     grid = (-(-matrix.rows // (_WARPS * per_warp)) * -(-n // tile),)

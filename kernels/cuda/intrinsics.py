@@ -169,8 +169,8 @@ if SIMULATED:
         return np.array([x], np.float32).view(np.uint32)[0]
 
     def to_int(x: Any) -> Any:
-        """The int32 nearest to a float32, the even one of two."""
-        return np.int32(np.rint(x))
+        """The int32 nearest to a float32, the even one of two; 0 for NaN."""
+        return np.int32(np.rint(x)) if x == x else np.int32(0)
 
     def dp4a(a: Any, b: Any, c: Any) -> Any:
         """The int32 c plus the product of four int8 in a word with four int8."""
@@ -179,6 +179,14 @@ if SIMULATED:
     def dp4a_su(a: Any, b: Any, c: Any) -> Any:
         """The int32 c plus the product of four int8 in a word with four uint8."""
         return np.int32(int(c) + int(_view(a, np.int8).astype(np.int64) @ _view(b, np.uint8)))
+
+    def dp4a_us(a: Any, b: Any, c: Any) -> Any:
+        """The int32 c plus the product of four uint8 in a word with four int8."""
+        return dp4a_su(b, a, c)
+
+    def dp4a_uu(a: Any, b: Any, c: Any) -> Any:
+        """The int32 c plus the product of four uint8 in a word with four uint8."""
+        return np.int32(int(c) + int(_view(a, np.uint8).astype(np.int64) @ _view(b, np.uint8)))
 
 else:
     from llvmlite import ir
@@ -266,33 +274,31 @@ else:
 
         return types.UniTuple(types.float32, 2)(types.uint32), generate
 
-    def _bytes_as_floats(builder, word, shift, convert):
-        """Four bytes of a word as float32: a shift that keeps or drops their sign, then a conversion."""
-        up = [builder.shl(word, ir.Constant(_I32, 24 - 8 * k)) for k in range(4)]
-        return cgutils.pack_array(builder, [convert(shift(x, ir.Constant(_I32, 24)), _F32) for x in up])
+    def _bytes_as_floats(prepare, offset):
+        """What @intrinsic takes for the four bytes of a word as float32, less an offset.
 
-    @intrinsic
-    def s8x4(typing_context, word):
-        """Four int8 in a word -> four float32, the lowest byte first."""
+        A byte below the exponent of 2**23 is 2**23 + the byte; conversions of integers are slower on most GPUs. In
+        assembly: where bytes are made of several words at once, LLVM would make each by itself.
+        """
 
         def generate(context, builder, signature, arguments):
-            return _bytes_as_floats(builder, arguments[0], builder.ashr, builder.sitofp)
-
-        return types.UniTuple(types.float32, 4)(types.uint32), generate
-
-    @intrinsic
-    def u8x4(typing_context, word):
-        """Four uint8 in a word -> four float32, the lowest byte first."""
-
-        def generate(context, builder, signature, arguments):
-            # A byte below the exponent of 2**23 is 2**23 + the byte. In assembly: where bytes are made of several words
-            # at once, LLVM would make each by itself.
-            lines = (f"prmt.b32 t, $4, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, 0f4B000000;" for k in range(4))
-            text = "{.reg .b32 t; " + " ".join(lines) + "}"
+            less = f"0f{0x4B000000 + offset:08X}"
+            lines = (f"prmt.b32 t, x, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, {less};" for k in range(4))
+            text = "{.reg .b32 t, x; " + prepare + " " + " ".join(lines) + "}"
             struct = _assembly(builder, ir.LiteralStructType([_F32] * 4), arguments, text, "=f,=f,=f,=f,r")
             return _tuple(builder, struct, 4)
 
         return types.UniTuple(types.float32, 4)(types.uint32), generate
+
+    @intrinsic
+    def s8x4(typing_context, word):
+        """Four int8 in a word -> four float32, the lowest byte first."""
+        return _bytes_as_floats("xor.b32 x, $4, 0x80808080;", 128)
+
+    @intrinsic
+    def u8x4(typing_context, word):
+        """Four uint8 in a word -> four float32, the lowest byte first."""
+        return _bytes_as_floats("mov.b32 x, $4;", 0)
 
     @intrinsic
     def stg128(typing_context, values, i, a, b, c, d):
@@ -341,30 +347,40 @@ else:
 
     @intrinsic
     def to_int(typing_context, x):
-        """The int32 nearest to a float32, the even one of two."""
+        """The int32 nearest to a float32, the even one of two; 0 for NaN."""
 
         def generate(context, builder, signature, arguments):
             return _assembly(builder, _I32, arguments, "cvt.rni.s32.f32 $0, $1;", "=r,f")
 
         return types.int32(types.float32), generate
 
+    def _dp4a(kinds):
+        """What @intrinsic takes for the int32 c plus the product of four bytes in a word with four in another."""
+
+        def generate(context, builder, signature, arguments):
+            return _assembly(builder, _I32, arguments, f"dp4a.{kinds} $0, $1, $2, $3;", "=r,r,r,r")
+
+        return types.int32(types.uint32, types.uint32, types.int32), generate
+
     @intrinsic
     def dp4a(typing_context, a, b, c):
         """The int32 c plus the product of four int8 in a word with four int8."""
-
-        def generate(context, builder, signature, arguments):
-            return _assembly(builder, _I32, arguments, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r")
-
-        return types.int32(types.uint32, types.uint32, types.int32), generate
+        return _dp4a("s32.s32")
 
     @intrinsic
     def dp4a_su(typing_context, a, b, c):
         """The int32 c plus the product of four int8 in a word with four uint8."""
+        return _dp4a("s32.u32")
 
-        def generate(context, builder, signature, arguments):
-            return _assembly(builder, _I32, arguments, "dp4a.s32.u32 $0, $1, $2, $3;", "=r,r,r,r")
+    @intrinsic
+    def dp4a_us(typing_context, a, b, c):
+        """The int32 c plus the product of four uint8 in a word with four int8."""
+        return _dp4a("u32.s32")
 
-        return types.int32(types.uint32, types.uint32, types.int32), generate
+    @intrinsic
+    def dp4a_uu(typing_context, a, b, c):
+        """The int32 c plus the product of four uint8 in a word with four uint8."""
+        return _dp4a("u32.u32")
 
 
 @jit(device=True)

@@ -9,7 +9,7 @@ from svdengine.kernels.cuda.attention import attend
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
-from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product
+from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product, rounded_rows
 from svdengine.kernels.cuda.kv_cache import KvCache
 from svdengine.kernels.cuda.model import LayerWeights, Model, PlacedPredictor
 from svdengine.kernels.cuda.norm import normalize
@@ -61,8 +61,12 @@ def run_step(state: State, predictor: PlacedPredictor, shape: Shape, keep: Keep 
             device, config, model.output_norm, work.x, work.normed, sizes.hidden, shape.wanted,
             chosen=work.logit_rows, factor=config.logit_scale,
         )  # fmt: skip
+        rounded = rounded_rows(
+            device, state.copies, [model.lm_head], work.normed, work.rounded, sizes.hidden, shape.wanted
+        )
         product(
-            device, state.copies, model.lm_head, work.normed, sizes.hidden, work.logits, sizes.logits, shape.wanted
+            device, state.copies, model.lm_head, work.normed, rounded, sizes.hidden, work.logits, sizes.logits,
+            shape.wanted,
         )  # fmt: skip
     if shape.sample:
         sample_tokens(device, work, shape.wanted, model.config.vocab_size)
@@ -97,8 +101,11 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
     """x += attention of the normed rows."""
     device, model, work, n = state.device, state.model, state.work, shape.n
     sizes = work.sizes
+    copies, matrices = state.copies, [part.matrix for part in layer.qkv]
+    rounded = rounded_rows(device, copies, matrices, work.normed, work.rounded, sizes.hidden, n)
     for part in layer.qkv:
-        product(device, state.copies, part.matrix, work.normed, sizes.hidden, work.qkv[part.offset :], sizes.qkv, n)
+        to = work.qkv[part.offset :]
+        product(device, copies, part.matrix, work.normed, rounded, sizes.hidden, to, sizes.qkv, n)
     place_keys(device, model, layer, index, work, state.cache, n)
     attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
     config = model.config
@@ -108,8 +115,9 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
             columns=config.head_count * config.head_dim,
         )  # fmt: skip
     post, factor = layer.attention_post_norm, config.residual_scale
+    rounded = rounded_rows(device, copies, [layer.o], work.attention, work.rounded, sizes.attention, n)
     product(
-        device, state.copies, layer.o, work.attention, sizes.attention,
+        device, copies, layer.o, work.attention, rounded, sizes.attention,
         work.x if post is None else work.second, sizes.hidden, n,
         factor=factor if post is None else 1.0, add=post is None,
     )  # fmt: skip
@@ -136,8 +144,10 @@ def ffn(
         parts = sparse_ffn(device, model, work, index, predictor[index] if path == "predict" else None, x, n)
         add_parts(device, work.partial, parts, layer.down.bias, y, config.hidden_size, sizes.hidden, n, factor)
         return
+    copies, matrices = state.copies, [part.matrix for part in layer.gate_up]
+    rounded = rounded_rows(device, copies, matrices, x, work.rounded, sizes.hidden, n)
     for part in layer.gate_up:
-        product(device, state.copies, part.matrix, x, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
+        product(device, copies, part.matrix, x, rounded, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
     activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
     if layer.ffn_sub_norm is not None:
         sub_norm, hidden = layer.ffn_sub_norm, work.hidden
@@ -145,4 +155,7 @@ def ffn(
     if model.transposed_down:
         add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
     else:
-        product(device, state.copies, layer.down, work.hidden, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True)
+        rounded = rounded_rows(device, copies, [layer.down], work.hidden, work.rounded, sizes.ffn, n)
+        product(
+            device, copies, layer.down, work.hidden, rounded, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True
+        )

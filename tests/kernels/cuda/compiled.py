@@ -62,7 +62,7 @@ def compile_all(names: Sequence[str], targets: Sequence[str]) -> dict[str, dict[
     ]
     found: dict[str, dict[str, Any]] = {}
     for process in started:
-        out, _ = process.communicate(timeout=900)
+        out, _ = process.communicate(timeout=1800)
         assert process.returncode == 0
         found |= json.loads(out)
     return found

@@ -15,6 +15,21 @@ MOST_PER_MULTIPLY_ADD = 3.0  # instructions
 MOST_PER_MMA = 8.0
 
 
+# The least bytes of weights for each instruction of a warp. Sums of rows of down keep float32 activations.
+BYTES = {
+    "gemv_f16_1x1": 16,
+    "gemv_q8_1x1": 8,
+    "gemv_q8_4x1": 8,
+    "gate_up_q8": 8,
+    "gemv_q4_1x1": 8,
+    "gemv_q4_4x1": 8,
+    "gate_up_q4": 7,
+    "down_q8": 6,
+    "down_q4": 3.3,
+    "gemv_transposed_q4_1": 3.3,
+}
+
+
 def main_loop(used: dict[str, Any], by: str) -> dict[str, int]:
     """The loop that has most of something."""
     found: dict[str, int] = max(used["loops"], key=lambda loop: loop[by])
@@ -28,6 +43,13 @@ def test_loads_of_weights_are_on_their_way_together(machine_code_report: Any, na
     used = machine_code_report[name][target]
     assert max(loop["in_flight"] for loop in used["loops"]) >= IN_FLIGHT[name], used
     assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, used
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", BYTES)
+def test_a_byte_of_weights_takes_few_instructions(machine_code_report: Any, name: str, target: str) -> None:
+    loops = machine_code_report[name][target]["loops"]
+    assert max(512 * loop["weight_loads"] / loop["instructions"] for loop in loops) >= BYTES[name], loops
 
 
 @pytest.mark.parametrize("target", TARGETS)
