@@ -115,7 +115,10 @@ def candidates(config: ModelConfig) -> list[ModelConfig]:
     """The config as it is, and with each other activation that its kind of FFN can have."""
     names = _GATED if config.gated else _UNGATED
     same = {"gelu_tanh": "gelu"}.get(config.activation, config.activation)  # no text tells these two apart
-    return [config, *(with_activation(config, name) for name in names if name != same)]
+    others = [with_activation(config, name) for name in names if name != same]
+    if config.expert_count:  # whose down projections are too large to copy
+        others = [other for other in others if other.sparse_ffn == config.sparse_ffn]
+    return [config, *others]
 
 
 def judge(names: Sequence[str], losses: Sequence[Losses], sizes: Sequence[int]) -> ActivationCheck:

@@ -44,6 +44,7 @@ from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import model_fingerprint
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, layer_predictor_bytes, scores
 from svdengine.models.config import ModelConfig
+from svdengine.models.tensors import Place, place_of
 
 TrainedPredictors = PowerInferFile | PredictorFolder
 
@@ -57,6 +58,8 @@ _USUAL_TRIALS = 3  # of the loss: for the time left, which nobody knows
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
+EXACT = "exact"  # the kind of an expert that hardly any token reaches
+_FEWEST_FIT, _FEWEST_HELD = 128, 32  # sampled tokens that reach an expert with a predictor
 
 
 @dataclass(frozen=True)
@@ -162,6 +165,11 @@ def calibrate(
     text = text if isinstance(text, SplitText) else one_in_five(text)
     options = options or CalibrationOptions()
     require_sparse(model_file.config)
+    if model_file.config.expert_count and (options.thresholds == GREEDY or options.source is not None):
+        raise ConversionError(
+            "a mixture of experts has a predictor for each expert: greedy thresholds, the paper's, and predictors that"
+            " were trained elsewhere are not made for that; leave --calibration greedy and --from out"
+        )
     candidates = find_candidates(model_file, options)
     report = progress or _silent
     config, size = model_file.config, calibration_size(model_file.config)
@@ -177,9 +185,9 @@ def calibrate(
         look=dense.keep,
     )
     work = []
-    for index in range(config.layer_count):
+    for index in range(config.ffn_blocks):
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
-        report("layers", index + 1, config.layer_count)
+        report("layers", index + 1, config.ffn_blocks)
     held_out = text.held_out_kinds(size.loss_tokens)
     levels, outcome, kinds = _meet_budget(executor, work, held_out, options, report, dense)
     measured = [
@@ -239,10 +247,13 @@ def find_shapes(
         raise ConversionError(str(error)) from error
 
 
-def layer_sample(statistics: Statistics, index: int, *, held_out: bool) -> np.ndarray:
-    """FFN inputs (n, d) float32 of one layer."""
-    rows = statistics.held_out if held_out else statistics.fit
-    return rows[index].astype(np.float32)
+def layer_sample(statistics: Statistics, place: Place, *, held_out: bool) -> np.ndarray:
+    """FFN inputs (n, d) float32 of one layer, or of the tokens that reach one of its experts."""
+    rows = (statistics.held_out if held_out else statistics.fit)[place.layer]
+    if place.expert is not None:
+        chosen = (statistics.held_out_experts if held_out else statistics.fit_experts)[place.layer]
+        rows = rows[(chosen == place.expert).any(1)]
+    return rows.astype(np.float32)
 
 
 def _calibrate_layer(
@@ -253,11 +264,14 @@ def _calibrate_layer(
     options: CalibrationOptions,
     rows: int,
 ) -> _LayerWork:
-    """A layer's predictor, with thresholds from at most `rows` tokens."""
+    """An FFN block's predictor, with thresholds from at most `rows` tokens: a layer's, or an expert's."""
+    place = place_of(model_file.config, "gate", index)
+    x, held = layer_sample(statistics, place, held_out=False), layer_sample(statistics, place, held_out=True)
+    if len(x) < _FEWEST_FIT or len(held) < _FEWEST_HELD:
+        return _exact_work(model_file.config)
     layer = read_ffn_layer(model_file, index)
-    x, held = layer_sample(statistics, index, held_out=False), layer_sample(statistics, index, held_out=True)
     if options.thresholds == GREEDY and not isinstance(candidates, PowerInferFile | PredictorFolder):
-        moments, rank = statistics.layers[index], candidates[0].rank
+        moments, rank = statistics.layers[place.layer], candidates[0].rank
         paper = build_paper_predictor(index, layer, x, rank, options.paper, moments)
         return _LayerWork(paper, fixed_thresholds(np.zeros_like(paper.threshold)), options.kind)
     x = x[:rows]
@@ -267,7 +281,7 @@ def _calibrate_layer(
         network = _better_reading(candidates.readings(index), x, truth)
         predictor = build_network(network, x, options.factor_format, name)
     else:
-        moments, shape = statistics.layers[index], candidates[0]
+        moments, shape = statistics.layers[place.layer], candidates[0]
         if len(candidates) > 1:
             shape = choose_shape(
                 candidates, layer, moments, (x, truth), (held, run_neurons(layer, held)), options.factor_format
@@ -284,13 +298,26 @@ def _calibrate_layer(
     return _LayerWork(predictor, calibrate_thresholds(calibrator, sample, held_sample, layer.row_bytes), kind)
 
 
+def _exact_work(config: ModelConfig) -> _LayerWork:
+    """Of an expert that too few tokens reach to tell which neurons are idle: all gates are computed, exactly."""
+    always, nothing = np.full(config.ffn_size, -1, np.float32), np.zeros(config.ffn_size, np.float32)
+    predictor = LayerPredictor(0, "q8", 0, {}, {}, {}, always, nothing)
+    return _LayerWork(predictor, fixed_thresholds(nothing), EXACT)
+
+
 def _collector(
     config: ModelConfig, size: CalibrationSize, text: SplitText, options: CalibrationOptions
 ) -> StatisticsCollector:
     """What gathers the statistics. The paper's construction keeps all rows: it needs no others."""
     if options.thresholds != GREEDY:
         rows = size.threshold_rows if size.moments else max(FIT_ROWS, size.threshold_rows)
-        return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=size.moments)
+        return StatisticsCollector(
+            config.layer_count,
+            config.hidden_size,
+            fit_rows=rows,
+            moments=size.moments,
+            experts=config.active_experts,
+        )
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)
     return StatisticsCollector(config.layer_count, config.hidden_size, fit_rows=rows, moments=False)
@@ -317,9 +344,9 @@ def _meet_budget(
         return [0.0] * len(work), {}, {}
     ((name, limit),) = options.budget.items()
     if name == "max_error":
-        return [w.table.level_of_error(limit) for w in work], {}, {}
+        return [0.0 if w.kind == EXACT else w.table.level_of_error(limit) for w in work], {}, {}
     if name == "density":
-        return [w.table.level_of_density(limit) for w in work], {}, {}
+        return [0.0 if w.kind == EXACT else w.table.level_of_density(limit) for w in work], {}, {}
     return _meet_loss(executor, work, held_out, cast(Calibrator, options.thresholds), limit, report, dense)
 
 
@@ -364,7 +391,11 @@ def _measure_layer(
 ) -> tuple[LayerPredictor, dict[str, Any]]:
     """A layer with its neurons' frequencies, and its row of the report, measured on held-out tokens."""
     layer = read_ffn_layer(model_file, index)
-    held = layer_sample(statistics, index, held_out=True)[:_REPORT_ROWS]
+    if kind == EXACT:
+        sizes = {"rank": 0, "bits": 0, "bytes": layer_predictor_bytes(predictor), "dense_bytes": _dense_bytes(layer)}
+        return predictor, {"kind": kind, "recall": 1.0, "predicted_density": 1.0, **sizes}
+    place = place_of(model_file.config, "gate", index)
+    held = layer_sample(statistics, place, held_out=True)[:_REPORT_ROWS]
     truth = run_neurons(layer, held)
     found = scores(predictor, held)
     selection = {name: round(value, 6) for name, value in asdict(select(found > 0, truth)).items()}

@@ -44,8 +44,11 @@ class Checkpoint(Protocol):
         """Where a canonical tensor comes from. Raises ValueError when the checkpoint lacks it."""
         ...
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """One tensor of the checkpoint as float32, dequantised. Raises ConversionError."""
+    def read(self, name: str, item: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """One tensor of the checkpoint as float32, dequantised. Raises ConversionError.
+
+        item: (one, of how many): this one of a stack of so many.
+        """
         ...
 
 

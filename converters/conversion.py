@@ -229,7 +229,7 @@ def find_sources(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Sour
     """
     names, used = frozenset(checkpoint.tensor_names), set[str]()
     for spec in tensor_specs(checkpoint.config):
-        for layer in range(checkpoint.config.layer_count if spec.stacked else 1):
+        for layer in range(spec.shape[0] if spec.stacked else 1):
             try:
                 origin = checkpoint.source(spec.name, layer if spec.stacked else None)
             except ValueError as error:
@@ -247,7 +247,8 @@ def find_sources(checkpoint: Checkpoint) -> Iterator[tuple[TensorSpec, int, Sour
 
 def build_tensor(checkpoint: Checkpoint, origin: Source) -> NDArray[np.float32]:
     """One canonical tensor, or one layer of it, in float32. Raises ConversionError."""
-    arrays = [checkpoint.read(name) for name in origin.names]
+    first, *others = origin.names
+    arrays = [checkpoint.read(first, origin.item), *map(checkpoint.read, others)]
     try:
         return origin.build(arrays)
     except (ValueError, IndexError) as error:

@@ -58,7 +58,7 @@ def forecast(
     if bits is not None:
         weights = min(weights, int(parameters * bits / 8))
     made = predictor and config.sparse_ffn
-    gates = config.layer_count * config.ffn_size * config.hidden_size
+    gates = config.ffn_blocks * config.ffn_size * config.hidden_size
     file_bytes = weights + (int(gates * _PREDICTOR_BITS / 8) if made else 0)
     file_bytes = min(file_bytes, size or file_bytes)
     kv_bytes = context_limit(config, None) * kv_pool_bytes_per_token(config)
@@ -90,7 +90,7 @@ def predictor_bytes(config: ModelConfig, kind: str, rank: int | None, thresholds
         return size
 
     shapes = find_shapes(config, kind, rank, 2, thresholds)
-    return config.layer_count * (max(map(layer, shapes)) + _ABOUT_PREDICTOR)
+    return config.ffn_blocks * (max(map(layer, shapes)) + _ABOUT_PREDICTOR)
 
 
 def calibration_seconds(config: ModelConfig, cores: int) -> float:
@@ -101,5 +101,5 @@ def calibration_seconds(config: ModelConfig, cores: int) -> float:
     """
     per_parameter, per_product = _SMALL if calibration_size(config).written else _LARGE
     parameters = sum(math.prod(spec.shape) for spec in tensor_specs(config))
-    fits = config.layer_count * config.ffn_size * config.hidden_size**2
+    fits = config.ffn_blocks * config.ffn_size * config.hidden_size**2
     return (parameters * per_parameter + fits * per_product) / cores

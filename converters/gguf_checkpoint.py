@@ -59,9 +59,9 @@ class GgufCheckpoint:
         """Where a canonical tensor comes from."""
         return gguf_source(self.config, tensor, layer, self.tensor_names)
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """One tensor, dequantised."""
-        return self._gguf.read(name)
+    def read(self, name: str, item: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """One tensor, or one of a stack, dequantised."""
+        return self._gguf.read(name, item)
 
 
 def _generation(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import math
 import re
 import struct
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -49,10 +49,15 @@ class GgufFile:
     fields: Mapping[str, Any]  # numbers, bools, strings and lists of them
     tensors: Mapping[str, GgufTensor]
 
-    def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor, dequantised, of its logical shape. Raises ConversionError."""
+    def read(self, name: str, item: tuple[int, int] | None = None) -> NDArray[np.float32]:
+        """A tensor, dequantised, of its logical shape. Raises ConversionError.
+
+        item: (one, of how many): no more is read than this one of a stack of so many.
+        """
         gguf = import_gguf()
         tensor = self.tensors[name]
+        if item is not None:
+            tensor = _one_of(name, tensor, *item)
         kind = gguf.GGMLQuantizationType(tensor.type_id)
         data = read_bytes(tensor.path, f"tensor {quoted(name)}", np.dtype("u1"), tensor.size_bytes, tensor.offset)
         try:
@@ -63,6 +68,16 @@ class GgufFile:
                 f"{tensor.path}: tensor {quoted(name)} has type {kind.name}, which the gguf package cannot dequantise;"
                 " update it, or convert from another file"
             ) from error
+
+
+def _one_of(name: str, tensor: GgufTensor, item: int, count: int) -> GgufTensor:
+    """Where one tensor of a stack is. Raises ConversionError when it is no stack of `count`."""
+    if len(tensor.shape) < 3 or tensor.shape[0] != count:
+        raise ConversionError(
+            f"{tensor.path}: tensor {quoted(name)}: found the shape {tensor.shape}, expected a stack of {count}"
+        )
+    size = tensor.size_bytes // count
+    return replace(tensor, shape=tensor.shape[1:], offset=tensor.offset + item * size, size_bytes=size)
 
 
 def read_gguf(path: Path, magics: Collection[bytes] = (b"GGUF",)) -> GgufFile:

@@ -58,8 +58,9 @@ class HfCheckpoint:
         """Where a canonical tensor comes from."""
         return hf_source(self.config, tensor, layer, self._tensors)
 
-    def read(self, name: str) -> NDArray[np.float32]:
+    def read(self, name: str, item: tuple[int, int] | None = None) -> NDArray[np.float32]:
         """One tensor as float32."""
+        assert item is None  # no family has stacks in such a folder
         tensor, label = self._tensors[name], f"tensor {quoted(name)}"
         packed = tensor.dtype == "U8" and f"{name}_scale" in self._tensors
         if tensor.dtype not in _FLOATS and not packed:

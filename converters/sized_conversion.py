@@ -30,7 +30,7 @@ from svdengine.files.model_writer import ModelWriter
 from svdengine.files.tensor_writer import PAGE
 from svdengine.kernels.formats import Parts, WeightFormat, format_named, gather_parts
 from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import tensor_specs
+from svdengine.models.tensors import ROUTER, tensor_specs
 
 Array = NDArray[np.float32]
 Progress = Callable[[str, int, int], None]  # what is being done, how much of it is done, how much there is
@@ -127,8 +127,8 @@ def matrix_sizes(config: ModelConfig) -> dict[str, dict[WeightFormat, int]]:
     """Bytes of each matrix, of all its layers, in each format that it can have."""
     sizes: dict[str, dict[WeightFormat, int]] = {}
     for spec in tensor_specs(config):
-        if spec.matrix and spec.name != "position_embedding":
-            count = config.layer_count if spec.stacked else 1
+        if spec.matrix and spec.name not in ("position_embedding", ROUTER):
+            count = spec.shape[0] if spec.stacked else 1
             sizes[spec.name] = {one: count * format_named(one).stored_bytes(*spec.shape[-2:]) for one in FORMATS}
     return sizes
 
@@ -241,7 +241,7 @@ def _compose(
     with write(BASE, formats=formats) as writer:
         for spec in tensor_specs(config):
             parts = gather_parts(files[formats.get(spec.name, BASE)].arrays, spec.name)
-            for layer in range(config.layer_count if spec.stacked else 1):
+            for layer in range(spec.shape[0] if spec.stacked else 1):
                 here = {suffix: part[layer] if spec.stacked else part for suffix, part in parts.items()}
                 if spec.matrix:
                     writer.write_parts(spec.name, here, layer)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -64,6 +64,9 @@ class Statistics:
     fit: NDArray[np.float16]  # (layers, rows, d) sample of the fitting windows
     held_out: NDArray[np.float16]  # (layers, rows, d) sample of the held-out windows
     tokens: int  # that the moments come from
+    # (layers, rows, active experts) numbers of the experts that each sampled row has; no rows without experts
+    fit_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
+    held_out_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
 
 
 class SampledMoments(Sequence[LayerStatistics]):
@@ -93,14 +96,16 @@ class Reservoir:
     Priorities depend only on the seed and on how many rows came before, so that an interrupted pass ends as any other.
     """
 
-    def __init__(self, layers: int, rows: int, hidden_size: int, seed: int) -> None:
+    def __init__(self, layers: int, rows: int, hidden_size: int, seed: int, experts: int = 0) -> None:
+        """`experts`: how many numbers of experts are kept of each row."""
         self.rows = np.zeros((layers, rows, hidden_size), np.float16)
+        self.experts = np.zeros((layers, rows, experts), np.int16)
         self.priorities = np.full(rows, np.inf)
         self.seen = 0
         self._seed = seed
 
-    def add(self, inputs: NDArray[np.float32]) -> None:
-        """Offer the rows (layers, n, d) of the next n tokens."""
+    def add(self, inputs: NDArray[np.float32], experts: NDArray[np.int32] | None = None) -> None:
+        """Offer the rows (layers, n, d) of the next n tokens, and the experts (layers, n, ...) that these had."""
         n = inputs.shape[1]
         fresh = np.random.default_rng((self._seed, self.seen)).random((n,))
         self.seen += n
@@ -114,11 +119,17 @@ class Reservoir:
             self.rows[part, free] = np.clip(inputs[part, arrivals], -limit, limit)
 
         over_parts(place, len(self.rows))
+        if experts is not None:
+            self.experts[:, free] = experts[:, arrivals]
         self.priorities[free] = fresh[arrivals]
 
     def sample(self) -> NDArray[np.float16]:
         """The rows sampled so far: (layers, at most the capacity, d)."""
         return self.rows[:, np.isfinite(self.priorities)]
+
+    def sampled_experts(self) -> NDArray[np.int16]:
+        """The experts of the rows sampled so far, in their order."""
+        return self.experts[:, np.isfinite(self.priorities)]
 
 
 class StatisticsCollector:
@@ -133,18 +144,25 @@ class StatisticsCollector:
         held_out_rows: int = HELD_OUT_ROWS,
         seed: int = 0,
         moments: bool = True,
+        experts: int = 0,
     ) -> None:
-        """`moments`: whether they are summed over all tokens of fitting windows, or come from the sample of them."""
+        """`moments`: whether they are summed over all tokens of fitting windows, or come from the sample of them.
+
+        `experts`: how many a token has, in a model that has some.
+        """
         self.windows_done = 0
         self.tokens = 0  # in fitting windows
         self._sum = np.zeros((layer_count, hidden_size))
         self._products = np.zeros((layer_count if moments else 0, hidden_size, hidden_size))
         self._pending: list[NDArray[np.float32]] = []  # inputs that are not in the sums yet
-        self._fit = Reservoir(layer_count, fit_rows, hidden_size, 2 * seed)
-        self._held_out = Reservoir(layer_count, held_out_rows, hidden_size, 2 * seed + 1)
+        self._fit = Reservoir(layer_count, fit_rows, hidden_size, 2 * seed, experts)
+        self._held_out = Reservoir(layer_count, held_out_rows, hidden_size, 2 * seed + 1, experts)
 
-    def add(self, inputs: NDArray[np.float32], held_out: bool) -> None:
-        """Take the FFN inputs (layers, n, d) of n tokens. Raises ConversionError where they are not finite."""
+    def add(self, inputs: NDArray[np.float32], held_out: bool, experts: NDArray[np.int32] | None = None) -> None:
+        """Take the FFN inputs (layers, n, d) of n tokens, and their experts (layers, n, ...) where they have some.
+
+        Raises ConversionError where they are not finite.
+        """
         finite = np.isfinite(inputs).all((1, 2))
         if not finite.all():
             layer = int(np.flatnonzero(~finite)[0])
@@ -152,9 +170,9 @@ class StatisticsCollector:
                 f"layer {layer}: the FFN's input holds NaN or infinity; the model's weights may be damaged"
             )
         if held_out:
-            self._held_out.add(inputs)
+            self._held_out.add(inputs, experts)
             return
-        self._fit.add(inputs)
+        self._fit.add(inputs, experts)
         self.tokens += inputs.shape[1]
         if len(self._products):
             self._pending.append(inputs)
@@ -187,12 +205,13 @@ class StatisticsCollector:
             moments = [
                 LayerStatistics(self._sum[i] / self.tokens, self._products[i] / self.tokens) for i in range(layers)
             ]
-        return Statistics(moments, fit, self._held_out.sample(), self.tokens)
+        experts = self._fit.sampled_experts(), self._held_out.sampled_experts()
+        return Statistics(moments, fit, self._held_out.sample(), self.tokens, *experts)
 
     def save(self, path: Path, fingerprint: str) -> None:
         """Write the state atomically. `fingerprint` says what is being measured; `load` must give the same."""
         arrays = self._state()
-        names = {"float64": "F64", "float16": "F16", "int64": "I64"}
+        names = {"float64": "F64", "float16": "F16", "int64": "I64", "int16": "I16"}
         declared = {name: (array.shape, names[array.dtype.name]) for name, array in arrays.items()}
         metadata = {"format": "svdp-statistics", "fingerprint": fingerprint}
         with TensorWriter(path, declared, metadata) as writer:
@@ -219,7 +238,9 @@ class StatisticsCollector:
 
     def _state(self) -> dict[str, NDArray]:
         self._sum_up()
+        experts = {"fit.experts": self._fit.experts, "held_out.experts": self._held_out.experts}
         return {
+            **{name: array for name, array in experts.items() if array.size},
             "sum": self._sum,
             "products": self._products,
             "fit.rows": self._fit.rows,
@@ -257,12 +278,16 @@ def collect_statistics(
     try:
         for index in range(collector.windows_done, len(windows)):
             batches = window_batches(windows[index], source)
-            steps = [source.ffn_inputs(batch) for batch in batches]
+            steps, chosen = [], []
+            for batch in batches:
+                steps.append(source.ffn_inputs(batch))
+                chosen.append(getattr(source, "kept_experts", None))
             inputs = steps[0] if len(steps) == 1 else np.concatenate(steps, 1)
+            known = [experts for experts in chosen if experts is not None]
             if look is not None and len(steps) == 1:
                 look(index)
             whole = False  # an interruption must not leave a state with half a window
-            collector.add(inputs, text.held_out[index])
+            collector.add(inputs, text.held_out[index], np.concatenate(known, 1) if known else None)
             collector.windows_done, whole = index + 1, True
             if progress is not None:
                 progress(index + 1, len(windows))

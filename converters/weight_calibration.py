@@ -27,8 +27,9 @@ from svdengine.errors import ConversionError
 from svdengine.kernels.formats import Parts, WeightFormat, dequantize
 from svdengine.kernels.norm import normalize
 from svdengine.kernels.reference import dense_neurons, linear
+from svdengine.kernels.router import route
 from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import tensor_specs
+from svdengine.models.tensors import FFN_MATRICES, ROUTER, tensor_specs
 
 Array = NDArray[np.float32]
 ReadTensor = Callable[[str, int], Array]  # canonical name, layer (0 of what has none) -> float32
@@ -40,6 +41,7 @@ Also = Callable[[str, int, Array, Feedback], None]  # name, layer, a matrix as i
 TOKENS = 16_384  # by default; half of them for a model whose hidden size is beyond _LARGE
 _LARGE = 2048
 _OBSERVED = 512  # tokens of which that share is taken
+_FEWEST = 64  # tokens that choose an expert, for it to be rounded for these alone
 EMBEDDINGS = ("embedding", "lm_head")
 
 
@@ -75,6 +77,9 @@ class Quantizer:
         """
         config, texts = self.config, Texts.of(windows)
         specs = tensor_specs(config)
+        in_layers = [spec.name for spec in specs if spec.stacked]
+        if config.expert_count:  # of which each block reads its own
+            in_layers = [name for name in in_layers if name not in (ROUTER, *FFN_MATRICES)]
         shared = {spec.name: self.read(spec.name, 0) for spec in specs if not spec.stacked and spec.name != "lm_head"}
         x = embed(config, shared, texts)
         embedding = {"embedding": shared.pop("embedding")}
@@ -84,10 +89,10 @@ class Quantizer:
         for name, array in shared.items():
             self.write(name, 0, array)
         for layer in range(config.layer_count):
-            weights = {spec.name: self.read(spec.name, layer) for spec in specs if spec.stacked}
-            for spec in specs:
-                if spec.stacked and not spec.matrix:
-                    self.write(spec.name, layer, weights[spec.name])
+            weights = {name: self.read(name, layer) for name in in_layers}
+            for name, array in weights.items():
+                if array.ndim == 1:
+                    self.write(name, layer, array)
             x = self._layer(weights, layer, texts, x)
         x = normalize(config, shared, "output_norm", x)
         name = "embedding" if config.tied_embeddings else "lm_head"
@@ -107,18 +112,46 @@ class Quantizer:
         )
         if not config.shared_norm:
             h = normalize(config, weights, "ffn_norm", x if config.parallel else attended)
-        self._round(("gate", "up") if config.gated else ("up",), weights, layer, h)
-        h = dense_neurons(config, weights, h)
-        if config.sparse_ffn:
-            self._round(("down_T",), weights, layer, h)
-            down = weights["down_T"].T
+        if config.expert_count:
+            added = self._experts(layer, h, x if config.early_router else h)
         else:
-            self._round(("down",), weights, layer, h)
-            down = weights["down"]
-        added = linear(h, down, weights.get("down.bias"))
+            added = self._block(weights, layer, h)
         if config.post_norms:
             added = normalize(config, weights, "ffn_post_norm", added)
         return attended + scale * added
+
+    def _experts(self, layer: int, h: Array, routed_by: Array) -> Array:
+        """Round a layer's FFN blocks, each expert for the tokens that choose it; what they make of h (n, d).
+
+        An expert that the text hardly reaches is rounded for all tokens.
+        """
+        config, y = self.config, np.zeros_like(h)
+        chosen, weights = np.zeros((len(h), 1), np.int64), np.ones((len(h), 1), np.float32)
+        if routed := layer in config.expert_layers:
+            index = config.expert_layers.index(layer)
+            router = self.read(ROUTER, index)
+            self.write(ROUTER, index, router)
+            chosen, weights = route(config, routed_by @ router.T)
+        for number, block in enumerate(config.blocks_of(layer)):
+            rows, place = np.nonzero(chosen == (number if routed else 0))
+            names = ("gate", "up") if config.gated else ("up",)
+            matrices = {name: self.read(name, block) for name in (*names, "down_T" if config.sparse_ffn else "down")}
+            if len(rows) < _FEWEST:
+                made = self._block(matrices, block, h)[rows]
+            else:
+                made = self._block(matrices, block, h[rows])
+            y[rows] += weights[rows, place, None] * made
+        return y
+
+    def _block(self, weights: dict[str, Array], block: int, h: Array) -> Array:
+        """Round an FFN block for rows h (n, d); what it makes of them."""
+        config = self.config
+        self._round(("gate", "up") if config.gated else ("up",), weights, block, h)
+        h = dense_neurons(config, weights, h)
+        name = "down_T" if config.sparse_ffn else "down"
+        self._round((name,), weights, block, h)
+        down = weights["down_T"].T if config.sparse_ffn else weights["down"]
+        return linear(h, down, weights.get("down.bias"))
 
     def _round(self, names: Sequence[str], weights: dict[str, Array], layer: int, inputs: Array | None) -> None:
         """Round and write matrices that read the same inputs (n, columns), and put what they became in their place.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from difflib import get_close_matches
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -32,8 +34,55 @@ COMMANDS = {
 }
 
 
+# What other programs call it.
+_ELSEWHERE = {
+    "run": "chat",
+    "ls": "list",
+    "ps": "list",
+    "remove": "rm",
+    "delete": "rm",
+    "download": "pull",
+    "get": "pull",
+    "quantize": "convert",
+    "create": "convert",
+    "show": "inspect",
+    "info": "inspect",
+    "server": "serve",
+    "complete": "generate",
+    "completion": "generate",
+    "cli": "chat",
+    "perplexity": "eval",
+    "benchmark": "bench",
+}
+
+# How the library calls what the command line has as options.
+_LIBRARY_NAMES = (
+    *("top_k", "top_p", "min_p", "typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold", "repetition_penalty"),
+    *("repeat_last_n", "presence_penalty", "frequency_penalty", "dry_multiplier", "dry_base", "dry_allowed_length"),
+    *("dry_penalty_last_n", "logit_bias", "max_tokens", "ignore_eos", "sparsity_bias", "context_shift", "kv_dtype"),
+    *("kv_memory", "gpu_memory", "prefill_rows"),
+)
+_LIBRARY_NAME = re.compile(rf"(?<![\w-])({'|'.join(_LIBRARY_NAMES)})(?![\w(])")
+_IN_WORDS = {"kv_tokens": "--kv-memory", "response_format": "--json-schema", "found None": "found none"}
+
+
+def in_words(message: str) -> str:
+    """A message of the library, as the command line calls things: --top-p for top_p."""
+    message = _LIBRARY_NAME.sub(lambda found: "--" + found[0].replace("_", "-"), message)
+    for name, word in _IN_WORDS.items():
+        message = message.replace(name, word)
+    return message
+
+
 class LazyGroup(click.Group):
     """Knows its commands by name and help, and turns errors into one line and an exit code."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        """The command that is called; one that there is not, with those that are near."""
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            raise click.UsageError(f"there is no command {name!r}.{_did_you_mean(name)}", ctx)
+        return super().resolve_command(ctx, args)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Names of all commands, in the order of the table."""
@@ -85,8 +134,14 @@ def main() -> None:
     """
 
 
+def _did_you_mean(name: str) -> str:
+    """The sentence that follows on a command which there is not; empty, where none is near."""
+    near = [_ELSEWHERE[name]] if name in _ELSEWHERE else get_close_matches(name, COMMANDS, 2, 0.65)
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
 def _explain(message: str) -> int:
-    click.echo("error: " + " ".join(message.split()), err=True)
+    click.echo("error: " + " ".join(in_words(message).split()), err=True)
     return 1
 
 

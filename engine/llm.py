@@ -499,7 +499,10 @@ class LLM:
     def _params(self, params: SamplingParams | None, fields: Mapping[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, found {type(params).__name__}")
-        return merge_params(params or self.default_params, fields)
+        merged = merge_params(params or self.default_params, fields)
+        if merged.ffn == "sparse":
+            require_predictor(self.model_file, self.predictor)
+        return merged
 
     def _start(self, request: Generation) -> TextStream:
         self.add(request)

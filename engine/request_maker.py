@@ -16,6 +16,8 @@ from svdengine.text.chat_template import ChatTemplate, Message, check_messages
 from svdengine.text.stream_decoder import StreamDecoder
 from svdengine.text.tokenizer import Prompt, Tokenizer, token_list
 
+_MOST_BREAKERS = 64  # sets of tokens that are remembered
+
 
 class RequestMaker:
     """Makes the requests of one model; several threads may use it at a time."""
@@ -26,6 +28,7 @@ class RequestMaker:
         self._tokenizer = tokenizer
         self._context = context
         self._template: ChatTemplate | None = None
+        self._breakers: dict[tuple[str, ...], frozenset[int]] = {}
         self._constraints: ConstraintMaker | None = None  # made when a request first has a grammar
         self._constraint_maker: Callable[[Tokenizer, int], ConstraintMaker] = ConstraintMaker
         self._making = threading.Lock()
@@ -109,7 +112,20 @@ class RequestMaker:
             "limit": ContextLimit(self._context, shift, keep),
             "decoder": StreamDecoder(self._tokenizer, context) if has_text else None,
             "constraint": self._constraint(params),
+            "breakers": self._breaking(params),
         }
+
+    def _breaking(self, params: SamplingParams) -> frozenset[int]:
+        """The tokens that hold one of the texts that end a repetition, where DRY asks for them."""
+        texts = params.dry_sequence_breakers
+        if not params.dry_multiplier or not texts:
+            return frozenset()
+        with self._making:
+            if texts not in self._breakers:
+                if len(self._breakers) == _MOST_BREAKERS:  # texts of requests: anything may be asked for
+                    self._breakers.clear()
+                self._breakers[texts] = self._tokenizer.tokens_with(texts)
+        return self._breakers[texts]
 
     def _constraint(self, params: SamplingParams) -> Constraint | None:
         if params.grammar is None:

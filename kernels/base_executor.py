@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import NO_NEURONS, FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, LayerCounts, Logits, NeuronCounts
 from svdengine.kernels.ffn_times import FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.formats import WeightFormat, gather_parts
 from svdengine.kernels.norm import normalize
@@ -40,8 +40,8 @@ class BaseExecutor(ABC):
     """An `Executor` but for what its device does. Not for use from several threads at once: one step at a time.
 
     The executor of a device adds `forward`, which begins with `_check`, and what is abstract here. When it is ready to
-    place a predictor it sets its first one. A device that counts neurons itself has `neuron_counts` and
-    `_set_neuron_counts` of its own.
+    place a predictor it sets its first one. A device that counts neurons itself has `layer_counts` and
+    `_set_layer_counts` of its own.
     """
 
     name: str
@@ -58,10 +58,14 @@ class BaseExecutor(ABC):
         self._predictor: Predictor | None = None
         self._times: FfnTimes | None = None
         self._measured_layers: int | None = None  # that times are measured on; None: enough
-        self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.layer_count  # as they lie on the device
+        # Of a layer, as they lie on the device; of experts, those that one row reads.
+        # Numbers of the experts that rows of the latest `ffn_inputs` had, (layers, n, active_experts): 0 in a layer
+        # without experts, and None in a model without.
+        self.kept_experts: NDArray[np.int32] | None = None
+        self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.ffn_blocks * _neurons(config) / config.ffn_size
         norm = {name: array for name, array in setup.arrays.items() if name.startswith("output_norm.")}
         self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
-        self._counted = NO_NEURONS
+        self._counted: LayerCounts = np.zeros((config.layer_count, 3), np.int64)
         self._closed = False
         self.copied: tuple[str, ...] = ()  # matrices that steps read as copies, not where they were given
         self.copies: tuple[NDArray, ...] = ()  # what is read in their place
@@ -80,7 +84,7 @@ class BaseExecutor(ABC):
     def predictor(self, predictor: Predictor | None) -> None:
         if predictor is not None:
             config = self.config
-            check_predictor(predictor, config.layer_count, config.ffn_size, config.hidden_size)
+            check_predictor(predictor, config.ffn_blocks, config.ffn_size, config.hidden_size)
         self._predictor = self._times = None  # also where there turns out to be no room for the new one
         self._place_predictor(predictor)
         self._predictor = predictor
@@ -89,17 +93,17 @@ class BaseExecutor(ABC):
     def ffn_times(self) -> FfnTimes:
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
         if self._times is None:
-            config, counted = self.config, self.neuron_counts()
+            config, counted = self.config, self.layer_counts()
             self._times = measure_ffn_times(
                 self,
                 config.layer_count,
-                config.ffn_size,
+                _neurons(config),
                 self._ffn_layer_bytes,
                 config.hidden_size,
                 self._measured_layers,
                 gated=config.gated,
             )
-            self._set_neuron_counts(counted)
+            self._set_layer_counts(counted)
         return self._times
 
     def ffn_path(self, n: int) -> FfnPath:
@@ -147,11 +151,15 @@ class BaseExecutor(ABC):
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
-        return self._counted
+        return NeuronCounts(*map(int, self.layer_counts().sum(0)))
+
+    def layer_counts(self) -> LayerCounts:
+        """See `Executor`."""
+        return self._counted.copy()
 
     def reset_neuron_counts(self) -> None:
         """Start counting anew."""
-        self._set_neuron_counts(NO_NEURONS)
+        self._set_layer_counts(np.zeros_like(self.layer_counts()))
 
     def close(self) -> None:
         """Give back threads and memory; the executor cannot be used afterwards. Calling it twice is fine.
@@ -181,7 +189,7 @@ class BaseExecutor(ABC):
     def _release(self) -> None:
         """Give back threads and device memory."""
 
-    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
+    def _set_layer_counts(self, counts: LayerCounts) -> None:
         """Count on from these."""
         self._counted = counts
 
@@ -213,6 +221,11 @@ class BaseExecutor(ABC):
     def _check_open(self) -> None:
         if self._closed:
             raise ValueError("the executor is closed")
+
+
+def _neurons(config: ModelConfig) -> int:
+    """Neurons of a layer's FFN, or of the experts that a token has of it, on average."""
+    return round(config.token_neurons / config.layer_count)
 
 
 def _ffn_bytes(arrays: Mapping[str, NDArray]) -> int:

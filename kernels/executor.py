@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
 
 Logits = NDArray[np.float32]  # (rows asked for, vocabulary)
+LayerCounts = NDArray[np.int64]  # (layers, 3): predicted, active and all neurons, as in `NeuronCounts`
 
 KvDtype = Literal["f16", "f32", "q8"]
 FfnMode = Literal["dense", "exact", "sparse", "auto"]
@@ -87,6 +88,10 @@ class Executor(Protocol):
 
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
+        ...
+
+    def layer_counts(self) -> LayerCounts:
+        """The same by layer; (1, 3) where the device counts all layers together."""
         ...
 
     def reset_neuron_counts(self) -> None:

@@ -61,7 +61,10 @@ def key_shape(config: ModelConfig, arrays: Mapping[str, NDArray]) -> tuple[NDArr
     if config.rope is None:
         return bias, factors
     for layer in range(config.layer_count):
-        cos, sin = rope_tables(config, np.arange(_POSITIONS), config.rope_of(layer))
+        if (rope := config.rope_of(layer)) is None:
+            offsets[layer] = bias[layer]
+            continue
+        cos, sin = rope_tables(config, np.arange(_POSITIONS), rope)
         first, second = np.split(bias[layer], 2, axis=-1)
         c, s = cos.mean(0), sin.mean(0)
         offsets[layer] = np.concatenate([first * c - second * s, second * c + first * s], -1)

@@ -39,7 +39,10 @@ _ROWS = 256  # of activations that are rounded at once, which keeps them in the 
 
 @dataclass(frozen=True)
 class LayerPredictor:
-    """The predictor of one layer. Parts are stored arrays by suffix, as kernels/formats.py and lowbit.py say."""
+    """The predictor of one FFN block: a layer's FFN, or an expert.
+
+    Parts are stored arrays by suffix, as kernels/formats.py and lowbit.py say.
+    """
 
     rank: int  # r, the width of the hidden layer where there is one; 0: no factors
     factor_format: FactorFormat
@@ -57,7 +60,7 @@ class LayerPredictor:
 class Predictor:
     """The predictor of a model, and how it was made."""
 
-    layers: tuple[LayerPredictor, ...]
+    layers: tuple[LayerPredictor, ...]  # of each FFN block (ModelConfig.ffn_blocks)
     about: Mapping[str, Any]  # JSON: kind, calibrator, budget, fingerprint of the model, statistics of each layer
 
     @property

@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
 from svdengine.kernels.kv_q8 import dequantize_kv, key_shape, pack_kv, quantize_kv, unpack_kv
 from svdengine.kernels.norm import normalize, rms_norm
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores
 from svdengine.kernels.rope import rope_tables
+from svdengine.kernels.router import route
 from svdengine.models.config import Activation, ModelConfig
-from svdengine.models.tensors import tensor_specs
+from svdengine.models.tensors import FFN_MATRICES, place_of, tensor_specs
 
 Array = NDArray[np.float32]
 Weights = Mapping[str, Array]  # canonical name -> array; of one layer, without the layer axis
@@ -61,7 +62,7 @@ class ReferenceExecutor(BaseExecutor):
         self._offsets, self._factors = key_shape(config, weights)
         self._kept: list[Array] | None = None  # what the FFNs of a step read, where it is wanted
         self._residual = np.empty((0, config.hidden_size), np.float32)  # of the latest step
-        self.weights, self.layers = _by_layer(config, weights)
+        self.weights, self.layers, self.blocks = _by_layer(config, weights)
         slots = (config.layer_count, block_count * BLOCK_SIZE, config.kv_head_count, config.head_dim)
         self.keys = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim), after rope
         self.values = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim)
@@ -80,16 +81,18 @@ class ReferenceExecutor(BaseExecutor):
         scale = np.float32(config.residual_scale)
         shift = np.float32(0) if batch.sparsity_bias is None else batch.sparsity_bias[batch.sequences, None]
         for layer, lw in enumerate(self.layers):
+            entering = x
             h = normalize(config, lw, "attention_norm", x)
             attended = self._attention(layer, batch, h)
             if config.post_norms:
                 attended = normalize(config, lw, "attention_post_norm", attended)
             if config.parallel:
                 h = h if config.shared_norm else normalize(config, lw, "ffn_norm", x)
-                x = x + scale * (attended + self._ffn(layer, h, shift))
+                x = x + scale * (attended + self._ffn(layer, h, h, shift))
             else:
                 x = x + scale * attended
-                added = self._ffn(layer, normalize(config, lw, "ffn_norm", x), shift)
+                h = normalize(config, lw, "ffn_norm", x)
+                added = self._ffn(layer, h, entering if config.early_router else h, shift)
                 x = x + scale * (normalize(config, lw, "ffn_post_norm", added) if config.post_norms else added)
 
         # Only the rows that are asked for are projected on the vocabulary.
@@ -130,7 +133,8 @@ class ReferenceExecutor(BaseExecutor):
         """It is read where it lies."""
 
     def _keep_ffn_inputs(self, batch: Batch) -> Array:
-        self._kept = []
+        self._kept, shape = [], (self.config.layer_count, len(batch.tokens), self.config.active_experts)
+        self.kept_experts = np.zeros(shape, np.int32) if self.config.expert_count else None
         try:
             self.forward(batch)
             return np.stack(self._kept)
@@ -139,13 +143,13 @@ class ReferenceExecutor(BaseExecutor):
 
     def _run_ffns(self, inputs: Array, layers: int, sparsity_bias: float) -> Array:
         outputs = [
-            self._ffn(layer, x, np.float32(sparsity_bias))
+            self._ffn(layer, x, x, np.float32(sparsity_bias))
             for layer, x in enumerate(inputs[:layers] if inputs.ndim == 3 else [inputs] * layers)
         ]
         return np.sum(outputs, 0) * np.float32(self.config.residual_scale)
 
     def _release(self) -> None:
-        self.weights, self.layers = {}, []
+        self.weights, self.layers, self.blocks = {}, [], []
         self.keys = self.values = np.empty((0, 0, 0, 0), np.float32)
 
     def _pools(self) -> tuple[Array, Array]:
@@ -153,18 +157,34 @@ class ReferenceExecutor(BaseExecutor):
         shape = (len(self.keys), self.block_count, BLOCK_SIZE, *self.keys.shape[2:])
         return self.keys.reshape(shape), self.values.reshape(shape)
 
-    def _ffn(self, layer: int, x: Array, sparsity_bias: Array | np.float32) -> Array:
-        """The FFN of the rows (n, d) by the path that was chosen."""
+    def _ffn(self, layer: int, x: Array, routed_by: Array, sparsity_bias: Array | np.float32) -> Array:
+        """The FFN of the rows x (n, d), whose experts are chosen by `routed_by` (n, d)."""
+        config, blocks = self.config, self.config.blocks_of(layer)
         if self._kept is not None:
             self._kept.append(x)
+        if layer not in config.expert_layers:
+            return np.sum([self._block(layer, block, x, sparsity_bias) for block in blocks], 0)
+
+        # Each expert runs the rows that chose it, and adds its share to them.
+        chosen, weights = route(config, routed_by @ self.layers[layer]["router"].T)
+        if self._kept is not None and self.kept_experts is not None:
+            self.kept_experts[layer] = chosen
+        y = np.zeros_like(x)
+        for expert, block in enumerate(blocks):
+            rows, place = np.nonzero(chosen == expert)
+            if len(rows):
+                bias = sparsity_bias[rows] if isinstance(sparsity_bias, np.ndarray) else sparsity_bias
+                y[rows] += weights[rows, place, None] * self._block(layer, block, x[rows], bias)
+        return y
+
+    def _block(self, layer: int, block: int, x: Array, sparsity_bias: Array | np.float32) -> Array:
+        """An FFN block of a layer, of rows (n, d), by the path that was chosen."""
         if self.ffn != "sparse":
-            return ffn(self.config, self.layers[layer], x)
+            return ffn(self.config, self.blocks[block], x)
         if self.predictor is None:
             raise ValueError("ffn='sparse' needs a predictor")
-        counts, predictor = np.zeros(3, np.int64), self.predictor.layers[layer]
-        y = sparse_ffn(self.config, self.layers[layer], x, predictor, sparsity_bias, counts)
-        self._counted += NeuronCounts(*map(int, counts))
-        return y
+        counts, predictor = self._counted[layer], self.predictor.layers[block]
+        return sparse_ffn(self.config, self.blocks[block], x, predictor, sparsity_bias, counts)
 
     def _attention(self, layer: int, batch: Batch, x: Array) -> Array:
         """Causal attention of the rows (n, d) over their sequences, whose keys and values are cached first."""
@@ -201,11 +221,14 @@ def project(
 ) -> tuple[Array, Array, Array]:
     """Queries, keys and values of normed rows x (n, d), normed and rotated: each (n, heads, head_dim)."""
     heads = (len(x), -1, config.head_dim)
-    q, k, v = (linear(x, weights[name], weights.get(f"{name}.bias")).reshape(heads) for name in ("q", "k", "v"))
-    if config.qk_norm:
+    rows = {name: linear(x, weights[name], weights.get(f"{name}.bias")) for name in ("q", "k", "v")}
+    if config.qk_norm_joint:
+        rows |= {name: rms_norm(rows[name], weights[f"{name}_norm.weight"], config.norm_eps) for name in ("q", "k")}
+    q, k, v = (row.reshape(heads) for row in rows.values())
+    if config.qk_norm and not config.qk_norm_joint:
         q, k = (rms_norm(a, weights[f"{name}_norm.weight"], config.norm_eps) for a, name in ((q, "q"), (k, "k")))
-    if config.rope is not None:
-        cos, sin = rope_tables(config, positions, config.rope_of(layer))
+    if (rope := config.rope_of(layer)) is not None:
+        cos, sin = rope_tables(config, positions, rope)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     return q, k, v
 
@@ -322,10 +345,16 @@ def slots_of(block_tables: NDArray[np.int32], positions: NDArray) -> NDArray:
     return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
-def _by_layer(config: ModelConfig, weights: Weights) -> tuple[dict[str, Array], list[dict[str, Array]]]:
-    """The tensors outside the layers, and those of each layer; shapes are checked."""
+def _by_layer(
+    config: ModelConfig, weights: Weights
+) -> tuple[dict[str, Array], list[dict[str, Array]], list[dict[str, Array]]]:
+    """The tensors outside the layers, those of each layer, and those of each FFN block; shapes are checked.
+
+    Without experts, a layer's are its block's too.
+    """
     shared: dict[str, Array] = {}
     layers: list[dict[str, Array]] = [{} for _ in range(config.layer_count)]
+    blocks: list[dict[str, Array]] = [{} for _ in range(config.ffn_blocks)] if config.expert_count else layers
     for spec in tensor_specs(config):
         if spec.name not in weights:
             raise ValueError(f"the weights lack {spec.name}")
@@ -335,9 +364,10 @@ def _by_layer(config: ModelConfig, weights: Weights) -> tuple[dict[str, Array], 
         if not spec.stacked:
             shared[spec.name] = array
             continue
-        for layer in range(config.layer_count):
-            layers[layer][spec.name] = array[layer]
-    return shared, layers
+        for index, one in enumerate(array):
+            into = blocks if spec.name in FFN_MATRICES else layers
+            into[index if into is blocks else place_of(config, spec.name, index).layer][spec.name] = one
+    return shared, layers, blocks
 
 
 @cache

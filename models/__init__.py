@@ -18,10 +18,14 @@ from svdengine.models import (
     llama,
     minicpm,
     mistral,
+    mixtral,
     nemotron,
+    olmoe,
     opt,
     qwen2,
     qwen3,
+    qwen3_moe,
+    smallthinker,
 )
 from svdengine.models.config import ModelConfig, Rope
 from svdengine.models.family import Family, Source
@@ -30,7 +34,7 @@ from svdengine.models.known import settled
 from svdengine.models.leftovers import refuse_unread, refuse_unread_tensors
 from svdengine.models.naming import scaled, turned_first
 from svdengine.models.noted import Noted
-from svdengine.models.settings import refuse_unreadable, texts, with_activation
+from svdengine.models.settings import refuse_experts, refuse_unreadable, texts, with_activation
 from svdengine.models.tensors import TensorSpec, tensor_specs
 
 __all__ = [
@@ -50,7 +54,10 @@ __all__ = [
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
-    for module in (llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet)
+    for module in (
+        *(llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet),
+        *(mixtral, qwen3_moe, olmoe, smallthinker),
+    )
 }
 
 
@@ -101,8 +108,9 @@ def config_from_gguf(
     `names` and `notes` are as of config_from_hf, whose errors it raises.
     """
     architecture = fields.get("general.architecture")
+    experts = bool(fields.get(f"{architecture}.expert_count"))
     for family in FAMILIES.values():
-        if family.gguf is not None and family.gguf.architecture == architecture:
+        if family.gguf is not None and family.gguf.architecture == architecture and family.experts == experts:
             stripped = Noted(strip_architecture(fields, family.gguf.architecture))
             config = gguf_config(family.name, family.gguf, stripped, tensor_names, vocab_size, rope_factors)
             plain = strip_architecture(fields, family.gguf.architecture)
@@ -110,7 +118,9 @@ def config_from_gguf(
             config.validate()
             refuse_unread(stripped.unread(), config, family.harmless, gguf=True)
             return config
-    known = ", ".join(family.gguf.architecture for family in FAMILIES.values() if family.gguf)
+    known = ", ".join(dict.fromkeys(family.gguf.architecture for family in FAMILIES.values() if family.gguf))
+    if experts and str(architecture) in known.split(", "):
+        raise ValueError(f"mixture-of-experts models of the GGUF architecture {architecture} are not supported")
     raise ValueError(f"the GGUF architecture {str(architecture)[:100]!r} is not supported; supported: {known}")
 
 
@@ -134,15 +144,22 @@ def _names_in(fields: Mapping[str, object]) -> list[str]:
     ]
 
 
+def _with_experts_or_without(family: Family, config: Mapping[str, Any]) -> Family:
+    if not family.experts:
+        refuse_experts(config)
+    return family
+
+
 def _family_of(config: Mapping[str, Any]) -> Family:
     """By architecture, which is the more specific: there are derived models whose model_type is their base's."""
     architectures, model_type = texts(config, "architectures"), config.get("model_type")
     for family in FAMILIES.values():
         if set(family.architectures) & set(architectures):
-            return family
+            return _with_experts_or_without(family, config)
     for family in FAMILIES.values():
         if model_type in family.model_types:
-            return family
+            return _with_experts_or_without(family, config)
+    refuse_experts(config)
     found = ", ".join(architectures) or "unnamed"
     supported = ", ".join(FAMILIES)
     raise ValueError(f"the architecture {found} (model_type {model_type!r}) is not supported; supported: {supported}")

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 Norm = Literal["rms", "layer"]
 Activation = Literal["relu", "fatrelu", "drelu", "relu2", "silu", "gelu", "gelu_tanh"]
 RopeScaling = Literal["none", "linear", "llama3", "yarn"]
+Router = Literal["softmax", "topk_softmax", "sigmoid"]
 
 RELU_FAMILY: frozenset[str] = frozenset({"relu", "fatrelu", "drelu", "relu2"})
 
@@ -45,14 +46,15 @@ class Rope:
 class ModelConfig:
     """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
-    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3 or bitnet.
+    family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet, mixtral,
+        qwen3_moe, olmoe or smallthinker.
     vocab_size: tokens that have logits.
     hidden_size: d, the width of the residual stream.
     layer_count: decoder layers.
     head_count: query heads of a layer.
     kv_head_count: key and value heads of a layer, of which head_count is a multiple.
     head_dim: size of a head.
-    ffn_size: f, the neurons of a layer's FFN.
+    ffn_size: f, the neurons of a layer's FFN, or of an expert.
     max_position: tokens of context that the model was made for.
     norm: RMSNorm (rms) or LayerNorm (layer).
     norm_eps: what is added to the mean square (rms) or the variance (layer).
@@ -65,9 +67,11 @@ class ModelConfig:
     output_bias: the attention's output projection has a bias.
     ffn_bias: up (and gate) and down have biases.
     qk_norm: RMSNorm over head_dim on q and k, before rope.
+    qk_norm_joint: that norm is over all heads together.
     sliding_window: a token sees itself and the window - 1 before it; 0: everything before it.
     sliding_window_layers: numbers of the layers that have the window.
     local_rope: the rotary embedding of those layers, where it is another than `rope`.
+    unrotated_layers: numbers of the layers without rotary embedding.
     score_scale: multiplies the scores of attention, beside head_dim ** -0.5.
     parallel: attention and FFN read the same residual stream and are added together.
     shared_norm: parallel, and both read the output of attention_norm.
@@ -77,6 +81,14 @@ class ModelConfig:
     residual_scale: multiplies what attention and FFN add to the residual stream.
     logit_scale: multiplies the logits.
     tied_embeddings: the embedding is the output projection too.
+    expert_count: experts of a layer, FFNs of which a router chooses some for each token; 0: a layer has one FFN.
+    active_experts: how many are chosen: those with the largest products of the router, of equal ones the first.
+    router: what an expert's output is multiplied by, made of the router's products: its softmax over all experts, its
+        softmax over those that are chosen, or its sigmoid as a share of the sum over those that are chosen.
+    early_router: the router reads what enters the layer, before attention and norm, and not what the FFN reads.
+    expert_scale: multiplies what the experts add.
+    dense_layers: numbers of the layers without experts, in a model that has some.
+    dense_blocks: how many times ffn_size the FFN of such a layer has.
     """
 
     family: str
@@ -102,6 +114,7 @@ class ModelConfig:
     sliding_window: int = 0
     sliding_window_layers: tuple[int, ...] = ()
     local_rope: Rope | None = None
+    unrotated_layers: tuple[int, ...] = ()
     score_scale: float = 1.0
     parallel: bool = False
     shared_norm: bool = False
@@ -111,6 +124,14 @@ class ModelConfig:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     tied_embeddings: bool = False
+    expert_count: int = 0
+    active_experts: int = 0
+    router: Router = "topk_softmax"
+    early_router: bool = False
+    expert_scale: float = 1.0
+    dense_layers: tuple[int, ...] = ()
+    dense_blocks: int = 0
+    qk_norm_joint: bool = False
 
     @property
     def sparse_ffn(self) -> bool:
@@ -123,8 +144,34 @@ class ModelConfig:
         return float(self.score_scale * self.head_dim**-0.5)
 
     def rope_of(self, layer: int) -> Rope | None:
-        """The rotary embedding of a layer."""
+        """The rotary embedding of a layer; None: there is none."""
+        if layer in self.unrotated_layers:
+            return None
         return self.local_rope if self.local_rope is not None and layer in self.sliding_window_layers else self.rope
+
+    @property
+    def ffn_blocks(self) -> int:
+        """FFNs of ffn_size neurons in the whole model: one a layer, each expert, or each part of a wider FFN."""
+        return self.blocks_of(self.layer_count - 1).stop
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have a router and experts."""
+        return tuple(i for i in range(self.layer_count) if i not in self.dense_layers) if self.expert_count else ()
+
+    @property
+    def token_neurons(self) -> int:
+        """FFN neurons that a token has in all layers: those of the experts that are chosen, not of the others."""
+        blocks = len(self.expert_layers) * self.active_experts + len(self.dense_layers) * self.dense_blocks
+        return self.ffn_size * (blocks if self.expert_count else self.layer_count)
+
+    def blocks_of(self, layer: int) -> range:
+        """The numbers of a layer's FFN blocks, which are counted through all layers; see `ffn_blocks`."""
+        if not self.expert_count:
+            return range(layer, layer + 1)
+        wide = sum(i < layer for i in self.dense_layers)
+        first = (layer - wide) * self.expert_count + wide * self.dense_blocks
+        return range(first, first + (self.dense_blocks if layer in self.dense_layers else self.expert_count))
 
     def validate(self) -> None:
         """Raise ValueError with what was found and expected when a field is out of range."""
@@ -143,6 +190,11 @@ class ModelConfig:
         _check_range("sliding_window", self.sliding_window, 0, (1 << 31) - 1)
         if any(not 0 <= i < self.layer_count for i in self.sliding_window_layers):
             raise ValueError("the layers of the sliding window must exist")
+        if any(not 0 <= i < self.layer_count for i in self.unrotated_layers):
+            raise ValueError("the layers without rotary embedding must exist")
+        if self.qk_norm_joint and not self.qk_norm:
+            raise ValueError("qk_norm_joint needs qk_norm")
+        _check_experts(self)
         for field, allowed in (("norm", Norm), ("activation", Activation)):
             _check_choice(field, getattr(self, field), allowed)
         if not 0.0 < self.norm_eps < 1.0:
@@ -179,7 +231,8 @@ class ModelConfig:
             for name in ("rope", "local_rope"):
                 rope = fields.pop(name, None)
                 fields[name] = Rope(**rope) if rope is not None else None
-            fields["sliding_window_layers"] = tuple(fields.get("sliding_window_layers", ()))
+            for name in _LAYERS:
+                fields[name] = tuple(fields.get(name, ()))
             config = cls(**fields)
             _check_types(config)
         except TypeError as error:
@@ -189,7 +242,13 @@ class ModelConfig:
 
 
 # Fields that were added after version 0.1.0, of ModelConfig and of Rope, and what says nothing.
-_LATER = {"local_rope": None, "score_scale": 1.0, "post_norms": False, "sub_norms": False, "rotated": 0}
+_LATER = {
+    **{"local_rope": None, "score_scale": 1.0, "post_norms": False, "sub_norms": False, "rotated": 0},
+    **{"unrotated_layers": (), "expert_count": 0, "active_experts": 0, "router": "topk_softmax", "early_router": False},
+    **{"expert_scale": 1.0, "dense_layers": (), "dense_blocks": 0, "qk_norm_joint": False},
+}
+_LAYERS = ("sliding_window_layers", "unrotated_layers", "dense_layers")  # fields that are numbers of layers
+_MOST_EXPERTS = 1024
 
 
 def _said(fields: dict[str, Any]) -> dict[str, Any]:
@@ -205,6 +264,27 @@ def _check_range(field: str, value: int, low: int, high: int) -> None:
 def _check_choice(field: str, value: str, allowed: Any) -> None:
     if value not in get_args(allowed):
         raise ValueError(f"{field} must be one of {', '.join(get_args(allowed))}, found {value!r}")
+
+
+def _check_experts(config: ModelConfig) -> None:
+    """Experts must be fewer than memory for their addresses, and FFNs of the kind that executors add up."""
+    _check_choice("router", config.router, Router)
+    if not config.expert_count:
+        if config.active_experts or config.early_router or config.dense_layers or config.dense_blocks:
+            raise ValueError("active_experts, early_router and dense_layers need experts (expert_count)")
+        return
+    _check_range("expert_count", config.expert_count, 1, _MOST_EXPERTS)
+    _check_range("active_experts", config.active_experts, 1, config.expert_count)
+    if not 0 < config.expert_scale < 1e6:
+        raise ValueError(f"expert_scale must be above 0, found {config.expert_scale}")
+    layers = config.dense_layers
+    if len(set(layers)) != len(layers) or any(not 0 <= i < config.layer_count for i in layers):
+        raise ValueError("the layers without experts must exist, each once")
+    if len(layers) == config.layer_count:
+        raise ValueError("a model with experts needs a layer that has some")
+    _check_range("dense_blocks", config.dense_blocks, min(1, len(layers)), _MOST_EXPERTS if layers else 0)
+    if config.parallel or config.post_norms or config.sub_norms or config.ffn_bias:
+        raise ValueError("experts need FFNs without biases after the attention, and no post_norms or sub_norms")
 
 
 def _check_rope(rope: Rope, head_dim: int) -> None:
@@ -229,10 +309,11 @@ def _check_types(part: ModelConfig | Rope) -> None:
     """The annotations are strings; the simple ones are enforced, since JSON may hold anything."""
     for name, annotation in type(part).__annotations__.items():
         value = getattr(part, name)
-        wanted = _TYPES.get(annotation, str if annotation in ("Norm", "Activation", "RopeScaling") else None)
+        wanted = _TYPES.get(annotation, str if annotation in ("Norm", "Activation", "RopeScaling", "Router") else None)
         if wanted is not None and (not isinstance(value, wanted) or (annotation == "int" and isinstance(value, bool))):
             raise TypeError(f"{name} must be {annotation}, found {value!r}")
         if isinstance(value, Rope):
             _check_types(value)
-    if isinstance(part, ModelConfig) and any(type(i) is not int for i in part.sliding_window_layers):
-        raise TypeError("sliding_window_layers must be whole numbers")
+    for name in _LAYERS if isinstance(part, ModelConfig) else ():
+        if any(type(i) is not int for i in getattr(part, name)):
+            raise TypeError(f"{name} must be whole numbers")

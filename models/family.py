@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.models.config import ModelConfig
+from svdengine.models.config import ModelConfig, Router
+from svdengine.models.tensors import place_of
 
 Array = NDArray[np.float32]
 Build = Callable[[Sequence[Array]], Array]
@@ -31,6 +32,18 @@ class Source:
 
     names: tuple[str, ...]  # tensors of the checkpoint, read as float32
     build: Build = only  # gives the logical shape of the spec
+    # Of a stack the only tensor that is read, counted from 0: (one, of how many). `build` gets it alone.
+    item: tuple[int, int] | None = None
+
+
+def part_of(build: Build, stem: str, part: int, size: int) -> Build:
+    """How one FFN block is built of a wider FFN: from `size` neurons of it, which are columns of down."""
+    neurons = slice(part * size, (part + 1) * size)
+
+    def cut(arrays: Sequence[Array]) -> Array:
+        return build([arrays[0][:, neurons] if stem == "down" else arrays[0][neurons]])
+
+    return cut
 
 
 def plain(config: ModelConfig, tensor: str) -> Build:
@@ -46,19 +59,29 @@ class Naming:
     several names for one tensor, and prefixes that a checkpoint may leave out: the first that is there is taken.
     """
 
-    stems: Mapping[str, tuple[str, ...]]  # canonical stem -> the checkpoint's, with {layer}
+    # Canonical stem -> the checkpoint's, with {layer}. Those of experts begin with "expert_" and have {expert}, or are
+    # stacks of all experts of a layer.
+    stems: Mapping[str, tuple[str, ...]]
     prefixes: tuple[str, ...] = ("",)
     build: Callable[[ModelConfig, str], Build] = plain  # canonical tensor name -> what makes it
 
     def source(self, config: ModelConfig, tensor: str, layer: int | None, available: Container[str]) -> Source:
-        """The source of a canonical tensor. Raises ValueError when the checkpoint lacks it."""
+        """The source of a canonical tensor, the `layer`-th of its stack. Raises ValueError when there is none."""
         stem, suffix = split_suffix(tensor)
+        place = None if layer is None else place_of(config, tensor, layer)
+        expert = None if place is None else place.expert
+        stem = stem if expert is None else f"expert_{stem}"
         if stem not in self.stems:
             raise ValueError(f"a {config.family} checkpoint has no name for the tensor {tensor}")
-        names = [prefix + name.format(layer=layer) + suffix for name in self.stems[stem] for prefix in self.prefixes]
-        for name in names:
+        known = {"layer": None if place is None else place.layer, "expert": expert}
+        names = {prefix + name.format(**known) + suffix: name for name in self.stems[stem] for prefix in self.prefixes}
+        for name, pattern in names.items():
             if name in available:
-                return Source((name,), self.build(config, tensor))
+                build = self.build(config, tensor)
+                if place is not None and place.part is not None:
+                    build = part_of(build, stem, place.part, config.ffn_size)
+                stacked = expert is not None and "{expert}" not in pattern
+                return Source((name,), build, (expert, config.expert_count) if expert is not None and stacked else None)
         raise ValueError(
             f"the checkpoint lacks the tensor {' or '.join(names)}, the {tensor} of a {config.family} model"
         )
@@ -79,6 +102,7 @@ class GgufFamily:
     # (metadata without the architecture's prefix, tensor names) -> fields of ModelConfig that it sets
     fields: Callable[[Mapping[str, Any], Container[str]], dict[str, Any]] = field(default=lambda fields, names: {})
     partial_rotary: bool = False  # whether a part of each head may stay, in heads whose halves are paired
+    router: Router | None = None  # how its experts are weighed; None: it has none
 
 
 @dataclass(frozen=True)
@@ -92,3 +116,4 @@ class Family:
     hf: Naming
     gguf: GgufFamily | None = None  # None: GGUF has no such architecture
     harmless: tuple[str, ...] = ()  # settings that are without effect in this family, beyond those of leftovers.py
+    experts: bool = False  # whether it is a mixture of experts

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.models.config import ModelConfig, Rope
+from svdengine.models.experts import gguf_expert_fields
 from svdengine.models.family import GgufFamily
 from svdengine.models.noted import Noted
 from svdengine.models.settings import (
@@ -89,12 +90,11 @@ def gguf_config(
         "activation": "silu",
     }
     chosen = activation_fields(fields, *sorted(_KEYS_OF_ACTIVATION)) if _KEYS_OF_ACTIVATION & set(fields) else {}
-    return ModelConfig(family=family, **common | kind.fields(fields, tensor_names) | chosen)
+    experts = gguf_expert_fields(fields, kind.router) if kind.router is not None else {}
+    return ModelConfig(family=family, **common | experts | kind.fields(fields, tensor_names) | chosen)
 
 
 def _refuse(fields: Settings, tensor_names: Container[str]) -> None:
-    if fields.get("expert_count"):
-        raise ValueError(f"mixture-of-experts models are not supported (expert_count {fields['expert_count']})")
     if "attention.sliding_window_pattern" in fields:
         raise ValueError("a sliding window in some of the layers of a GGUF file is not supported")
     if "output.bias" in tensor_names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -83,7 +84,7 @@ def turned_first(config: ModelConfig, tensor: str, source: Source) -> Source:
         heads = rows.reshape(-1, config.head_dim, *rows.shape[1:])
         return heads[:, order].reshape(rows.shape)
 
-    return Source(source.names, build)
+    return replace(source, build=build)
 
 
 def one_more(arrays: Sequence[Array]) -> Array:
@@ -119,4 +120,4 @@ def scaled(source: Source, available: Container[str]) -> Source:
             raise ValueError(f"{scale} must be one number")
         return source.build([arrays[0] * arrays[-1].reshape(()), *arrays[1:-1]])
 
-    return Source((*source.names, scale), build)
+    return replace(source, names=(*source.names, scale), build=build)

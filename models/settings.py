@@ -25,7 +25,7 @@ _ACTIVATION_ALIASES: dict[str, Activation] = {
 _ACTIVATION_KEYS = ("hidden_act", "hidden_activation", "activation", "activation_function")
 _LARGEST = (1 << 31) - 1  # of any size; what executors index with has 32 bits
 MOST_LAYERS = 4096
-_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_primary_experts")
 
 
 def integer(settings: Settings, *keys: str, default: int | None = None) -> int:
@@ -162,16 +162,22 @@ def activation_fields(settings: Settings, *keys: str, default: str = "silu") -> 
 
 
 def refuse_unreadable(settings: Settings) -> None:
-    """Raise ValueError for what no family here supports: mixtures of experts and weights quantised by others."""
-    for key in _EXPERT_KEYS:
-        count = settings.get(key)
-        if isinstance(count, int) and count > 1:
-            raise ValueError(f"mixture-of-experts models are not supported (config has {key}={shown(count)})")
-        if not isinstance(count, int | None):
-            raise ValueError(f"{key} must be a whole number, found {shown(count)}")
+    """Raise ValueError for what no family here supports: weights quantised by others."""
     method = foreign_quantization(settings)
     if method is not None:
         raise ValueError(f"checkpoints quantised with {method[:40]} are not supported; use the unquantised checkpoint")
+
+
+def refuse_experts(settings: Settings) -> None:
+    """Raise ValueError for a mixture of experts, in a family or architecture that has none here."""
+    for key in _EXPERT_KEYS:
+        count = settings.get(key)
+        if isinstance(count, int) and count > 1:
+            raise ValueError(
+                f"this kind of mixture-of-experts model is not supported (config has {key}={shown(count)})"
+            )
+        if not isinstance(count, int | None):
+            raise ValueError(f"{key} must be a whole number, found {shown(count)}")
 
 
 def foreign_quantization(settings: Settings) -> str | None:
@@ -196,10 +202,11 @@ def decoder_config(family: str, settings: Settings, **fields: Any) -> ModelConfi
         "head_count": heads,
         "kv_head_count": integer(settings, "num_key_value_heads", default=heads),
         "head_dim": head_size(settings),
-        "ffn_size": integer(settings, "intermediate_size"),
         "max_position": integer(settings, "max_position_embeddings", default=2048),
         "tied_embeddings": flag(settings, "tie_word_embeddings", False),
     }
+    if "ffn_size" not in fields:
+        fields["ffn_size"] = integer(settings, "intermediate_size")
     if "rope" not in fields:
         fields["rope"] = rope(settings)
     if "activation" not in fields:

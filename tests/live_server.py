@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_model import write_tiny_model
+from tiny_predictor import write_sparse_model
 
 import svdengine
 from svdengine import LLM
@@ -44,6 +45,14 @@ class GatedExecutor:
         logits: Logits = self._inner.forward(batch)
         return logits
 
+    @property
+    def ffn(self) -> Any:
+        return self._inner.ffn
+
+    @ffn.setter
+    def ffn(self, ffn: Any) -> None:
+        self._inner.ffn = ffn
+
     def hidden_states(self) -> Any:
         """Written out, as `isinstance` asks for it."""
         return self._inner.hidden_states()
@@ -55,11 +64,11 @@ class GatedExecutor:
 class LiveServer:
     """A running server and what is behind it."""
 
-    def __init__(self, llm: LLM, **settings: Any) -> None:
+    def __init__(self, llm: LLM, named: str = "tiny", **settings: Any) -> None:
         self.llm = llm
         self.gate = GatedExecutor(llm._engine.executor)
         llm._engine.executor = self.gate  # type: ignore[assignment]
-        self.settings = Settings(name="tiny", port=0, **settings)
+        self.settings = Settings(name=named, port=0, **settings)
         self.service = Service(llm, self.settings)
         self._listening = listen(self.settings)
         self.url = url_of(self._listening)
@@ -82,11 +91,13 @@ class LiveServer:
 
 
 @contextmanager
-def live_server(folder: Path, context: int = 256, **settings: Any) -> Iterator[LiveServer]:
-    path = folder / "tiny.svdp"
+def live_server(folder: Path, context: int = 256, sparse: bool = False, **settings: Any) -> Iterator[LiveServer]:
+    """`sparse`: its model has a predictor, and runs by it."""
+    path = folder / ("sparse.svdp" if sparse else "tiny.svdp")
     if not path.exists():
-        write_tiny_model(path)
-    with svdengine.load(path, device="reference", context=context, sequences=4) as llm:
+        (write_sparse_model if sparse else write_tiny_model)(path)
+    ffn: Any = "sparse" if sparse else "auto"
+    with svdengine.load(path, device="reference", context=context, sequences=4, ffn=ffn) as llm:
         server = LiveServer(llm, **settings)
         try:
             yield server

@@ -131,7 +131,7 @@ def stored(
         if not spec.matrix:
             arrays[name] = exact[name] = weights
             continue
-        chosen: WeightFormat = "f32" if name == "position_embedding" else weight_format
+        chosen: WeightFormat = "f32" if name in ("position_embedding", "router") else weight_format
         if weight_format in ("q4", "ternary") and name in ("embedding", "lm_head"):
             chosen = "q8"
         chosen = (others or {}).get(name, chosen)
@@ -152,10 +152,13 @@ def canonical_weights(
 
     def build(name: str, layer: int | None) -> NDArray[np.float32]:
         found = source(config, name, layer, checkpoint)
-        return found.build([np.asarray(checkpoint[n], np.float32) for n in found.names])
+        arrays = [np.asarray(checkpoint[n], np.float32) for n in found.names]
+        if found.item is not None:
+            arrays[0] = arrays[0][found.item[0]]
+        return found.build(arrays)
 
     return {
-        spec.name: np.stack([build(spec.name, i) for i in range(config.layer_count)])
+        spec.name: np.stack([build(spec.name, i) for i in range(spec.shape[0])])
         if spec.stacked
         else build(spec.name, None)
         for spec in tensor_specs(config)

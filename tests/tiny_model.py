@@ -15,7 +15,7 @@ from model_zoo import random_weights, zoo
 
 from svdengine.files.model_writer import ModelWriter, StoredTokenizer
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import FfnPath, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnPath, LayerCounts, Logits, NeuronCounts
 from svdengine.kernels.formats import WeightFormat
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
@@ -166,6 +166,9 @@ class FakeExecutor:
 
     def neuron_counts(self) -> NeuronCounts:
         return self.counts
+
+    def layer_counts(self) -> LayerCounts:
+        return np.array([[self.counts.predicted, self.counts.active, self.counts.total]], np.int64)
 
     def reset_neuron_counts(self) -> None:
         self.counts = NeuronCounts(0, 0, 0)

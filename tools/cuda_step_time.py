@@ -21,7 +21,7 @@ from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.planned_device import Launch
 from svdengine.kernels.cuda.rounding import takes_integers
 from svdengine.kernels.executor import FfnPath
-from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat, format_named, padded_columns
+from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat, padded_columns
 from svdengine.models import ModelConfig
 from svdengine.tools.machine_code import bytes_per_instruction, disassembled
 from svdengine.tools.planned_kernels import step_launches
@@ -128,7 +128,7 @@ def weight_share(name: str) -> float | None:
     )
     if match is None or match[2] not in FORMATS:
         return None
-    kind, stored = match[1], format_named(match[2])
+    kind, stored = match[1], next(stored for name, stored in FORMATS.items() if name == match[2])
     kernels = kernels_of(stored.name)
     weights = stored.row_bytes(kernels.chunk_columns)
     rows, tile = (int(match[3] or 1), int(match[4] or 1)) if kind == "gemv" else (1, 1)

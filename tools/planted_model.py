@@ -103,10 +103,12 @@ class PlantedWeights(RandomWeights):
             (w.T if name == "down_T" else w)[:GROUP] = 0
         elif name == "gate":
             self._plant(w, layer)
+        elif name == "router":
+            w[:, :GROUP] = 0  # or some experts would always be chosen before others
         return w
 
     def layer_predictor(self, layer: int) -> LayerPredictor:
-        """The predictor of one layer: the planted factors in int8."""
+        """The predictor of one layer, or one expert: the planted factors in int8."""
         a, b = self._factors(layer)
         threshold = np.full(len(a), self._sparsity.score_threshold, np.float32)
         parts = quantize(a, "q8"), quantize(b, "q8")
@@ -114,7 +116,7 @@ class PlantedWeights(RandomWeights):
 
     def predictor(self, fingerprint: str) -> Predictor:
         """The predictor of a model file with this fingerprint."""
-        layers = tuple(self.layer_predictor(layer) for layer in range(self._config.layer_count))
+        layers = tuple(self.layer_predictor(layer) for layer in range(self._config.ffn_blocks))
         about = {"kind": "svd", "thresholds": "planted", "fingerprint": fingerprint}
         return Predictor(layers, about)
 
@@ -155,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         sparsity = Sparsity(options.rank, options.predicted, options.active, options.noise)
-        config = shape_config(options.shape, options.layers, "relu")
+        config = shape_config(options.shape, options.layers, "relu", options.experts, options.active_experts)
         announced(options.output, lambda: write_planted(options.output, config, options.dtype, sparsity, options.seed))
     except (SvdEngineError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -35,6 +35,7 @@ from svdengine.loading import load
 from svdengine.measuring.memory_traffic import ffn_bytes, sparse_weight_bytes, weight_bytes
 from svdengine.measuring.perplexity import split_text
 from svdengine.measuring.svg_chart import Series, line_chart
+from svdengine.models.tensors import Place
 
 PRICES = (1e-3, 1e-2, 1e-1)
 SHARES = (0.4, 0.6, 0.8)  # the paper's s
@@ -109,7 +110,8 @@ def _predictors(file: ModelFile, statistics: Statistics, kind: Kind) -> Iterator
             options = PaperOptions(share, "full", "q8")
             built = [
                 build_paper_predictor(
-                    index, read_ffn_layer(file, index), layer_sample(statistics, index, held_out=False), kind.rank,
+                    index, read_ffn_layer(file, index),
+                    layer_sample(statistics, Place(index), held_out=False), kind.rank,
                     options, moments,
                 )
                 for index, moments in enumerate(statistics.layers)
@@ -120,7 +122,7 @@ def _predictors(file: ModelFile, statistics: Statistics, kind: Kind) -> Iterator
     for index, moments in enumerate(statistics.layers):
         layer = read_ffn_layer(file, index)
         predictor = build_predictor(kind.kind, layer, moments, kind.rank, kind.bits)
-        x = layer_sample(statistics, index, held_out=False)
+        x = layer_sample(statistics, Place(index), held_out=False)
         sample = make_sample(scores(predictor, x), run_neurons(layer, x))
         raised = error_thresholds(sample, np.array(PRICES), layer.row_bytes) - np.float32(SLACK) * sample.spread
         for found, thresholds in zip(layers, raised, strict=True):

@@ -29,6 +29,28 @@ from svdengine.tools.random_gguf import GGUF_TYPES, write_gguf
 _TILE = (1 << 20) + 4099  # numbers that all matrices are cut from
 _ROWS = 1024  # rows that are cut at once
 
+_SMALLTHINKER = ModelConfig(
+    family="smallthinker",
+    vocab_size=151936,
+    hidden_size=1536,
+    layer_count=32,
+    head_count=12,
+    kv_head_count=2,
+    head_dim=128,
+    ffn_size=768,
+    max_position=32768,
+    norm="rms",
+    norm_eps=1e-6,
+    activation="relu",
+    gated=True,
+    rope=Rope(theta=1500000.0),
+    tied_embeddings=True,
+    expert_count=32,
+    active_experts=4,
+    router="sigmoid",
+    early_router=True,
+)
+
 SHAPES: dict[str, ModelConfig] = {
     "llama2-7b": ModelConfig(
         family="llama",
@@ -62,6 +84,38 @@ SHAPES: dict[str, ModelConfig] = {
         gated=True,
         rope=Rope(theta=100000.0),
         tied_embeddings=True,
+    ),
+    "mixtral-8x7b": ModelConfig(
+        family="mixtral",
+        vocab_size=32000,
+        hidden_size=4096,
+        layer_count=32,
+        head_count=32,
+        kv_head_count=8,
+        head_dim=128,
+        ffn_size=14336,
+        max_position=32768,
+        norm="rms",
+        norm_eps=1e-5,
+        activation="silu",
+        gated=True,
+        rope=Rope(theta=1000000.0),
+        expert_count=8,
+        active_experts=2,
+    ),
+    "smallthinker-4b": _SMALLTHINKER,
+    "smallthinker-21b": replace(
+        _SMALLTHINKER,
+        hidden_size=2560,
+        layer_count=52,
+        head_count=28,
+        kv_head_count=4,
+        max_position=16384,
+        expert_count=64,
+        active_experts=6,
+        sliding_window=4096,
+        sliding_window_layers=tuple(layer for layer in range(52) if layer % 4),
+        unrotated_layers=tuple(range(0, 52, 4)),
     ),
 }
 
@@ -124,13 +178,28 @@ def write_weights(
                 writer.write(spec.name, weights.tensor(spec.name, layer), layer)
 
 
-def shape_config(shape: str, layers: int | None = None, activation: str = "silu") -> ModelConfig:
-    """The config of a shape in SHAPES, with another number of layers or another activation.
+def shape_config(
+    shape: str,
+    layers: int | None = None,
+    activation: str = "silu",
+    experts: int | None = None,
+    active_experts: int | None = None,
+) -> ModelConfig:
+    """The config of a shape in SHAPES, with another number of layers or experts, or another activation.
 
-    Raises ValueError for an unknown activation or a number of layers out of range.
+    A shape without experts gets some, each as large as its FFN was. Raises ValueError for an unknown activation or a
+    number out of range.
     """
     config = with_activation(SHAPES[shape], activation)
-    config = replace(config, layer_count=config.layer_count if layers is None else layers)
+    count = config.layer_count if layers is None else layers
+    config = replace(
+        config,
+        layer_count=count,
+        sliding_window_layers=tuple(layer for layer in config.sliding_window_layers if layer < count),
+        unrotated_layers=tuple(layer for layer in config.unrotated_layers if layer < count),
+        expert_count=config.expert_count if experts is None else experts,
+        active_experts=config.active_experts if active_experts is None else active_experts,
+    )
     config.validate()
     return config
 
@@ -140,6 +209,8 @@ def shape_parser(program: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="number of layers (default: 8)")
+    parser.add_argument("--experts", type=int, metavar="N", help="of a layer (default: those of the shape)")
+    parser.add_argument("--active-experts", type=int, metavar="K", help="of a token (default: those of the shape)")
     parser.add_argument("--dtype", choices=WEIGHT_FORMATS, default="q8", help="of the .svdp file (default: q8)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="OUTPUT")
@@ -157,7 +228,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     try:
-        config = shape_config(options.shape, options.layers, options.activation)
+        experts = options.experts, options.active_experts
+        config = shape_config(options.shape, options.layers, options.activation, *experts)
         announced(options.output, lambda: write_svdp(options.output, config, options.dtype, options.seed))
         if options.gguf is not None:
             gguf = options.output.with_suffix(".gguf")

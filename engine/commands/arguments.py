@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from svdengine.files.hub_name import HubName, parse_model
 
@@ -17,6 +19,10 @@ class Number(click.FloatRange):
     """A finite number; click takes "nan" for one that lies in any range."""
 
     name = "number"
+
+    def _describe_range(self) -> str:
+        """For help, which would call a range without ends x<=None."""
+        return "" if self.min is None and self.max is None else super()._describe_range()
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         """The number, in its range."""
@@ -30,6 +36,19 @@ class ModelArgument(click.ParamType):
     """A model: the path of a file or folder, or a name on a hub."""
 
     name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files, and names of models that were converted."""
+        from svdengine.errors import SvdEngineError
+        from svdengine.files.models_folder import kept_models
+
+        names: list[str] = []
+        with suppress(SvdEngineError, OSError):
+            names = sorted({str(model.name) for model in kept_models() if model.name is not None})
+        return [
+            *(CompletionItem(name) for name in names if name.startswith(incomplete)),
+            CompletionItem(incomplete, type="file"),
+        ]
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> HubName | Path:
         """Tell the two apart."""

@@ -10,26 +10,28 @@ from typing import Any
 import click
 
 from svdengine.commands.arguments import check_writable
-from svdengine.commands.options import (
-    model_label,
-    model_options,
-    open_shared_model,
-    prefill_rows_option,
-    sampling_fields,
-    sampling_options,
-)
+from svdengine.commands.help_pages import Command, option
+from svdengine.commands.options import model_label, model_options, open_shared_model, prefill_rows_option
+from svdengine.commands.sampling_options import context_shift_option, sampling_fields, sampling_options
 
 _FILE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
-@click.command("batch")
+EXAMPLES = (
+    "svdengine batch questions.jsonl smollm2.svdp -o answers.jsonl",
+    "svdengine batch questions.jsonl smollm2.svdp -o answers.jsonl --parallel 16 --temperature 0",
+)
+
+
+@click.command("batch", cls=Command, examples=EXAMPLES)
 @click.argument("requests", type=_FILE, metavar="IN.jsonl")
 @model_options
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.jsonl")
-@click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Lines at a time.")
-@click.option("--special", is_flag=True, help="Control tokens that are written in a prompt are tokens, not text.")
+@option("-o", "--output", required=True, type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.jsonl")
+@option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="Lines at a time.")
+@option("--special", is_flag=True, help="Control tokens that are written in a prompt are tokens, not text.")
 @prefill_rows_option
 @sampling_options
+@context_shift_option
 def command(requests: Path, output: Path, parallel: int, special: bool, **options: Any) -> None:
     """Answer the requests in IN.jsonl with MODEL, a .svdp file or a name on a hub.
 

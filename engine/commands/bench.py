@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import measuring_options, open_model
+from svdengine.commands.help_pages import Command, option
+from svdengine.commands.options import measuring_options, open_model, predictor_option
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
     from svdengine.measuring.benchmark import BenchRow
 
 
-@click.command("bench")
+EXAMPLES = (
+    "svdengine bench smollm2.svdp",
+    "svdengine bench relu.svdp --ffn both -p 0 -n 96 -r 8",
+)
+
+
+@click.command("bench", cls=Command, examples=EXAMPLES)
 @measuring_options
-@click.option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
-@click.option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
-@click.option(
+@predictor_option
+@option("-p", "--pp", type=click.IntRange(min=0), default=512, show_default=True, help="Tokens of the prompt.")
+@option("-n", "--tg", type=click.IntRange(min=0), default=128, show_default=True, help="Tokens to decode.")
+@option(
     "-d",
     "--depth",
     type=click.IntRange(min=0),
@@ -28,7 +36,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="Tokens in the context before each test; they are not timed.",
 )
-@click.option(
+@option(
     "--parallel",
     type=click.IntRange(1, 256),
     multiple=True,
@@ -37,7 +45,7 @@ if TYPE_CHECKING:
     metavar="N",
     help="Sequences to decode together. Repeat it to compare numbers of them.",
 )
-@click.option(
+@option(
     "-r",
     "--repetitions",
     type=click.IntRange(1, 1000),
@@ -45,10 +53,8 @@ if TYPE_CHECKING:
     show_default=True,
     help="Of each test, to tell how much it varies.",
 )
-@click.option(
-    "--faults", is_flag=True, help="Count page faults and what storage reads, for a model larger than memory."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
+@option("--faults", is_flag=True, help="Count page faults and what storage reads, for a model larger than memory.")
+@option("--json", "as_json", is_flag=True, help="Print a list of rows instead of a table.")
 def command(
     pp: int,
     tg: int,

@@ -1,142 +1,155 @@
-"""svdengine chat: a conversation in the terminal, or over a pipe with one message a line."""
+"""svdengine chat: a conversation in the terminal, over a pipe with one message a line, or a single question."""
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from svdengine.commands.help_pages import SAMPLING, Command, option
 from svdengine.commands.options import (
     kept_kv,
     kv_save_option,
     model_options,
     open_model,
-    printable,
-    sampling_fields,
-    sampling_options,
+    system_option,
+    verbosity_options,
 )
+from svdengine.commands.sampling_options import grammar_options, sampling_fields, sampling_options
 
 if TYPE_CHECKING:
-    from svdengine.commands.chat_session import ChatSession
-    from svdengine.llm import LLM
+    from svdengine.commands.conversation import Conversation
+
+EXAMPLES = (
+    "svdengine chat                                    the demo model",
+    'svdengine chat smollm2.svdp "Name three rivers."  one answer, and back to the shell',
+)
 
 
-@click.command("chat")
+@click.command("chat", cls=Command, examples=EXAMPLES)
 @model_options
+@click.argument("question", required=False)
+@option("-p", "--prompt", metavar="TEXT", help="The same as QUESTION, where no MODEL stands before it.")
+@system_option
 @sampling_options
+@grammar_options
+@option(
+    "--context-shift/--no-context-shift",
+    default=None,
+    group=SAMPLING,
+    help="What a full context does: it loses whatever is oldest, or ends the answer; by default whole messages are left"
+    " out, the oldest first.",
+)
 @kv_save_option
-@click.option("--system", metavar="TEXT", help="The system prompt; by default the model's own.")
-def command(system: str | None, kv_save: Path | None, **options: Any) -> None:
-    """Talk with MODEL, a .svdp file or a name on a hub (org/name). /help lists what can be typed besides messages."""
+@option("--plain", is_flag=True, help="Write answers as they come: not wrapped, and Markdown as it is.")
+@option("--no-history", is_flag=True, help="Keep no history of what is entered.")
+@verbosity_options
+def command(
+    question: str | None,
+    prompt: str | None,
+    system: str | None,
+    kv_save: Path | None,
+    plain: bool,
+    no_history: bool,
+    quiet: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Talk with MODEL, a .svdp file or a name on a hub (org/name), or ask it one QUESTION.
+
+    /help lists what can be typed besides messages.
+    """
+    from svdengine.commands.chat_commands import completions
     from svdengine.commands.chat_session import ChatSession
+    from svdengine.commands.conversation import Conversation
+    from svdengine.commands.greeting import greeting
+    from svdengine.commands.line_editor import PipeEditor, make_editor
     from svdengine.scheduling.sampling import merge_params
 
+    if question is not None and prompt is not None:
+        raise click.UsageError("give the question once: after MODEL, or with -p")
+    asked = question if question is not None else prompt
+    if asked is not None and not asked.strip():
+        raise click.UsageError("the question is empty")
     fields = {"max_tokens": None, **sampling_fields(options)}
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
+    editor = PipeEditor() if asked is not None else make_editor(completions, keep_history=not no_history)
     with open_model(options) as llm:
         params = merge_params(llm.default_params, fields)
         _ = llm.chat_template  # a model without one is refused before anything is typed
-        if interactive:
-            _enable_line_editing()
+        conversation = Conversation(
+            llm,
+            ChatSession(system),
+            params,
+            editor,
+            shift=options["context_shift"],
+            plain=plain,
+            quiet=quiet or (asked is not None and not verbose),
+        )
+        if (editor.interactive and not quiet) or verbose:
             click.echo(greeting(llm), err=True)  # it decodes, so the KV cache is still empty
         with kept_kv(llm, kv_save):
-            _converse(llm, ChatSession(system), params, interactive, options["context_shift"])
+            if asked is not None:
+                conversation.ask(asked)
+            else:
+                _converse(conversation)
 
 
-def greeting(llm: LLM) -> str:
-    """What is said before the first message: of a model with a predictor, also what that brings here, measured."""
-    from svdengine.files.advising_executor import AdvisingExecutor
-    from svdengine.measuring.benchmark import decoding_against_dense
-
-    lines = [f"{llm.model_file.path.name} on {llm.executor.name}; /help for help, Ctrl-D to leave"]
-    from_storage = isinstance(llm.executor, AdvisingExecutor)  # a dense token would read all weights from storage
-    row = (
-        None if llm.predictor is None or llm.ffn in ("dense", "exact") or from_storage else decoding_against_dense(llm)
-    )
-    if row is not None:
-        if row.speedup is None or row.active_density is None:
-            lines.append("its FFNs run dense, which is as fast on this machine")
-        else:
-            rates = f"{row.tokens_per_second:.0f} tokens/s, dense {row.tokens_per_second / row.speedup:.0f}"
-            lines.append(
-                f"{100 * row.active_density:.0f} % of the FFN neurons are computed for a token:"
-                f" {row.speedup:.2f} times as fast as all of them ({rates})"
-            )
-    return "\n".join(lines)
-
-
-def _converse(llm: LLM, session: ChatSession, params: Any, interactive: bool, context_shift: bool) -> None:
+def _converse(conversation: Conversation) -> None:
+    """Messages and commands, one after the other, until the user leaves or the input ends."""
+    from svdengine.cli import in_words
+    from svdengine.commands.chat_commands import Leave
+    from svdengine.commands.line_editor import read_message
     from svdengine.errors import RequestError, SvdEngineError
 
-    for line in _lines(interactive):
-        if not line.strip():
-            continue
+    editor, interrupted = conversation.editor, False
+    while True:
         try:
-            if line.lstrip().startswith("/"):
-                told = session.command(line)
-                if told is None:
-                    return
-                click.echo(told, err=True)
-            else:
-                _answer(llm, session, line, params, context_shift)
+            message = read_message(editor)
+            interrupted = False
+            _take(conversation, message)
+        except Leave:
+            return
+        except EOFError:
+            if not editor.interactive or _may_leave(conversation):
+                return
+        except KeyboardInterrupt:
+            if not editor.interactive:
+                raise
+            click.echo(err=True)
+            if interrupted and _may_leave(conversation):
+                return
+            if not interrupted:
+                conversation.tell("Ctrl-C once more to leave; /help for help")
+            interrupted = not interrupted
         except RequestError as error:
-            click.echo(f"error: {error}", err=True)
-            if not interactive:
+            click.echo(f"error: {in_words(str(error))}", err=True)
+            if not editor.interactive:
                 raise SvdEngineError("the conversation ended at a message that cannot be answered") from error
 
 
-def _answer(llm: LLM, session: ChatSession, text: str, params: Any, context_shift: bool) -> None:
-    from svdengine.commands.chat_session import answer_line
+def _take(conversation: Conversation, message: str) -> None:
+    """Carry out a command, or answer a message."""
+    from svdengine.commands.chat_commands import command_of
 
-    session.ask(text)
+    given = command_of(message)
+    if given is not None:
+        told = given[0].run(conversation, given[1])
+        if told:
+            conversation.tell(told)
+    elif message.strip():
+        conversation.ask(message.strip("\n"))
+
+
+def _may_leave(conversation: Conversation) -> bool:
+    """Whether to leave: where something would be lost, the user is asked. Ctrl-C and Ctrl-D say yes."""
+    from svdengine.commands.line_editor import confirmed
+
+    if not conversation.session.unsaved:
+        click.echo(err=True)
+        return True
     try:
-        stream = llm.stream_chat(session.messages, params, context_shift=context_shift)
-        with stream, _on_interrupt(stream.cancel):
-            for piece in stream:
-                click.echo(printable(piece), nl=False)
-    except BaseException:
-        session.take_back()
-        raise
-    session.answered(stream.completion)
-    click.echo()
-    click.secho(answer_line(stream.completion), err=True, dim=True)
-
-
-def _lines(interactive: bool) -> Iterator[str]:
-    """What the user types, or the lines of standard input."""
-    if not interactive:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
-        return
-    while True:
-        try:
-            yield input("> ")
-        except (EOFError, KeyboardInterrupt):
-            click.echo(err=True)
-            return
-
-
-def _enable_line_editing() -> None:
-    with suppress(ImportError):  # Windows has none
-        import readline
-
-        readline.set_auto_history(True)
-
-
-@contextmanager
-def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C calls `action`; raising in the middle of a step would leave it half done."""
-    try:
-        before = signal.signal(signal.SIGINT, lambda *_: action())
-    except ValueError:  # not in the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+        return confirmed(conversation.editor, "Leave? The conversation is not saved (/save FILE).")
+    except (EOFError, KeyboardInterrupt):
+        click.echo(err=True)
+        return True

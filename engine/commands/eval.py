@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -13,24 +13,47 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svdengine.commands.arguments import check_writable
+from svdengine.commands.help_pages import SPARSITY, Command, option
 from svdengine.commands.options import measuring_options, open_model, read_text
 from svdengine.commands.progress import StageProgress
 
 if TYPE_CHECKING:
     from svdengine.kernels.executor import FfnMode
+    from svdengine.kernels.predictor import Predictor
     from svdengine.llm import LLM
     from svdengine.measuring.evaluation import Measurements
     from svdengine.measuring.task_scores import Outcome
     from svdengine.measuring.tasks import Task
 
+WINDOW = 512  # tokens that are scored at a time
 REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of error against speed
 
 
-@click.command("eval")
+EXAMPLES = (
+    "svdengine eval smollm2.svdp --perplexity book.txt",
+    "svdengine eval relu.svdp --perplexity book.txt --report r.html --predictor a.st --predictor b.st",
+)
+
+
+@click.command("eval", cls=Command, examples=EXAMPLES)
 @measuring_options
-@click.option("--perplexity", "text_file", type=click.Path(path_type=Path), metavar="FILE", help="Score this text.")
-@click.option("--window", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens scored at a time.")
-@click.option(
+@option(
+    "--predictor",
+    "predictor_files",
+    group=SPARSITY,
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="A predictor from `svdengine calibrate`; by default the model's own. Repeatable: a report compares them.",
+)
+@option("--perplexity", "text_file", type=click.Path(path_type=Path), metavar="FILE", help="Score this text.")
+@option(
+    "--window",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Tokens scored at a time.  [default: 512, or the context where that is smaller]",
+)
+@option(
     "--tasks",
     "task_files",
     type=click.Path(path_type=Path),
@@ -38,29 +61,30 @@ REPORT_BIASES = (-0.2, 0.0, 0.1, 0.2, 0.3, 0.4)  # of the report's curve of erro
     multiple=True,
     help="Tasks, one JSON a line, or one of arithmetic, choices, code. May be repeated.",
 )
-@click.option("--run-code", is_flag=True, help="Run the programs that the model writes for tasks of code.")
-@click.option(
+@option("--run-code", is_flag=True, help="Run the programs that the model writes for tasks of code.")
+@option(
     "--against",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="MODEL2",
     help="Score the tasks with this model too, and compare them task by task.",
 )
-@click.option("--predictors", is_flag=True, help="Compare predictors, layer by layer, on the text of --perplexity.")
-@click.option(
+@option("--predictors", is_flag=True, help="Compare predictors, layer by layer, on the text of --perplexity.")
+@option(
     "--report",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Write an HTML report: predictors, densities, and error against speed, on the text of --perplexity.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     text_file: Path | None,
-    window: int,
+    window: int | None,
     task_files: tuple[Path, ...],
     run_code: bool,
     against: Path | None,
     predictors: bool,
     report: Path | None,
+    predictor_files: tuple[Path, ...],
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -75,24 +99,34 @@ def command(
     --ffn both runs dense and sparse, and says how often they agree on the likeliest next token and how far their
     distributions are apart. With --json, `perplexity` is then that of the sparse path, and `dense` holds the other.
     """
+    from svdengine.files.predictor_file import require_relu_family
+
     if text_file is None and not task_files:
         raise click.UsageError("there is nothing to measure: give --perplexity FILE or --tasks FILE")
     if (predictors or report is not None) and text_file is None:
         raise click.UsageError("--predictors and --report need a text: --perplexity FILE")
     if against is not None and (not task_files or options["ffn"] == "both"):
         raise click.UsageError("--against compares the tasks of --tasks, and does not go together with --ffn both")
+    if len(predictor_files) > 1 and report is None:
+        raise click.UsageError("several predictors are compared in a report: give --report FILE")
+    options["report"] = report
+    options["predictor"] = predictor_files[0] if predictor_files else None
     if report is not None:
         check_writable(report)
     text = read_text(text_file) if text_file is not None else ""
     tasks = _tasks(task_files, run_code)
     with open_model(options) as llm:
+        window = window or min(WINDOW, llm.context)
         if report is not None and llm.predictor is not None:
             options["ffn"] = "both"
-        found = _measure(
-            llm, text, window, tasks, options, study=predictors or report is not None, curve=report is not None
-        )
+        if predictors or report is not None:
+            require_relu_family(llm.model_file)
+        named = _predictors(llm, predictor_files)
+        studied = predictors or (report is not None and not llm.config.expert_count)
+        found = _measure(llm, text, window, tasks, options, named if studied else None)
         if report is not None:
-            _write_report(llm, report, found)
+            _measure_curve(llm, text, window, named, found)
+            _write_report(llm, report, found, named, (text_file.name if text_file is not None else "", text))
     if against is not None:
         _compare(found, tasks, against, options)
     record = _record(found)
@@ -129,9 +163,14 @@ def _answers(llm: LLM, tasks: list[Task], options: dict[str, Any]) -> dict[FfnMo
 
 
 def _measure(
-    llm: LLM, text: str, window: int, tasks: list[Task], options: dict[str, Any], *, study: bool, curve: bool
+    llm: LLM,
+    text: str,
+    window: int,
+    tasks: list[Task],
+    options: dict[str, Any],
+    studied: Mapping[str, Predictor] | None,
 ) -> Measurements:
-    """All that was asked for. With `curve`, sparse execution is measured at several biases."""
+    """All that was asked for but the curve of a report. `studied`: predictors to study, besides those made for it."""
     from svdengine.measuring.evaluation import Measurements, compare_paths
     from svdengine.measuring.perplexity import measure_perplexity
     from svdengine.measuring.predictor_study import study_predictors
@@ -143,13 +182,12 @@ def _measure(
         progress("windows", done, total, f", perplexity so far {perplexity:.4f}")
 
     found = Measurements(ffn="both" if both else llm.ffn, sparsity_bias=bias)
-    if text and both:
-        biases = sorted({bias, *REPORT_BIASES}) if curve else [bias]
-        found.comparison = compare_paths(llm, text, window, biases, windows)
-    elif text:
+    if text and both and options["report"] is None:
+        found.comparison = compare_paths(llm, text, window, [bias], windows)
+    elif text and not both:
         found.perplexity = measure_perplexity(llm, text, window, windows, bias)
-    if study:
-        found.study = study_predictors(llm, text, progress)
+    if studied is not None:
+        found.study = study_predictors(llm, text, progress, studied)
     if tasks:
         answers = _answers(llm, tasks, options)
         lines = [line for path, outcomes in answers.items() for line in score(tasks, outcomes, path)]
@@ -160,11 +198,48 @@ def _measure(
     return found
 
 
-def _write_report(llm: LLM, path: Path, found: Measurements) -> None:
-    from svdengine.measuring.report import make_report, render_report
+def _predictors(llm: LLM, files: Sequence[Path]) -> dict[str, Predictor]:
+    """What is compared, by name: the files that were given, or the model's own. Raises RequestError, ModelFileError."""
+    from svdengine.files.predictor_file import find_predictor
+    from svdengine.measuring.predictor_study import OWN
 
-    path.write_text(render_report(make_report(llm, found)), encoding="utf-8")
-    click.echo(f"written to {path}", err=True)
+    if len(files) < 2:
+        return {} if llm.predictor is None else {OWN if not files else files[0].stem: llm.predictor}
+    names = [file.stem for file in files]
+    if len(set(names)) < len(names):
+        names = [str(file) for file in files]
+    rest = [find_predictor(llm.model_file, file) for file in files[1:]]
+    return {name: p for name, p in zip(names, [llm.predictor, *rest], strict=True) if p is not None}
+
+
+def _measure_curve(llm: LLM, text: str, window: int, predictors: Mapping[str, Predictor], found: Measurements) -> None:
+    """Error and speed at several biases, of each predictor."""
+    from svdengine.measuring.evaluation import compare_predictors, with_rates
+
+    if not predictors:
+        return
+    progress = StageProgress()
+
+    def windows(done: int, total: int, perplexity: float) -> None:
+        progress("windows at each bias", done, total, f", perplexity so far {perplexity:.4f}")
+
+    biases = sorted({found.sparsity_bias, *REPORT_BIASES})
+    compared = compare_predictors(llm, text, predictors, window, biases, windows)
+    found.comparisons = with_rates(llm, predictors, compared)
+    found.comparison = next(iter(found.comparisons.values()))
+
+
+def _write_report(
+    llm: LLM, path: Path, found: Measurements, predictors: Mapping[str, Predictor], text: tuple[str, str]
+) -> None:
+    from svdengine.measuring.report import make_report, render_report, report_files
+
+    report = make_report(llm, found, predictors, text)
+    path.write_text(render_report(report), encoding="utf-8")
+    beside = report_files(report, path.stem)
+    for name, content in beside.items():
+        path.with_name(name).write_text(content, encoding="utf-8")
+    click.echo(f"written to {path}, and its numbers beside it: {', '.join(beside)}", err=True)
 
 
 def _record(found: Measurements) -> dict[str, Any]:
@@ -233,7 +308,7 @@ def _study_lines(study: dict[str, Any]) -> Iterator[str]:
         yield f"[{number}] {name}"
     yield f"{'AUROC':<7}" + "".join(f"{f'[{number}]':>8}" for number in range(1, len(names) + 1))
     for title, row in [*((str(x["layer"]), x["auroc"]) for x in study["layers"]), ("mean", study["mean"])]:
-        yield f"{title:<7}" + "".join("       -" if row[name] is None else f"{row[name]:>8.3f}" for name in names)
+        yield f"{title:<7}" + "".join("       -" if row.get(name) is None else f"{row[name]:>8.3f}" for name in names)
 
 
 def _perplexity_line(score: dict[str, Any]) -> str:

@@ -10,35 +10,38 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.options import (
-    model_options,
-    open_model,
-    printable,
-    read_text,
-    sampling_fields,
-    sampling_options,
-)
+from svdengine.commands.help_pages import Command, option
+from svdengine.commands.options import model_options, open_model, printable, read_text, system_option
+from svdengine.commands.sampling_options import context_shift_option, grammar_options, sampling_fields, sampling_options
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
     from svdengine.scheduling.completion import Completion
 
 
-@click.command("generate")
+EXAMPLES = (
+    'svdengine generate smollm2.svdp -p "Once upon a time" -n 100',
+    "svdengine generate smollm2.svdp --chat --json-schema @person.json < question.txt",
+)
+
+
+@click.command("generate", cls=Command, examples=EXAMPLES)
 @model_options
-@click.option("-p", "--prompt", multiple=True, metavar="TEXT", help="A prompt. Repeatable: they run together.")
-@click.option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="A file that is a prompt.")
-@click.option(
+@option("-p", "--prompt", multiple=True, metavar="TEXT", help="A prompt. Repeatable: they run together.")
+@option("-f", "--file", "files", multiple=True, type=click.Path(path_type=Path), help="A file that is a prompt.")
+@option(
     "--special",
     is_flag=True,
     help="Control tokens that are written in the prompt, such as <|im_start|>, are tokens. By default they are text,"
     " which is safe with texts that others wrote.",
 )
-@click.option("--chat", "as_chat", is_flag=True, help="The prompt is a message: apply the model's chat template.")
-@click.option("--system", metavar="TEXT", help="With --chat, the system prompt.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object a completion.")
-@click.option("--logprobs", type=int, metavar="N", help="With --json, log-probabilities of the N likeliest tokens.")
+@option("--chat", "as_chat", is_flag=True, help="The prompt is a message: apply the model's chat template.")
+@system_option
+@option("--json", "as_json", is_flag=True, help="Print one JSON object a completion.")
+@option("--logprobs", type=int, metavar="N", help="With --json, log-probabilities of the N likeliest tokens.")
 @sampling_options
+@context_shift_option
+@grammar_options
 def command(
     prompt: tuple[str, ...],
     files: tuple[Path, ...],

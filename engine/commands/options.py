@@ -1,4 +1,4 @@
-"""Options that several commands share: the model and how it runs, and how tokens are sampled."""
+"""Options that several commands share: the model and how it runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,22 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from svdengine.commands.arguments import ModelArgument, Number
+from svdengine.commands.help_pages import MODEL, MODEL_OPTION, SPARSITY, SPEED, option
 from svdengine.files.hub_name import HubName
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _about_layers(ctx: click.Context, _: click.Parameter, value: str | None) -> None:
+    if value is not None and not ctx.resilient_parsing:
+        click.echo(
+            "-ngl changes nothing: the whole model runs on the device that --device names (cpu, cuda, ascend), and"
+            " --gpu-memory limits what a GPU holds of it",
+            err=True,
+        )
 
 
 class Size(click.ParamType):
@@ -36,8 +46,19 @@ class Size(click.ParamType):
 
 _MODEL: tuple[Decorator, ...] = (
     click.argument("model", required=False, type=ModelArgument(), metavar="[MODEL]"),
-    click.option(
+    option(
+        "-m",
+        "--model",
+        MODEL_OPTION,
+        group=MODEL,
+        type=str,
+        expose_value=False,
+        metavar="MODEL",
+        help="The same as MODEL, as llama.cpp has it.",
+    ),
+    option(
         "--device",
+        group=MODEL,
         type=click.Choice(["auto", "cpu", "cuda", "ascend", "reference"]),
         default="auto",
         show_default=True,
@@ -45,114 +66,137 @@ _MODEL: tuple[Decorator, ...] = (
     ),
 )
 
+_PREDICTOR = option(
+    "--predictor",
+    group=SPARSITY,
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A predictor from `svdengine calibrate`; by default the model's own.",
+)
 _EXECUTION: tuple[Decorator, ...] = (
-    click.option(
-        "--predictor",
-        type=click.Path(path_type=Path),
-        metavar="FILE",
-        help="A predictor from `svdengine calibrate`; by default the model's own.",
-    ),
-    click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="CPU threads; by default one a core."),
-    click.option(
+    option(
+        "-c",
         "--context",
+        other_names=("--ctx-size", "--n-ctx"),
+        group=MODEL,
         type=click.IntRange(min=2),
         metavar="N",
         help="Most tokens of prompt and answer; by default the model's own, up to 4096.",
     ),
-    click.option(
+    option(
+        "-t",
+        "--threads",
+        group=SPEED,
+        type=click.IntRange(1, 1024),
+        metavar="N",
+        help="CPU threads; by default one a core.",
+    ),
+    option(
         "--kv-dtype",
+        group=SPEED,
         type=click.Choice(["f16", "q8", "f32"]),
         default="f16",
         show_default=True,
         help="How keys and values are cached. With q8 the same memory holds nearly twice the tokens; CPU only.",
     ),
-    click.option(
+    option(
         "--kv-memory",
+        group=SPEED,
         type=Size(),
         metavar="SIZE",
         help="Memory of the KV cache, such as 4G, for all sequences together; by default one context's.",
     ),
-    click.option(
+    option(
         "--gpu-memory",
+        group=SPEED,
         type=Size(),
         metavar="SIZE",
         help="What the model may take of a GPU's memory; by default all that is free. FFN weights that do not fit stay"
         " in the host's memory.",
     ),
-    click.option(
+    option(
         "--deterministic",
+        group=SPEED,
         is_flag=True,
         help="The same request gets the same bits whatever runs beside it. Prompts are read more slowly. CPU only.",
     ),
-    click.option("--prefetch", is_flag=True, help="Read the weights into memory before anything runs."),
-    click.option("--mlock", is_flag=True, help="Keep the weights in memory; the system may have to permit it."),
+    option("--prefetch", group=SPEED, is_flag=True, help="Read the weights into memory before anything runs."),
+    option(
+        "--mlock",
+        group=SPEED,
+        is_flag=True,
+        help="Keep the weights in memory; the system may have to permit it.",
+    ),
+    option(
+        "-ngl",
+        "--gpu-layers",
+        other_names=("--n-gpu-layers",),
+        type=str,
+        hidden=True,
+        expose_value=False,
+        callback=_about_layers,
+    ),
 )
 
 _SHARED_CONTEXTS = 2  # that the KV cache holds for many requests
 
-_SPECULATIVE = click.option(
+_SPECULATIVE = option(
     "--speculative",
+    group=SPEED,
     is_flag=True,
     help="Guess several tokens at once, where a text repeats itself or the model has a predictor. Used only where it is"
     " measured to be faster.",
 )
 
-_SPARSITY_BIAS = click.option(
+SPARSITY_BIAS = option(
     "--sparsity-bias",
+    group=SPARSITY,
     type=Number(),
     metavar="X",
-    help="Shift the predictor's thresholds: above 0, fewer neurons are computed.",
+    help="Shift the predictor's thresholds: above 0, fewer neurons are computed.  [default: 0]",
 )
-
-_SAMPLING_OPTIONS: tuple[Decorator, ...] = (
-    click.option("--temperature", type=Number(), metavar="T", help="0 takes the likeliest token."),
-    click.option("--top-k", type=int, metavar="K", help="Sample among the K likeliest tokens; 0: among all."),
-    click.option("--top-p", type=Number(), metavar="P", help="Sample among the likeliest tokens that make up P."),
-    click.option("--min-p", type=Number(), metavar="P", help="Drop tokens less likely than P times the likeliest."),
-    click.option("--repetition-penalty", type=Number(), metavar="R", help="Above 1: tokens seen become less likely."),
-    click.option("--presence-penalty", type=Number(), metavar="X", help="Taken once from logits of generated tokens."),
-    click.option("--frequency-penalty", type=Number(), metavar="X", help="Taken for every time that a token came."),
-    click.option("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token. Repeatable."),
-    click.option("--seed", type=int, metavar="N", help="The same seed gives the same text."),
-    click.option("-n", "--max-tokens", type=int, metavar="N", help="Most tokens to generate."),
-    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
-    click.option("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
-    click.option("--context-shift", is_flag=True, help="Forget the oldest half of a full context, instead of ending."),
-    _SPARSITY_BIAS,
-)
-
-
-_FIELDS: tuple[str, ...] = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-)
-_FIELDS += ("seed", "max_tokens", "sparsity_bias")
 
 
 def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the MODEL argument and the options of `open_model`."""
-    return _apply((*_MODEL, _ffn_option("auto", "dense", "exact", "sparse"), *_EXECUTION, _SPECULATIVE), function)
+    ffn = _ffn_option("auto", "dense", "exact", "sparse")
+    return apply((*_MODEL, ffn, _PREDICTOR, *_EXECUTION, _SPECULATIVE), function)
 
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the same for a measurement, which can run both paths of the FFN, and --sparsity-bias."""
+    """Add the same for a measurement, which can run both paths of the FFN, and --sparsity-bias. No --predictor."""
     options: tuple[Decorator, ...] = (
         *_MODEL,
         _ffn_option("auto", "dense", "exact", "sparse", "both"),
         *_EXECUTION,
-        _SPARSITY_BIAS,
+        SPARSITY_BIAS,
     )
-    return _apply(options, function)
+    return apply(options, function)
 
 
-def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of `sampling_fields`, and --context-shift."""
-    return _apply(_SAMPLING_OPTIONS, function)
+def predictor_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --predictor, for `open_model`."""
+    return _PREDICTOR(function)
+
+
+def system_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add --system."""
+    return option(
+        "-sys",
+        "--system",
+        other_names=("--system-prompt",),
+        metavar="TEXT",
+        help="The system prompt; by default the model's own.",
+    )(function)
+
+
+def verbosity_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add -v and -q."""
+    options: tuple[Decorator, ...] = (
+        option("-v", "--verbose", is_flag=True, help="Say more, on standard error."),
+        option("-q", "--quiet", is_flag=True, help="Say nothing but answers and errors."),
+    )
+    return apply(options, function)
 
 
 def open_model(options: dict[str, Any], context: int | None = None, sequences: int = 1) -> LLM:
@@ -167,7 +211,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     from svdengine.errors import RequestError
     from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.loading import load
-    from svdengine.scheduling.sampling import check_sparsity_bias
+    from svdengine.scheduling.sampling import check_sparsity_bias, merge_params
     from svdengine.scheduling.scheduler import PREFILL_ROWS
     from svdengine.scheduling.sequence import blocks_for
 
@@ -189,6 +233,10 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         prefetch=options["prefetch"],
         deterministic=options["deterministic"],
     )
+    if options["model"] is None:
+        from svdengine.commands.demo_model import SAMPLING
+
+        llm.default_params = merge_params(llm.default_params, SAMPLING)
     if llm.executor.block_count < sequences * blocks_for(llm.context):
         llm.close()
         raise RequestError(
@@ -210,8 +258,9 @@ def model_label(options: dict[str, Any]) -> str:
 
 def prefill_rows_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --prefill-rows, which `open_model` reads."""
-    return click.option(
+    return option(
         "--prefill-rows",
+        group=SPEED,
         type=click.IntRange(1, 4096),
         metavar="N",
         help="Prompt tokens that a step reads while other requests decode. More read prompts faster; fewer keep the"
@@ -221,8 +270,9 @@ def prefill_rows_option(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def kv_save_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --kv-save, for `kept_kv`."""
-    return click.option(
+    return option(
         "--kv-save",
+        group=SPEED,
         type=click.Path(path_type=Path),
         metavar="FILE",
         help="Keep the KV cache in FILE, so that the next run need not read the same prompts again.",
@@ -246,18 +296,6 @@ def kept_kv(llm: LLM, path: Path | None) -> Iterator[None]:
     saved = llm.save_kv(path)
     with suppress(OSError):  # the terminal may be gone
         click.echo(f"{saved} tokens of the KV cache are in {path}", err=True)
-
-
-def sampling_fields(options: dict[str, Any]) -> dict[str, Any]:
-    """Fields of SamplingParams that were given on the command line; the others stay the model's own."""
-    fields = {name: options[name] for name in _FIELDS if options[name] is not None}
-    if options["stop"]:
-        fields["stop"] = options["stop"]
-    if options["logit_bias"]:
-        fields["logit_bias"] = dict(_bias(text) for text in options["logit_bias"])
-    if options["ignore_eos"]:
-        fields["ignore_eos"] = True
-    return fields
 
 
 def read_text(path: Path) -> str:
@@ -310,8 +348,9 @@ def _demo_model() -> Path:
 
 
 def _ffn_option(*choices: str) -> Decorator:
-    return click.option(
+    return option(
         "--ffn",
+        group=SPARSITY,
         type=click.Choice(choices),
         default="auto",
         show_default=True,
@@ -320,15 +359,8 @@ def _ffn_option(*choices: str) -> Decorator:
     )
 
 
-def _apply(decorators: tuple[Decorator, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+def apply(decorators: tuple[Decorator, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    """Add options, which help shows in their order."""
     for decorator in reversed(decorators):
         function = decorator(function)
     return function
-
-
-def _bias(text: str) -> tuple[int, float]:
-    token, _, value = text.partition("=")
-    try:
-        return int(token), float(value)
-    except ValueError:
-        raise click.BadParameter(f"expected ID=X, such as 42=-5, found {text!r}", param_hint="--logit-bias") from None

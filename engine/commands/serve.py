@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from svdengine.commands.arguments import Number, check_extra
+from svdengine.commands.help_pages import Command, option
 from svdengine.commands.options import (
     kept_kv,
     kv_save_option,
@@ -16,30 +17,37 @@ from svdengine.commands.options import (
     model_options,
     open_shared_model,
     prefill_rows_option,
+    verbosity_options,
 )
 
 _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can wait for
 
 
-@click.command("serve")
+EXAMPLES = (
+    "svdengine serve smollm2.svdp                           then open http://127.0.0.1:8080",
+    "svdengine serve smollm2.svdp --host 0.0.0.0 --api-key-file keys.txt --log-file serve.log",
+)
+
+
+@click.command("serve", cls=Command, examples=EXAMPLES)
 @model_options
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
-@click.option("--name", metavar="NAME", help="Name of the model in requests; by default that of its file.")
-@click.option(
+@option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all networks.")
+@option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="0 takes a free one.")
+@option("--name", metavar="NAME", help="Name of the model in requests; by default that of its file.")
+@option(
     "--api-key",
     multiple=True,
     metavar="KEY",
     help="A key that clients must show. Repeatable. A file is safer: others on this machine see command lines.",
 )
-@click.option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
-@click.option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
-@click.option(
+@option("--api-key-file", type=click.Path(path_type=Path), metavar="FILE", help="API keys, one a line.")
+@option("--cors-origin", multiple=True, metavar="URL", help="Web pages of this origin may use the server.")
+@option(
     "--embeddings",
     is_flag=True,
     help="Answer /v1/embeddings, by the mean of the model's last hidden states. It is no trained embedding model.",
 )
-@click.option(
+@option(
     "--max-requests",
     type=click.IntRange(1, 4096),
     default=64,
@@ -47,10 +55,10 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="N",
     help="Completions that may run or wait; further ones get status 429.",
 )
-@click.option(
+@option(
     "--max-body", type=click.IntRange(1, 1 << 20), default=4, show_default=True, metavar="MIB", help="Largest request."
 )
-@click.option(
+@option(
     "--request-seconds",
     type=Number(0, _LONGEST, min_open=True),
     default=600.0,
@@ -58,7 +66,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="An answer that takes longer ends there.",
 )
-@click.option(
+@option(
     "--drain-seconds",
     type=Number(0, _LONGEST),
     default=30.0,
@@ -66,7 +74,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="On SIGTERM, SIGHUP or Ctrl-C, time for running answers to end.",
 )
-@click.option(
+@option(
     "--max-connections",
     type=click.IntRange(1, 65536),
     default=1024,
@@ -74,7 +82,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="N",
     help="Open connections; one that has no request gives way to a new one.",
 )
-@click.option(
+@option(
     "--address-connections",
     type=click.IntRange(1, 65536),
     default=256,
@@ -82,7 +90,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="N",
     help="Of these, connections of one address.",
 )
-@click.option(
+@option(
     "--head-seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=10.0,
@@ -90,7 +98,7 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="Time for a client to send the head of a request.",
 )
-@click.option(
+@option(
     "--body-seconds",
     type=click.FloatRange(min=0, min_open=True),
     default=30.0,
@@ -98,15 +106,33 @@ _LONGEST = 1e8  # seconds, three years: what the system's clocks and locks can w
     metavar="S",
     help="Time for a client to send the body of a request.",
 )
+@option(
+    "--log-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write the log to FILE, not to standard error. It has a line for each request: who, what, status, time.",
+)
+@option("--log-prompts", is_flag=True, help="Write what was asked to the log as well. By default it never is.")
 @prefill_rows_option
 @kv_save_option
-def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path | None, **options: Any) -> None:
+@verbosity_options
+def command(
+    api_key: tuple[str, ...],
+    api_key_file: Path | None,
+    kv_save: Path | None,
+    log_file: Path | None,
+    verbose: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
     """Serve MODEL, a .svdp file or a name on a hub, to programs that speak OpenAI's interface, and to browsers.
 
-    API keys are also read from the environment variable SVDENGINE_API_KEY.
+    API keys are also read from the environment variable SVDENGINE_API_KEY. The log has a line for each request; -q
+    leaves only what went wrong, and -v adds what monitors and the chat page ask for.
     """
     check_extra("serve", "starlette", "uvicorn")
     from svdengine.server.http_server import HttpServer, listen, url_of
+    from svdengine.server.request_log import set_up_log
     from svdengine.server.service import Service
     from svdengine.server.settings import Settings, read_api_keys
 
@@ -125,7 +151,9 @@ def command(api_key: tuple[str, ...], api_key_file: Path | None, kv_save: Path |
         body_seconds=options["body_seconds"],
         request_seconds=options["request_seconds"],
         drain_seconds=options["drain_seconds"],
+        log_prompts=options["log_prompts"],
     )
+    set_up_log(verbose=verbose, quiet=quiet, file=log_file)
     with listen(settings) as listening, open_shared_model(options) as llm, kept_kv(llm, kv_save):
         service = Service(llm, settings)
         server = HttpServer(service, lambda: _say("\nending; a second signal ends at once"))

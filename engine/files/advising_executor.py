@@ -36,7 +36,8 @@ class AdvisingExecutor:
         self.inner = inner
         self.name, self.block_count, self.max_batch_rows = inner.name, inner.block_count, inner.max_batch_rows
         self.ffn_path, self.close = inner.ffn_path, inner.close
-        self.neuron_counts, self.reset_neuron_counts = inner.neuron_counts, inner.reset_neuron_counts
+        self.neuron_counts, self.layer_counts = inner.neuron_counts, inner.layer_counts
+        self.reset_neuron_counts = inner.reset_neuron_counts
         self._file, self._rows = model_file, ffn_row_names(model_file)
         self._told: dict[str, Advice] = {}
 
@@ -75,6 +76,11 @@ class AdvisingExecutor:
         """See BaseExecutor."""
         self._advise([])
         return self.inner.ffn_inputs(batch)
+
+    @property
+    def kept_experts(self) -> NDArray[np.int32] | None:
+        """See BaseExecutor."""
+        return self.inner.kept_experts
 
     def _scattered(self, n: int) -> list[str]:
         """The arrays of which a step of n rows picks rows."""

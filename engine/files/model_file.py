@@ -26,7 +26,7 @@ from svdengine.files.tensor_file import TensorEntry, TensorFile, TensorHeader, o
 from svdengine.files.tensor_writer import ALIGNMENT, PAD_PREFIX, Declared
 from svdengine.kernels.formats import FORMATS, WeightFormat, stored_parts
 from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import TensorSpec, tensor_specs
+from svdengine.models.tensors import ROUTER, TensorSpec, tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo, TokenizerKind
 
 FORMAT = "svdp"
@@ -184,6 +184,8 @@ def _formats(header: TensorHeader, config: ModelConfig) -> dict[str, WeightForma
     if told.keys() != set(matrices):
         odd = min(told.keys() ^ set(matrices))
         raise ValueError(f"__metadata__ 'formats' {'lacks' if odd in matrices else 'has no use for'} {quoted(odd)}")
+    if told.get(ROUTER, "f32") != "f32":
+        raise ValueError(f"tensor {ROUTER!r}: found the format {told[ROUTER]!r}, expected 'f32'")
     for name, weight_format in told.items():
         if not isinstance(weight_format, str) or weight_format not in FORMATS:
             raise ValueError(

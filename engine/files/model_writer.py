@@ -17,7 +17,7 @@ from svdengine.files.model_file import CHAT_TEMPLATE, FORMAT, FORMAT_VERSION, st
 from svdengine.files.tensor_writer import PAGE, Declared, TensorWriter, size_of
 from svdengine.kernels.formats import Parts, WeightFormat, quantize, stored_parts
 from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import tensor_specs
+from svdengine.models.tensors import ROUTER, tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo
 
 _SMALL: tuple[WeightFormat, ...] = ("q6", "q4", "ternary")
@@ -34,7 +34,7 @@ def format_for(
 
     Embedding and output projection suffer most from few bits: by default they have 8 then. Positions are few.
     """
-    if name == "position_embedding":
+    if name in ("position_embedding", ROUTER):
         return "f32"
     if name in ("embedding", "lm_head"):
         return embedding_dtype or ("q8" if dtype in _SMALL else dtype)

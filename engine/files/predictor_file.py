@@ -89,7 +89,7 @@ def read_predictor(path: Path | str, model_file: ModelFile) -> Predictor:
     config = model_file.config
     try:
         predictor = predictor_from_arrays(
-            arrays, metadata["predictor"], config.layer_count, config.ffn_size, config.hidden_size
+            arrays, metadata["predictor"], config.ffn_blocks, config.ffn_size, config.hidden_size
         )
         check_finite(arrays)
     except (ValueError, RecursionError) as error:
@@ -165,7 +165,7 @@ def find_predictor(model_file: ModelFile, path: str | Path | None = None) -> Pre
     config = model_file.config
     try:
         description = model_file.metadata["predictor"]
-        predictor = predictor_from_arrays(arrays, description, config.layer_count, config.ffn_size, config.hidden_size)
+        predictor = predictor_from_arrays(arrays, description, config.ffn_blocks, config.ffn_size, config.hidden_size)
         check_finite(arrays)
     except KeyError:
         raise ModelFileError(f"{model_file.path}: holds predictor tensors, but does not describe them") from None
@@ -180,15 +180,15 @@ def require_predictor(model_file: ModelFile, predictor: Predictor | None) -> Non
     require_relu_family(model_file)
     if predictor is None:
         raise RequestError(
-            f"{model_file.path} has no predictor, which ffn='sparse' needs;"
-            f" run: svdengine calibrate {model_file.path}, or use ffn='dense'"
+            f"{model_file.path} has no predictor, which the sparse path needs;"
+            f" run: svdengine calibrate {model_file.path}, or run it dense"
         )
 
 
 def require_relu_family(model_file: ModelFile) -> None:
     """Raise RequestError when no neuron of the model is ever exactly zero."""
     if not model_file.config.sparse_ffn:
-        raise RequestError(f"{model_file.path}: {why_not_sparse(model_file.config)}; use ffn='dense'")
+        raise RequestError(f"{model_file.path}: {why_not_sparse(model_file.config)}; run it dense")
 
 
 def why_not_sparse(config: ModelConfig) -> str:

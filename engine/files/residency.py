@@ -22,7 +22,7 @@ from svdengine.kernels.formats import PART_SUFFIXES
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
 
-_FFN_ROWS = ("gate", "up", "down_T")
+_FFN_ROWS = ("gate", "up", "down_T", "down")
 _MEMORY = Path("/proc/meminfo")
 
 
@@ -74,9 +74,10 @@ def let_go_of(model_file: ModelFile, copied: Sequence[str]) -> set[str]:
 def ffn_row_names(model_file: ModelFile) -> list[str]:
     """The stored arrays of FFN matrices of which sparse execution picks rows.
 
-    Scales are not among them: a page holds those of so many rows that nearly every token reads it.
+    Scales are not among them: a page holds those of so many rows that nearly every token reads it. Of experts a token
+    has few, whether any of their rows can be skipped or not.
     """
-    if not model_file.config.sparse_ffn:
+    if not model_file.config.sparse_ffn and not model_file.config.expert_count:
         return []
     return [name for name in _FFN_ROWS if name in model_file.arrays]
 

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from svdengine.llm import LLM
 
 
-_QUICK_TOKENS, _QUICK_REPETITIONS = 32, 3  # of a comparison that a user waits for
-
-
 @dataclass(frozen=True)
 class BenchRow:
     """One test: pp reads a prompt, tg decodes greedily, and ffn runs the FFNs of all layers alone.
@@ -106,30 +103,6 @@ def run_benchmark(
     return rows
 
 
-def decoding_against_dense(llm: LLM, seconds: float = 1.0) -> BenchRow | None:
-    """One sequence decoded on the path that is set, against the dense one, in about `seconds`. `llm` must be idle.
-
-    What the KV cache held is lost. None where dense tokens take too long for that.
-    """
-    before = llm.ffn
-
-    def decoding(tokens: int) -> Workload:
-        return Workload(f"tg{tokens}", tokens, partial(_decode, llm.executor, tokens, 1, 0.0))
-
-    try:
-        llm.ffn = "dense"
-        decoding(1).run()  # the first step does more than the others
-        token = _measured(llm.executor, decoding(1).run, faults=False).seconds
-        tokens = int(seconds / (2 * (_QUICK_REPETITIONS + 1) * token))
-        if tokens < 1:
-            return None
-        test = decoding(min(tokens, _QUICK_TOKENS))
-        done = _repeat(llm, test, ("dense", before), _QUICK_REPETITIONS, None, faults=False)
-    finally:
-        llm.ffn = before
-    return _row(llm, test, before, done[before], done["dense"])
-
-
 def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_token: float = 1.0) -> float:
     """Bytes of weights read for each of `tokens` tokens, of which some or all ran sparse, as `neurons` says.
 
@@ -140,7 +113,7 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
     predicted, active = neurons.predicted_density, neurons.active_density
     if predicted is None or active is None:
         return dense * steps_per_token
-    share = neurons.total / (tokens * config.layer_count * config.ffn_size)  # of tokens that ran sparse
+    share = neurons.total / (tokens * config.token_neurons)  # of tokens that ran sparse
     around = sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)  # attention, norms, embeddings
     rows = sparse_weight_bytes(llm.model_file, llm.predictor, predicted, active) - around
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
@@ -155,7 +128,7 @@ def _tests(
     prompt = _prompt(pp, llm.config.vocab_size)
     tests, at = [], f" @ d{depth}" if depth else ""
     if pp:
-        read, fill = partial(_read_prompt, executor, prompt, bias, depth), partial(_fill, executor, depth, pp, 1, bias)
+        read, fill = partial(read_prompt, executor, prompt, bias, depth), partial(_fill, executor, depth, pp, 1, bias)
         tests.append(Workload(f"pp{pp}{at}", pp, read, depth=depth, prepare=fill))
     for count in parallel if tg else ():
         name = f"tg{tg}{at}" if count == 1 else f"tg{tg}x{count}{at}"
@@ -166,7 +139,7 @@ def _tests(
 
     if tg and alone and isinstance(executor, CpuExecutor):
         count = min(max(tg, 2), executor.max_batch_rows, llm.context)
-        inputs = executor.ffn_inputs(_batch(_prompt(count, llm.config.vocab_size), 0, None, last=False))
+        inputs = executor.ffn_inputs(single_sequence(_prompt(count, llm.config.vocab_size), 0, None, last=False))
         tests.append(Workload(f"ffn{tg}", tg, lambda: _run_ffns(executor, inputs, tg, sparsity_bias)))
     return tests
 
@@ -255,21 +228,21 @@ def _prompt(count: int, vocab_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocab_size, count).astype(np.int32)
 
 
-def _read_prompt(
+def read_prompt(
     executor: Executor, tokens: np.ndarray, bias: np.ndarray | None, depth: int = 0, first_block: int = 0
 ) -> None:
     """Read a prompt that begins at position `depth` of a sequence."""
     for start in range(0, len(tokens), executor.max_batch_rows):
         chunk = tokens[start : start + executor.max_batch_rows]
         last = start + len(chunk) == len(tokens)
-        executor.forward(_batch(chunk, depth + start, bias, last=last, first_block=first_block))
+        executor.forward(single_sequence(chunk, depth + start, bias, last=last, first_block=first_block))
 
 
 def _fill(executor: Executor, depth: int, more: int, sequences: int, bias: np.ndarray | None) -> None:
     """Read the first `depth` tokens of each of some sequences, whose blocks have room for `more`."""
     tokens = np.random.default_rng(1).integers(0, 100, depth).astype(np.int32)
     for sequence in range(sequences):
-        _read_prompt(executor, tokens, bias, first_block=sequence * blocks_for(depth + more))
+        read_prompt(executor, tokens, bias, first_block=sequence * blocks_for(depth + more))
 
 
 def _decode(executor: Executor, count: int, sequences: int, bias: float, depth: int = 0) -> None:
@@ -288,10 +261,10 @@ def _decode(executor: Executor, count: int, sequences: int, bias: float, depth: 
             logit_rows=rows,
             sparsity_bias=np.full(sequences, bias, np.float32) if bias else None,
         )
-        tokens = _likeliest(executor, batch)
+        tokens = likeliest(executor, batch)
 
 
-def _likeliest(executor: Executor, batch: Batch) -> np.ndarray:
+def likeliest(executor: Executor, batch: Batch) -> np.ndarray:
     """The likeliest next tokens, as the engine gets them: from the executor, where it can choose."""
     if isinstance(executor, SamplingExecutor):
         return executor.forward_and_sample(batch, [Choice(temperature=0.0)] * len(batch.logit_rows))[0]
@@ -304,7 +277,9 @@ def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float
         executor.run_ffns(inputs[:, token % inputs.shape[1], None], sparsity_bias=bias)
 
 
-def _batch(tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool, first_block: int = 0) -> Batch:
+def single_sequence(
+    tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool, first_block: int = 0
+) -> Batch:
     """One step of a single sequence, whose blocks are neighbours in the pool; `last`: with the last token's logits."""
     end = start + len(tokens)
     return Batch(

@@ -11,6 +11,8 @@ WIDTH, HEIGHT = 480, 290
 LEFT, RIGHT, TOP, BOTTOM = 56, 14, 14, 44
 
 Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+_LETTER, _LINE = 7.2, 12.0  # about the size of a letter of a label
 Format = Callable[[float], str]
 
 
@@ -21,7 +23,7 @@ class Series:
     name: str
     points: tuple[Point, ...]
     dashed: bool = False
-    labels: tuple[str, ...] = ()  # of the points; empty: none
+    labels: tuple[str, ...] = ()  # of the points, all of which are shown; empty: none
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ def line_chart(
     ys = y_range or _room([p[1] for p in points])
     axes = Axes(_room([p[0] for p in points]), ys)
     body = _frame(axes, x_label, y_label, x_format, y_format)
+    labelled: list[Box] = []
     for number, one in enumerate(series):
         body += _line(axes, number, one, x_format, y_format)
+    for one in series:  # after all lines, which would cross them
+        body += _labels(axes, one, labelled)
     return _picture(body, f"{y_label} against {x_label}") + _legend([(one.name, one.dashed) for one in series])
 
 
@@ -133,8 +138,7 @@ def _frame(axes: Axes, x_label: str, y_label: str, x_format: Format, y_format: F
 
 def _line(axes: Axes, number: int, series: Series, x_format: Format, y_format: Format) -> str:
     path, drawing, marks = "", False, ""
-    labelled: list[Point] = []
-    for i, point in enumerate(series.points):
+    for point in series.points:
         if not all(map(math.isfinite, point)):
             drawing = False
             continue
@@ -144,14 +148,33 @@ def _line(axes: Axes, number: int, series: Series, x_format: Format, y_format: F
         title = f"{series.name}: {x_format(point[0])}, {y_format(point[1])}"
         marks += f'<circle class="point c{number}" cx="{x:.1f}" cy="{y:.1f}" r="2.6">'
         marks += f"<title>{escape(title)}</title></circle>"
-        crowded = any(abs(x - left) < 34 and abs(y - top) < 16 for left, top in labelled)
-        if i < len(series.labels) and series.labels[i] and not crowded:
-            labelled.append((x, y))
-            end = x > WIDTH - RIGHT - 70
-            marks += f'<text class="label" x="{x + (-7 if end else 7):.1f}" y="{y - 7:.1f}"'
-            marks += f' text-anchor="{"end" if end else "start"}">{escape(series.labels[i])}</text>'
     dashed = ' stroke-dasharray="5 4"' if series.dashed else ""
     return f'<path class="line c{number}" d="{path}"{dashed}/>' + marks
+
+
+def _labels(axes: Axes, series: Series, taken: list[Box]) -> str:
+    """A label beside each point that has one: where it covers no other, or where it covers least."""
+    body = ""
+    for point, label in zip(series.points, series.labels, strict=False):
+        if not label or not all(map(math.isfinite, point)):
+            continue
+        x, y = axes.place(point)
+        width = _LETTER * len(label)
+        boxes = [
+            (left, y + up - _LINE, left + width, y + up)
+            for up in (-7.0, 17.0, -21.0, 31.0, -35.0, 45.0)
+            for left in (x + 5, x - 5 - width, x - width / 2)
+        ]
+        inside = [b for b in boxes if b[0] >= LEFT and b[2] <= WIDTH and b[1] >= 0 and b[3] <= HEIGHT - BOTTOM]
+        best = min(inside or boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
+        taken.append(best)
+        body += f'<text class="label" x="{best[0]:.1f}" y="{best[3]:.1f}">{escape(label)}</text>'
+    return body
+
+
+def _overlap(a: Box, b: Box) -> float:
+    """The area that two boxes have in common."""
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def _picture(body: str, title: str) -> str:

@@ -18,6 +18,7 @@ from svdengine.kernels.executor import (
     FfnMode,
     FfnPath,
     HiddenStates,
+    LayerCounts,
     Logits,
     NeuronCounts,
     SamplingExecutor,
@@ -121,10 +122,23 @@ class Engine:
         step = self.scheduler.schedule()
         if step is None:
             return
+        mode = self.executor.ffn
+        if step.ffn is not None:
+            self.executor.ffn = step.ffn
+        try:
+            self._run(step)
+        finally:
+            if step.ffn is not None:
+                self.executor.ffn = mode
+
+    def _run(self, step: Step) -> None:
+        """Compute a step, and hand out what it gave."""
+        by_layer = any(self._requests[chunk.sequence].by_layer for chunk in step.chunks)
         try:
             self._check()
             step = self._with_draft(step)
             before, begin = self.executor.neuron_counts(), time.perf_counter()
+            layers_before = self.executor.layer_counts() if by_layer else None
             outputs = self._forward(step)
             self._check()
         except BaseException as error:
@@ -135,18 +149,22 @@ class Engine:
         path = self.executor.ffn_path(len(step.batch.tokens))
         self._steps[path] += 1
         self._rows[path] += len(step.batch.tokens)
-        self.postprocess(step, outputs, None if path == "dense" else self.executor.neuron_counts() - before)
+        neurons = None if path == "dense" else self.executor.neuron_counts() - before
+        layers = None if layers_before is None else self.executor.layer_counts() - layers_before
+        self.postprocess(step, outputs, neurons, layers)
         if self._drafter is not None and decoding:
             self._drafter.note_step(len(step.batch.tokens), time.perf_counter() - begin)
 
-    def postprocess(self, step: Step, outputs: Outputs, neurons: NeuronCounts | None) -> None:
+    def postprocess(
+        self, step: Step, outputs: Outputs, neurons: NeuronCounts | None, layers: LayerCounts | None = None
+    ) -> None:
         """Hand each request its token or rows of the logits, and the neurons of the whole step if any were counted."""
         row = logit = first = 0
         for chunk in step.chunks:
             request, count = self._requests[chunk.sequence], chunk.logit_rows
             start, first = first, first + chunk.rows
             if neurons is not None:
-                request.note_neurons(neurons)
+                request.note_neurons(neurons, layers)
             if chunk.sequence.hidden and outputs.hidden is not None:
                 self._hand_over(request, partial(request.accept, outputs.hidden[start:first]))
             if not count:

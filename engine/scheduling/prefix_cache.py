@@ -15,6 +15,7 @@ from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
 
 from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.block_pool import BlockPool
 from svdengine.scheduling.sequence import Sequence
 
@@ -100,7 +101,10 @@ class PrefixCache:
         sequence.block_table, sequence.digests, sequence.cached = [], [], 0
 
     def contents(self) -> list[CachedBlock]:
-        """All that can be found, each block after its parent, and what was used last first."""
+        """All that can be found, each block after its parent, and what was used last first.
+
+        But for blocks of requests that chose a path of FFNs themselves.
+        """
         placed: dict[int, CachedBlock] = {}
         owned = [block for block in self._known if self._pool.owner_count(block)]
         for block in (*owned, *reversed(self._pool.idle_blocks)):
@@ -179,9 +183,9 @@ class PrefixCache:
         self._pool.blank(block)
 
 
-def root_digest(sparsity_bias: float) -> bytes:
+def root_digest(sparsity_bias: float, ffn: FfnMode | None = None) -> bytes:
     """What the first block of a sequence has for a parent: all that keys and values depend on besides tokens."""
-    return hashlib.blake2b(struct.pack("<d", sparsity_bias), digest_size=_DIGEST_BYTES).digest()
+    return hashlib.blake2b(struct.pack("<d", sparsity_bias) + (ffn or "").encode(), digest_size=_DIGEST_BYTES).digest()
 
 
 def block_digest(parent: bytes, tokens: TokenIds[int]) -> bytes:
@@ -190,7 +194,7 @@ def block_digest(parent: bytes, tokens: TokenIds[int]) -> bytes:
 
 
 def _parent(sequence: Sequence) -> bytes:
-    return sequence.digests[-1] if sequence.digests else root_digest(sequence.sparsity_bias)
+    return sequence.digests[-1] if sequence.digests else root_digest(sequence.sparsity_bias, sequence.ffn)
 
 
 def _next_digest(sequence: Sequence) -> bytes:

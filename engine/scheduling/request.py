@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from svdengine.errors import ContextOverflowError, RequestError, shown
-from svdengine.kernels.executor import NO_NEURONS, Choice, Logits, NeuronCounts
+from svdengine.kernels.executor import NO_NEURONS, Choice, LayerCounts, Logits, NeuronCounts
 from svdengine.scheduling.completion import Completion, FinishReason, Stats
 from svdengine.scheduling.constraint import Constraint
 from svdengine.scheduling.sampler import Sampler, TokenLogprobs, check_chosen, token_logprobs
@@ -33,6 +33,7 @@ class Request(Protocol):
 
     sequence: Sequence
     error: Exception | None
+    by_layer: bool  # whether it wants its neurons by layer
 
     @property
     def done(self) -> bool:
@@ -54,8 +55,8 @@ class Request(Protocol):
         """Take the token that the executor chose, or NOT_FINITE; true when the context must be shifted."""
         ...
 
-    def note_neurons(self, counts: NeuronCounts) -> None:
-        """Take the FFN neurons of a step that the request was part of."""
+    def note_neurons(self, counts: NeuronCounts, layers: LayerCounts | None) -> None:
+        """Take the FFN neurons of a sparse step that the request was part of; `layers`: where a request wants them."""
         ...
 
     @property
@@ -71,6 +72,8 @@ class Generation:
     pieces: text that nobody has fetched yet, to be taken from the left.
     token_ids: every token that was sampled so far.
     logprobs: one for each of token_ids, where they were asked for.
+    by_layer: whether `layers` are kept; to be set before it runs.
+    layers: the FFN neurons of the step that gave each token, to be taken from the left; None of a dense step.
     finish_reason: why it ended; None: it has not, or with an error.
     error: what a step raised, in place of further tokens.
     """
@@ -85,12 +88,15 @@ class Generation:
         limit: ContextLimit,
         decoder: StreamDecoder | None,
         constraint: Constraint | None = None,
+        breakers: frozenset[int] = frozenset(),
     ) -> None:
+        """`breakers`: tokens that end a repetition, for DRY."""
         _check_tokens(prompt, vocab_size)
         fitted = _fit(prompt, limit)
         self.sequence = Sequence(
             fitted,
             sparsity_bias=params.sparsity_bias,
+            ffn=params.ffn,
             priority=params.priority,
             most_tokens=_most_tokens(len(fitted), params.max_tokens, limit),
         )
@@ -98,17 +104,20 @@ class Generation:
         self.pieces: deque[str] = deque()
         self.token_ids: list[int] = []
         self.logprobs: list[TokenLogprobs] = []
+        self.by_layer = False
+        self.layers: deque[LayerCounts | None] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None
         self._limit = limit
         self._prompt_tokens = len(prompt)
-        self._sampler = Sampler(params, vocab_size, prompt, constraint)
+        self._sampler = Sampler(params, vocab_size, prompt, constraint, breakers)
         self._end_tokens = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else end_tokens)
         self._decoder = decoder
         self._stops = StopStrings(params.stop)
         self._text: list[str] = []
         self._cached_tokens: int | None = None
         self._neurons = NO_NEURONS
+        self._step_layers: LayerCounts | None = None  # of the step at hand
         self._started = time.perf_counter()
         self._first = self._ended = self._started
 
@@ -149,17 +158,22 @@ class Generation:
             full = self._take(token)
             if full or self.done or token != drafted:
                 break
+        self._step_layers = None
         return full
 
     def accept_token(self, token: int) -> bool:
         """Take the token that an executor chose, as `choice` said. Raises SvdEngineError where it found none."""
         check_chosen(token)
-        return self._take(token)
+        full = self._take(token)
+        self._step_layers = None
+        return full
 
     def _take(self, token: int) -> bool:
         """Add a token to the completion; true when the context is full and has to be shifted."""
         self._note_time()
         self.token_ids.append(token)
+        if self.by_layer:
+            self.layers.append(self._step_layers)
         self.sequence.append(token)
         if token in self._end_tokens:
             self.finish("stop")
@@ -172,9 +186,10 @@ class Generation:
             self.finish("length")
         return full and not self.done
 
-    def note_neurons(self, counts: NeuronCounts) -> None:
+    def note_neurons(self, counts: NeuronCounts, layers: LayerCounts | None) -> None:
         """Add the FFN neurons of a step."""
         self._neurons = self._neurons + counts
+        self._step_layers = layers
 
     def finish(self, reason: FinishReason) -> None:
         """End generation; text that was held back is released."""
@@ -248,6 +263,7 @@ class Scoring:
     """The logits of every token of a text, teacher-forced."""
 
     keep = 0  # a context that is full is an error here
+    by_layer = False
 
     def __init__(self, tokens: list[int], vocab_size: int, limit: int, sparsity_bias: float = 0.0) -> None:
         _check_tokens(tokens, vocab_size)
@@ -272,7 +288,7 @@ class Scoring:
         self.done = self.sequence.pending == 0
         return False
 
-    def note_neurons(self, counts: NeuronCounts) -> None:
+    def note_neurons(self, counts: NeuronCounts, layers: LayerCounts | None) -> None:
         """Scoring does not report them."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from svdengine.errors import RequestError, SvdEngineError
 from svdengine.kernels.executor import NOT_FINITE, Choice
 from svdengine.scheduling.constraint import Constraint
+from svdengine.scheduling.dry import dry_penalties
+from svdengine.scheduling.filters import locally_typical, within_sigmas, without_top_choices
 from svdengine.scheduling.sampling import SamplingParams
 
 _FIRST_CANDIDATES = 256  # of a top-p search; it grows eightfold until their probability suffices
@@ -40,19 +42,28 @@ class Sampler:
         vocab_size: int,
         prompt: Sequence[int] = (),
         constraint: Constraint | None = None,
+        breakers: frozenset[int] = frozenset(),
     ) -> None:
+        """`breakers`: tokens that end a repetition, for DRY."""
         for token in params.logit_bias:
             if token >= vocab_size:
                 raise RequestError(f"logit_bias names token {token}, but the vocabulary has {vocab_size} tokens")
         self.params = params
         self.constraint = constraint
         self._random = np.random.Generator(np.random.PCG64(params.seed))
-        self._prompt = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1.0 else None
-        self._counts: Counter[int] = Counter()  # of generated tokens; kept only while a penalty needs it
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
         self._greedy = params.greedy
-        self._penalised = bool(params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty)
+        self._repeats = params.repetition_penalty != 1.0 and params.repeat_last_n != 0
+        self._counted = bool(params.presence_penalty or params.frequency_penalty) and params.repeat_last_n != 0
+        self._dry = params.dry_multiplier > 0 and params.dry_penalty_last_n != 0
+        self._breakers = breakers
+        # What is looked back on; kept only while something does.
+        self._penalised = self._repeats or self._counted or self._dry
+        self._prompt = list(prompt) if self._repeats or self._dry else []
+        self._prompt_set = np.unique(np.asarray(self._prompt, np.int64))
+        self._generated: list[int] = []
+        self._counts: Counter[int] = Counter()  # of the tokens generated
 
     def sample(self, logits: NDArray[np.float32]) -> int:
         """The next token, from logits (vocabulary,) float32, which are left as they are.
@@ -68,7 +79,7 @@ class Sampler:
             token = int(tokens[self._choose(logits[tokens])])
             self.constraint.accept(token)
         if self._penalised:
-            self._counts[token] += 1
+            self._note(token)
         return token
 
     def _choose(self, logits: NDArray[np.float32]) -> int:
@@ -83,33 +94,79 @@ class Sampler:
 
         None where logits are changed or left out before a token is chosen: then `sample` is for it.
         """
-        if self._penalised or self._bias_ids.size or self.constraint is not None:
-            return None
         params = self.params
+        if self._penalised or self._bias_ids.size or self.constraint is not None or _filters(params):
+            return None
         draw = 0.0 if self._greedy else self._random.random()
         return Choice(params.temperature, params.top_k, params.top_p, params.min_p, draw)
+
+    def _note(self, token: int) -> None:
+        self._generated.append(token)
+        self._counts[token] += 1
+        last = self.params.repeat_last_n
+        if 0 <= last < len(self._generated):
+            left = self._generated[-1 - last]
+            self._counts[left] -= 1
+            if not self._counts[left]:
+                del self._counts[left]
 
     def _adjust(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Penalties, then bias, on a copy."""
         logits = logits.copy()
         params = self.params
-        generated = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
-        if self._prompt is not None:
-            seen = np.union1d(self._prompt, generated)
+        if self._repeats:
+            seen = self._seen()
             values = logits[seen]
             penalty = np.float32(params.repetition_penalty)
             logits[seen] = np.where(values > 0, values / penalty, values * penalty)
-        if params.presence_penalty or params.frequency_penalty:
+        if self._counted:
+            generated = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
             counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
             logits[generated] -= np.float32(params.presence_penalty) + np.float32(params.frequency_penalty) * counts
+        if self._dry:
+            for token, taken in self._repetitions().items():
+                logits[token] -= np.float32(taken)
         logits[self._bias_ids] += self._bias
         return logits
 
+    def _seen(self) -> NDArray[np.int64]:
+        """The tokens that the repetition penalty looks back on, each once."""
+        last = self.params.repeat_last_n
+        if last < 0:
+            return np.union1d(self._prompt_set, np.fromiter(self._counts.keys(), np.int64, len(self._counts)))
+        return np.unique(np.asarray(_last(self._prompt, self._generated, last), np.int64))
+
+    def _repetitions(self) -> dict[int, float]:
+        params = self.params
+        return dry_penalties(
+            _last(self._prompt, self._generated, params.dry_penalty_last_n),
+            self._breakers,
+            multiplier=params.dry_multiplier,
+            base=params.dry_base,
+            allowed_length=params.dry_allowed_length,
+        )
+
     def _draw(self, logits: NDArray[np.float32]) -> int:
         tokens, probabilities = candidates(logits, self.params)
+        params = self.params
+        if params.xtc_probability > 0 and self._random.random() < params.xtc_probability:
+            tokens, probabilities = without_top_choices(tokens, probabilities, params.xtc_threshold)
         cumulative = np.cumsum(probabilities)
         index = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
         return int(tokens[min(index, len(tokens) - 1)])
+
+
+def _last(prompt: list[int], generated: list[int], count: int) -> list[int]:
+    """The last `count` tokens of both; -1: all of them."""
+    if count < 0:
+        return prompt + generated
+    missing = count - len(generated)
+    return prompt[-missing:] + generated if missing > 0 else generated[len(generated) - count :]
+
+
+def _filters(params: SamplingParams) -> bool:
+    """Whether tokens are left out in ways that only this sampler knows."""
+    return params.typical_p < 1.0 or params.top_n_sigma > 0.0 or params.xtc_probability > 0.0
 
 
 def check_chosen(token: int) -> None:
@@ -129,18 +186,28 @@ def candidates(logits: NDArray[np.float32], params: SamplingParams) -> tuple[NDA
 
     They come likeliest first, ties by token id, when a top-k or top-p filter ran; else in order of token id.
     """
+    if params.top_n_sigma > 0.0:
+        within = within_sigmas(logits, params.top_n_sigma)
+        tokens, kept = candidates(logits[within], replace(params, top_n_sigma=0.0))
+        return within[tokens], kept
+    total = 0.0  # of the weights that top-p takes its share of
     if params.top_k and params.top_k < len(logits):
         tokens = _largest(logits, params.top_k)
         kept = _weights(logits[tokens], params.temperature)
-        total = float(kept.sum())
     else:
         tokens = np.arange(len(logits))
         kept = _weights(logits, params.temperature)
-        if params.top_p < 1.0:
+        if params.top_p < 1.0 and params.typical_p == 1.0:
             total = float(kept.sum())
             tokens = _enough(kept, params.top_p * total)
             kept = kept[tokens]
+    if params.typical_p < 1.0:
+        tokens, kept = locally_typical(tokens, kept, params.typical_p)
+        if params.top_p < 1.0:
+            order = np.argsort(-kept, kind="stable")
+            tokens, kept = tokens[order], kept[order]
     if params.top_p < 1.0:
+        total = total or float(kept.sum())
         # The token that crosses the line is kept.
         count = int((np.cumsum(kept) < params.top_p * total).sum()) + 1
         tokens, kept = tokens[:count], kept[:count]

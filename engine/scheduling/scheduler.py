@@ -12,6 +12,7 @@ import numpy as np
 
 from svdengine.errors import ContextOverflowError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.block_pool import BlockPool
 from svdengine.scheduling.forecast import AnswerLengths, most_further_blocks
 from svdengine.scheduling.prefix_cache import PrefixCache
@@ -64,6 +65,7 @@ class Step:
     batch: Batch
     chunks: tuple[Chunk, ...]
     to_draft: int = 0  # tokens that the model is to draft first, for the only sequence; see `Scheduler.with_draft`
+    ffn: FfnMode | None = None  # the path that its sequences want; None: that of the model
 
 
 class Scheduler:
@@ -99,6 +101,7 @@ class Scheduler:
         self._max_rows = max_batch_rows
         self._prefill_rows = prefill_rows
         self._arrivals = 0
+        self._turns = 0
         self._lengths = AnswerLengths()
         self._waiting: list[Sequence] = []  # both in order
         self._running: list[Sequence] = []
@@ -250,10 +253,19 @@ class Scheduler:
                 found = self.prefix_cache.extend(sequence)
                 sequence.reused += found
                 self.prefix_hit_tokens += found
-        decoding = [s for s in self._running if s.pending == 1]
-        prompts = [s for s in self._running if s.pending > 1]
+        running = self._of_one_path()
+        decoding = [s for s in running if s.pending == 1]
+        prompts = [s for s in running if s.pending > 1]
         budget = self._max_rows - len(decoding)
         return dict.fromkeys(decoding, 1) | _prefill(prompts, min(budget, self._prefill_rows) if decoding else budget)
+
+    def _of_one_path(self) -> list[Sequence]:
+        """Running sequences whose FFNs take the same path, as those of a step do. Where there are several, by turns."""
+        paths = list(dict.fromkeys(s.ffn for s in self._running))
+        if len(paths) < 2:
+            return self._running
+        self._turns += 1
+        return [s for s in self._running if s.ffn == paths[self._turns % len(paths)]]
 
     def _draft(self, rows: dict[Sequence, int]) -> None:
         """Choose what a step tries beyond pending tokens: only where all decode, and blocks are at hand."""
@@ -307,7 +319,7 @@ def _prefill(prompts: list[Sequence], budget: int) -> dict[Sequence, int]:
 def _make_step(rows: dict[Sequence, int], to_draft: int = 0) -> Step:
     """A step of so many pending tokens of each sequence, and those drafted for it."""
     chunks = tuple(Chunk(s, n + len(s.draft), _logit_rows(s, n), len(s.draft)) for s, n in rows.items())
-    return Step(build_batch(chunks), chunks, to_draft)
+    return Step(build_batch(chunks), chunks, to_draft, chunks[0].sequence.ffn)
 
 
 def _logit_rows(sequence: Sequence, rows: int) -> int:

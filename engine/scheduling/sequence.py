@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as TokenIds
 
 from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.executor import FfnMode
 
 
 def blocks_for(token_count: int) -> int:
@@ -22,6 +23,7 @@ class Sequence:
         all_logits: bool = False,
         hidden: bool = False,
         sparsity_bias: float = 0.0,
+        ffn: FfnMode | None = None,
         priority: int = 0,
         most_tokens: int | None = None,
     ) -> None:
@@ -32,6 +34,7 @@ class Sequence:
         self.all_logits = all_logits  # logits of every token are wanted, not only of the last
         self.hidden = hidden  # hidden states of every token are wanted, and no logits
         self.sparsity_bias = sparsity_bias  # shifts the predictor's thresholds for all of its tokens
+        self.ffn = ffn  # the path of its FFNs; None: that of the model
         self.priority = priority  # lower numbers go first
         self.most_tokens = most_tokens  # that it may become; None: not said
         self.draft: list[int] = []  # tokens that the step at hand tries after the last one

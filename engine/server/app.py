@@ -31,6 +31,8 @@ from svdengine.server.event_stream import EventStream, until_disconnected
 from svdengine.server.guard import Guard
 from svdengine.server.interface_routes import InterfaceRoutes
 from svdengine.server.job import Job
+from svdengine.server.model_info import model_info
+from svdengine.server.request_log import log_prompt, log_request
 from svdengine.server.service import Service
 from svdengine.server.token_fields import detokenized, tokenized, tokenizer_info
 from svdengine.server.web_files import WEB_FILES, web_routes
@@ -84,7 +86,7 @@ class Watch:
             return
         scope["path"] = plain_path(scope["path"])
         client.set(_client_of(scope, bool(self._service.settings.api_keys)))
-        status = 0
+        status, begin = 0, time.perf_counter()
 
         async def watched_send(message: Message) -> None:
             nonlocal status
@@ -102,6 +104,8 @@ class Watch:
             service.open_responses -= 1
             path = scope["path"] if scope["path"] in self._paths else "other"
             service.metrics.responses[path, status] += 1
+            address, seconds = (scope.get("client") or ("",))[0], time.perf_counter() - begin
+            log_request(address, scope["method"], scope["path"], status, seconds, page=scope["path"] in WEB_FILES)
 
 
 def _client_of(scope: Scope, keys: bool) -> str:
@@ -226,7 +230,10 @@ class Routes:
     async def _body(self, request: Request) -> Any:
         """The JSON of a body. Raises ApiError when it is too long, comes too slowly or is no JSON."""
         data = await read_body(request, self._service.settings)
-        return await self._service.in_thread(parse_json, data)
+        value = await self._service.in_thread(parse_json, data)
+        if self._service.settings.log_prompts:
+            log_prompt(request.url.path, value)
+        return value
 
     def _explained(self, endpoint: Callable[[Request], Any]) -> Callable[[Request], Any]:
         async def explained(request: Request) -> Any:
@@ -249,6 +256,7 @@ class Routes:
             "owned_by": "svdengine",
             "max_model_len": llm.context,
             "chat": llm.model_file.chat_template is not None,
+            "svdengine": model_info(llm),
         }
 
 

@@ -14,6 +14,7 @@ from svdengine.server.api_error import ApiError
 from svdengine.server.body import Body
 from svdengine.server.framing import DATA_EVENTS
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
+from svdengine.server.layer_shares import keep_layers, with_layers
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.messages import read_messages
 from svdengine.server.request_loop import Update
@@ -85,6 +86,7 @@ class ChatJob:
             self.requests = [llm.prepare_chat(told, one, template=variables, context_shift=shift) for one in each]
         except GrammarError as error:
             raise grammar_error(error, use) from error
+        keep_layers(self.requests, self.options)
         self._head = Head("chat.completion", name)
         self._readers = [ToolCallReader() if use.allowed else None for _ in self.requests]
         self._trails = [_trail(llm, params) for _ in self.requests]
@@ -101,9 +103,10 @@ class ChatJob:
         if reader and update.completion is not None:
             text += reader.flush()
         found = []
-        if text or entries:
+        if text or entries or update.layers:
             shape = trail.chat_shape(entries) if trail else None
-            found.append(self._piece(index, {"content": text}, shape))
+            piece = self._piece(index, {"content": text}, shape)
+            found.append(with_layers(piece, update.layers) if update.layers else piece)
         if reader and calls:
             first = len(reader.calls) - len(calls)
             deltas = [{"index": first + i, **_call_object(call)} for i, call in enumerate(calls)]

@@ -14,6 +14,7 @@ from svdengine.server.api_error import ApiError, context_overflow, unsupported
 from svdengine.server.body import Body
 from svdengine.server.framing import DATA_EVENTS
 from svdengine.server.job import Head, Object, StreamOptions, check_model, take_stream_options, usage
+from svdengine.server.layer_shares import keep_layers, with_layers
 from svdengine.server.logprobs import LogprobTrail
 from svdengine.server.request_loop import Update
 from svdengine.server.sampling_fields import (
@@ -76,6 +77,7 @@ class CompletionJob:
             raise context_overflow(error, "prompt") from error
         except GrammarError as error:
             raise ApiError(400, str(error), "response_format", "invalid_value") from error
+        keep_layers(self.requests, self.options)
         self._head = Head("text_completion", name)
         self._echoes = [_text(llm, prompt) if echo else "" for prompt in prompts for _ in each]
         self._prompts = [request.sequence.tokens[:] for request in self.requests]
@@ -94,9 +96,10 @@ class CompletionJob:
         trail = self._trails[index]
         entries = trail.push(update.logprobs, update.text) if trail else []
         reason = update.completion.finish_reason if update.completion is not None else None
-        if not (update.text or entries or reason):
+        if not (update.text or entries or reason or update.layers):
             return []
-        return [self._piece(index, update.text, trail.completion_shape(entries) if trail else None, reason)]
+        piece = self._piece(index, update.text, trail.completion_shape(entries) if trail else None, reason)
+        return [with_layers(piece, update.layers) if update.layers else piece]
 
     def closing(self, completions: Sequence[Completion]) -> list[Object]:
         """See `Job.closing`."""

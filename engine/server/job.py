@@ -18,10 +18,15 @@ from svdengine.server.request_loop import Update
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Whether the answer comes in pieces, and whether its usage comes after the last."""
+    """Whether the answer comes in pieces, and what these tell besides.
+
+    include_usage: what it took, after the last piece.
+    include_layers: for each token the shares of neurons that its step computed, by layer.
+    """
 
     stream: bool = False
     include_usage: bool = False
+    include_layers: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,10 +96,10 @@ def take_stream_options(body: Body) -> StreamOptions:
     if given is None:
         return StreamOptions(stream)
     options = Body(given)
-    usage = bool(options.take("include_usage", bool))
+    usage, layers = bool(options.take("include_usage", bool)), bool(options.take("include_layers", bool))
     options.ignore("include_obfuscation")
     options.finish()
-    return StreamOptions(stream, usage and stream)
+    return StreamOptions(stream, usage and stream, layers and stream)
 
 
 def check_model(body: Body, name: str) -> None:

@@ -41,8 +41,6 @@ MACHINE_OPTIONS: Mapping[str, Schema] = {
 _OFF: Mapping[str, Schema] = {
     "mirostat": whole(0, 0),
     "tfs_z": number(1, 1),
-    "typical_p": number(1, 1),
-    "repeat_last_n": whole(-1, -1),  # the penalty sees all tokens
 }
 
 _OWN = {name: schema for name, schema in OWN_FIELDS.items() if name != "repetition_penalty"}

@@ -13,7 +13,7 @@ from itertools import islice
 from svdengine.errors import QueueFullError, RequestError, ShutdownError, SvdEngineError
 from svdengine.llm import LLM
 from svdengine.scheduling.completion import Completion
-from svdengine.scheduling.request import Generation
+from svdengine.scheduling.request import Generation, LayerCounts
 from svdengine.scheduling.sampler import TokenLogprobs
 
 
@@ -24,6 +24,7 @@ class Update:
     text: str = ""
     tokens: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()  # of the tokens, where they were asked for
+    layers: tuple[LayerCounts | None, ...] = ()  # neurons of their steps, where these are kept
     completion: Completion | None = None
     error: Exception | None = None
 
@@ -38,6 +39,7 @@ class Update:
             self.text + later.text,
             self.tokens + later.tokens,
             self.logprobs + later.logprobs,
+            self.layers + later.layers,
             later.completion,
             later.error,
         )
@@ -225,11 +227,14 @@ class RequestLoop:
 def _news(request: Generation, entry: _Entry) -> Update:
     text = "".join(request.pieces)
     request.pieces.clear()
+    layers = tuple(request.layers)
+    request.layers.clear()
     start, entry.tokens = entry.tokens, len(request.token_ids)
     return Update(
         text,
         tuple(request.token_ids[start:]),
         tuple(islice(request.logprobs, start, None)),
+        layers,
         request.completion() if request.finish_reason is not None else None,
         request.error,
     )

@@ -16,7 +16,9 @@ _ID_DIGITS = 10  # of a token id
 
 # Those of OpenAI first; then those that other servers have as well.
 _FIELDS: tuple[str, ...] = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "stop")
-_FIELDS += ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "sparsity_bias")
+_FIELDS += ("top_k", "min_p", "repetition_penalty", "ignore_eos", "stop_token_ids", "sparsity_bias", "ffn")
+_FIELDS += ("typical_p", "top_n_sigma", "xtc_probability", "xtc_threshold", "repeat_last_n", "dry_multiplier")
+_FIELDS += ("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers")
 
 
 _NEUTRAL: dict[str, Any] = {

@@ -30,6 +30,7 @@ class Settings:
     body_seconds: float = 30.0  # for a client to send its request
     request_seconds: float = 600.0  # for an answer; then it ends as if its length limit were reached
     drain_seconds: float = 30.0  # for running requests, when the server is asked to end
+    log_prompts: bool = False  # whether the log has what was asked
 
     @property
     def loopback(self) -> bool:

@@ -120,6 +120,11 @@ class Tokenizer:
             return self._texts[token].encode()
         return self._require().token_bytes(token)
 
+    def tokens_with(self, texts: Iterable[str]) -> frozenset[int]:
+        """The tokens whose own text holds one of these."""
+        parts = [text.encode("utf-8", "replace") for text in texts]
+        return frozenset(t for t in range(self.vocab_size) if any(part in self.token_bytes(t) for part in parts))
+
     def is_silent(self, token: int) -> bool:
         """Whether the token adds nothing to decoded text: a control token, or one that the tokenizer does not know."""
         return token in self._texts or not 0 <= token < self._size

@@ -32,7 +32,7 @@ from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import FfnPath, Logits, NeuronCounts
+from svdengine.kernels.executor import FfnPath, Logits
 from svdengine.kernels.predictor import Predictor
 
 _KEPT_ROWS = 8  # steps of up to that many rows come back often: they are recorded, and their operators' plans kept
@@ -220,9 +220,11 @@ class AscendExecutor(BaseExecutor):
         """Add up what the kernels of a sparse step counted; this waits for them."""
         if path == "dense" or self._state.sparse is None:
             return
-        counts = self._device.read(self._state.sparse.counts.rows(0, n))[:, :layers, :, :, 0].sum((0, 1, 3))
-        total = n * layers * self.config.ffn_size
-        self._counted += NeuronCounts(int(counts[0]) if path == "predict" else total, int(counts[1]), total)
+        counts = self._device.read(self._state.sparse.counts.rows(0, n))[:, :layers, :, :, 0].sum((0, 3))
+        total = n * self.config.ffn_size
+        self._counted[:layers, 0] += counts[:, 0] if path == "predict" else total
+        self._counted[:layers, 1] += counts[:, 1]
+        self._counted[:layers, 2] += total
 
     def _why_dense(self, predictor: Predictor | None) -> str | None:
         """One line on why FFNs cannot run sparse here with this predictor, or None."""

@@ -7,7 +7,7 @@ from numba.cpython.unsafe.tuple import tuple_setitem
 
 from svdengine.kernels.cpu.attention import attend, clear_sums, finish, gather_query, store_key_value, sum_bytes
 from svdengine.kernels.cpu.attention_tile import QUERIES
-from svdengine.kernels.cpu.elementwise import copy_row, head_rms_norm, rms_norm, rotate, scale_head
+from svdengine.kernels.cpu.elementwise import clear_padding, copy_row, head_rms_norm, rms_norm, rotate, scale_head
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.kv_q8 import GROUP, QUERY, gather_q8, store_q8
 from svdengine.kernels.cpu.model import LAYER_MATRICES, O
@@ -45,6 +45,20 @@ def project_qkv(model, work, layer, n, member, threads):
 
 
 @jit
+def norm_joint(model, work, layer, n, member, threads):
+    """RMSNorm over all heads of q, and over those of k, of each row."""
+    first, last = share(2 * n, 1, member, threads)
+    for item in range(first, last):
+        row, is_key = item // 2, item % 2 == 1
+        at = work.k + row * work.kv_stride if is_key else work.q + row * work.q_stride
+        columns = (model.kv_heads if is_key else model.heads) * model.head_dim
+        padded = (work.kv_stride if is_key else work.q_stride) // 4
+        clear_padding(at, columns, padded)
+        weight = model.joint_norm[layer, 1 if is_key else 0].ctypes.data
+        rms_norm(at, weight, at, columns, padded, np.float32(model.norm_eps))
+
+
+@jit
 def place_keys(model, work, cache, inputs, layer, n, member, threads):
     """Norm and rotate q and k heads, and write keys and values into their blocks."""
     heads = model.heads + model.kv_heads
@@ -63,7 +77,7 @@ def place_keys(model, work, cache, inputs, layer, n, member, threads):
             at = work.q + row * work.q_stride + 4 * head * model.head_dim
         if model.qk_norm:
             head_rms_norm(at, model.head_norm[layer, 1 if is_key else 0], model.head_dim, np.float32(model.norm_eps))
-        if model.rope:
+        if model.rope and model.first_angles[layer] >= 0:
             angle = model.first_angles[layer] + position
             rotate(at, model.cos[angle], model.sin[angle], half)
         if is_key:

@@ -21,28 +21,28 @@ from svdengine.kernels.cpu.place import place_predictor
 from svdengine.kernels.cpu.record import packed
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import (
-    ACTIVE,
-    COUNTS,
+    AHEAD,
+    BLOCK_COUNTS,
     DENSE,
+    FIRST_BLOCK,
     GAP,
     KEPT,
+    KEPT_EXPERTS,
     MODE,
     N_ROWS,
     ONLY_FFNS,
     PREDICT,
-    PREDICTED,
     SIZES,
     SKIP_ZEROS,
     SOURCE,
     SOURCE_LAYER,
     STAGES,
-    TOTAL,
     WANTED,
     Inputs,
     Workspace,
     quantized_bytes,
 )
-from svdengine.kernels.executor import Logits, NeuronCounts
+from svdengine.kernels.executor import LayerCounts, Logits
 from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.kv_q8 import key_shape
 from svdengine.kernels.predictor import Predictor, largest_rank
@@ -77,7 +77,7 @@ class CpuExecutor(BaseExecutor):
         self.copies = tuple(copies)
         self._kv = allocate_kv(self._model, self.block_count, setup.kv_dtype, key_shape(config, setup.arrays))
         self._cache, self.kv_bytes_per_token = self._kv.cache, self._kv.bytes_per_token
-        self._inputs = _inputs(self.max_batch_rows, self._max_blocks, self.threads, config.layer_count)
+        self._inputs = _inputs(self.max_batch_rows, self._max_blocks, self.threads, config.ffn_blocks)
         self._work = self._allocate_workspace()
         self._kept_predictor: list[NDArray] = []
         self.predictor = setup.predictor
@@ -99,7 +99,7 @@ class CpuExecutor(BaseExecutor):
 
     def read_ahead(self, gap: int) -> None:
         """See `BaseExecutor`."""
-        self._inputs.sizes[GAP] = gap
+        self._inputs.sizes[[GAP, AHEAD]] = gap, 1
 
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
         """See `BlockStore`."""
@@ -111,14 +111,22 @@ class CpuExecutor(BaseExecutor):
         self._check_open()
         self._kv.write(blocks, data)
 
-    def neuron_counts(self) -> NeuronCounts:
-        """Neurons of rows that took the sparse path since the last reset."""
-        predicted, active, total = self._inputs.counts[:, [PREDICTED, ACTIVE, TOTAL]].sum(0)
-        return NeuronCounts(int(predicted), int(active), int(total))
+    def layer_counts(self) -> LayerCounts:
+        """See `Executor`."""
+        counts: LayerCounts = np.add.reduceat(self._block_counters().sum(0), self._first_blocks())
+        return counts
 
-    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
-        self._inputs.counts[:] = 0
-        self._inputs.counts[0, [PREDICTED, ACTIVE, TOTAL]] = counts.predicted, counts.active, counts.total
+    def _set_layer_counts(self, counts: LayerCounts) -> None:
+        self._block_counters()[:] = 0
+        self._block_counters()[0, self._first_blocks()] = counts
+
+    def _first_blocks(self) -> list[int]:
+        return [self.config.blocks_of(layer).start for layer in range(self.config.layer_count)]
+
+    def _block_counters(self) -> NDArray[np.int64]:
+        """A view of what the threads count: (threads, FFN blocks, 3)."""
+        columns = slice(FIRST_BLOCK, FIRST_BLOCK + BLOCK_COUNTS * self.config.ffn_blocks)
+        return self._inputs.counts[:, columns].reshape(self.threads, -1, BLOCK_COUNTS)
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         self._kept_predictor = place_predictor(self._model, predictor)
@@ -129,11 +137,13 @@ class CpuExecutor(BaseExecutor):
         if n < 2:
             raise ValueError("a step that keeps the FFN's inputs needs at least 2 rows")
         kept = aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
-        self._inputs.sizes[KEPT] = kept.ctypes.data
+        experts = np.zeros((model.layers, n, model.active_experts), np.int32)
+        self.kept_experts = experts if model.experts else None
+        self._inputs.sizes[[KEPT, KEPT_EXPERTS]] = kept.ctypes.data, experts.ctypes.data if model.experts else 0
         try:
             self.forward(batch)
         finally:
-            self._inputs.sizes[KEPT] = 0
+            self._inputs.sizes[[KEPT, KEPT_EXPERTS]] = 0
         return kept.reshape(model.layers, n, -1)[:, :, : model.hidden]
 
     def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
@@ -205,6 +215,8 @@ class CpuExecutor(BaseExecutor):
             "gate": ffn, "up": ffn, "unscaled": ffn if model.sub_norms else 64,
             "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
             "neurons": ffn + 64,
+            "router": stride(model.experts), "chosen": stride(model.active_experts),
+            "weights": stride(model.active_experts),
         }  # fmt: skip
         buffers = {name: aligned(rows * size) for name, size in sizes.items()}
         self._residual = buffers["x"].view(np.float32).reshape(rows, -1)
@@ -216,10 +228,32 @@ class CpuExecutor(BaseExecutor):
             "attention_stride": attention, "attention_q_stride": sizes["attention_q"], "ffn_stride": ffn,
             "ffn_q_stride": sizes["ffn_q"], "z_stride": sizes["z"], "z_q_stride": sizes["z_q"],
             "neurons_stride": ffn + 64,
+            "router_stride": sizes["router"], "chosen_stride": sizes["chosen"],
             "logits_stride": stride(model.vocabulary), "scratch_stride": scratch,
         }  # fmt: skip
         addresses = {name: buffer.ctypes.data for name, buffer in buffers.items()}
-        return Workspace(self.deterministic, **addresses, logits=self._logits.ctypes.data, **strides)
+        work = Workspace(
+            self.deterministic, **addresses, logits=self._logits.ctypes.data, **strides,
+            group=0, group_inputs=0, group_rows=0, group_rows_stride=0,
+        )  # fmt: skip
+        return self._with_group(work, rows) if model.experts else work
+
+    def _with_group(self, work: Workspace, rows: int) -> Workspace:
+        """The workspace with buffers for rows that chose the same expert, whose FFN runs in all others as before."""
+        normed, added = aligned(rows * work.hidden_stride), aligned(rows * work.hidden_stride)
+        quantized = aligned(rows * work.hidden_q_stride)
+        lists = aligned(self.threads * 8 * padded_columns(rows))
+        normed_at, quantized_at, added_at = (buffer.ctypes.data for buffer in (normed, quantized, added))
+        group = packed(work._replace(normed=normed_at, hidden_q=quantized_at, ffn_add=added_at))
+        sequences = np.zeros_like(self._inputs.sequences)
+        inputs = packed(self._inputs._replace(sequences=sequences))
+        self._keep += [normed, quantized, added, lists, group, sequences, inputs]
+        return work._replace(
+            group=group.ctypes.data,
+            group_inputs=inputs.ctypes.data,
+            group_rows=lists.ctypes.data,
+            group_rows_stride=8 * padded_columns(rows),
+        )
 
 
 def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -230,7 +264,7 @@ def _rope(config: ModelConfig, context: int) -> tuple[NDArray[np.float32], NDArr
     return np.concatenate(cos), np.concatenate(sin)
 
 
-def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
+def _inputs(rows: int, kv_blocks: int, threads: int, ffn_blocks: int) -> Inputs:
     def ints(*shape: int) -> NDArray[np.int32]:
         return np.zeros(shape, np.int32)
 
@@ -239,9 +273,9 @@ def _inputs(rows: int, blocks: int, threads: int, layers: int) -> Inputs:
         tokens=ints(rows),
         positions=ints(rows),
         sequences=ints(rows),
-        block_tables=ints(rows, blocks),
+        block_tables=ints(rows, kv_blocks),
         logit_rows=ints(rows),
         sparsity_bias=np.zeros(rows, np.float32),
-        claims=np.zeros(layers * STAGES + 1, np.int64),
-        counts=np.zeros((threads, COUNTS), np.int64),
+        claims=np.zeros(ffn_blocks * STAGES + 1, np.int64),
+        counts=np.zeros((threads, -(-(FIRST_BLOCK + ffn_blocks * BLOCK_COUNTS) // 8) * 8), np.int64),
     )

@@ -168,7 +168,7 @@ def sparse_together(model, work, inputs, layer, normed, member, threads, sync):
         down, active, found, hidden, work.ffn_stride, 1, out, work.hidden_stride,
         work.sums + member * work.hidden_stride, work.hidden_stride, 0, down[COLUMNS], scratch,
     )  # fmt: skip
-    count_neurons(inputs.counts, member, count, found, model.ffn if member == 0 else 0)
+    count_neurons(inputs.counts, member, layer, count, found, model.ffn if member == 0 else 0)
     barrier(sync, threads)
     return threads
 

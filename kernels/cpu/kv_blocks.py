@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE
-from svdengine.kernels.cpu.aligned import aligned
+from svdengine.kernels.cpu.aligned import scattered
 from svdengine.kernels.cpu.model import Model
 from svdengine.kernels.cpu.workspace import KV_F16, KV_F32, KV_Q8, Cache
 from svdengine.kernels.executor import KvDtype
@@ -34,7 +34,7 @@ class KvBlocks:
         size, key_dim = dtype.itemsize, -(-model.head_dim // 4) * 4
         key_head, value_head = size * key_dim * BLOCK_SIZE, size * model.value_stride * BLOCK_SIZE
         count = model.layers * model.kv_heads * block_count
-        keys, values = aligned(count * key_head), aligned(count * value_head)
+        keys, values = scattered(count * key_head), scattered(count * value_head)
         self._keys = keys.view(dtype).reshape(*heads, key_dim, BLOCK_SIZE)
         self._values = values.view(dtype).reshape(*heads, BLOCK_SIZE, model.value_stride)
         self.bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
@@ -69,7 +69,7 @@ class QuantizedKvBlocks:
         key_head, value_head = (-(-(width * BLOCK_SIZE + scales) // 64) * 64 for width in (key_dim, model.value_stride))
         heads = (model.layers, model.kv_heads, block_count)
         count = model.layers * model.kv_heads * block_count
-        keys, values = aligned(count * key_head), aligned(count * value_head)
+        keys, values = scattered(count * key_head), scattered(count * value_head)
         self._keys, self._values = keys.reshape(*heads, key_head), values.reshape(*heads, value_head)
         self.bytes_per_token = model.layers * model.kv_heads * (key_head + value_head) // BLOCK_SIZE
         self._offsets, self._factors = (

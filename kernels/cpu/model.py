@@ -25,21 +25,25 @@ from svdengine.kernels.cpu.panels import interleaved
 from svdengine.kernels.cpu.row_bounds import INTEGER_FORMATS, row_bounds
 from svdengine.kernels.formats import FORMATS, STORED_DTYPES, Parts, WeightFormat, padded_columns, stored_parts
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs
+from svdengine.models.tensors import ROUTER as ROUTER_NAME
 
-# Matrices of a layer, then those of the whole model after all layers.
-Q, K, V, O, GATE, UP, DOWN, FACTOR_A, FACTOR_B, RESIDUAL, LAYER_MATRICES = range(11)  # noqa: E741
+# Matrices of a layer, or of an FFN block (from GATE to RESIDUAL), then those of the whole model after all blocks.
+Q, K, V, O, GATE, UP, DOWN, FACTOR_A, FACTOR_B, RESIDUAL, ROUTER, LAYER_MATRICES = range(12)  # noqa: E741
 EMBEDDING, LM_HEAD = range(2)
 
-_NAMES = {"q": Q, "k": K, "v": V, "o": O, "gate": GATE, "up": UP, "down": DOWN, "down_T": DOWN}
+_NAMES = {"q": Q, "k": K, "v": V, "o": O, "gate": GATE, "up": UP, "down": DOWN, "down_T": DOWN, "router": ROUTER}
 
 ACTIVATIONS = ("relu", "fatrelu", "drelu", "relu2", "silu", "gelu", "gelu_tanh")
 RELU, FATRELU, DRELU, RELU2, SILU, GELU, GELU_TANH = range(7)
+ROUTERS = ("softmax", "topk_softmax", "sigmoid")
+SOFTMAX, TOPK_SOFTMAX, SIGMOID = range(3)
 
 
 class Model(NamedTuple):
     """Everything about the weights that a step reads."""
 
     layers: int
+    blocks: int  # FFNs of all layers: as many, or with experts more
     hidden: int
     hidden_stride: int  # floats in a row of the residual stream: hidden, padded
     heads: int
@@ -60,7 +64,8 @@ class Model(NamedTuple):
     shared_norm: bool
     post_norms: bool
     sub_norms: bool
-    qk_norm: bool
+    qk_norm: bool  # of each head alone
+    qk_norm_joint: bool
     learned_positions: bool
     rope: bool
     quantized: bool  # some matrix of a layer wants int8 activations
@@ -69,7 +74,14 @@ class Model(NamedTuple):
     residual_scale: float
     logit_scale: float
     attention_scale: float
-    matrices: Annotated[NDArray[np.int64], 2]  # (layers * LAYER_MATRICES + 2, MATRIX_FIELDS)
+    experts: int  # of a layer; 0: it has one FFN
+    active_experts: int
+    router: int
+    router_columns: int  # experts, padded
+    early_router: bool
+    expert_scale: float
+    first_blocks: Annotated[NDArray[np.int64], 1]  # (layers + 1,) the first block of each layer, and of none
+    matrices: Annotated[NDArray[np.int64], 2]  # (blocks * LAYER_MATRICES + 2, MATRIX_FIELDS)
     windows: Annotated[NDArray[np.int64], 1]  # (layers,) sliding window, or a number larger than any context
     attention_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, hidden_stride) weight and bias
     ffn_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, hidden_stride)
@@ -79,14 +91,15 @@ class Model(NamedTuple):
     ffn_sub_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, ffn_stride)
     output_norm: Annotated[NDArray[np.float32], 2]  # (2, hidden_stride)
     head_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, head_dim) of q and k
-    predictor_minus_threshold: Annotated[NDArray[np.float32], 2]  # (layers, ffn_stride) where the sums of scores start
-    predictor_unit: Annotated[NDArray[np.float32], 2]  # (layers, ffn_stride)
-    predictor_relu: Annotated[NDArray[np.int64], 1]  # (layers,) whether there is a ReLU between the factors
+    joint_norm: Annotated[NDArray[np.float32], 3]  # (layers, 2, attention_stride) of all heads of q and of k
+    predictor_minus_threshold: Annotated[NDArray[np.float32], 2]  # (blocks, ffn_stride) where the sums of scores start
+    predictor_unit: Annotated[NDArray[np.float32], 2]  # (blocks, ffn_stride)
+    predictor_relu: Annotated[NDArray[np.int64], 1]  # (blocks,) whether there is a ReLU between the factors
     positions: Annotated[NDArray[np.float32], 2]  # (max_position or 1, hidden_stride)
     # (context, head_dim / 2), or twice as many where layers with a window have their own
     cos: Annotated[NDArray[np.float32], 2]
     sin: Annotated[NDArray[np.float32], 2]
-    first_angles: Annotated[NDArray[np.int64], 1]  # (layers,) row of cos and sin for position 0
+    first_angles: Annotated[NDArray[np.int64], 1]  # (layers,) row of cos and sin for position 0; -1: not rotated
 
 
 def build_model(
@@ -109,9 +122,12 @@ def build_model(
     keep: list[NDArray] = []
     panels: list[NDArray] = []
     specs = {spec.name: spec for spec in tensor_specs(config)}
-    count = config.layer_count * LAYER_MATRICES
+    count = config.ffn_blocks * LAYER_MATRICES
     matrices = np.zeros((count + 2, MATRIX_FIELDS), np.int64)
-    zeros = np.zeros(max(config.ffn_size, config.vocab_size, config.hidden_size, *_widths(config)) + 64, np.float32)
+    if formats.get(ROUTER_NAME, "f32") != "f32":
+        raise ValueError(f"the router must be f32, found {formats[ROUTER_NAME]}")
+    widest = max(config.ffn_size, config.vocab_size, config.hidden_size, config.expert_count, *_widths(config))
+    zeros = np.zeros(widest + 64, np.float32)
     keep.append(zeros)
 
     def fields_of(name: str, side_by_side: bool) -> NDArray[np.int64]:
@@ -134,10 +150,10 @@ def build_model(
                 bounds = row_bounds(_checked_parts(specs[name], arrays, formats[name]))
                 keep.append(bounds)
                 fields[:, BOUNDS] = bounds.ctypes.data + np.arange(len(bounds)) * bounds.strides[0]
-            bias = _bias_addresses(config, name, arrays, zeros, keep)
-            for layer in range(config.layer_count):
-                matrices[layer * LAYER_MATRICES + kind, :BIAS_VECTOR] = fields[layer]
-                matrices[layer * LAYER_MATRICES + kind, BIAS_VECTOR] = bias[layer]
+            bias = _bias_addresses(len(fields), name, arrays, zeros, keep)
+            rows = np.arange(len(fields)) if name != ROUTER_NAME else np.array(config.expert_layers)
+            matrices[rows * LAYER_MATRICES + kind, :BIAS_VECTOR] = fields
+            matrices[rows * LAYER_MATRICES + kind, BIAS_VECTOR] = bias
     head = "embedding" if config.tied_embeddings else "lm_head"
     for slot, name in ((EMBEDDING, "embedding"), (LM_HEAD, head)):
         matrices[count + slot, :BIAS_VECTOR] = fields_of(name, slot == LM_HEAD and name in in_panels)[0]
@@ -167,22 +183,23 @@ def _checked_parts(spec: TensorSpec, arrays: Mapping[str, NDArray], weight_forma
 def read_whole(config: ModelConfig, formats: Mapping[str, WeightFormat]) -> list[str]:
     """The matrices that can be interleaved: every step reads all of them, and their format has panels.
 
-    An embedding that is the lm_head too is interleaved for that alone.
+    An embedding that is the lm_head too is interleaved for that alone. Of experts a step reads few.
     """
     head = "embedding" if config.tied_embeddings else "lm_head"
-    names = ["q", "k", "v", "o", head, *([] if config.sparse_ffn else ["gate", "up", "down"])]
+    some = config.sparse_ffn or config.expert_count > 0
+    names = ["q", "k", "v", "o", head, *([] if some else ["gate", "up", "down"])]
     return [name for name in names if formats.get(name) in PANEL_CODES]
 
 
 def _bias_addresses(
-    config: ModelConfig, name: str, arrays: Mapping[str, NDArray], zeros: NDArray, keep: list[NDArray]
+    count: int, name: str, arrays: Mapping[str, NDArray], zeros: NDArray, keep: list[NDArray]
 ) -> NDArray[np.int64]:
     source = arrays.get(f"{'down' if name == 'down_T' else name}.bias")
     if source is None:
-        return np.full(config.layer_count, zeros.ctypes.data, np.int64)
+        return np.full(count, zeros.ctypes.data, np.int64)
     padded = _padded(source, 64)
     keep.append(padded)
-    return padded.ctypes.data + np.arange(config.layer_count) * padded.strides[0]
+    return padded.ctypes.data + np.arange(count) * padded.strides[0]
 
 
 def _padded(array: NDArray, multiple: int, width: int = 0) -> NDArray[np.float32]:
@@ -214,8 +231,11 @@ def _model(
         return out
 
     head_norm = np.zeros((config.layer_count, 2, hd), np.float32)
+    joint_norm = np.zeros((config.layer_count, 2, padded_columns(config.head_count * hd)), np.float32)
     if config.qk_norm:
-        head_norm[:, 0], head_norm[:, 1] = arrays["q_norm.weight"], arrays["k_norm.weight"]
+        for row, name in enumerate(("q_norm.weight", "k_norm.weight")):
+            into = joint_norm if config.qk_norm_joint else head_norm
+            into[:, row, : arrays[name].shape[1]] = arrays[name]
     windows = np.full(config.layer_count, 1 << 40, np.int64)
     if config.sliding_window:
         windows[list(config.sliding_window_layers)] = config.sliding_window
@@ -225,6 +245,7 @@ def _model(
         positions = _padded(_float32(arrays["position_embedding"], formats["position_embedding"])[:, :d], 64)
     return Model(
         layers=config.layer_count,
+        blocks=config.ffn_blocks,
         hidden=d,
         hidden_stride=stride,
         heads=config.head_count,
@@ -245,7 +266,8 @@ def _model(
         shared_norm=config.shared_norm,
         post_norms=config.post_norms,
         sub_norms=config.sub_norms,
-        qk_norm=config.qk_norm,
+        qk_norm=config.qk_norm and not config.qk_norm_joint,
+        qk_norm_joint=config.qk_norm_joint,
         learned_positions=config.learned_positions,
         rope=config.rope is not None,
         quantized=any(FORMATS[formats[name]].activation_bits < 32 for name in _NAMES if name in specs),
@@ -254,6 +276,13 @@ def _model(
         residual_scale=float(config.residual_scale),
         logit_scale=float(config.logit_scale),
         attention_scale=config.attention_scale,
+        experts=config.expert_count,
+        active_experts=config.active_experts,
+        router=ROUTERS.index(config.router),
+        router_columns=padded_columns(config.expert_count),
+        early_router=config.early_router,
+        expert_scale=float(config.expert_scale),
+        first_blocks=np.array([config.blocks_of(i).start for i in range(config.layer_count + 1)], np.int64),
         matrices=matrices,
         windows=windows,
         attention_norm=norm("attention_norm", config.layer_count, stride),
@@ -264,9 +293,10 @@ def _model(
         ffn_sub_norm=norm("ffn_sub_norm", config.layer_count, padded_columns(config.ffn_size)),
         output_norm=norm("output_norm", 1, stride)[0],
         head_norm=head_norm,
-        predictor_minus_threshold=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
-        predictor_unit=np.zeros((config.layer_count, padded_columns(config.ffn_size)), np.float32),
-        predictor_relu=np.zeros(config.layer_count, np.int64),
+        joint_norm=joint_norm,
+        predictor_minus_threshold=np.zeros((config.ffn_blocks, padded_columns(config.ffn_size)), np.float32),
+        predictor_unit=np.zeros((config.ffn_blocks, padded_columns(config.ffn_size)), np.float32),
+        predictor_relu=np.zeros(config.ffn_blocks, np.int64),
         positions=positions,
         cos=rope_tables[0],
         sin=rope_tables[1],
@@ -279,6 +309,7 @@ def _first_angles(config: ModelConfig, rows: int) -> NDArray[np.int64]:
     first = np.zeros(config.layer_count, np.int64)
     if config.local_rope is not None:
         first[list(config.sliding_window_layers)] = rows // 2
+    first[list(config.unrotated_layers)] = -1
     return first
 
 

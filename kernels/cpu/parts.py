@@ -31,6 +31,7 @@ PARTS: dict[str, Part] = {
     "panels": Part(("multiply_panels", "multiply_in_panels"), "step", 7),
     "neuron_rows": Part(("add_rows", "gemm_transposed"), "step", 6),
     "ffn": Part(("ffn",), "step", 3),
+    "experts": Part(("route", "choose_experts", "experts"), "step", 6),
     INTERLEAVE: Part(("interleave",), "interleaving", 2),
     BANDWIDTH: Part(("read_range",), "read_range", 1),
 }
@@ -54,4 +55,6 @@ def needed_parts(config: ModelConfig, copied: Collection[str], *, deterministic:
         needed |= {"rows", "rows_alike"} if deterministic else {"rows", "panels"}
     if config.sparse_ffn:
         needed |= {"neuron_rows", "sparse"}
+    if config.expert_count:
+        needed.add("experts")
     return frozenset(needed)

@@ -19,7 +19,7 @@ _NEVER = np.float32(1e30)  # the threshold of neurons that only fill up a panel
 def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
     """Put a predictor that fits the model in place, or take it out. Returns the arrays that must outlive it."""
     keep: list[NDArray] = []
-    for layer in range(model.layers):
+    for layer in range(model.blocks):
         matrices = model.matrices[layer * LAYER_MATRICES : (layer + 1) * LAYER_MATRICES]
         matrices[[FACTOR_A, FACTOR_B, RESIDUAL]] = 0
         if predictor is not None:

@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.matrix import DATA, ROW_BYTES
+from svdengine.kernels.cpu.matrix import DATA, ROW_BYTES, ROWS
 from svdengine.kernels.cpu.simd import I8, I32, address, call, load_int, operation
 
 _PAGE = mmap.PAGESIZE
@@ -25,6 +25,13 @@ def will_need(builder, at, size):
     if _WILLNEED is not None:
         pointer = builder.inttoptr(at, I8.as_pointer())
         call(builder, "madvise", I32, [pointer, size, ir.Constant(I32, _WILLNEED)])
+
+
+@jit
+def ask_for_matrix(matrix):
+    """Ask for all rows of a matrix."""
+    start = matrix[DATA] // _PAGE * _PAGE
+    will_need(start, matrix[DATA] + matrix[ROWS] * matrix[ROW_BYTES] - start)
 
 
 @jit

@@ -47,7 +47,7 @@ from svdengine.kernels.cpu.simd import (
     store_real,
     zero_f32,
 )
-from svdengine.kernels.cpu.workspace import ACTIVE, PREDICTED, TOTAL
+from svdengine.kernels.cpu.workspace import ACTIVE, BLOCK_COUNTS, FIRST_BLOCK, PREDICTED, TOTAL
 from svdengine.kernels.formats import FORMATS
 
 RESIDUAL_BYTES_2, RESIDUAL_BYTES_1 = RESIDUAL_BYTES[2], RESIDUAL_BYTES[1]
@@ -208,8 +208,9 @@ def start_sum(out, bias, columns, with_bias):
 
 
 @jit
-def count_neurons(counts, member, predicted, active, total):
-    """Add to a thread's counters."""
-    counts[member, PREDICTED] += predicted
-    counts[member, ACTIVE] += active
-    counts[member, TOTAL] += total
+def count_neurons(counts, member, block, predicted, active, total):
+    """Add to a thread's counters of an FFN block."""
+    at = FIRST_BLOCK + block * BLOCK_COUNTS
+    counts[member, at + PREDICTED] += predicted
+    counts[member, at + ACTIVE] += active
+    counts[member, at + TOTAL] += total

@@ -48,7 +48,7 @@ def sparse_batch(model, work, inputs, layer, normed, n, member, threads, sync):
             project_rows(model, work, layer, first, count, member, threads, sync)
             listed = merge_lists(model, work, inputs, layer, first, count, member, threads)
         else:
-            listed = list_every_neuron(model, work, inputs, count, member, threads)
+            listed = list_every_neuron(model, work, inputs, layer, count, member, threads)
         if model.sub_norms:
             clear_unscaled(model, work, first, count, member, threads)
         inputs.counts[member, LISTED] = listed
@@ -108,18 +108,18 @@ def merge_lists(model, work, inputs, layer, first, count, member, threads):
                 store_int(neurons + 4 * found, i + lane)
                 store_int(merged + 4 * found, mask)
                 found += 1
-    count_neurons(inputs.counts, member, predicted, 0, count * (end - begin))
+    count_neurons(inputs.counts, member, layer, predicted, 0, count * (end - begin))
     return found
 
 
 @jit
-def list_every_neuron(model, work, inputs, count, member, threads):
+def list_every_neuron(model, work, inputs, layer, count, member, threads):
     """List all of this member's neurons for every row: only exact zeros are skipped then. Returns how many."""
     begin, end = share(model.ffn, NEURON_UNIT, member, threads)
     for i in range(begin, end):
         store_int(work.neurons + 4 * i, i)
         store_int(work.up + 4 * i, (1 << count) - 1)
-    count_neurons(inputs.counts, member, count * (end - begin), 0, count * (end - begin))
+    count_neurons(inputs.counts, member, layer, count * (end - begin), 0, count * (end - begin))
     return end - begin
 
 
@@ -188,7 +188,7 @@ def activate_listed(model, work, inputs, layer, normed, first, count, total, mem
                 weigh_listed(model, layer, active, found, hidden, work.unscaled + (first + row) * work.ffn_stride)
             spread(neurons, start, size, active, hidden, found, work.gate + (first + row) * work.ffn_stride)
             computed += found
-    count_neurons(inputs.counts, member, 0, computed, 0)
+    count_neurons(inputs.counts, member, layer, 0, computed, 0)
 
 
 @jit

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cpu.attention_stage import attention, place_keys, project_attention, project_qkv
+from svdengine.kernels.cpu.attention_stage import attention, norm_joint, place_keys, project_attention, project_qkv
 from svdengine.kernels.cpu.elementwise import (
     add_row,
     clear_padding,
@@ -14,6 +14,7 @@ from svdengine.kernels.cpu.elementwise import (
     rms_norm,
     scale_row,
 )
+from svdengine.kernels.cpu.experts import choose_experts, experts, route
 from svdengine.kernels.cpu.ffn_stage import any_ffn, keep_ffn_inputs
 from svdengine.kernels.cpu.formats.dispatch import load_weights
 from svdengine.kernels.cpu.jit import jit
@@ -45,7 +46,7 @@ def embed(model, work, inputs, n, member, threads):
     for row in range(first, last):
         token = inputs.tokens[0 if n == 1 else row]
         x = work.x + row * work.hidden_stride
-        matrix = model.matrices[model.layers * LAYER_MATRICES + EMBEDDING]
+        matrix = model.matrices[model.blocks * LAYER_MATRICES + EMBEDDING]
         for column in range(0, model.hidden_stride, 16):
             store_f32(x + 4 * column, load_weights(matrix, token, column))
         if model.embedding_scale != 1.0:
@@ -130,8 +131,15 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
     quantize = model.quantized or inputs.sizes[MODE] == PREDICT
     normalize(model, work, model.attention_norm[layer], work.normed, n, member, threads, quantize)
     ready(n, sync, threads)
+    if model.experts > 0 and model.early_router:
+        route(model, work, layer, work.x, n, member, threads)
     project_qkv(model, work, layer, n, member, threads)
     barrier(sync, threads)
+    if model.experts > 0 and model.early_router:  # they are on their way from storage while attention runs
+        choose_experts(model, work, inputs, layer, n, member, threads)
+    if model.qk_norm_joint:
+        norm_joint(model, work, layer, n, member, threads)
+        barrier(sync, threads)
     place_keys(model, work, cache, inputs, layer, n, member, threads)
     barrier(sync, threads)
     attention(model, work, cache, inputs, layer, n, member, threads)
@@ -149,6 +157,14 @@ def layer_step(model, work, cache, inputs, layer, n, member, threads, sync):
         normalize(model, work, model.ffn_norm[layer], normed, n, member, threads, quantize)
     keep_ffn_inputs(model, work, inputs, layer, normed, n, member, threads)
     ready(n, sync, threads)
+    if model.experts > 0:
+        if not model.early_router:
+            route(model, work, layer, normed, n, member, threads)
+            barrier(sync, threads)
+            choose_experts(model, work, inputs, layer, n, member, threads)
+            ready(n, sync, threads)
+        experts(model, work, inputs, layer, normed, n, member, threads, sync)
+        return
     parts = any_ffn(model, work, inputs, layer, normed, n, member, threads, sync)
     if model.post_norms:
         add_normed(model, work, model.ffn_post_norm[layer], work.ffn_add, parts, n, member, threads)
@@ -178,11 +194,11 @@ def logits(model, work, inputs, n, wanted, member, threads, sync):
     ready(wanted, sync, threads)
     own = member if wanted == 1 else 0
     matmul_together(
-        model.matrices[model.layers * LAYER_MATRICES + LM_HEAD],
+        model.matrices[model.blocks * LAYER_MATRICES + LM_HEAD],
         work.normed + own * work.hidden_stride, work.hidden_stride,
         work.hidden_q + own * work.hidden_q_stride, work.hidden_q_stride,
         wanted, work.logits, work.logits_stride, model.vocabulary, work.scratch + member * work.scratch_stride,
-        work.invariant, member, threads, counter_of(inputs, model.layers, 0),
+        work.invariant, member, threads, counter_of(inputs, model.blocks, 0),
     )  # fmt: skip
     barrier(sync, threads)
 
@@ -203,8 +219,15 @@ def only_ffns(model, work, inputs, n, member, threads, sync):
                 quantized = work.hidden_q + row * work.hidden_q_stride
                 quantize_groups(normed, quantized, model.hidden_stride, 0, model.hidden_stride)
         ready(n, sync, threads)
-        parts = any_ffn(model, work, inputs, layer, work.normed, n, member, threads, sync)
-        add_to_residual(model, work, work.ffn_add, parts, n, member, threads, True)
+        if model.experts > 0:
+            route(model, work, layer, work.normed, n, member, threads)
+            barrier(sync, threads)
+            choose_experts(model, work, inputs, layer, n, member, threads)
+            ready(n, sync, threads)
+            experts(model, work, inputs, layer, work.normed, n, member, threads, sync)
+        else:
+            parts = any_ffn(model, work, inputs, layer, work.normed, n, member, threads, sync)
+            add_to_residual(model, work, work.ffn_add, parts, n, member, threads, True)
         barrier(sync, threads)  # the next FFN writes where others may still read
 
 

@@ -10,10 +10,13 @@ from numpy.typing import NDArray
 DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate and skips what is exactly 0
 # Numbers of a step, in Inputs.sizes. KEPT: address for what enters the FFNs, or 0. GAP: see read_ahead.py. With
 # ONLY_FFNS, a count of layers, a step is their FFNs alone, on inputs at SOURCE; SOURCE_LAYER: bytes from one layer's to
-# the next one's, or 0 when all have the same.
-N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, SIZES = range(9)
-# Counters of a thread, in Inputs.counts, on a cache line of their own.
-PREDICTED, ACTIVE, TOTAL, LISTED, COUNTS = 0, 1, 2, 3, 8
+# the next one's, or 0 when all have the same. AHEAD: whether experts are asked for when they are chosen (experts.py).
+# KEPT_EXPERTS: address for their numbers, or 0.
+N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, AHEAD, KEPT_EXPERTS, SIZES = range(11)
+# Columns of a thread's counters, in Inputs.counts: its list of the FFN at hand, and after it three numbers of each
+# FFN block (experts.py). A thread's are on cache lines of their own.
+LISTED, FIRST_BLOCK = 0, 8
+PREDICTED, ACTIVE, TOTAL, BLOCK_COUNTS = range(4)
 KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
 # Fields of a team's synchronisation array, 8 int64 apart.
 ARRIVED, EPOCH, CALLED, ASLEEP, CROWDED, PARKED = range(0, 48, 8)  # the parked flags of the members follow, 8 apart
@@ -62,6 +65,15 @@ class Workspace(NamedTuple):
     z_q_stride: int
     neurons: int  # lists of neurons, int32, likewise
     neurons_stride: int
+    router: int  # a router's products, of one layer; decode has one row
+    router_stride: int
+    chosen: int  # numbers of each row's experts, int32; in decode one row a thread
+    weights: int  # what their outputs are multiplied by
+    chosen_stride: int
+    group: int  # address of a record like this: the buffers of rows that chose the same expert
+    group_inputs: int  # address of their Inputs
+    group_rows: int  # one a thread: numbers of these rows, int32, then their weights
+    group_rows_stride: int
     logits: int
     logits_stride: int
     scratch: int  # one a thread
@@ -92,5 +104,5 @@ class Inputs(NamedTuple):
     block_tables: Annotated[NDArray[np.int32], 2]
     logit_rows: Annotated[NDArray[np.int32], 1]
     sparsity_bias: Annotated[NDArray[np.float32], 1]  # of each sequence
-    claims: Annotated[NDArray[np.int64], 1]  # (layers * STAGES + 1,) zeros when a step begins
-    counts: Annotated[NDArray[np.int64], 2]  # (threads, COUNTS) neurons predicted, active and in all, of sparse rows
+    claims: Annotated[NDArray[np.int64], 1]  # (blocks * STAGES + 1,) zeros when a step begins
+    counts: Annotated[NDArray[np.int64], 2]  # (threads, columns) neurons of sparse rows, by FFN block

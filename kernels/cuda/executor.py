@@ -34,7 +34,7 @@ from svdengine.kernels.cuda.workspace import (
     pack_inputs,
     workspace_bytes,
 )
-from svdengine.kernels.executor import Choice, FfnPath, Logits, NeuronCounts
+from svdengine.kernels.executor import Choice, FfnPath, LayerCounts, Logits, NeuronCounts
 from svdengine.kernels.predictor import Predictor
 
 _FEW_ROWS = 8  # up to which every row attends alone, so that a step's launches depend on its size only
@@ -145,11 +145,16 @@ class CudaExecutor(BaseExecutor):
             self._known_counts = NeuronCounts(*map(int, counts))
         return self._known_counts
 
-    def _set_neuron_counts(self, counts: NeuronCounts) -> None:
+    def layer_counts(self) -> LayerCounts:
+        """See `Executor`: of all layers together."""
+        counts = self.neuron_counts()
+        return np.array([[counts.predicted, counts.active, counts.total]], np.int64)
+
+    def _set_layer_counts(self, counts: LayerCounts) -> None:
         of_rows = np.zeros(self.max_batch_rows * COUNTS, np.int64)
-        of_rows[[PREDICTED, ACTIVE, TOTAL]] = counts.predicted, counts.active, counts.total
+        of_rows[[PREDICTED, ACTIVE, TOTAL]] = counts.sum(0)
         self._state.device.write(self._state.work.counts, of_rows)
-        self._known_counts = counts
+        self._known_counts = NeuronCounts(*map(int, counts.sum(0)))
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         orders = [layer.order for layer in self._state.model.layers]

@@ -114,5 +114,6 @@ def test_every_tensor_of_a_model_is_in_the_table(tmp_path: Path) -> None:
     everything = tiny_config(
         qkv_bias=True, output_bias=True, ffn_bias=True, qk_norm=True, post_norms=True, tied_embeddings=False
     )
-    for config in (everything, tiny_config(sub_norms=True)):
+    experts = tiny_config(expert_count=4, active_experts=2)
+    for config in (everything, tiny_config(sub_norms=True), experts):
         assert {spec.name.partition(".")[0] for spec in tensor_specs(config)} <= named

@@ -17,6 +17,7 @@ from svdengine.kernels.cpu.executor import CpuExecutor
 from svdengine.kernels.cpu.row_bounds import INTEGER_FORMATS
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.kernels.predictor import Predictor, scores
+from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig
 
 ZOO = {name: config for name, config in zoo().items() if config.sparse_ffn}
@@ -162,6 +163,30 @@ def check_lists(config: ModelConfig, predictor: Predictor, threads: int = 2) -> 
         cpu.reset_neuron_counts()
         decode(cpu, tokens, "sparse")
         assert abs(cpu.neuron_counts().predicted - together.sum()) <= 3
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, LENGTH])
+def test_neurons_are_counted_by_layer_as_the_reference_does(rows: int, threads: int) -> None:
+    config = ZOO["llama_relu_tied"]
+    predictor = make_predictor(config, 8, 0, 0.0)
+    tokens = random_tokens(config, LENGTH)
+    chunks = [rows] * (LENGTH // rows)
+    _arrays, _, weights = stored(config, "f32")
+    reference = ReferenceExecutor(config, weights, 16, 64, predictor=predictor, ffn="sparse")
+    run_in_chunks(reference, tokens, chunks)
+    expected = reference.layer_counts()
+    assert expected.shape == (config.layer_count, 3) and len(set(map(tuple, expected))) > 1
+    with executor(config, "f32", predictor, threads) as cpu:
+        cpu.ffn = "sparse"
+        run_in_chunks(cpu, tokens, chunks)
+        counted = cpu.layer_counts()
+        assert np.abs(counted - expected).max() <= 3 and np.array_equal(counted[:, 2], expected[:, 2])
+        assert cpu.neuron_counts().predicted == counted[:, 0].sum()
+        _ = cpu.ffn_times
+        assert np.array_equal(cpu.layer_counts(), counted)
+        cpu.reset_neuron_counts()
+        assert not cpu.layer_counts().any()
 
 
 def test_a_rank_for_which_there_is_no_room_is_refused() -> None:

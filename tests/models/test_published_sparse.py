@@ -101,6 +101,15 @@ FOLDERS: dict[str, tuple[dict[str, Any], str, str]] = {
         FALCON_40B | {"_name_or_path": "SparseLLM/ReluFalcon-40B", "torch_dtype": "float32"}, "falcon", "relu",
     ),
     "ReluFalcon-40B with a field": (FALCON_40B | {"hidden_act": "relu", "torch_dtype": "float32"}, "falcon", "relu"),
+    "TurboSparse-Mixtral": (
+        TURBOSPARSE | {"architectures": ["TurboSparseMixtralForCausalLM"], "model_type": "turbosparsemixtral",
+                       "num_local_experts": 8, "num_experts_per_tok": 2}, "mixtral", "drelu",
+    ),
+    "SmallThinker-4B": (
+        {"architectures": ["SmallThinkerForCausalLM"], "model_type": "smallthinker", "hidden_size": 1536,
+         "num_hidden_layers": 32, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128,
+         "vocab_size": 151936, "moe_num_primary_experts": 32, "moe_ffn_hidden_size": 768}, "smallthinker", "relu",
+    ),
     "OPT-1.3B": (OPT, "opt", "relu"),
     "sparsing-law": (
         without(MINICPM_S, "_name_or_path", "hidden_act_param") | {"hidden_act": "relu"}, "minicpm", "relu",
@@ -117,10 +126,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "Sakana without gates": (SAKANA_2B | {"sparsity_gated_mlp": False}, "sparsity_gated_mlp"),
     "shiftrelu": (PROSPARSE | {"hidden_act": "shiftrelu"}, "the activation 'shiftrelu' is not supported"),
-    "TurboSparse-Mixtral": (
-        TURBOSPARSE | {"architectures": ["TurboSparseMixtralForCausalLM"], "model_type": "turbosparsemixtral",
-                       "num_local_experts": 8, "num_experts_per_tok": 2}, "mixture-of-experts",
-    ),
     "Nemotron-H-8B": (
         sizes(4096, 21504, 52, 32, 8, 131072, 8192) | {"architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h", "mlp_hidden_act": "relu2"}, "NemotronHForCausalLM .*not supported",
@@ -136,11 +141,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "nanochat-d32": (
         sizes(2048, 8192, 32, 16, 16, 65536, 2048) | {"architectures": ["NanoChatForCausalLM"],
         "model_type": "nanochat", "hidden_act": "relu2"}, "NanoChatForCausalLM .*not supported",
-    ),
-    "SmallThinker-4B": (
-        {"architectures": ["SmallThinkerForCausalLM"], "model_type": "smallthinker", "hidden_size": 1536,
-         "num_hidden_layers": 32, "moe_num_primary_experts": 32, "moe_ffn_hidden_size": 768},
-        "SmallThinker.*not supported",
     ),
     "Gemma 3n": (
         {"architectures": ["Gemma3nForConditionalGeneration"], "model_type": "gemma3n"}, "Gemma3n.*not supported",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from expert_zoo import expert_zoo
 from model_zoo import zoo
 
 from svdengine.kernels.rope import rope_frequencies
@@ -123,7 +124,7 @@ def test_old_falcon_keys() -> None:
         ),
         ({}, "is not supported; supported: "),
         ({"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM"),
-        ({"model_type": "mixtral", "num_local_experts": 8}, "mixture-of-experts .*num_local_experts=8"),
+        ({**LLAMA, "num_local_experts": 8}, "mixture-of-experts .*num_local_experts=8"),
         ({**LLAMA, "quantization_config": {"quant_method": "gptq"}}, "quantised with gptq"),
         ({**LLAMA, "hidden_act": "mish"}, "'mish' is not supported; supported: relu, fatrelu, drelu, relu2, silu"),
         ({**LLAMA, "hidden_size": "big"}, "hidden_size must be a positive whole number, found 'big'"),
@@ -318,12 +319,12 @@ class _Everything:
         return not str(name).endswith("_scale")  # of packed weights
 
 
-@pytest.mark.parametrize("name", zoo())
+@pytest.mark.parametrize("name", {**zoo(), **expert_zoo()})
 def test_every_tensor_of_every_family_has_a_name(name: str) -> None:
-    config = zoo()[name]
+    config = {**zoo(), **expert_zoo()}[name]
     found = [hf_source(config, spec.name, 1 if spec.stacked else None, _Everything()) for spec in tensor_specs(config)]
     assert all(len(source.names) == 1 and "{" not in source.names[0] for source in found)
-    assert set(FAMILIES) == {config.family for config in zoo().values()}
+    assert set(FAMILIES) == {config.family for config in (*zoo().values(), *expert_zoo().values())}
 
 
 def test_of_a_gemma_that_sees_images_the_rest_is_read() -> None:

@@ -52,6 +52,45 @@ def test_the_shares_are_those_asked_for(tmp_path: Path, dtype: str, sparsity: Sp
     assert found.active > 0.9 * there.active  # what the predictor misses
 
 
+EXPERTS = replace(
+    CONFIG, family="smallthinker", expert_count=6, active_experts=2, router="sigmoid", early_router=True, ffn_size=256
+)
+
+
+def test_the_shares_are_those_asked_for_inside_experts(tmp_path: Path) -> None:
+    sparsity = Sparsity(rank=64, predicted=0.3, active=0.2)
+    write_planted(tmp_path / "m.svdp", EXPERTS, "q8", sparsity)
+    found = decoded(tmp_path / "m.svdp", predict=True)
+    assert found.total == 20 * EXPERTS.token_neurons == 20 * 3 * 2 * 256
+    assert found.predicted / found.total == pytest.approx(sparsity.predicted, abs=0.03)
+    assert found.active / found.total == pytest.approx(sparsity.active, abs=0.03)
+
+
+def test_the_router_of_a_planted_model_has_no_favourites(tmp_path: Path) -> None:
+    write_planted(tmp_path / "m.svdp", EXPERTS, "q8", Sparsity(rank=64))
+    with read_model_file(tmp_path / "m.svdp") as file:
+        setup = ExecutorSetup(EXPERTS, file.arrays, file.formats, block_count=8, max_batch_rows=120)
+        executor = CpuExecutor(setup, threads=1)
+        executor.ffn_inputs(make_batch([(random_tokens(EXPERTS, 120), 0)], [list(range(8))]))
+        assert executor.kept_experts is not None
+        shares = np.bincount(executor.kept_experts.reshape(-1), minlength=6) / executor.kept_experts.size
+        assert shares.min() > 0.08 and shares.max() < 0.3
+        executor.close()
+
+
+def test_shapes_of_experts() -> None:
+    small, large = (
+        random_model.shape_config("smallthinker-4b", None, "relu"),
+        random_model.shape_config("smallthinker-21b", 6, "relu"),
+    )
+    assert small.token_neurons * small.expert_count == small.ffn_blocks * small.ffn_size * small.active_experts
+    assert large.unrotated_layers == (0, 4) and large.sliding_window_layers == (1, 2, 3, 5)
+    mixed = random_model.shape_config("smollm2-135m", 2, "relu", 4, 2)
+    assert (mixed.expert_count, mixed.ffn_blocks) == (4, 8)
+    with pytest.raises(ValueError, match="active_experts must lie in"):
+        random_model.shape_config("smollm2-135m", 2, "relu", 4)
+
+
 def test_the_gate_is_what_the_factors_and_the_noise_say() -> None:
     sparsity = Sparsity(rank=16, predicted=0.2, active=0.1, noise=0.1)
     weights = PlantedWeights(CONFIG, sparsity)

@@ -1,128 +1,126 @@
-// Light Markdown, made into DOM nodes. Text goes in by textContent only, so that no output of a model becomes HTML.
+// Markdown into nodes. The text of a model is not trusted: HTML in it is shown as text, what marked makes of the rest
+// goes through DOMPurify with short lists of tags and attributes, and math and code are put in after that.
 
-const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)/;
-const HEADING = /^ {0,3}(#{1,4})\s+(.*?)\s*#*$/;
-const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
-const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
-const QUOTE = /^ {0,3}> ?(.*)$/;
-const SPANS = /(`+)(.+?)\1|\*\*(?=\S)(.+?)\*\*|__(?=\S)(.+?)__|\*(?=\S)([^*\n]+?)\*|(?<!\w)_(?=\S)([^_\n]+?)_(?!\w)/s;
-const MAX_DEPTH = 8;
+import { DOMPurify, hljs, katex, marked } from "./vendor/libraries.js";
+import { button, copy, el } from "./dom.js";
+
+const LONGEST = 200_000; // characters; more is shown as plain text
+const LONGEST_CODE = 20_000; // characters that are coloured
+const DEEPEST = 40; // marks of quotes or lists that nest; deeper ones would take the stack of the parser
+
+const CLEAN = {
+  ALLOWED_TAGS: ["p", "br", "strong", "em", "del", "code", "pre", "ul", "ol", "li", "input", "blockquote", "hr", "a",
+    "h2", "h3", "h4", "h5", "h6", "table", "thead", "tbody", "tr", "th", "td", "span"],
+  ALLOWED_ATTR: ["href", "title", "type", "checked", "disabled", "start", "align", "class", "data-language", "data-display"],
+  ADD_URI_SAFE_ATTR: ["type", "start", "align", "data-language", "data-display"], // their values are no addresses
+  ALLOWED_URI_REGEXP: /^(?:https?:\/\/|mailto:)/i,
+  ALLOW_DATA_ATTR: false,
+  ALLOW_ARIA_ATTR: false,
+  RETURN_DOM_FRAGMENT: true,
+};
+
+const escape = (text) => text.replace(/[&<>"']/g, (sign) => `&#${sign.charCodeAt(0)};`);
+
+const MATH = [
+  { name: "mathBlock", level: "block", display: true, begin: /\$\$|\\\[/, rule: /^(?:\$\$([^]+?)\$\$|\\\[([^]+?)\\\])[ \t]*(?:\n|$)/ },
+  { name: "mathInline", level: "inline", display: false, begin: /\$|\\\(/, rule: /^(?:\\\(([^]+?)\\\)|\$(?![\s$])((?:\\.|[^\\\n$])+?)(?<![\s\\])\$(?![\d$]))/ },
+  { name: "mathDisplay", level: "inline", display: true, begin: /\$\$|\\\[/, rule: /^(?:\$\$([^$]+?)\$\$|\\\[([^]+?)\\\])/ },
+];
+
+const parser = new marked.Marked({
+  gfm: true,
+  breaks: true,
+  renderer: {
+    html: ({ text }) => escape(text),
+    image: ({ href, text }) => `<a href="${escape(href)}">${escape(text || href)}</a>`, // nothing is loaded
+    heading({ tokens, depth }) {
+      const level = Math.min(depth + 1, 6); // the page has the first
+      return `<h${level}>${this.parser.parseInline(tokens)}</h${level}>\n`;
+    },
+    code: ({ text, lang }) =>
+      `<pre data-language="${escape(/^[\w+#.-]*/.exec(lang ?? "")[0])}"><code>${escape(text)}</code></pre>\n`,
+  },
+});
+parser.use({
+  extensions: MATH.map(({ name, level, display, begin, rule }) => ({
+    name,
+    level,
+    start: (source) => begin.exec(source)?.index,
+    tokenizer(source) {
+      const found = rule.exec(source);
+      return found ? { type: name, raw: found[0], text: (found[1] ?? found[2]).trim() } : undefined;
+    },
+    renderer: ({ text }) => `<span class="math" data-display="${display ? 1 : 0}">${escape(text)}</span>${level === "block" ? "\n" : ""}`,
+  })),
+});
 
 /** The nodes of a text. */
 export function render(text) {
-  const out = document.createDocumentFragment();
-  blocks(text.split("\n"), out, 0);
-  return out;
-}
-
-function blocks(lines, out, depth) {
-  let at = 0;
-  while (at < lines.length) {
-    const line = lines[at];
-    const fence = FENCE.exec(line);
-    if (fence) {
-      let end = at + 1;
-      while (end < lines.length && !lines[end].trim().startsWith(fence[1])) end++;
-      out.append(codeBlock(lines.slice(at + 1, end).join("\n"), fence[2]));
-      at = end + 1;
-    } else if (!line.trim()) {
-      at++;
-    } else if (HEADING.test(line)) {
-      const [, marks, title] = HEADING.exec(line);
-      spans(title, out.appendChild(document.createElement(`h${marks.length}`)), depth);
-      at++;
-    } else if (RULE.test(line)) {
-      out.append(document.createElement("hr"));
-      at++;
-    } else if (QUOTE.test(line) && depth < MAX_DEPTH) {
-      let end = at;
-      while (end < lines.length && QUOTE.test(lines[end])) end++;
-      const inner = lines.slice(at, end).map((each) => QUOTE.exec(each)[1]);
-      blocks(inner, out.appendChild(document.createElement("blockquote")), depth + 1);
-      at = end;
-    } else if (ITEM.test(line) && depth < MAX_DEPTH) {
-      at = list(lines, at, out, depth);
-    } else {
-      let end = at + 1;
-      while (end < lines.length && lines[end].trim() && !startsBlock(lines[end])) end++;
-      spans(lines.slice(at, end).join("\n"), out.appendChild(document.createElement("p")), depth);
-      at = end;
-    }
+  if (text.length > LONGEST || tooDeep(text)) return plain(text);
+  let found;
+  try {
+    found = DOMPurify.sanitize(parser.parse(text), CLEAN);
+  } catch {
+    return plain(text); // such as nesting that no stack holds
   }
-}
-
-function startsBlock(line) {
-  return FENCE.test(line) || HEADING.test(line) || ITEM.test(line) || QUOTE.test(line) || RULE.test(line);
-}
-
-/** A list that begins at a line; returns the line after it. */
-function list(lines, at, out, depth) {
-  const [, indent, mark] = ITEM.exec(lines[at]);
-  const ordered = /\d/.test(mark);
-  const node = out.appendChild(document.createElement(ordered ? "ol" : "ul"));
-  if (ordered) node.start = parseInt(mark, 10);
-  while (at < lines.length) {
-    const item = ITEM.exec(lines[at]);
-    if (!item || item[1].length > indent.length + 1 || item[1].length < indent.length) break;
-    if (/\d/.test(item[2]) !== ordered) break;
-    const inner = [item[3]];
-    at++;
-    while (at < lines.length && belongs(lines, at, indent.length)) {
-      inner.push(lines[at].slice(Math.min(leading(lines[at]), indent.length + item[2].length + 1)));
-      at++;
-    }
-    itemContent(inner, node.appendChild(document.createElement("li")), depth);
-    while (at < lines.length && !lines[at].trim() && ITEM.test(lines[at + 1] ?? "")) at++;
+  for (const pre of found.querySelectorAll("pre")) pre.replaceWith(codeBlock(pre.textContent.replace(/\n$/, ""), pre.dataset.language));
+  for (const span of found.querySelectorAll("span.math")) showMath(span);
+  for (const link of found.querySelectorAll("a")) finishLink(link);
+  for (const table of found.querySelectorAll("table")) {
+    const box = el("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" });
+    table.replaceWith(box);
+    box.append(table);
   }
-  return at;
-}
-
-/** Whether a line goes on with an item: it is indented more, or the item's paragraph simply goes on. */
-function belongs(lines, at, indent) {
-  const line = lines[at];
-  if (!line.trim()) return at + 1 < lines.length && leading(lines[at + 1]) > indent + 1;
-  if (leading(line) > indent + 1) return true;
-  return lines[at - 1].trim() !== "" && !startsBlock(line);
-}
-
-function itemContent(lines, node, depth) {
-  const only = lines.findIndex((line, i) => i > 0 && (!line.trim() || startsBlock(line)));
-  const first = only < 0 ? lines : lines.slice(0, only);
-  spans(first.join("\n"), node, depth);
-  if (only >= 0) blocks(lines.slice(only), node, depth + 1);
-}
-
-function leading(line) {
-  return line.length - line.trimStart().length;
-}
-
-/** Bold, italics and code inside a paragraph. */
-function spans(text, node, depth) {
-  let rest = text;
-  for (let found = SPANS.exec(rest); found && depth < MAX_DEPTH; found = SPANS.exec(rest)) {
-    node.append(rest.slice(0, found.index));
-    const [, , code, bold, bold2, italic, italic2] = found;
-    if (code !== undefined) {
-      node.appendChild(document.createElement("code")).textContent = code;
-    } else {
-      const inner = document.createElement(bold ?? bold2 ? "strong" : "em");
-      spans(bold ?? bold2 ?? italic ?? italic2, node.appendChild(inner), depth + 1);
-    }
-    rest = rest.slice(found.index + found[0].length);
+  for (const box of found.querySelectorAll("input")) {
+    box.setAttribute("aria-label", "Task");
+    box.closest("li")?.classList.add("task");
   }
-  node.append(rest);
+  return found;
+}
+
+function tooDeep(text) {
+  return text.split("\n").some((line) => (/^[\s>*+-]*/.exec(line)[0].match(/[>*+-]/g) ?? []).length > DEEPEST && /[^\s>*+-]/.test(line))
+    || /(?:[*_~[(]\s?){200}/.test(text);
+}
+
+function plain(text) {
+  const fragment = document.createDocumentFragment();
+  fragment.append(el("p", { class: "plain" }, text));
+  return fragment;
+}
+
+function finishLink(link) {
+  if (!link.hasAttribute("href")) {
+    link.replaceWith(...link.childNodes); // a scheme that is not safe
+    return;
+  }
+  link.target = "_blank";
+  link.rel = "noopener noreferrer";
+}
+
+function showMath(span) {
+  const source = span.textContent;
+  const display = span.dataset.display === "1";
+  const holder = el("span", { class: display ? "math display" : "math", tabindex: display ? "0" : null });
+  try {
+    katex.render(source, holder, { displayMode: display, throwOnError: true, trust: false, strict: "ignore", maxExpand: 200, maxSize: 20 });
+  } catch {
+    holder.replaceChildren(el("code", {}, source)); // not TeX, or not yet all of it
+  }
+  span.replaceWith(holder);
 }
 
 function codeBlock(text, language) {
-  const box = document.createElement("div");
-  box.className = "code";
-  const bar = box.appendChild(document.createElement("div"));
-  bar.className = "bar";
-  bar.appendChild(document.createElement("span")).textContent = language;
-  const copy = bar.appendChild(document.createElement("button"));
-  copy.type = "button";
-  copy.dataset.copy = text;
-  copy.textContent = "Copy";
-  box.appendChild(document.createElement("pre")).appendChild(document.createElement("code")).textContent = text;
-  return box;
+  const code = el("code", {});
+  if (language && hljs.getLanguage(language) && text.length <= LONGEST_CODE) {
+    const { value } = hljs.highlight(text, { language, ignoreIllegals: true });
+    code.append(DOMPurify.sanitize(value, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }));
+  } else {
+    code.textContent = text;
+  }
+  const label = language ? `Code, ${language}` : "Code";
+  return el("div", { class: "code" },
+    el("div", { class: "bar" }, el("span", {}, language ?? ""), button("Copy", (event) => copy(text, event.currentTarget))),
+    el("pre", { tabindex: "0", role: "region", "aria-label": label }, code),
+  );
 }

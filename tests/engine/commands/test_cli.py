@@ -12,8 +12,6 @@ from click.testing import CliRunner, Result
 from tiny_model import write_tiny_model
 
 from svdengine.cli import COMMANDS, main
-from svdengine.commands.chat_session import ChatSession
-from svdengine.errors import RequestError
 
 GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
 
@@ -63,6 +61,8 @@ def test_version_and_unknown_commands() -> None:
     assert "0.1.0" in run("--version").stdout
     assert run("fly").exit_code == 2
     assert run("generate", "--fly").exit_code == 2
+    assert "Did you mean chat?" in run("run").stderr and "Did you mean convert?" in run("cnvert").stderr
+    assert "Did you mean" not in run("fly").stderr
 
 
 def test_generate(model: str) -> None:
@@ -121,7 +121,7 @@ def test_generate_chat(model: str) -> None:
         (("-f", "missing.txt"), "", "cannot read missing.txt: No such file"),
         (("-f", "."), "", "cannot read .: Is a directory"),
         (("-p", "a", "--temperature", "-1"), "", "temperature must lie between"),
-        (("-p", "a", "--top-p", "0"), "", "top_p must be above 0"),
+        (("-p", "a", "--top-p", "0"), "", "--top-p must be above 0"),
         (("-p", "a", "--stop", ""), "", "stop must be strings"),
         (("-p", "a", "--context", "9999"), "", "made for a context of 512"),
         (
@@ -185,24 +185,9 @@ def test_chat_quits_and_explains(model: str) -> None:
     assert result.exit_code == 0 and result.stdout == ""
     long = run("chat", model, *GREEDY, text="hello " * 600)
     assert long.exit_code == 1 and "maximum context length is 512 tokens" in long.stderr
+    assert "--context-shift" in long.stderr
     assert run("chat", model, *GREEDY, "--context-shift", text="hello " * 600).exit_code == 0
     assert run("chat", model, text="/fly\n").exit_code == 1
-
-
-def test_chat_session_commands(tmp_path: Path) -> None:
-    session = ChatSession("be kind")
-    session.ask("hello")
-    assert [m["role"] for m in session.messages] == ["system", "user"]
-    session.command("/clear")
-    assert [m["role"] for m in session.messages] == ["system"]
-    session.command("/system")
-    assert session.messages == []
-    session.command("/system be  brief")
-    assert session.messages == [{"role": "system", "content": "be  brief"}]
-    assert session.command("/quit") is None
-    for line in ("/save", f"/save {tmp_path}", "/unknown"):
-        with pytest.raises(RequestError):
-            session.command(line)
 
 
 def test_eval(model: str, tmp_path: Path) -> None:
@@ -240,6 +225,74 @@ def test_bench(model: str) -> None:
     assert run("bench", model, "--pp", "0", "--tg", "0").exit_code == 2
     assert run("bench", model, "--pp", "-1").exit_code == 2
     assert "made for a context" in error_of(run("bench", model, "--pp", "9999"))
+
+
+def test_names_that_users_of_other_programs_type(model: str) -> None:
+    common = ("-p", "hello world", "-n", "6", "--ignore-eos")
+    ours = run("generate", model, *common, "--temperature", "0.5", "--repetition-penalty", "1.2", "--seed", "3")
+    theirs = run(
+        *(
+            "generate",
+            *common,
+            "-m",
+            model,
+            "--temp",
+            "0.5",
+            "--repeat-penalty",
+            "1.2",
+            "-s",
+            "3",
+            "-t",
+            "1",
+            "-c",
+            "64",
+        )
+    )
+    assert ours.exit_code == 0 and theirs.stdout == ours.stdout and theirs.stderr == ""
+    assert run("generate", "--model", model, "--ctx-size", "64", *common).exit_code == 0
+    moved = run("chat", "-m", model, "hello", *GREEDY)
+    assert moved.exit_code == 0 and moved.stdout == run("chat", model, "hello", *GREEDY).stdout
+    assert "unexpected extra argument" in run("generate", model, "-m", model, *common).stderr
+    layers = run("generate", model, *common, "-ngl", "99")
+    assert layers.exit_code == 0 and "--device" in layers.stderr
+    assert run("chat", model, "-sys", "be kind", "hi", *GREEDY).stdout == (
+        run("chat", model, "--system", "be kind", "hi", *GREEDY).stdout
+    )
+
+
+def test_help_has_groups_defaults_and_examples() -> None:
+    for name in ("chat", "generate", "serve", "bench", "batch", "eval"):
+        page = run(name, "--help").stdout
+        assert all(f"\n{group}:\n" in page for group in ("Model", "Sparsity", "Speed and memory", "Examples")), name
+        assert "x<=None" not in page and "--ctx-size" not in page
+        assert page.partition("Examples:")[2].count(f"svdengine {name}") == 2
+    page = " ".join(run("chat", "--help").stdout.split())
+    assert "[default: the model's own, else 0.8]" in page and "[default: auto]" in page
+
+
+def test_a_schema_on_the_command_line(model: str, tmp_path: Path) -> None:
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    schema = '{"type": "object", "properties": {"a": {"enum": ["yes", "no"]}}, "required": ["a"]}'
+    (tmp_path / "schema.json").write_text(schema, encoding="utf-8")
+    for given in (schema, f"@{tmp_path / 'schema.json'}"):
+        found = run("generate", model, "-p", "hello", "-j", given, "-n", "60")
+        assert json.loads(found.stdout)["a"] in ("yes", "no")
+    assert run("generate", model, "-p", "hi", "--grammar", 'start: "yes"').stdout == "yes\n"
+    assert "it is no JSON" in run("generate", model, "-p", "hi", "-j", "{").stderr
+    assert "a schema is a JSON object" in run("generate", model, "-p", "hi", "-j", "[]").stderr
+    assert run("generate", model, "-p", "hi", "-j", "{}", "--grammar", "x").exit_code == 2
+
+
+def test_one_question(model: str) -> None:
+    talked = run("chat", model, *GREEDY, text="hello\n").stdout
+    asked = run("chat", model, "hello", *GREEDY)
+    assert asked.exit_code == 0 and asked.stdout == talked and asked.stderr == ""
+    assert run("chat", model, "-p", "hello", *GREEDY).stdout == talked
+    told = run("chat", model, "hello", "-v", *GREEDY)
+    assert told.stdout == talked and "tokens/s" in told.stderr and "/help for help" in told.stderr
+    assert run("chat", model, "-q", *GREEDY, text="hello\n").stderr == ""
+    assert run("chat", model, " ").exit_code == 2
+    assert run("chat", model, "hello", "-p", "hello").exit_code == 2
 
 
 def test_devices() -> None:

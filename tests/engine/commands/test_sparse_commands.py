@@ -1,5 +1,6 @@
 """The command line of sparse models: calibrate, inspect, eval, bench, chat and generate."""
 
+import csv
 import json
 import re
 from html.parser import HTMLParser
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from tiny_model import tiny_config, write_tiny_model
-from tiny_predictor import write_sparse_model
+from tiny_predictor import tiny_predictor, write_sparse_model
 
 from svdengine import SamplingParams, load
 from svdengine.cli import main
-from svdengine.commands.chat import greeting
+from svdengine.commands.greeting import greeting
+from svdengine.files.model_file import read_model_file
+from svdengine.files.predictor_file import model_fingerprint, write_predictor
 
 TEXT = "once upon a time there was a user and a system, hello world. what is 2 + 2? the assistant says: 4. " * 40
 
@@ -257,7 +260,13 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
     assert next(iter(record["predictors"]["mean"])) == "this model's"
     report = read_report(tmp_path / "report.html")
-    assert report.count["svg"] == 4 and report.count["table"] == 3
+    assert report.count["svg"] == 5 and report.count["table"] == 3  # nothing is missed: there is no error to draw
+    for name in ("speed", "ranking", "neuron", "density", "recall"):
+        rows = list(csv.reader((tmp_path / f"report.{name}.csv").read_text(encoding="utf-8").splitlines()))
+        assert len(rows) > 2 and len(set(map(len, rows))) == 1
+    numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert numbers["measured"]["comparison"]["dense_tokens_per_second"] > 0
+    assert "SHA-256" in numbers["facts"]["text"] and "svdengine 0.1.0" in numbers["facts"]["made"]
     arguments = (
         "eval",
         folder / "dense.svdp",
@@ -275,6 +284,29 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     )
 
 
+def test_a_report_of_two_predictors(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT[: len(TEXT) // 3], encoding="utf-8")
+    with read_model_file(folder / "sparse.svdp") as file:
+        fingerprint = model_fingerprint(file)
+    for name, offset in (("all", 100.0), ("few", -0.5)):
+        write_predictor(tmp_path / f"{name}.safetensors", tiny_predictor(tiny_config(), offset, fingerprint))
+    given = [word for name in ("all", "few") for word in ("--predictor", tmp_path / f"{name}.safetensors")]
+    common = ("eval", folder / "sparse.svdp", "--perplexity", tmp_path / "text.txt", *given)
+    done(*common, "--report", tmp_path / "both.html")
+    report = read_report(tmp_path / "both.html")
+    assert report.count["svg"] == 6 and report.count["table"] == 3
+    page = (tmp_path / "both.html").read_text(encoding="utf-8")
+    assert "predictor all" in page and "predictor few" in page and page.count(">+0.4<") == 4
+    with (tmp_path / "both.error.csv").open(encoding="utf-8") as lines:
+        errors = {(row["layer"], row["predictor"]): float(row["relative error"]) for row in csv.DictReader(lines)}
+    layers = {layer for layer, _ in errors}
+    assert all(errors[layer, "all"] == 0 < errors[layer, "few"] for layer in layers)
+    numbers = json.loads((tmp_path / "both.json").read_text(encoding="utf-8"))["measured"]["comparisons"]
+    assert numbers["all"]["dense"] == numbers["few"]["dense"]
+    assert numbers["few"]["sparse"][1]["mean_kl"] > numbers["all"]["sparse"][1]["mean_kl"]
+    assert run(*common).exit_code == 2  # without a report, one is measured
+
+
 def test_bench_of_both_paths(folder: Path) -> None:
     common = ("bench", folder / "sparse.svdp", "--pp", 0, "--tg", 4, "-r", 1, "--ffn", "both")
     dense, sparse = json.loads(done(*common, "--json").stdout)
@@ -285,25 +317,29 @@ def test_bench_of_both_paths(folder: Path) -> None:
     assert "predicted %" not in done(*common[:-1], "dense").stdout
 
 
-def test_a_chat_begins_with_what_prediction_brings(folder: Path) -> None:
+def test_a_chat_begins_with_what_runs_and_what_prediction_brings(folder: Path) -> None:
     with load(folder / "sparse.svdp", device="reference", ffn="sparse") as llm:
-        first, second = greeting(llm).splitlines()
+        first, memory, sparsity, rates, _ = greeting(llm).splitlines()
         assert llm.ffn == "sparse"
         [answer] = llm.generate("hello", SamplingParams(max_tokens=3, ignore_eos=True))
         assert answer.stats.generated_tokens == 3
         llm.ffn = "dense"
-        assert len(greeting(llm).splitlines()) == 1
-    assert first.startswith("sparse.svdp on ")
-    found = re.fullmatch(r"(\d+) % of the FFN neurons are .* ([\d.]+) times .* \((\d+) tokens/s, dense (\d+)\)", second)
-    assert found is not None and 10 < int(found[1]) < 60
-    assert float(found[2]) == pytest.approx(int(found[3]) / int(found[4]), rel=0.1)
+        assert "not used with --ffn dense" in greeting(llm)
+    assert re.fullmatch(r"sparse\.svdp: \d+ M parameters in f32, on reference", first)
+    assert re.fullmatch(r"context 512 tokens; memory \d+ MB of weights, \d+ MB of KV cache", memory)
+    shares = re.search(r"(\d+) % of FFN neurons predicted, (\d+) % computed", sparsity)
+    assert shares is not None and 10 < int(shares[2]) <= int(shares[1]) < 80
+    speed = re.fullmatch(r"(\d+) tokens/s, dense (\d+): ([\d.]+) times as fast", rates)
+    assert speed is not None and float(speed[3]) == pytest.approx(int(speed[1]) / int(speed[2]), rel=0.1)
+    with load(folder / "silu.svdp", device="reference") as llm:
+        assert "dense: sparse execution needs a ReLU-family activation" in greeting(llm)
 
 
 def test_answers_say_what_was_computed(folder: Path) -> None:
     greedy = ("--temperature", 0, "-n", 4, "--ignore-eos")
     sparse = done("chat", folder / "sparse.svdp", "--ffn", "sparse", *greedy, text="hello\n").stderr
-    assert "% predicted and" in sparse and "% computed]" in sparse.replace("; the length limit was reached", "")
-    assert "% predicted" not in done("chat", folder / "sparse.svdp", "--ffn", "dense", *greedy, text="hello\n").stderr
+    assert re.search(r"% of FFN neurons predicted, \d+ % computed(; the length limit was reached)?\]", sparse)
+    assert "predicted" not in done("chat", folder / "sparse.svdp", "--ffn", "dense", *greedy, text="hello\n").stderr
     none = ("generate", folder / "sparse.svdp", "--ffn", "sparse", "-p", "hello", "--json", "--sparsity-bias", 50)
     assert json.loads(done(*none, *greedy).stdout)["stats"]["predicted_density"] == 0
-    assert "sparsity_bias must lie between" in error_of(*none[:-1], 1000)
+    assert "--sparsity-bias must lie between" in error_of(*none[:-1], 1000)

@@ -2,9 +2,11 @@
 
 import math
 import xml.etree.ElementTree as ET
+from itertools import pairwise
 
 import pytest
 
+from svdengine.measuring.predictor_study import COMPARED_LAYERS, compared_layers
 from svdengine.measuring.svg_chart import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, Axes, Series, histogram, line_chart, ticks
 
 
@@ -46,7 +48,9 @@ def test_one_point_and_crowded_labels() -> None:
     assert len(elements(line_chart([Series("one", ((1.0, 5.0),))], "x", "y"), "circle")) == 1
     near = Series("near", ((0.0, 0.0), (0.01, 0.0), (9.0, 0.0)), labels=("first", "second", "third"))
     chart = line_chart([near], "x", "y")
-    assert "first" in chart and "second" not in chart and "third" in chart
+    assert all(label in chart for label in near.labels)  # every one, and none on another
+    places = [(float(e.get("x", "")), float(e.get("y", ""))) for e in elements(chart, "text", "label")]
+    assert len(set(places)) == len(places) and len({y for _, y in places}) > 3
 
 
 def test_histogram_counts_every_value() -> None:
@@ -57,3 +61,12 @@ def test_histogram_counts_every_value() -> None:
     assert elements(histogram([("same", [0.0, 0.0])], "score", 0.0, "here"), "rect", "bar")
     with pytest.raises(ValueError, match="nothing to draw"):
         histogram([("none", [])], "score", 0.0, "here")
+
+
+def test_layers_that_are_compared_are_spread_evenly() -> None:
+    assert compared_layers(1) == {0} and compared_layers(12) == set(range(12))
+    for count in (13, 30, 80):
+        found = sorted(compared_layers(count))
+        assert len(found) == COMPARED_LAYERS and (found[0], found[-1]) == (0, count - 1)
+        gaps = [b - a for a, b in pairwise(found)]
+        assert max(gaps) - min(gaps) <= 1

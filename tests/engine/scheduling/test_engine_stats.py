@@ -1,14 +1,16 @@
 """The engine's counters, against what its executor saw."""
 
+import pytest
 from tiny_model import FakeExecutor
 
+from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.engine_loop import Engine
 from svdengine.scheduling.request import ContextLimit, Generation, Scoring
 from svdengine.scheduling.sampling import SamplingParams
 
 
-def request(prompt: list[int], max_tokens: int, priority: int = 0) -> Generation:
-    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, priority=priority)
+def request(prompt: list[int], max_tokens: int, priority: int = 0, ffn: FfnMode | None = None) -> Generation:
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, priority=priority, ffn=ffn)
     return Generation(prompt, params, vocab_size=50, end_tokens=frozenset(), limit=ContextLimit(128), decoder=None)
 
 
@@ -55,3 +57,45 @@ def test_preemptions_are_counted() -> None:
     while not all(one.done for one in requests):
         engine.step()
     assert engine.stats().preemptions == 1
+
+
+def test_requests_that_choose_a_path_take_turns_and_share_nothing_computed_by_another() -> None:
+    """The executor itself checks that what a step reads was computed by the step's path."""
+    executor = FakeExecutor(32, 64)
+    engine = Engine(executor)
+    paths: list[FfnMode | None] = [None, "sparse", "dense", "sparse"]
+    requests = [request([1] * 40, 10, ffn=ffn) for ffn in paths]
+    for one in requests:
+        engine.add(one)
+    while not all(one.done for one in requests):
+        engine.step()
+        assert executor.ffn == "dense"
+    assert len({tuple(one.token_ids) for one in requests}) == 1
+    assert {path: rows > 40 for path, rows in engine.stats().rows.items()} == {"dense": True, "predict": True}
+    assert [one.completion().stats.active_density for one in requests] == [None, 0.2, None, 0.2]
+
+
+def test_a_failing_step_leaves_the_path_as_it_was() -> None:
+    executor = FakeExecutor(8, 64)
+    engine = Engine(executor)
+    engine.add(request([1] * 4, 4, ffn="sparse"))
+    executor.fail = True
+    with pytest.raises(RuntimeError, match="on fire"):
+        engine.step()
+    assert executor.ffn == "dense"
+
+
+def test_neurons_by_layer_come_with_each_token_where_they_are_wanted() -> None:
+    engine = Engine(FakeExecutor(8, 64))
+    wanted, other, dense = request([1] * 20, 3, ffn="sparse"), request([2] * 9, 3, ffn="sparse"), request([3] * 5, 3)
+    wanted.by_layer = dense.by_layer = True
+    for one in (wanted, other, dense):
+        engine.add(one)
+    while not all(one.done for one in (wanted, other, dense)):
+        engine.step()
+    assert [layers is not None and layers.tolist() for layers in wanted.layers] == [
+        [[87, 58, 290]],  # the prompts of both
+        [[6, 4, 20]],
+        [[6, 4, 20]],
+    ]
+    assert list(other.layers) == [] and list(dense.layers) == [None, None, None]

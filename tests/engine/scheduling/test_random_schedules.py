@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny_model import FakeExecutor, logits_after
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
-from svdengine.kernels.executor import Executor, Logits
+from svdengine.kernels.executor import Executor, FfnMode, Logits
 from svdengine.scheduling.engine_loop import Engine
 from svdengine.scheduling.prefix_cache import block_digest, root_digest
 from svdengine.scheduling.request import ContextLimit, Generation, Scoring
@@ -38,6 +38,7 @@ class Arrival:
     temperature: float
     priority: int
     sparsity_bias: float
+    ffn: FfnMode | None
     cancelled_after: int | None  # steps
     shift: bool
     scoring: bool
@@ -69,6 +70,7 @@ schedules = st.builds(
             temperature=st.sampled_from([0.0, 1.0]),
             priority=st.sampled_from([0, 0, 0, -1, 2]),
             sparsity_bias=st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+            ffn=st.sampled_from([None, None, None, "dense", "sparse"]),
             cancelled_after=st.sampled_from([None, None, None, 0, 1, 3, 8]),
             shift=st.sampled_from([False, False, True]),
             scoring=st.sampled_from([False, False, False, False, True]),
@@ -228,6 +230,7 @@ class Room:
             max_tokens=arrival.max_tokens,
             seed=arrival.length,
             sparsity_bias=arrival.sparsity_bias,
+            ffn=arrival.ffn,
             priority=arrival.priority,
         )
         limit = ContextLimit(min(self.capacity, 48) if arrival.shift else self.capacity, arrival.shift, keep=18)
@@ -242,13 +245,14 @@ class Room:
 
 
 def check_step(engine: Engine, schedule: Schedule, make_step: Callable[[], Step | None]) -> Step | None:
-    """All that decode get a row, and prompts no more than they may have."""
+    """All that decode by the same path get a row, and prompts no more than they may have."""
     step = make_step()
     if step is None:
         assert engine.scheduler.idle
         return None
     rows = {chunk.sequence: chunk.rows for chunk in step.chunks}
-    decoding = [s for s in engine.scheduler._running if s.pending == 1]
+    assert {s.ffn for s in rows} == {step.ffn}
+    decoding = [s for s in engine.scheduler._running if s.pending == 1 and s.ffn == step.ffn]
     assert all(rows.get(s) == 1 + len(s.draft) for s in decoding)
     assert not any(s.draft for s in rows if s.pending > 1)
     assert all(s.most_tokens is None or len(s) + len(s.draft) <= s.most_tokens for s in rows)
@@ -269,7 +273,7 @@ def check_blocks(engine: Engine) -> None:
     assert len(cache._full) + len(cache._tails) == len(cache._known)
     for sequence in scheduler._running:
         assert sequence.cached <= len(sequence.block_table) * BLOCK_SIZE
-        digests = [root_digest(sequence.sparsity_bias)]
+        digests = [root_digest(sequence.sparsity_bias, sequence.ffn)]
         for i in range(len(sequence.digests)):
             digests.append(block_digest(digests[-1], sequence.tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]))
         assert sequence.digests == digests[1:]

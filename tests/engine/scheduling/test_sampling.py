@@ -241,7 +241,7 @@ def test_what_may_be_given_is_the_fields() -> None:
     given, held = get_type_hints(SamplingFields), get_type_hints(SamplingParams)
     assert list(given) == [f.name for f in dataclasses.fields(SamplingParams)]
     converted = {name for name in given if given[name] != held[name]}
-    assert converted == {"stop", "stop_token_ids", "response_format"}
+    assert converted == {"stop", "stop_token_ids", "response_format", "dry_sequence_breakers"}
 
 
 def test_generation_defaults() -> None:

@@ -1,7 +1,5 @@
-"""The chat page in a real browser: Chromium, headless, where it is installed."""
+"""The chat page in Chromium, where it is installed: asking, stopping, errors, keys, a full context."""
 
-import json
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,41 +7,10 @@ from typing import Any
 
 import pytest
 from live_server import LiveServer, live_server
+from page_browser import answered, ask, done, fits, open_page, opened, wait_until, watched
 
 from svdengine import SamplingParams
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium to show the page")
-
-# Without these a browser that reaches no network waits for it, and root may not start one.
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync"]
-ARGUMENTS += ["--disable-component-update", "--disable-quic"]
-
-HOSTILE = '<img src="x" onerror="document.title=\'broken\'"><script>document.title="broken"</script>'
-MARKDOWN = f"""# A title
-Some **bold**, *italic* and `code()` text. {HOSTILE}
-
-1. first
-   - inner
-2. second
-
-> quoted
-
-```python
-print("{"wide " * 60}")
-{HOSTILE}
-```
-{"long" * 100}"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        yield browser
-        browser.close()
+from svdengine.server.web_files import WEB_FILES
 
 
 @pytest.fixture(scope="module")
@@ -61,36 +28,25 @@ def server(folder: Path) -> Iterator[LiveServer]:
 
 
 @pytest.fixture(params=["desktop", "phone"])
-def page(browser: Any, request: pytest.FixtureRequest) -> Iterator[Any]:
-    phone = request.param == "phone"
-    size = {"width": 390, "height": 844} if phone else {"width": 1280, "height": 800}
-    context = browser.new_context(viewport=size, is_mobile=phone, has_touch=phone)
-    page = context.new_page()
-    problems: list[str] = []
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
-    page.set_default_timeout(20_000)
-    page.problems = problems
-    yield page
-    context.close()
+def page(browser: Any, request: pytest.FixtureRequest, server: LiveServer) -> Iterator[Any]:
+    with opened(browser, request.param) as page:
+        yield page
+    server.gate.let_go()
+    wait_until_idle(server)
 
 
-def wait_until(page: Any, condition: str) -> None:
-    """Playwright's own way is what the page's policy forbids."""
+def wait_until_idle(server: LiveServer) -> None:
     last = time.monotonic() + 20
-    while not page.evaluate(condition):
-        assert time.monotonic() < last, condition
-        page.wait_for_timeout(20)
+    while server.service.loop.request_count:
+        assert time.monotonic() < last
+        time.sleep(0.01)
 
 
-def open_page(page: Any, server: LiveServer) -> None:
-    page.goto(server.url)
-    wait_until(page, "document.title === 'tiny'")
-
-
-def ask(page: Any, text: str) -> None:
-    page.fill("#input", text)
-    page.click("#send")
+def short(page: Any, tokens: int) -> None:
+    """Have answers end after so many tokens."""
+    page.click("#open-settings")
+    page.fill("#max-tokens", str(tokens))
+    page.click("#settings >> text=Save")
 
 
 def test_a_conversation(page: Any, server: LiveServer) -> None:
@@ -99,81 +55,77 @@ def test_a_conversation(page: Any, server: LiveServer) -> None:
     server.gate.hold()
     ask(page, "hello")
     server.gate.allow(12)
-    wait_until(page, "document.querySelector('.assistant .text').textContent.includes('xxxx')")
+    wait_until(page, "document.querySelector('.assistant .text')?.textContent.includes('xxxx')")
     assert page.get_attribute("#send", "aria-label") == "Stop" and not page.is_visible("#welcome")
     server.gate.let_go()
-    page.wait_for_selector("#messages[aria-busy=false]")
+    done(page)
     text = page.inner_text(".assistant .text")
     assert set(text) == {"x"} and len(text) > 100
     about = page.inner_text(".assistant .figures")
     assert "tokens/s" in about and f"{len(text)} tokens" in about and "length limit reached" in about
+    assert page.inner_text("#gauge-text") == "256 of 256 tokens"
     page.reload()
+    page.wait_for_selector(".assistant .text")
     assert page.inner_text(".assistant .text") == text and page.inner_text(".user .text") == "hello"
-    page.click("text=New chat")
-    assert page.is_visible("#welcome") and page.locator(".message").count() == 0
-    assert page.problems == []
+    assert fits(page) and page.problems == []
 
 
-def test_stopping_and_asking_again(page: Any, server: LiveServer) -> None:
+def test_stopping_keeps_what_was_counted(page: Any, server: LiveServer) -> None:
     open_page(page, server)
     server.gate.hold()
     page.click("#suggestions button >> nth=0")
     server.gate.allow(80)
-    wait_until(page, "document.querySelector('.assistant .text').textContent.includes('x')")
+    wait_until(page, "document.querySelector('.assistant .figures')?.textContent.includes('tokens/s')")
     page.click("#send")
-    page.wait_for_selector("#messages[aria-busy=false]")
-    assert "stopped" in page.inner_text(".assistant .figures")
+    done(page)
+    figures = page.inner_text(".assistant .figures")
+    assert "stopped" in figures and "tokens/s" in figures
+    assert f"{len(page.inner_text('.assistant .text'))} tokens" in figures
     server.gate.let_go()
-    last = time.monotonic() + 20
-    while server.service.loop.request_count:
-        assert time.monotonic() < last
-        time.sleep(0.01)
+    wait_until_idle(server)
     assert server.blocks_in_use() == 0
-    page.click("[data-again]")
-    page.wait_for_selector("#messages[aria-busy=false] .assistant .figures:has-text('tokens/s')")
+    stopped = page.inner_text(".assistant .text")
+    page.click("text=Go on")
+    page.wait_for_selector(".assistant .versions >> text=2 / 2")
+    done(page)
+    assert page.inner_text(".assistant .text").startswith(stopped)
     assert page.locator(".assistant").count() == 1 and page.problems == []
 
 
-def test_output_is_text(page: Any, server: LiveServer) -> None:
-    messages = [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": MARKDOWN}]
-    page.add_init_script(f"localStorage.setItem('svdengine.conversation', {json.dumps(json.dumps(messages))})")
+def test_escape_stops(page: Any, server: LiveServer) -> None:
     open_page(page, server)
-    assert page.locator("main img, main script").count() == 0
-    assert page.inner_text(".user .text") == HOSTILE
-    assert page.inner_text(".assistant").count(HOSTILE) == 2
-    for selector, text in (
-        ("h1", "A title"),
-        ("strong", "bold"),
-        ("em", "italic"),
-        ("p code", "code()"),
-        ("ol > li > ul > li", "inner"),
-        ("blockquote", "quoted"),
-    ):
-        assert page.inner_text(f".assistant .text {selector}") == text
-    assert page.inner_text(".code .bar span") == "python"
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.evaluate("document.getElementById('scroll').scrollWidth <= innerWidth")
-    assert page.title() == "tiny" and page.problems == []
+    server.gate.hold()
+    ask(page, "hello")
+    server.gate.allow(20)
+    wait_until(page, "document.querySelector('.assistant .text')?.textContent.includes('x')")
+    page.keyboard.press("Escape")
+    done(page)
+    server.gate.let_go()
+    assert "stopped" in page.inner_text(".assistant .figures") and page.problems == []
 
 
 def test_errors_are_shown(page: Any, server: LiveServer) -> None:
     open_page(page, server)
-    ask(page, "y" * 3000)
-    assert "maximum context length is 256 tokens" in page.inner_text("[role=alert]")
-    page.click("text=New chat")
     server.gate.hold()
     ask(page, "hello")
-    other = page.context.new_page()
+    other = watched(page.context.new_page())
     open_page(other, server)
-    other.click("text=New chat")
     while not server.service.loop.request_count:
         time.sleep(0.01)
     ask(other, "hello")
     assert "try again later" in other.inner_text("[role=alert]")
     server.gate.let_go()
-    page.wait_for_selector("#messages[aria-busy=false]")
+    done(page)
     other.click("[role=alert] button")
     other.wait_for_selector("#messages[aria-busy=false] .figures:has-text('tokens')")
+
+
+def test_a_server_that_went_is_named(browser: Any, folder: Path) -> None:
+    with opened(browser) as page:
+        with live_server(folder) as server:
+            open_page(page, server)
+        ask(page, "hello")
+        assert page.inner_text("[role=alert] span") == "The server cannot be reached."
 
 
 def test_the_page_asks_for_a_key(page: Any, folder: Path) -> None:
@@ -181,13 +133,48 @@ def test_the_page_asks_for_a_key(page: Any, folder: Path) -> None:
         page.goto(server.url)
         page.wait_for_selector("dialog[open] >> text=asks for an API key")
         page.fill("#key", "wrong")
-        page.click("text=Save")
+        page.click("#settings >> text=Save")
         page.wait_for_selector("dialog[open] >> text=does not know this API key")
         page.fill("#key", "secret")
-        page.click("text=Save")
+        page.click("#settings >> text=Save")
         wait_until(page, "document.title === 'tiny'")
-        ask(page, "hello")
-        page.wait_for_selector("#messages[aria-busy=false] .assistant .figures:has-text('tokens')")
+        answered(page, "hello")
+
+
+def test_a_full_context_goes_on_without_the_oldest_turns(page: Any, server: LiveServer) -> None:
+    open_page(page, server)
+    short(page, 60)
+    for question in ("first", "second", "third"):
+        answered(page, question)
+    assert int(page.inner_text("#gauge-text").split()[0]) > 200
+    assert page.get_attribute("#gauge", "role") == "meter" and "nearly" in page.get_attribute("#gauge", "class")
+    ask(page, "fourth " * 12)
+    page.wait_for_selector("[role=alert] >> text=maximum context length is 256 tokens")
+    page.click("text=Go on without the oldest turns")
+    page.wait_for_selector("#messages[aria-busy=false] .message.assistant:last-of-type .figures:has-text('60 tokens')")
+    assert page.locator(".divider").count() == 1
+    below = page.evaluate("document.querySelector('.divider').nextElementSibling.textContent")
+    assert "third" in below or "fourth" in below
+    answered(page, "fifth")
+    assert page.locator("[role=alert]").count() == 0 and page.locator(".user").count() == 5
+    used = int(page.inner_text("#gauge-text").split()[0])
+    assert used <= 256 and page.problems.count("") == 0
+    page.reload()
+    page.wait_for_selector(".divider")
+
+
+def test_an_answer_that_fills_the_context_can_go_on(page: Any, server: LiveServer) -> None:
+    open_page(page, server)
+    short(page, 90)
+    answered(page, "first")
+    short(page, 1000)
+    ask(page, "second")
+    page.wait_for_selector("[role=alert] >> text=The context is full")
+    text = page.locator(".assistant .text").last.inner_text()
+    page.click("text=Go on without the oldest turns")
+    page.wait_for_selector(".message.assistant:last-of-type .versions >> text=2 / 2")
+    done(page)
+    assert len(page.locator(".assistant .text").last.inner_text()) > len(text)
 
 
 def test_nothing_comes_from_elsewhere(page: Any, server: LiveServer) -> None:
@@ -196,9 +183,16 @@ def test_nothing_comes_from_elsewhere(page: Any, server: LiveServer) -> None:
     response = page.goto(server.url)
     wait_until(page, "document.title === 'tiny'")
     assert all(url.startswith((server.url, "data:")) for url in asked)
-    assert "default-src 'none'" in response.headers["content-security-policy"]
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
     page.evaluate(
         "document.body.append(Object.assign(document.createElement('img'), {src: 'http://127.0.0.1:9/x.png'}))"
     )
     blocked = page.evaluate("fetch('http://127.0.0.1:9/').then(() => 'loaded', () => 'blocked')")
     assert blocked == "blocked" and any("Content Security Policy" in text for text in page.problems)
+
+
+def test_the_page_is_small() -> None:
+    sizes = {path: len(file.read_bytes()) for path, file in WEB_FILES.items()}
+    assert {"/", "/main.js", "/vendor/libraries.js", "/vendor/LICENSES.txt"} <= sizes.keys()
+    assert sum(sizes.values()) < 700_000
