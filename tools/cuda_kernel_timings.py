@@ -22,6 +22,7 @@ from svdengine.kernels.cuda.gemm import narrow
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.kv_cache import allocate_cache
 from svdengine.kernels.cuda.model import Model, PlacedPredictor, build_model, place_predictor
+from svdengine.kernels.cuda.rounding import rounded_for
 from svdengine.kernels.cuda.sparse import gate_listed
 from svdengine.kernels.cuda.step import State, ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace, pack_inputs
@@ -217,9 +218,10 @@ class FfnStack:
         return build_model(self.device, self.config, arrays, formats, BLOCK_SIZE)
 
     def _multiply(self) -> None:
-        sizes = self.work.sizes
+        work, sizes = self.work, self.work.sizes
+        x = rounded_for(self.device, [self.format], work.normed, work.rounded, sizes.hidden, 1)
         for layer in self.model.layers:
-            multiply(self.device, layer.up, self.work.normed, sizes.hidden, self.work.gate_up, sizes.gate_up, 1)
+            multiply(self.device, layer.up, x, sizes.hidden, work.gate_up, sizes.gate_up, 1)
 
     def _multiply_transposed(self) -> None:
         for layer in self.model.layers:

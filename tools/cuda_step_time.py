@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from svdengine.kernels.cuda.compilation import TARGETS, compile_kernel
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.planned_device import Launch
+from svdengine.kernels.cuda.rounding import takes_integers
 from svdengine.kernels.executor import FfnPath
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat, padded_columns
 from svdengine.models import ModelConfig
@@ -31,6 +32,7 @@ _GAP = 1.1e-6  # seconds from a kernel of a graph to the next one, which waits f
 _INSTRUCTIONS = 2.5  # that a multiprocessor issues a cycle
 _HOST = 150e-6  # seconds of a step in which the GPU has nothing to do
 _KV_BYTES = 2  # of a float16
+_ROUNDED_BYTES = 2.25  # of an activation of 16 bits, with its share of a group's scale and sum
 _MATRIX = 4  # arguments that are a matrix: words, scale, low and row
 
 
@@ -130,7 +132,8 @@ def weight_share(name: str) -> float | None:
     kernels = kernels_of(stored.name)
     weights = stored.row_bytes(kernels.chunk_columns)
     rows, tile = (int(match[3] or 1), int(match[4] or 1)) if kind == "gemv" else (1, 1)
-    activations = 0 if kind in ("gemv_transposed", "down") else 4 * kernels.chunk_columns * tile
+    read = _ROUNDED_BYTES if takes_integers(stored.name) else 4
+    activations = 0 if kind in ("gemv_transposed", "down") else read * kernels.chunk_columns * tile
     return rows * weights / (rows * weights + activations)
 
 

@@ -217,7 +217,7 @@ class CudaExecutor(BaseExecutor):
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         group = self.config.head_count // self.config.kv_head_count
         alone = n <= _FEW_ROWS or len(np.unique(batch.sequences)) == n
-        most = 1 if alone else tile_rows(group, self.config.head_dim)
+        most = 1 if alone else tile_rows(group, self.config.head_dim, self._state.cache.dtype)
         tiles = cut_tiles(batch.sequences, most)
         tables = np.zeros((len(batch.block_tables), work.sizes.blocks), np.int32)
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables
@@ -243,7 +243,7 @@ class CudaExecutor(BaseExecutor):
     def _steps_to_come(self) -> Iterator[Callable[[], None]]:
         """Steps of the kinds that launch different kernels."""
         config, most = self.config, self.max_batch_rows
-        rows = tile_rows(config.head_count // config.kv_head_count, config.head_dim)
+        rows = tile_rows(config.head_count // config.kv_head_count, config.head_dim, self._state.cache.dtype)
         sizes = {1, 2, 3, _FEW_ROWS, _FEW_ROWS + 1, LIBRARY_ROWS - 1, LIBRARY_ROWS, most}
         shapes = {
             Shape(n, n, -(-n // tile), tile, path, sample="drawn")

@@ -71,6 +71,7 @@ def gate_kernel(name: WeightFormat, split: bool) -> Kernel:
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
         "float32* hidden, int32 hot, int32 kind, float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
         f"gate_{name}{_SUFFIX[split]}",
+        launch_bounds=(GATHER_THREADS, 2),
     )
     def gate(
         words, scale, low, row, cold, bias, x, neurons, lengths, gates, hidden,
@@ -100,6 +101,7 @@ def up_kernel(name: WeightFormat, split: bool) -> Kernel:
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
         "float32* hidden, int32 hot, int32 kind, int32 stride, int32 x_stride, int32 list_stride",
         f"up_{name}{_SUFFIX[split]}",
+        launch_bounds=(GATHER_THREADS, 2),
     )
     def up(
         words, scale, low, row, cold, bias, x, neurons, lengths, gates, hidden,
@@ -130,6 +132,7 @@ def gate_up_kernel(name: WeightFormat, split: bool) -> Kernel:
         "uint32* x, int32* neurons, int32* lengths, float32* gates, float32* hidden, int32 hot, int32 kind,"
         "float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
         f"gate_up_{name}{_SUFFIX[split]}",
+        launch_bounds=(GATHER_THREADS, 2),
     )
     def gate_up(
         g_words, g_scale, g_low, g_row, g_cold, g_bias, u_words, u_scale, u_low, u_row, u_cold, u_bias, x,
@@ -173,11 +176,13 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
     kernels, held_row = kernels_of(name), HELD_ROW[split]
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
     columns, chunk_words, fours = kernels.chunk_columns, kernels.chunk_words, kernels.chunk_columns // 4
+    finish = kernels.finish
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden,"
         "float32* partial, int64* counts, int32 hot, int32 stride, int32 list_stride",
         f"down_{name}{_SUFFIX[split]}",
+        launch_bounds=(DOWN_THREADS, 4),
     )
     def down(words, scale, low, row, cold, neurons, lengths, gates, hidden, partial, counts, hot, stride, list_stride):
         """The sum of hidden times down's rows, of one part (blockIdx.y of gridDim.y) of the list of a row (blockIdx.z).
@@ -226,9 +231,9 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
                     total = add(total, values[i], w, scale, low, row, found[i], stride, j)
             cuda.syncthreads()
         if j < count:
-            out = (cuda.blockIdx.z * parts + cuda.blockIdx.y) * stride
+            out, found_sums = (cuda.blockIdx.z * parts + cuda.blockIdx.y) * stride, finish(total)
             for k in range(fours):
-                t = total[k]
+                t = found_sums[k]
                 stg128(partial, out + column_of(j, k), t[0], t[1], t[2], t[3])
 
     return down

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -15,6 +15,7 @@ from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.intrinsics import Kernel, f2h, kernel
 from svdengine.kernels.cuda.model import Matrix
+from svdengine.kernels.cuda.rounding import rounded_for, takes_integers
 from svdengine.kernels.cuda.rows import matrix_parameters
 from svdengine.kernels.formats import WeightFormat
 
@@ -57,11 +58,21 @@ def narrow(x, to, x_stride, stride):
         to[(r * stride >> 1) + pair] = f2h(first, second)
 
 
+def rounded_rows(
+    device: Device, copies: HalfCopies | None, matrices: Iterable[Matrix], x: Array, to: Array, stride: int, n: int
+) -> Array:
+    """What `product` takes as `rounded` for some matrices: n rows of x (n, stride), rounded to `to` if need be."""
+    if copies is not None and n >= LIBRARY_ROWS:
+        return x
+    return rounded_for(device, [matrix.format for matrix in matrices], x, to, stride, n)
+
+
 def product(
     device: Device,
     copies: HalfCopies | None,
     matrix: Matrix,
     x: Array,
+    rounded: Array,
     x_stride: int,
     y: Array,
     y_stride: int,
@@ -70,10 +81,14 @@ def product(
     factor: float = 1.0,
     add: bool = False,
 ) -> None:
-    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
+    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros.
+
+    rounded: what `rounded_rows` gave for x and this matrix.
+    """
     if copies is None or n < LIBRARY_ROWS:
+        rows = rounded if takes_integers(matrix.format) else x
         for first, piece in matrix.pieces():
-            multiply(device, piece, x, x_stride, y[first:], y_stride, n, factor=factor, add=add)
+            multiply(device, piece, rows, x_stride, y[first:], y_stride, n, factor=factor, add=add)
         return
     weights, halves, stride = _operands(device, copies, matrix, x, x_stride, n, matrix.stride)
     sizes = (matrix.rows, matrix.stride, n)

@@ -34,33 +34,62 @@ _MANY = 8192  # rows of a matrix from which warps take several each, and there i
 
 @cache
 def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel:
-    """y (n, ...) = or += factor * (W x + bias), for x (n, ...); `per_warp` rows of W and `tile` rows of x a warp."""
+    """y (n, ...) = or += factor * (W x + bias), for x (n, ...); `per_warp` rows of W and `tile` rows of x a warp.
+
+    Grid: (blocks of rows of W * tiles of x,). The tiles that read the same weights are neighbours, so that all but the
+    first find them in the GPU's cache.
+    """
     kernels, count = kernels_of(weight_format), per_warp * tile
     load, chunk = kernels.load_chunk, kernels.dot_chunk
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
+    # Chunks of a row whose loads are on their way at once; rows that a warp has side by side are so as they are.
+    four, two = per_warp == 1 and kernels.loads == 1, per_warp == 1 and kernels.loads == 2
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride,"
         " int32 n, int32 x_stride, int32 y_stride, float32 factor, int32 add",
         name=f"gemv_{weight_format}_{per_warp}x{tile}",
+        launch_bounds=(THREADS, 4),
         fastmath=True,
     )
     def gemv(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add):
         sums = cuda.local.array(count, types.float32)
         for k in range(count):
             sums[k] = np.float32(0)
-        first = (cuda.blockIdx.x * _WARPS + warp_index()) * per_warp
-        b, chunks = cuda.blockIdx.y * tile, stride // columns
+        tiles, chunks = (n + tile - 1) // tile, stride // columns
+        first = (cuda.blockIdx.x // tiles * _WARPS + warp_index()) * per_warp
+        b = cuda.blockIdx.x % tiles * tile
         if first >= rows:
             return
-        for j in range(lane_index(), chunks, 32):
+        base, j = first * (chunk_words * chunks), lane_index()
+        while four and j + 96 < chunks:
+            w0 = load(words, base, j)
+            w1 = load(words, base, j + 32)
+            w2 = load(words, base, j + 64)
+            w3 = load(words, base, j + 96)
+            for t in range(tile):
+                at = min(b + t, n - 1) * x_stride  # past the end the last row again, whose product is not written
+                sums[t] += chunk(w0, scale, low, row, first, stride, x, at, j)
+                sums[t] += chunk(w1, scale, low, row, first, stride, x, at, j + 32)
+                sums[t] += chunk(w2, scale, low, row, first, stride, x, at, j + 64)
+                sums[t] += chunk(w3, scale, low, row, first, stride, x, at, j + 96)
+            j += 128
+        while two and j + 32 < chunks:
+            w0 = load(words, base, j)
+            w1 = load(words, base, j + 32)
+            for t in range(tile):
+                at = min(b + t, n - 1) * x_stride
+                sums[t] += chunk(w0, scale, low, row, first, stride, x, at, j)
+                sums[t] += chunk(w1, scale, low, row, first, stride, x, at, j + 32)
+            j += 64
+        while j < chunks:
             for k in range(per_warp):
-                # Past the end the last row is read again, and its product not written.
                 r = min(first + k, rows - 1)
                 w = load(words, r * (chunk_words * chunks), j)
                 for t in range(tile):
                     at = min(b + t, n - 1) * x_stride
                     sums[k * tile + t] += chunk(w, scale, low, row, r, stride, x, at, j)
+            j += 32
         for k in range(per_warp):
             for t in range(tile):
                 total = warp_sum(sums[k * tile + t])
@@ -82,7 +111,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     kernels = kernels_of(weight_format)
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
-    fours, width = columns // 4, columns + 1  # odd, against bank conflicts
+    finish, fours, width = kernels.finish, columns // 4, columns + 1  # odd, against bank conflicts
     room = _MOST_SHARERS * 32 * width
     # Loads of a thread that are on their way at once; the more sums it has, the fewer fit in registers beside them.
     four, two = columns <= 16 and tile * columns <= 32, columns <= 16 or tile == 1
@@ -104,6 +133,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
         matrix_parameters(weight_format) + ", float32* hidden, float32* partial, int32 neurons, int32 columns_used,"
         " int32 stride, int32 n, int32 hidden_stride",
         name=f"gemv_transposed_{weight_format}_{tile}",
+        launch_bounds=(32 * _MOST_SHARERS, 2),
         fastmath=True,
     )
     def transposed(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
@@ -126,25 +156,23 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
             sums = add_row(sums, hidden, hidden_stride, n, b, w2, scale, low, row, r2, stride, j)
             sums = add_row(sums, hidden, hidden_stride, n, b, w3, scale, low, row, r3, stride, j)
             r += 4 * warps
-        if two:  # each is asked for two rows ahead; past the end a row is read again
-            end = max(last - 1, 0)
-            w0 = load(words, min(r, end) * row_words, j)
-            w1 = load(words, min(r + warps, end) * row_words, j)
-            while r < last:
-                w2 = load(words, min(r + 2 * warps, end) * row_words, j)
-                sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
-                w0, w1 = w1, w2
-                r += warps
+        while two and r + warps < last:
+            w0 = load(words, r * row_words, j)
+            w1 = load(words, (r + warps) * row_words, j)
+            sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, n, b, w1, scale, low, row, r + warps, stride, j)
+            r += 2 * warps
         while r < last:
             w = load(words, r * row_words, j)
             sums = add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j)
             r += warps
 
+        whole = finish(sums[0]), finish(sums[1]), finish(sums[2]), finish(sums[3])
         for t in range(min(tile, n - b)):
             cuda.syncthreads()  # so that the row before has been read
             for k in range(fours):
                 for i in range(4):
-                    shared[cuda.threadIdx.x * width + 4 * k + i] = sums[t][k][i]
+                    shared[cuda.threadIdx.x * width + 4 * k + i] = whole[t][k][i]
             cuda.syncthreads()
             for item in range(cuda.threadIdx.x, 32 * columns, cuda.blockDim.x):
                 chunk, k = item // columns, item % columns
@@ -171,10 +199,13 @@ def multiply(
     factor: float = 1.0,
     add: bool = False,
 ) -> None:
-    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros."""
+    """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros.
+
+    For a format that takes integers (rounding.py) they are rounded rows.
+    """
     tile = min(n, 2) if n <= 2 else TILE
     per_warp = 4 if matrix.rows >= _MANY and tile == 1 else 1
-    grid = (-(-matrix.rows // (_WARPS * per_warp)), -(-n // tile))
+    grid = (-(-matrix.rows // (_WARPS * per_warp)) * -(-n // tile),)
     device.launch(
         gemv_kernel(matrix.format, per_warp, tile), grid, THREADS,
         matrix.words, matrix.scale, matrix.low, matrix.row, matrix.bias, x, y, matrix.rows, matrix.stride,

@@ -76,6 +76,25 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     return cuda.jit(function, **{k: v for k, v in options.items() if k in ("fastmath", "debug")})
 
 
+def unrolled(body: Callable[..., None], count: int) -> Any:
+    """run(first, *arguments): body(first, *arguments), body(first + 1, *arguments), and so on, `count` calls.
+
+    There is no loop, so that local arrays which are indexed by constants and by `first` are registers. `body` is a
+    device function of a constant; compilers keep loops as they are when their bodies are large.
+    """
+    if count == 1:
+        return body
+    half = count // 2
+    low, high = unrolled(body, half), unrolled(body, count - half)
+
+    @jit(device=True, forceinline=True)
+    def run(first, *arguments):
+        low(first, *arguments)
+        high(first + half, *arguments)
+
+    return run
+
+
 def _parse(parameters: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Types and names of "uint32* words, int32 rows"."""
     kinds, names = zip(*(part.split() for part in parameters.split(",")), strict=True)
@@ -95,6 +114,14 @@ if SIMULATED:
         """Four uint32 words from item i, a multiple of 4, in one load of memory that no thread writes meanwhile."""
         assert i % 4 == 0, f"a 16-byte load from word {i}"
         return words[i], words[i + 1], words[i + 2], words[i + 3]
+
+    def ldg128_once(words: Any, i: Any) -> Any:
+        """As `ldg128`, of what is read once: it is not kept in the multiprocessor's own cache."""
+        return ldg128(words, i)
+
+    def ldg128_near(words: Any, i: Any, offset: Any) -> Any:
+        """As `ldg128_once` from item i + offset: cheap where several offsets have the same i."""
+        return ldg128(words, i + offset)
 
     def ldg64(words: Any, i: Any) -> Any:
         """Two uint32 words from item i, a multiple of 2, as `ldg128`."""
@@ -142,8 +169,8 @@ if SIMULATED:
         return np.array([x], np.float32).view(np.uint32)[0]
 
     def to_int(x: Any) -> Any:
-        """The int32 nearest to a float32, the even one of two."""
-        return np.int32(np.rint(x))
+        """The int32 nearest to a float32, the even one of two; 0 for NaN."""
+        return np.int32(np.rint(x)) if x == x else np.int32(0)
 
     def dp4a(a: Any, b: Any, c: Any) -> Any:
         """The int32 c plus the product of four int8 in a word with four int8."""
@@ -152,6 +179,14 @@ if SIMULATED:
     def dp4a_su(a: Any, b: Any, c: Any) -> Any:
         """The int32 c plus the product of four int8 in a word with four uint8."""
         return np.int32(int(c) + int(_view(a, np.int8).astype(np.int64) @ _view(b, np.uint8)))
+
+    def dp4a_us(a: Any, b: Any, c: Any) -> Any:
+        """The int32 c plus the product of four uint8 in a word with four int8."""
+        return dp4a_su(b, a, c)
+
+    def dp4a_uu(a: Any, b: Any, c: Any) -> Any:
+        """The int32 c plus the product of four uint8 in a word with four uint8."""
+        return np.int32(int(c) + int(_view(a, np.uint8).astype(np.int64) @ _view(b, np.uint8)))
 
 else:
     from llvmlite import ir
@@ -173,29 +208,39 @@ else:
             base = context.make_array(kind)(context, builder, base).data
         return builder.gep(base, [i])
 
+    def _load(words, modifiers, count, indices=1):
+        """What @intrinsic takes for a load of `count` uint32 words, of memory that no thread writes meanwhile."""
+
+        def generate(context, builder, signature, arguments):
+            address = _item(context, builder, signature.args[0], *arguments[:2])
+            for offset in arguments[2:]:
+                address = builder.gep(address, [offset])
+            to = ",".join(f"${k}" for k in range(count))
+            text = f"ld.global.nc{modifiers}.v{count}.u32 {{{to}}}, [${count}];"
+            struct = _assembly(builder, ir.LiteralStructType([_I32] * count), [address], text, "=r," * count + "l")
+            return _tuple(builder, struct, count)
+
+        return types.UniTuple(types.uint32, count)(words, *[types.int64] * indices), generate
+
     @intrinsic
     def ldg128(typing_context, words, i):
         """Four uint32 words from item i, a multiple of 4, in one load of memory that no thread writes meanwhile."""
+        return _load(words, "", 4)
 
-        def generate(context, builder, signature, arguments):
-            address = _item(context, builder, signature.args[0], *arguments)
-            text = "ld.global.nc.v4.u32 {$0,$1,$2,$3}, [$4];"
-            struct = _assembly(builder, ir.LiteralStructType([_I32] * 4), [address], text, "=r,=r,=r,=r,l")
-            return _tuple(builder, struct, 4)
+    @intrinsic
+    def ldg128_once(typing_context, words, i):
+        """As `ldg128`, of what is read once: it is not kept in the multiprocessor's own cache."""
+        return _load(words, ".L1::no_allocate", 4)
 
-        return types.UniTuple(types.uint32, 4)(words, types.int64), generate
+    @intrinsic
+    def ldg128_near(typing_context, words, i, offset):
+        """As `ldg128_once` from item i + offset: cheap where several offsets have the same i."""
+        return _load(words, ".L1::no_allocate", 4, indices=2)
 
     @intrinsic
     def ldg64(typing_context, words, i):
         """Two uint32 words from item i, a multiple of 2, as `ldg128`."""
-
-        def generate(context, builder, signature, arguments):
-            address = _item(context, builder, signature.args[0], *arguments)
-            text = "ld.global.nc.v2.u32 {$0,$1}, [$2];"
-            struct = _assembly(builder, ir.LiteralStructType([_I32] * 2), [address], text, "=r,=r,l")
-            return _tuple(builder, struct, 2)
-
-        return types.UniTuple(types.uint32, 2)(words, types.int64), generate
+        return _load(words, "", 2)
 
     @intrinsic
     def h2f(typing_context, word):
@@ -229,33 +274,31 @@ else:
 
         return types.UniTuple(types.float32, 2)(types.uint32), generate
 
-    def _bytes_as_floats(builder, word, shift, convert):
-        """Four bytes of a word as float32: a shift that keeps or drops their sign, then a conversion."""
-        up = [builder.shl(word, ir.Constant(_I32, 24 - 8 * k)) for k in range(4)]
-        return cgutils.pack_array(builder, [convert(shift(x, ir.Constant(_I32, 24)), _F32) for x in up])
+    def _bytes_as_floats(prepare, offset):
+        """What @intrinsic takes for the four bytes of a word as float32, less an offset.
 
-    @intrinsic
-    def s8x4(typing_context, word):
-        """Four int8 in a word -> four float32, the lowest byte first."""
+        A byte below the exponent of 2**23 is 2**23 + the byte; conversions of integers are slower on most GPUs. In
+        assembly: where bytes are made of several words at once, LLVM would make each by itself.
+        """
 
         def generate(context, builder, signature, arguments):
-            return _bytes_as_floats(builder, arguments[0], builder.ashr, builder.sitofp)
-
-        return types.UniTuple(types.float32, 4)(types.uint32), generate
-
-    @intrinsic
-    def u8x4(typing_context, word):
-        """Four uint8 in a word -> four float32, the lowest byte first."""
-
-        def generate(context, builder, signature, arguments):
-            # A byte below the exponent of 2**23 is 2**23 + the byte. In assembly: where bytes are made of several words
-            # at once, LLVM would make each by itself.
-            lines = (f"prmt.b32 t, $4, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, 0f4B000000;" for k in range(4))
-            text = "{.reg .b32 t; " + " ".join(lines) + "}"
+            less = f"0f{0x4B000000 + offset:08X}"
+            lines = (f"prmt.b32 t, x, 0x4B000000, 0x744{k}; sub.f32 ${k}, t, {less};" for k in range(4))
+            text = "{.reg .b32 t, x; " + prepare + " " + " ".join(lines) + "}"
             struct = _assembly(builder, ir.LiteralStructType([_F32] * 4), arguments, text, "=f,=f,=f,=f,r")
             return _tuple(builder, struct, 4)
 
         return types.UniTuple(types.float32, 4)(types.uint32), generate
+
+    @intrinsic
+    def s8x4(typing_context, word):
+        """Four int8 in a word -> four float32, the lowest byte first."""
+        return _bytes_as_floats("xor.b32 x, $4, 0x80808080;", 128)
+
+    @intrinsic
+    def u8x4(typing_context, word):
+        """Four uint8 in a word -> four float32, the lowest byte first."""
+        return _bytes_as_floats("mov.b32 x, $4;", 0)
 
     @intrinsic
     def stg128(typing_context, values, i, a, b, c, d):
@@ -304,30 +347,40 @@ else:
 
     @intrinsic
     def to_int(typing_context, x):
-        """The int32 nearest to a float32, the even one of two."""
+        """The int32 nearest to a float32, the even one of two; 0 for NaN."""
 
         def generate(context, builder, signature, arguments):
             return _assembly(builder, _I32, arguments, "cvt.rni.s32.f32 $0, $1;", "=r,f")
 
         return types.int32(types.float32), generate
 
+    def _dp4a(kinds):
+        """What @intrinsic takes for the int32 c plus the product of four bytes in a word with four in another."""
+
+        def generate(context, builder, signature, arguments):
+            return _assembly(builder, _I32, arguments, f"dp4a.{kinds} $0, $1, $2, $3;", "=r,r,r,r")
+
+        return types.int32(types.uint32, types.uint32, types.int32), generate
+
     @intrinsic
     def dp4a(typing_context, a, b, c):
         """The int32 c plus the product of four int8 in a word with four int8."""
-
-        def generate(context, builder, signature, arguments):
-            return _assembly(builder, _I32, arguments, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r")
-
-        return types.int32(types.uint32, types.uint32, types.int32), generate
+        return _dp4a("s32.s32")
 
     @intrinsic
     def dp4a_su(typing_context, a, b, c):
         """The int32 c plus the product of four int8 in a word with four uint8."""
+        return _dp4a("s32.u32")
 
-        def generate(context, builder, signature, arguments):
-            return _assembly(builder, _I32, arguments, "dp4a.s32.u32 $0, $1, $2, $3;", "=r,r,r,r")
+    @intrinsic
+    def dp4a_us(typing_context, a, b, c):
+        """The int32 c plus the product of four uint8 in a word with four int8."""
+        return _dp4a("u32.s32")
 
-        return types.int32(types.uint32, types.uint32, types.int32), generate
+    @intrinsic
+    def dp4a_uu(typing_context, a, b, c):
+        """The int32 c plus the product of four uint8 in a word with four uint8."""
+        return _dp4a("u32.u32")
 
 
 @jit(device=True)

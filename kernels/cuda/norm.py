@@ -1,8 +1,8 @@
 """RMSNorm and LayerNorm of rows, a block a row; and with what comes before or after them, in one launch.
 
-A norm may also round what it gives, as the predictor's scores read it (kernels/cuda/score.py). And it may follow a sum
-of parts, which takes more blocks than a norm: the last of a row's blocks to be done has the whole row before it, and
-norms it. Which one that is, no result shows.
+A norm may also round what it gives, as the predictor's scores and its listed rows read it (kernels/cuda/rounding.py).
+And it may follow a sum of parts, which takes more blocks than a norm: the last of a row's blocks to be done has the
+whole row before it, and norms it. Which one that is, no result shows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from svdengine.kernels.cuda.atomics import fence, fetch_add
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.intrinsics import block_sum, jit, kernel
 from svdengine.kernels.cuda.model import Norm
-from svdengine.kernels.cuda.score import store_coarse, store_fine
+from svdengine.kernels.cuda.rounding import store_coarse, store_fine
 from svdengine.kernels.cuda.workspace import Workspace
 from svdengine.kernels.formats import padded_columns
 from svdengine.models import ModelConfig

@@ -1,13 +1,4 @@
-"""Predictor scores (kernels/predictor.py): activations rounded to integers, and integer products with stored rows.
-
-A rounded row of C columns, C a multiple of 64, is held in C words of a float32 buffer's row, so that products read a
-quarter of what they would in float32:
-
-    C / 4 words   the 16-bit values' high bytes, signed; or the 8-bit values
-    C / 4 words   the 16-bit values' low bytes, unsigned; of 8-bit values not used
-    C / 32 words  the scale of each group of 32 columns, float32
-    C / 32 words  the sum of each group of 8-bit values, times its scale, float32; of 16-bit values not used
-"""
+"""Predictor scores (kernels/predictor.py): integer products of stored rows with rounded activations (rounding.py)."""
 
 from __future__ import annotations
 
@@ -17,65 +8,30 @@ from numba.cuda import types
 
 from svdengine.kernels.cuda.atomics import fence, fetch_add
 from svdengine.kernels.cuda.compact import ballot, list_masked, set_length
+from svdengine.kernels.cuda.integer_dot import dot_16, dot_bytes
 from svdengine.kernels.cuda.intrinsics import (
     FULL,
     MOST_WARPS,
     as_float,
     dp4a,
-    dp4a_su,
     jit,
     kernel,
     lane_index,
     ldg64,
     ldg128,
-    to_int,
     warp_index,
-    warp_max,
     warp_sum,
-    warp_sum_int,
 )
+from svdengine.kernels.cuda.rounding import ROUND_THREADS, store_coarse, store_fine
 from svdengine.kernels.cuda.rows import matrix_parameters
 
 LANES = 8  # that share a row of the second factor and of the residual, which are short
 SCORE_THREADS = 256
 SCORE_ROWS = SCORE_THREADS // LANES  # neurons of a block
 PROJECT_THREADS = 1024  # a warp for each of the 32 hidden values that share a scale
-ROUND_THREADS = 256
-_FINE, _COARSE = np.float32(127 * 256), np.float32(127)
-_ZERO, _ONE, _NONE = np.float32(0), np.float32(1), np.int32(0)
+_ZERO, _HALF, _NONE = np.float32(0), np.float32(0.5), np.int32(0)
 _NIBBLES, _PAIRS, _BITS = np.uint32(0x0F0F0F0F), np.uint32(0x03030303), np.uint32(0x01010101)
 _SPREAD = np.uint32(0x00204081)  # times four bits: bit k goes to bit 8 k
-
-
-@jit(device=True)
-def round_group(value, largest, steps):
-    """The integer nearest to value in steps of largest / steps, the scale's float32."""
-    scale = largest / steps
-    return to_int(value * (_ONE / scale if scale > _ZERO else _ZERO))
-
-
-@jit(device=True)
-def store_fine(value, codes, values, at, padded, column):
-    """Round a warp's 32 values, a lane each, to 16 bits; `at`: where the row begins, in words."""
-    largest = warp_max(abs(value))
-    rounded = round_group(value, largest, _FINE)
-    codes[4 * at + column] = np.uint8((rounded >> 8) & 255)
-    codes[4 * at + padded + column] = np.uint8(rounded & 255)
-    if column & 31 == 0:
-        values[at + (padded >> 1) + (column >> 5)] = largest / _FINE
-
-
-@jit(device=True)
-def store_coarse(value, codes, values, at, padded, column):
-    """As `store_fine`, to 8 bits, with the groups' sums."""
-    largest = warp_max(abs(value))
-    rounded = round_group(value, largest, _COARSE)
-    total = warp_sum_int(rounded)
-    codes[4 * at + column] = np.uint8(rounded & 255)
-    if column & 31 == 0:
-        scales = at + (padded >> 1) + (column >> 5)
-        values[scales] = largest / _COARSE
-        values[scales + (padded >> 5)] = largest / _COARSE * np.float32(total)
 
 
 @kernel(
@@ -94,36 +50,10 @@ def round_rows(x, fine_codes, fine_values, coarse_codes, coarse_values, columns,
 
 
 @jit(device=True)
-def dot_bytes(w, x, at, total):
-    """total + 16 int8 weights times the 8-bit values in four words from `at`."""
-    a = ldg128(x, at)
-    total = dp4a(w[0], a[0], total)
-    total = dp4a(w[1], a[1], total)
-    total = dp4a(w[2], a[2], total)
-    return dp4a(w[3], a[3], total)
-
-
-@jit(device=True)
 def dot_masked(w, shift, mask, x, at, total):
     """total + the codes under the mask in every byte, `shift` bits up, times the 8-bit values in four words."""
     codes = (w[0] >> shift) & mask, (w[1] >> shift) & mask, (w[2] >> shift) & mask, (w[3] >> shift) & mask
     return dot_bytes(codes, x, at, total)
-
-
-@jit(device=True)
-def dot_low_bytes(w, x, at, total):
-    """As `dot_bytes`, for unsigned values."""
-    a = ldg128(x, at)
-    total = dp4a_su(w[0], a[0], total)
-    total = dp4a_su(w[1], a[1], total)
-    total = dp4a_su(w[2], a[2], total)
-    return dp4a_su(w[3], a[3], total)
-
-
-@jit(device=True)
-def dot_16(w, x, at, plane):
-    """16 int8 weights times the 16-bit values whose high bytes are in four words from `at`, the low ones in `plane`."""
-    return dot_low_bytes(w, x, at + plane, np.int32(dot_bytes(w, x, at, _NONE) << 8))
 
 
 @jit(device=True)
@@ -132,22 +62,21 @@ def factor_q8(words, scale, low, row, r, padded, x, at, lane, lanes):
     count = padded >> 4
     total = _ZERO
     for j in range(lane, count, lanes):
-        both = dot_16(ldg128(words, r * (4 * count) + 4 * j), x, at + 4 * j, padded >> 2)
-        step = as_float(x[at + (padded >> 1) + (j >> 1)])
+        both = dot_16(ldg128(words, r * (4 * count) + 4 * j), x, at + 8 * j)
+        step = as_float(x[at + (padded >> 1) + (j - (j & 1))])
         total += np.float32(both) * (step * np.float32(scale[r * (padded >> 5) + (j >> 1)]))
     return total
 
 
 @jit(device=True)
 def factor_q4(words, scale, low, row, r, padded, x, at, lane, lanes):
-    """As `factor_q8`, of a row in q4. A lane has half of two groups, and takes off the minima of these halves."""
-    count, groups, plane = padded >> 5, padded >> 5, padded >> 2
-    ones = _BITS, _BITS, _BITS, _BITS
+    """As `factor_q8`, of a row in q4. A lane has half of two groups, and takes off half of their minima's part."""
+    count, groups = padded >> 5, padded >> 5
     total = _ZERO
     for j in range(lane, count, lanes):
         w = ldg128(words, r * (4 * count) + 4 * j)
         group = j >> 1 << 1
-        codes = at + 8 * group + 4 * (j & 1)
+        codes = at + 16 * group + 8 * (j & 1)
         below = w[0] & _NIBBLES, w[1] & _NIBBLES, w[2] & _NIBBLES, w[3] & _NIBBLES
         four = np.uint32(4)
         above = (
@@ -156,13 +85,11 @@ def factor_q4(words, scale, low, row, r, padded, x, at, lane, lanes):
             (w[2] >> four) & _NIBBLES,
             (w[3] >> four) & _NIBBLES,
         )
-        steps, scales = at + (padded >> 1) + group, r * groups + group
-        first, second = as_float(x[steps]), as_float(x[steps + 1])
-        product = np.float32(dot_16(below, x, codes, plane)) * (first * np.float32(scale[scales]))
-        product += np.float32(dot_16(above, x, codes + 8, plane)) * (second * np.float32(scale[scales + 1]))
-        minimum = np.float32(dot_16(ones, x, codes, plane)) * (first * np.float32(low[scales]))
-        minimum += np.float32(dot_16(ones, x, codes + 8, plane)) * (second * np.float32(low[scales + 1]))
-        total += row[2 * r] * product - row[2 * r + 1] * minimum
+        values, scales = ldg128(x, at + (padded >> 1) + 2 * group), r * groups + group  # steps and sums
+        product = np.float32(dot_16(below, x, codes)) * (as_float(values[0]) * np.float32(scale[scales]))
+        product += np.float32(dot_16(above, x, codes + 16)) * (as_float(values[2]) * np.float32(scale[scales + 1]))
+        minimum = as_float(values[1]) * np.float32(low[scales]) + as_float(values[3]) * np.float32(low[scales + 1])
+        total += row[2 * r] * product - (_HALF * row[2 * r + 1]) * minimum
     return total
 
 
@@ -183,9 +110,9 @@ def residual_2(words, scale, r, padded, x, at, lane, lanes):
         first = dot_masked(w, np.uint32(2), _PAIRS, x, at + 16 * j + 4, first)
         second = dot_masked(w, np.uint32(4), _PAIRS, x, at + 16 * j + 8, _NONE)
         second = dot_masked(w, np.uint32(6), _PAIRS, x, at + 16 * j + 12, second)
-        product = np.float32(first) * as_float(x[scales + 2 * j]) + np.float32(second) * as_float(x[scales + 2 * j + 1])
-        sums = scales + (padded >> 5) + 2 * j
-        product -= np.float32(1.5) * (as_float(x[sums]) + as_float(x[sums + 1]))
+        values = ldg128(x, scales + 4 * j)  # steps and sums
+        product = np.float32(first) * as_float(values[0]) + np.float32(second) * as_float(values[2])
+        product -= np.float32(1.5) * (as_float(values[1]) + as_float(values[3]))
         total += np.float32(scale[r * blocks + j]) * product
     return total
 
@@ -210,9 +137,9 @@ def residual_1(words, scale, r, padded, x, at, lane, lanes):
     for j in range(lane, blocks, lanes):
         w = ldg64(words, r * (2 * blocks) + 2 * j)
         first, second = dot_bits(w[0], x, at + 16 * j), dot_bits(w[1], x, at + 16 * j + 8)
-        product = np.float32(first) * as_float(x[scales + 2 * j]) + np.float32(second) * as_float(x[scales + 2 * j + 1])
-        sums = scales + (padded >> 5) + 2 * j
-        product -= np.float32(0.5) * (as_float(x[sums]) + as_float(x[sums + 1]))
+        values = ldg128(x, scales + 4 * j)  # steps and sums
+        product = np.float32(first) * as_float(values[0]) + np.float32(second) * as_float(values[2])
+        product -= np.float32(0.5) * (as_float(values[1]) + as_float(values[3]))
         total += np.float32(scale[r * blocks + j]) * product
     return total
 

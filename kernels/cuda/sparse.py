@@ -24,6 +24,7 @@ from svdengine.kernels.cuda.gather import (
 from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model, PlacedLayer
 from svdengine.kernels.cuda.norm import THREADS as NORM_THREADS
 from svdengine.kernels.cuda.norm import normalize_listed
+from svdengine.kernels.cuda.rounding import rounded_for, takes_integers
 from svdengine.kernels.cuda.score import (
     PROJECT,
     PROJECT_THREADS,
@@ -64,7 +65,7 @@ def sparse_ffn(
         )  # fmt: skip
     else:
         score_rows(device, model, work, predictor, x, n, rounded=rounded)
-    gate_listed(device, model, work, model.layers[layer], x, n)
+    gate_listed(device, model, work, model.layers[layer], x, n, rounded=None if predictor is None else work.fine)
     sub_norm = model.layers[layer].ffn_sub_norm
     if sub_norm is not None:
         device.launch(
@@ -102,27 +103,36 @@ def score_rows(
     )  # fmt: skip
 
 
-def gate_listed(device: Device, model: Model, work: Workspace, layer: LayerWeights, x: Array, n: int) -> None:
-    """work.scores = the gates of the listed neurons, work.hidden = their activations, in the lists' order."""
+def gate_listed(
+    device: Device, model: Model, work: Workspace, layer: LayerWeights, x: Array, n: int, rounded: Array | None = None
+) -> None:
+    """work.scores = the gates of the listed neurons, work.hidden = their activations, in the lists' order.
+
+    rounded: x rounded to 16 bits, where that has been done.
+    """
     config, sizes = model.config, work.sizes
     kind, split, hot = ACTIVATIONS.index(config.activation), layer.up.is_split, layer.up.hot
     grid = (min(-(-config.ffn_size // WARPS), MOST_GATHER_BLOCKS), n)
-    lists = (x, work.neurons, work.lengths, work.scores, work.hidden)
     gate = layer.up if layer.gate is None else layer.gate
+    if rounded is None:
+        rounded = rounded_for(device, [gate.format, layer.up.format], x, work.fine, sizes.hidden, n)
+    lists = (work.neurons, work.lengths, work.scores, work.hidden)
+    gate_x = rounded if takes_integers(gate.format) else x
+    up_x = rounded if takes_integers(layer.up.format) else x
     if layer.gate is not None and layer.gate.format == layer.up.format:
         device.launch(
-            gate_up_kernel(gate.format, split), grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), *lists,
+            gate_up_kernel(gate.format, split), grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), gate_x, *lists,
             hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
         return
     device.launch(
-        gate_kernel(gate.format, split), grid, GATHER_THREADS, *_parts(gate), *lists,
+        gate_kernel(gate.format, split), grid, GATHER_THREADS, *_parts(gate), gate_x, *lists,
         hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
     )  # fmt: skip
     if layer.gate is not None:
         up = layer.up
         device.launch(
-            up_kernel(up.format, split), grid, GATHER_THREADS, *_parts(up), *lists,
+            up_kernel(up.format, split), grid, GATHER_THREADS, *_parts(up), up_x, *lists,
             hot, kind, up.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
 

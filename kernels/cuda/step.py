@@ -11,7 +11,7 @@ from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
 from svdengine.kernels.cuda.formats.table import kernels_of
-from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies, add_transposed_product, product
+from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies, add_transposed_product, product, rounded_rows
 from svdengine.kernels.cuda.half_copies import slice_rows
 from svdengine.kernels.cuda.kv_cache import KvCache
 from svdengine.kernels.cuda.model import LayerWeights, Model, Norm, PlacedPredictor
@@ -76,14 +76,13 @@ def run_step(state: State, predictor: PlacedPredictor, shape: Shape, keep: Keep 
 def head(state: State, wanted: int) -> None:
     """Logits of the first rows that are normed. A head of which the library needs copies is multiplied in slices."""
     device, work, matrix, copies = state.device, state.work, state.model.lm_head, state.copies
-    count = matrix.rows
+    count, hidden = matrix.rows, work.sizes.hidden
+    read = rounded_rows(device, copies, [matrix], work.normed, work.rounded, hidden, wanted)
     if copies is not None and wanted >= LIBRARY_ROWS and kernels_of(matrix.format).library_type is None:
         count = slice_rows(matrix.rows, matrix.stride, len(copies.weights))
     for first in range(0, matrix.rows, count):
         part = matrix if count == matrix.rows else matrix.rows_from(first, min(count, matrix.rows - first))
-        product(
-            device, copies, part, work.normed, work.sizes.hidden, work.logits[first:], work.sizes.logits, wanted
-        )  # fmt: skip
+        product(device, copies, part, work.normed, read, hidden, work.logits[first:], work.sizes.logits, wanted)
 
 
 def run_layer(
@@ -135,8 +134,11 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
     """x += attention of the normed rows."""
     device, model, work, n = state.device, state.model, state.work, shape.n
     sizes = work.sizes
+    copies, matrices = state.copies, [part.matrix for part in layer.qkv]
+    rounded = rounded_rows(device, copies, matrices, work.normed, work.rounded, sizes.hidden, n)
     for part in layer.qkv:
-        product(device, state.copies, part.matrix, work.normed, sizes.hidden, work.qkv[part.offset :], sizes.qkv, n)
+        to = work.qkv[part.offset :]
+        product(device, copies, part.matrix, work.normed, rounded, sizes.hidden, to, sizes.qkv, n)
     place_keys(device, model, layer, index, work, state.cache, n)
     attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
     config = model.config
@@ -146,8 +148,9 @@ def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> No
             columns=config.head_count * config.head_dim,
         )  # fmt: skip
     post, factor = layer.attention_post_norm, config.residual_scale
+    rounded = rounded_rows(device, copies, [layer.o], work.attention, work.rounded, sizes.attention, n)
     product(
-        device, state.copies, layer.o, work.attention, sizes.attention,
+        device, copies, layer.o, work.attention, rounded, sizes.attention,
         work.x if post is None else work.second, sizes.hidden, n,
         factor=factor if post is None else 1.0, add=post is None,
     )  # fmt: skip
@@ -184,8 +187,10 @@ def ffn(
             return True
         add_parts(device, work.partial, parts, layer.down.bias, y, config.hidden_size, sizes.hidden, n, factor)
         return False
+    copies, matrices = state.copies, [part.matrix for part in layer.gate_up]
+    read = rounded_rows(device, copies, matrices, x, work.rounded, sizes.hidden, n)
     for part in layer.gate_up:
-        product(device, state.copies, part.matrix, x, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
+        product(device, copies, part.matrix, x, read, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
     activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
     if layer.ffn_sub_norm is not None:
         sub_norm, hidden = layer.ffn_sub_norm, work.hidden
@@ -193,5 +198,6 @@ def ffn(
     if model.transposed_down:
         add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
     else:
-        product(device, state.copies, layer.down, work.hidden, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True)
+        read = rounded_rows(device, copies, [layer.down], work.hidden, work.rounded, sizes.ffn, n)
+        product(device, copies, layer.down, work.hidden, read, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True)
     return False

@@ -89,10 +89,12 @@ class Workspace:
     attention: Array  # (rows, attention) float32
     partial: Array  # (rows, parts, hidden) float32 to be added, where rows * parts <= max(LEAST_PARTS, rows)
 
+    rounded: Array  # (rows, hidden, attention or ffn) words: what a product reads, rounded (kernels/cuda/rounding.py)
+
     # The FFN.
     gate_up: Array  # (rows, gate_up) float32
     hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of the neurons that are listed, in order
-    z_rounded: Array  # (rows, z) words: hidden values of the predictor, rounded as kernels/cuda/score.py says
+    z_rounded: Array  # (rows, z) words: hidden values of the predictor, rounded as kernels/cuda/rounding.py says
     fine: Array  # (rows, hidden) words: the FFN's input rounded to 16 bits, likewise
     coarse: Array  # (rows, hidden) words: to 8 bits
     scores: Array  # (rows, ffn) float32; once neurons are listed, their gates
@@ -125,6 +127,7 @@ def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
         "qkv": (rows * sizes.qkv, f32),
         "attention": (rows * sizes.attention, f32),
         "partial": (sizes.partial, f32),
+        "rounded": (rows * max(sizes.hidden, sizes.attention, sizes.ffn), f32),
         "gate_up": (rows * sizes.gate_up, f32),
         "hidden": (rows * sizes.ffn, f32),
         "z_rounded": (rows * sizes.z, f32),

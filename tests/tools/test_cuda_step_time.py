@@ -48,6 +48,7 @@ def test_loops_are_found_in_machine_code() -> None:
 def test_weights_are_told_from_activations() -> None:
     assert weight_share("gemv_f16_4x1") == pytest.approx(4 * 16 / (4 * 16 + 32))
     assert weight_share("gemv_f16_1x1") == pytest.approx(1 / 3)
+    assert weight_share("gemv_q8_1x1") == pytest.approx(1 / (1 + 2.25))  # activations are rounded to 16 bits
     assert weight_share("down_f16") == 1 and weight_share("survey") is None and weight_share("up_front") is None
 
 

@@ -10,13 +10,15 @@ from typing import Any
 
 import numpy as np
 
+from svdengine.kernels.cuda.formats.fours import add_four
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
-from svdengine.kernels.cuda.intrinsics import as_float, jit, ldg128
+from svdengine.kernels.cuda.integer_dot import dot_unsigned_16
+from svdengine.kernels.cuda.intrinsics import as_float, jit, ldg128, u8x4
 from svdengine.kernels.formats import WeightFormat
 
 HALVES = np.uint32(0x0F0F0F0F)
 FOUR = np.uint32(4)
-_NOTHING = np.float32(0), np.float32(0)
+_HALF = np.float32(0.5)
 
 
 @jit(device=True)
@@ -38,61 +40,68 @@ def _scales(scale, low, row, r, stride, j):
 
 
 @jit(device=True)
-def _add_dot(sums, levels, x, at):
-    """Sums + four levels times four activations from item `at`, and + those activations."""
-    a = ldg128(x, at)
-    a0, a1, a2, a3 = as_float(a[0]), as_float(a[1]), as_float(a[2]), as_float(a[3])
-    product = sums[0] + levels[0] * a0
-    product += levels[1] * a1
-    product += levels[2] * a2
-    return product + levels[3] * a3, sums[1] + ((a0 + a1) + (a2 + a3))
+def _less(total, shift):
+    """Four sums less the minima's part."""
+    return total[0] - shift, total[1] - shift, total[2] - shift, total[3] - shift
 
 
 @jit(device=True)
-def _add_levels(total, h, levels, shift):
-    """total + (h * levels - shift), of four."""
+def _finish(total):
+    low, high = total[8][0], total[8][1]
     return (
-        total[0] + (h * levels[0] - shift),
-        total[1] + (h * levels[1] - shift),
-        total[2] + (h * levels[2] - shift),
-        total[3] + (h * levels[3] - shift),
+        _less(total[0], low),
+        _less(total[1], low),
+        _less(total[2], low),
+        _less(total[3], low),
+        _less(total[4], high),
+        _less(total[5], high),
+        _less(total[6], high),
+        _less(total[7], high),
     )
 
 
 def affine_kernels(
-    name: WeightFormat, loads: int, load: Any, low_levels: Any, high_levels: Any, level: Any
+    name: WeightFormat, loads: int, load: Any, low_codes: Any, high_codes: Any, level: Any, high_part: float = 1.0
 ) -> FormatKernels:
     """The kernels of a format with these levels.
 
-    load: as `load_chunk`, `loads` loads, the low halves first. low_levels, high_levels: (w, k, j) -> the four levels of
-    the low halves of word k of a chunk, or of the high ones. level: (words, index) -> a level by its index in the
-    matrix, rows one after another.
+    load: as `load_chunk`, `loads` loads, the low halves first. low_codes, high_codes: (w, k, j) -> the four levels of
+    the low halves of word k of a chunk, a byte each, or of the high ones, divided by `high_part`. level: (words, index)
+    -> a level by its index in the matrix, rows one after another.
     """
+    part = np.float32(high_part)
 
     @jit(device=True)
     def dot(w, scale, low, row, r, stride, x, at, j):
-        s = _scales(scale, low, row, r, stride, j)
-        at += 32 * j - 16 * (j & 1)  # 64 columns a pair; so written, chunks 32 apart need no addresses of their own
-        first = _add_dot(_add_dot(_NOTHING, low_levels(w, 0, j), x, at), low_levels(w, 1, j), x, at + 4)
-        first = _add_dot(_add_dot(first, low_levels(w, 2, j), x, at + 8), low_levels(w, 3, j), x, at + 12)
-        at += 32
-        then = _add_dot(_add_dot(_NOTHING, high_levels(w, 0, j), x, at), high_levels(w, 1, j), x, at + 4)
-        then = _add_dot(_add_dot(then, high_levels(w, 2, j), x, at + 8), high_levels(w, 3, j), x, at + 12)
-        return (s[0] * first[0] + s[1] * then[0]) - (s[2] * first[1] + s[3] * then[1])
+        # So written, chunks 32 apart need no addresses of their own.
+        group = j - (j & 1)
+        codes = at + 16 * j - 8 * (j & 1)
+        below = low_codes(w, 0, j), low_codes(w, 1, j), low_codes(w, 2, j), low_codes(w, 3, j)
+        above = high_codes(w, 0, j), high_codes(w, 1, j), high_codes(w, 2, j), high_codes(w, 3, j)
+        first = np.float32(dot_unsigned_16(below, x, codes))
+        then = np.float32(dot_unsigned_16(above, x, codes + 16))
+        values = ldg128(x, at + (stride >> 1) + 2 * group)  # steps and sums of two groups
+        group += r * (stride >> 5)
+        product = first * (as_float(values[0]) * np.float32(scale[group]))
+        product += then * (as_float(values[2]) * (part * np.float32(scale[group + 1])))
+        least = as_float(values[1]) * np.float32(low[group]) + as_float(values[3]) * np.float32(low[group + 1])
+        # Two chunks share the groups, and take off half of the minima's part each.
+        return row[2 * r] * product - (_HALF * row[2 * r + 1]) * least
 
     @jit(device=True)
     def add(total, h, w, scale, low, row, r, stride, j):
         s = _scales(scale, low, row, r, stride, j)
-        first, then, shift, upper = h * s[0], h * s[1], h * s[2], h * s[3]
+        first, then, minima = h * s[0], h * s[1] * part, total[8]
         return (
-            _add_levels(total[0], first, low_levels(w, 0, j), shift),
-            _add_levels(total[1], first, low_levels(w, 1, j), shift),
-            _add_levels(total[2], first, low_levels(w, 2, j), shift),
-            _add_levels(total[3], first, low_levels(w, 3, j), shift),
-            _add_levels(total[4], then, high_levels(w, 0, j), upper),
-            _add_levels(total[5], then, high_levels(w, 1, j), upper),
-            _add_levels(total[6], then, high_levels(w, 2, j), upper),
-            _add_levels(total[7], then, high_levels(w, 3, j), upper),
+            add_four(total[0], first, u8x4(low_codes(w, 0, j))),
+            add_four(total[1], first, u8x4(low_codes(w, 1, j))),
+            add_four(total[2], first, u8x4(low_codes(w, 2, j))),
+            add_four(total[3], first, u8x4(low_codes(w, 3, j))),
+            add_four(total[4], then, u8x4(high_codes(w, 0, j))),
+            add_four(total[5], then, u8x4(high_codes(w, 1, j))),
+            add_four(total[6], then, u8x4(high_codes(w, 2, j))),
+            add_four(total[7], then, u8x4(high_codes(w, 3, j))),
+            (minima[0] + h * s[2], minima[1] + h * s[3], minima[2], minima[3]),
         )
 
     @jit(device=True)
@@ -111,4 +120,6 @@ def affine_kernels(
         weight=weight,
         most_sums=2,
         loads=loads,
+        other_sums=1,
+        finish=_finish,
     )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from svdengine.kernels.cuda.intrinsics import as_float, jit, ldg128
+from svdengine.kernels.cuda.intrinsics import as_float, jit, ldg128, ldg128_once
 
 _ZERO = np.float32(0)
 NO_SUMS = (_ZERO, _ZERO, _ZERO, _ZERO)
@@ -34,7 +34,7 @@ def add_four(total, h, values):
 @jit(device=True)
 def load_sixteen_bytes(words, base, j):
     """Chunk j of 16 bytes."""
-    return ldg128(words, base + 4 * j)
+    return ldg128_once(words, base + 4 * j)
 
 
 def consecutive(columns: int) -> Any:

@@ -13,11 +13,18 @@ from types import MappingProxyType
 from typing import Any
 
 from svdengine.kernels.cuda.formats.fours import NO_SUMS
+from svdengine.kernels.cuda.intrinsics import jit
 from svdengine.kernels.formats import FORMATS, WeightFormat
 
 # Of a kernel's parameter: the suffix of the part (kernels/formats.py) that it holds, and as what items it is read.
 MATRIX_PARTS = MappingProxyType({"words": "", "scale": ".scale", "low": ".min", "row": ".row"})
 _TYPES = MappingProxyType({"words": "uint32", "scale": "uint8", "low": "uint8", "row": "float32"})
+
+
+@jit(device=True)
+def unchanged(total):
+    """Sums that are those of the columns as they are."""
+    return total
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,14 @@ class FormatKernels:
     load_chunk: Any  # (words, base, j) -> w: chunk j of the row that begins at word `base`
     dot_chunk: Any  # (w, scale, low, row, r, stride, x, at, j) -> float32: the chunk times the activation row that
     # begins at item `at` of x, float32 seen as words
-    add_chunk: Any  # (total, h, w, scale, low, row, r, stride, j) -> total + h * the chunk; sums are kept by fours
+    add_chunk: Any  # (total, h, w, scale, low, row, r, stride, j) -> total + h * the chunk; sums are kept by fours,
+    # and behind those of the columns there may be others, which `finish` takes into account
     column_of: Any  # (j, k) -> the first column of the k-th four of chunk j
     weight: Any  # (words, scale, low, row, r, column, stride) -> float32: a single weight
     most_sums: int  # rows of activations for which a thread can hold the sums of a chunk's columns in registers
     loads: int = 1  # of 16 bytes, that a chunk takes: 1 or 2
+    other_sums: int = 0  # fours behind those of the columns
+    finish: Any = unchanged  # (total) -> the sums of the columns, once all is added
     types: Mapping[str, str] = field(default_factory=dict)  # of parameters whose items are not those of `_TYPES`
     library_type: Any = None  # NumPy's, of words that the vendor's library multiplies as they are stored
 
@@ -49,7 +59,7 @@ class FormatKernels:
     @property
     def nothing(self) -> tuple[Any, ...]:
         """What sums over `add_chunk` start from."""
-        return (NO_SUMS,) * (self.chunk_columns // 4)
+        return (NO_SUMS,) * (self.chunk_columns // 4 + self.other_sums)
 
     def type_of(self, parameter: str) -> str:
         """The type of the items of one of `MATRIX_PARTS`."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cuda.formats.affine import FOUR, HALVES, affine_kernels
-from svdengine.kernels.cuda.intrinsics import jit, ldg128, u8x4
+from svdengine.kernels.cuda.intrinsics import jit, ldg128_once
 
 _PAIRS = np.uint32(0x30303030)
 
@@ -20,21 +20,21 @@ _PAIRS = np.uint32(0x30303030)
 def _load(words, base, j):
     """Words 0 to 3 are the low halves, 4 to 7 the pairs."""
     at = base + 12 * (j >> 1)
-    return ldg128(words, at + 4 * (j & 1)) + ldg128(words, at + 8)
+    return ldg128_once(words, at + 4 * (j & 1)) + ldg128_once(words, at + 8)
 
 
 @jit(device=True)
-def _low_levels(w, k, j):
+def _low_codes(w, k, j):
     # Their pairs are the lowest two bits of a byte, or in the second chunk of a pair the next two.
     pairs = w[4 + k] << np.uint32(4 - 2 * (j & 1))
-    return u8x4((w[k] & HALVES) | (pairs & _PAIRS))
+    return (w[k] & HALVES) | (pairs & _PAIRS)
 
 
 @jit(device=True)
-def _high_levels(w, k, j):
+def _high_codes(w, k, j):
     # Their pairs are the bits from 4 on, or from 6 on.
     pairs = w[4 + k] >> np.uint32(2 * (j & 1))
-    return u8x4(((w[k] >> FOUR) & HALVES) | (pairs & _PAIRS))
+    return ((w[k] >> FOUR) & HALVES) | (pairs & _PAIRS)
 
 
 @jit(device=True)
@@ -46,4 +46,4 @@ def _level(words, index):
     return low + 16 * upper
 
 
-Q6_KERNELS = affine_kernels("q6", 2, _load, _low_levels, _high_levels, _level)
+Q6_KERNELS = affine_kernels("q6", 2, _load, _low_codes, _high_codes, _level)

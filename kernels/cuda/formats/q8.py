@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cuda.formats.fours import add_four, consecutive, dot_four, load_sixteen_bytes
+from svdengine.kernels.cuda.formats.fours import add_four, consecutive, load_sixteen_bytes
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
-from svdengine.kernels.cuda.intrinsics import jit, s8x4
+from svdengine.kernels.cuda.integer_dot import dot_16
+from svdengine.kernels.cuda.intrinsics import as_float, jit, s8x4
 
 
 @jit(device=True)
 def _dot(w, scale, low, row, r, stride, x, at, j):
-    at += 16 * j
-    first = dot_four(s8x4(w[0]), x, at) + dot_four(s8x4(w[1]), x, at + 4)
-    second = dot_four(s8x4(w[2]), x, at + 8) + dot_four(s8x4(w[3]), x, at + 12)
-    return np.float32(scale[r * (stride >> 5) + (j >> 1)]) * (first + second)
+    product = np.float32(dot_16(w, x, at + 8 * j))
+    step = as_float(x[at + (stride >> 1) + (j - (j & 1))])
+    return product * (step * np.float32(scale[r * (stride >> 5) + (j >> 1)]))
 
 
 @jit(device=True)

@@ -8,26 +8,26 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cuda.formats.affine import affine_kernels
-from svdengine.kernels.cuda.intrinsics import jit, ldg128, u8x4
+from svdengine.kernels.cuda.intrinsics import jit, ldg128_once
 
 _PAIRS = np.uint32(0x03030303)
 
 
 @jit(device=True)
 def _load(words, base, j):
-    return ldg128(words, base + 4 * (j >> 1))
+    return ldg128_once(words, base + 4 * (j >> 1))
 
 
 @jit(device=True)
-def _low_levels(w, k, j):
+def _low_codes(w, k, j):
     # The lowest two bits of a byte, or in the second chunk of a pair the next two.
-    return u8x4((w[k] >> np.uint32(2 * (j & 1))) & _PAIRS)
+    return (w[k] >> np.uint32(2 * (j & 1))) & _PAIRS
 
 
 @jit(device=True)
-def _high_levels(w, k, j):
+def _high_codes(w, k, j):
     # The bits from 4 on, or from 6 on.
-    return u8x4((w[k] >> np.uint32(4 + 2 * (j & 1))) & _PAIRS)
+    return (w[k] >> np.uint32(4 + 2 * (j & 1))) & _PAIRS
 
 
 @jit(device=True)
@@ -36,4 +36,4 @@ def _level(words, index):
     return (words[block + (byte >> 2)] >> (8 * (byte & 3) + 2 * (index >> 4 & 3))) & 3
 
 
-TERNARY_KERNELS = affine_kernels("ternary", 1, _load, _low_levels, _high_levels, _level)
+TERNARY_KERNELS = affine_kernels("ternary", 1, _load, _low_codes, _high_codes, _level)

@@ -44,3 +44,11 @@ def device() -> Iterator[Any]:
         yield found
     finally:
         found.close()
+
+
+@pytest.fixture(scope="session")
+def machine_code_report() -> dict[str, dict[str, Any]]:
+    """{kernel: {target: figures}}, or {kernel: {"error": text}}: what all kernels are compiled to (offline.py)."""
+    import compiled
+
+    return compiled.compile_everything()

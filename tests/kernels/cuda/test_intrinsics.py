@@ -43,6 +43,8 @@ def unpack(words, out):
     out[32 * i + 16] = intrinsics.as_float(intrinsics.as_word(halves[1]))
     two = intrinsics.ldg64(words, 2 * i)
     out[32 * i + 17] = np.float32(two[0] & np.uint32(255)) + np.float32(two[1] & np.uint32(255))
+    out[32 * i + 18] = np.float32(intrinsics.dp4a_us(w[3], w[2], np.int32(5)))
+    out[32 * i + 19] = np.float32(intrinsics.dp4a_uu(w[2], w[3], np.int32(5)))
     intrinsics.stg128(out, 32 * i + 20, halves[0], halves[1], bfloats[0], bfloats[1])
 
 
@@ -93,6 +95,8 @@ def test_words_are_unpacked_as_numpy_does(device: Any) -> None:
     whole = signed.astype(int)
     np.testing.assert_array_equal(found[:, 12], 5 + (whole * unsigned.view(np.int8)).sum(1))
     np.testing.assert_array_equal(found[:, 13], 5 + (whole * unsigned).sum(1))
+    np.testing.assert_array_equal(found[:, 18], 5 + (unsigned * whole).sum(1))
+    np.testing.assert_array_equal(found[:, 19], 5 + (signed.view(np.uint8).astype(int) * unsigned).sum(1))
     np.testing.assert_array_equal(found[:, 14].view(np.uint32), words[:, 0])
     np.testing.assert_array_equal(found[:, 15], np.rint(halves[:, 0].astype(np.float32) * 10))
     np.testing.assert_array_equal(found[:, 16], halves[:, 1])
@@ -137,6 +141,24 @@ def test_a_missing_barrier_gives_another_result_backwards(device: Any) -> None:
 def test_loads_that_are_not_aligned_are_found(device: Any) -> None:
     with pytest.raises(AssertionError, match="16-byte load from word 2"):
         device.launch(load_between, (1,), 1, np.zeros(8, np.uint32))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_unrolled_bodies_are_called_in_order(device: Any, count: int) -> None:
+    @intrinsics.jit(device=True)
+    def body(i, x):
+        x[i] = np.float32(i) + (x[i - 1] if i > 3 else np.float32(0))
+
+    run = intrinsics.unrolled(body, count)
+
+    @kernel("float32* x", name=f"call_{count}")
+    def call(x):
+        run(3, x)
+
+    x = device.zeros(10, np.float32)
+    device.launch(call, (1,), 1, x)
+    np.testing.assert_array_equal(device.download(x)[3 : 3 + count], np.cumsum(np.arange(3, 3 + count)))
+    assert not device.download(x)[3 + count :].any()
 
 
 def test_parameters_must_be_those_of_the_function() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from svdengine.kernels.cuda import attention, bandwidth, elementwise, gemv, sparse
+from svdengine.kernels.cuda import attention_rows, bandwidth, elementwise, gemv, sparse
 from svdengine.kernels.cuda.availability import Gpu
 from svdengine.kernels.cuda.description import GpuDescription
 from svdengine.kernels.cuda.device import SimulatedDevice
@@ -31,8 +31,8 @@ def little_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         for module in (bandwidth, elementwise):
             monkeypatch.setattr(module, "THREADS", 32)
         monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
-        monkeypatch.setattr(attention, "THREADS", 64)
-        monkeypatch.setattr(attention, "_WARPS", 2)
+        monkeypatch.setattr(attention_rows, "THREADS", 64)
+        monkeypatch.setattr(attention_rows, "_WARPS", 2)
         monkeypatch.setattr(gemv, "_LEAST_NEURONS", 20)
 
 

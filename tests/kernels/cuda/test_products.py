@@ -19,7 +19,8 @@ from svdengine.kernels.cuda.elementwise import ACTIVATIONS, activate_ffn, add_pa
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.model import Matrix, Norm, _matrix
 from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
-from svdengine.kernels.cuda.score import ROUND_THREADS, round_rows
+from svdengine.kernels.cuda.rounding import ROUND_THREADS, rounded_for, takes_integers
+from svdengine.kernels.cuda.score import round_rows
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, padded_columns, quantize
 from svdengine.models.config import Activation
 
@@ -33,6 +34,19 @@ def make_matrix(device: Any, weight_format: WeightFormat, bias_size: int) -> tup
     parts = quantize(weights, weight_format)
     matrix = _matrix(device, [parts], weight_format, COLUMNS, device.upload(bias))
     return matrix, dequantize(parts, weight_format, COLUMNS), bias
+
+
+def product_bound(weight_format: WeightFormat) -> float:
+    """How far products may be off: float32, or activations of 16 bits in groups of 32."""
+    return 1e-4 if takes_integers(weight_format) else 1e-5
+
+
+def as_read(device: Any, x: NDArray[np.float32], weight_format: WeightFormat) -> Any:
+    """Rows of x on the device, as products with a format read them."""
+    rows, stride = padded(x), padded_columns(x.shape[1])
+    return rounded_for(
+        device, [weight_format], device.upload(rows), device.zeros(rows.size, np.float32), stride, len(x)
+    )
 
 
 def padded(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -53,13 +67,39 @@ def test_products_of_every_format(
     x = np.random.default_rng(1).standard_normal((n, COLUMNS), np.float32)
     before = np.random.default_rng(2).standard_normal((n, 32), np.float32)
     y = device.upload(before)
-    gemv.multiply(device, matrix, device.upload(padded(x)), 128, y, 32, n, factor=0.5, add=True)
+    gemv.multiply(device, matrix, as_read(device, x, weight_format), 128, y, 32, n, factor=0.5, add=True)
     expected = before.copy()
     expected[:, :ROWS] += 0.5 * (x @ weights.T + bias)
-    assert relative_error(device.download(y).reshape(n, 32), expected) < 1e-5
-    gemv.multiply(device, matrix, device.upload(padded(x)), 128, y, 32, n)
+    assert relative_error(device.download(y).reshape(n, 32), expected) < product_bound(weight_format)
+    gemv.multiply(device, matrix, as_read(device, x, weight_format), 128, y, 32, n)
     expected[:, :ROWS] = x @ weights.T + bias
-    assert relative_error(device.download(y).reshape(n, 32), expected) < 1e-5
+    assert relative_error(device.download(y).reshape(n, 32), expected) < product_bound(weight_format)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("weight_format", ["q8", "q4"])
+def test_an_activation_that_is_not_finite_is_seen_in_products(
+    device: Any, weight_format: WeightFormat, value: float
+) -> None:
+    matrix, _, _ = make_matrix(device, weight_format, ROWS)
+    x, y = np.ones((1, COLUMNS), np.float32), device.zeros(32, np.float32)
+    x[0, 40] = value
+    gemv.multiply(device, matrix, as_read(device, x, weight_format), 128, y, 32, 1)
+    assert not np.isfinite(device.download(y)[:ROWS]).any()
+
+
+def test_rounded_rows_hold_values_steps_and_sums(device: Any) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 128)).astype(np.float32)
+    x[1, 32:64] = 0
+    rows = device.download(as_read(device, x, "q8")).reshape(2, 128)
+    codes = rows[:, :64].copy().view(np.uint8).reshape(2, 8, 2, 16)
+    values = 256 * codes[:, :, 0].view(np.int8).astype(int) + codes[:, :, 1]
+    steps, sums = rows[:, 64:72:2], rows[:, 65:72:2]
+    found = values.reshape(2, 4, 32) * steps[..., None]
+    assert np.abs(found - x.reshape(2, 4, 32)).max() <= np.abs(x).max() / 32512 * 0.501
+    np.testing.assert_allclose(sums, found.sum(2), rtol=1e-5, atol=1e-6)
+    assert not values.reshape(2, 4, 32)[1, 1].any() and steps[1, 1] == 0
 
 
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)

@@ -1,0 +1,98 @@
+"""What the machine code of the kernels that multiply says of their speed, for every kind of GPU. No GPU is needed.
+
+Memory is waited for with few loads on their way, and with too many instructions a byte or a multiply-add.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import machine_code
+import pytest
+from compiled import DECODE, IN_FLIGHT, PREFILL, TARGETS
+
+MOST_PER_MULTIPLY_ADD = 3.0  # instructions
+MOST_PER_MMA = 8.0
+
+
+# The least bytes of weights for each instruction of a warp. Sums of rows of down keep float32 activations.
+BYTES = {
+    "gemv_f16_1x1": 16,
+    "gemv_q8_1x1": 8,
+    "gemv_q8_4x1": 8,
+    "gate_up_q8": 8,
+    "gemv_q4_1x1": 8,
+    "gemv_q4_4x1": 8,
+    "gate_up_q4": 7,
+    "down_q8": 6,
+    "down_q4": 3.3,
+    "gemv_transposed_q4_1": 3.3,
+}
+
+
+def main_loop(used: dict[str, Any], by: str) -> dict[str, int]:
+    """The loop that has most of something."""
+    found: dict[str, int] = max(used["loops"], key=lambda loop: loop[by])
+    return found
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", IN_FLIGHT)
+def test_loads_of_weights_are_on_their_way_together(machine_code_report: Any, name: str, target: str) -> None:
+    assert "error" not in machine_code_report[name], machine_code_report[name]["error"]
+    used = machine_code_report[name][target]
+    assert max(loop["in_flight"] for loop in used["loops"]) >= IN_FLIGHT[name], used
+    assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, used
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", BYTES)
+def test_a_byte_of_weights_takes_few_instructions(machine_code_report: Any, name: str, target: str) -> None:
+    loops = machine_code_report[name][target]["loops"]
+    assert max(512 * loop["weight_loads"] / loop["instructions"] for loop in loops) >= BYTES[name], loops
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_attention_is_multiply_adds(machine_code_report: Any, name: str, target: str) -> None:
+    assert "error" not in machine_code_report[name], machine_code_report[name]["error"]
+    used = machine_code_report[name][target]
+    loop = main_loop(used, "ffma")
+    assert loop["ffma"] >= 128 and loop["instructions"] <= MOST_PER_MULTIPLY_ADD * loop["ffma"], used
+    assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, used
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", PREFILL)
+def test_prefill_attention_is_on_tensor_cores(machine_code_report: Any, name: str, target: str) -> None:
+    assert "error" not in machine_code_report[name], machine_code_report[name]["error"]
+    used = machine_code_report[name][target]
+    loop = main_loop(used, "mma")
+    assert loop["mma"] >= 40 and loop["instructions"] <= MOST_PER_MMA * loop["mma"], used
+    assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, used
+
+
+CODE = """
+.text.k:
+        /*0000*/                   LDC R1, c[0x0][0x37c] ;
+.L_x_0:
+        /*0010*/                   LDG.E.NA.128.CONSTANT R4, desc[UR4][R2.64] ;
+        /*0020*/                   LDG.E.NA.128.CONSTANT R8, desc[UR4][R2.64+0x200] ;
+        /*0030*/                   LDG.E.128.CONSTANT R12, desc[UR4][R20.64] ;
+        /*0040*/                   FFMA R0, R5, R12, R0 ;
+        /*0050*/                   LDG.E.NA.128.CONSTANT R16, desc[UR4][R2.64+0x400] ;
+        /*0060*/                   FFMA R0, R9, R13, R0 ;
+        /*0070*/                   FFMA R0, R17, R13, R0 ;
+        /*0080*/              @!P0 BRA `(.L_x_0) ;
+        /*0090*/                   STG.E desc[UR4][R2.64], R0 ;
+        /*00a0*/                   EXIT ;
+.L_x_1:
+        /*00b0*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_loops_and_loads_are_counted() -> None:
+    (loop,) = machine_code.inner_loops(CODE)
+    assert machine_code.summary(loop) == {
+        "instructions": 8, "weight_loads": 3, "in_flight": 2, "ffma": 3, "mma": 0, "dp4a": 0
+    }  # fmt: skip
