@@ -664,7 +664,7 @@ def test_the_command_ends_on_sigterm(folder: Path, server: LiveServer) -> None:
         assert list(stream)[-1].choices[0].finish_reason == "length"
         client.close()
         assert process.wait(30) == 0
-        ending, *logged = process.stderr.read().splitlines()
+        ending, *logged = process.stderr.read().strip().splitlines()
         assert ending == "ending; a second signal ends at once"
         assert any("POST /v1/chat/completions 200" in line for line in logged), logged
 
