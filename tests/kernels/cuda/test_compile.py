@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import SPILLS, stays_in_registers
 
 from svdengine.kernels import cuda as package
 from svdengine.kernels.cuda.catalogue import all_kernels
@@ -25,11 +26,16 @@ WIDE = (*ATTENTION, "gemv_", "gate_", "up_", "down_", "project_", "score_q8", "s
 def test_a_kernel_compiles_and_stays_in_registers(machine_code_report: Any, name: str) -> None:
     assert "error" not in machine_code_report[name], machine_code_report[name]["error"]
     for architecture, used in machine_code_report[name].items():
-        assert used["STACK"] == used["LOCAL"] == used["spills"] == 0, f"{architecture}: {used}"
+        assert stays_in_registers(name, used), f"{architecture}: {used}"
         assert used["REG"] <= most_registers(name), f"{architecture}: {used}"
         assert used["SHARED"] <= MOST_SHARED, f"{architecture}: {used}"
         if name.startswith(WIDE):
             assert used["wide_loads"] > 0, f"{architecture}: {used}"
+
+
+@pytest.mark.parametrize("name", [name for name in SPILLS if name != "project_q8"])  # that of sm_120a: test_targets.py
+def test_what_is_known_not_to_fit_still_does_not(machine_code_report: Any, name: str) -> None:
+    assert any(used["spills"] for used in machine_code_report[name].values()), "it fits now: take it out of the list"
 
 
 def test_no_kernel_is_missing_from_the_catalogue() -> None:
