@@ -12,7 +12,8 @@ import pytest
 from compiled import DECODE, IN_FLIGHT, PREFILL, TARGETS, stays_in_registers
 
 MOST_PER_MULTIPLY_ADD = 3.0  # instructions
-MOST_PER_MMA = 8.2  # 8.1 on sm_120a, 7.7 and less elsewhere
+MOST_PER_MMA = 8.0
+KNOWN_PER_MMA = {"sm_120a": 8.2}  # a target that is missed there, in BENCHMARKS.md: 8.1
 
 
 # The least bytes of weights for each instruction of a warp. Sums of rows of down keep float32 activations.
@@ -68,7 +69,10 @@ def test_prefill_attention_is_on_tensor_cores(machine_code_report: Any, name: st
     assert "error" not in machine_code_report[name], machine_code_report[name]["error"]
     used = machine_code_report[name][target]
     loop = main_loop(used, "mma")
-    assert loop["mma"] >= 40 and loop["instructions"] <= MOST_PER_MMA * loop["mma"], used
+    most = KNOWN_PER_MMA.get(target, MOST_PER_MMA)
+    assert loop["mma"] >= 40 and loop["instructions"] <= most * loop["mma"], used
+    if target in KNOWN_PER_MMA:
+        assert loop["instructions"] > MOST_PER_MMA * loop["mma"], "it is reached now: take it out of the list"
     assert stays_in_registers(name, used), used
 
 
