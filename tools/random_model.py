@@ -24,7 +24,7 @@ from svdengine.files.model_writer import ModelWriter
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.models import ModelConfig, TensorSpec, tensor_specs, with_activation
 from svdengine.models.config import Rope
-from svdengine.tools.random_gguf import GGUF_TYPES, write_gguf
+from svdengine.tools.random_gguf import GGUF_TYPES, check_gguf, write_gguf
 
 _TILE = (1 << 20) + 4099  # numbers that all matrices are cut from
 _ROWS = 1024  # rows that are cut at once
@@ -181,7 +181,7 @@ def write_weights(
 def shape_config(
     shape: str,
     layers: int | None = None,
-    activation: str = "silu",
+    activation: str | None = None,
     experts: int | None = None,
     active_experts: int | None = None,
 ) -> ModelConfig:
@@ -190,7 +190,7 @@ def shape_config(
     A shape without experts gets some, each as large as its FFN was. Raises ValueError for an unknown activation or a
     number out of range.
     """
-    config = with_activation(SHAPES[shape], activation)
+    config = SHAPES[shape] if activation is None else with_activation(SHAPES[shape], activation)
     count = config.layer_count if layers is None else layers
     config = replace(
         config,
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = shape_parser("svdengine.tools.random_model", "Write a model of random weights.")
     parser.add_argument(
-        "--activation", default="silu", help="of the FFN: silu, relu, fatrelu, drelu, ... (default: silu)"
+        "--activation", help="of the FFN: silu, relu, fatrelu, drelu, ... (default: relu for smallthinker, else silu)"
     )
     parser.add_argument(
         "--gguf", choices=GGUF_TYPES, help="also write the same weights as OUTPUT with the suffix .gguf"
@@ -230,6 +230,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         experts = options.experts, options.active_experts
         config = shape_config(options.shape, options.layers, options.activation, *experts)
+        if options.gguf is not None:
+            check_gguf(config)
         announced(options.output, lambda: write_svdp(options.output, config, options.dtype, options.seed))
         if options.gguf is not None:
             gguf = options.output.with_suffix(".gguf")

@@ -63,6 +63,13 @@ def scale_row(x, scale, columns):
 
 
 @jit
+def scale_part(x, scale, count):
+    """x *= scale, of the first `count` floats of a row, which need not be a multiple of 16."""
+    for i in range(0, 4 * count, 4):
+        store_real(x + i, load_real(x + i) * scale)
+
+
+@jit
 def rms_norm(x, weight, out, columns, padded, eps):
     """out = x / sqrt(mean(x^2) + eps) * weight, over `columns`."""
     total = zero_f32()

@@ -34,6 +34,7 @@ from svdengine.kernels.cpu.workspace import (
     PREDICT,
     SIZES,
     SKIP_ZEROS,
+    SLOTS,
     SOURCE,
     SOURCE_LAYER,
     STAGES,
@@ -192,7 +193,7 @@ class CpuExecutor(BaseExecutor):
         return {"dense": DENSE, "predict": PREDICT, "skip_zeros": SKIP_ZEROS}[self.ffn_path(n)]
 
     def _allocate_workspace(self) -> Workspace:
-        model, rows = self._model, max(self.max_batch_rows, self.threads)
+        model, rows = self._model, max(self.max_batch_rows, self.threads, SLOTS)
         rows = -(-rows // 8) * 8  # a tile may touch rows up to the next multiple of 8
 
         def stride(columns: int) -> int:

@@ -1,9 +1,10 @@
 """Mixtures of experts: the router's choice for each row, and the FFNs of the experts that were chosen, one by one.
 
 An expert is an FFN block: matrices and predictor of its own, beside those of the others, which the stage of a layer's
-only FFN runs. In decode it reads the row where it lies. Of several rows those that chose an expert are gathered in
-buffers of their own, and the stage runs them as if the step had no others; what it gives is added to their residual
-streams. Experts run in ascending order, so that a row's sum does not depend on the rows beside it.
+only FFN runs. In decode those that the row chose run as one FFN (row_ffn.py). Of several rows those that chose an
+expert are gathered in buffers of their own, and the stage runs them as if the step had no others; what it gives is
+added to their residual streams. Experts run in ascending order, so that a row's sum does not depend on the rows
+beside it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 
 from svdengine.kernels.cpu.elementwise import add_row, clear_padding, copy_row, sigmoid
-from svdengine.kernels.cpu.ffn_stage import any_ffn
+from svdengine.kernels.cpu.ffn_stage import any_ffn, ffn_of_row
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ROWS
 from svdengine.kernels.cpu.model import DOWN, GATE, LAYER_MATRICES, ROUTER, SIGMOID, SOFTMAX, UP
@@ -30,7 +31,7 @@ from svdengine.kernels.cpu.simd import (
     store_real,
 )
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import AHEAD, DENSE, KEPT_EXPERTS, MODE, SKIP_ZEROS, Inputs, Workspace
+from svdengine.kernels.cpu.workspace import AHEAD, DENSE, KEPT_EXPERTS, MODE, SKIP_ZEROS, SLOTS, Inputs, Workspace
 
 workspace_at, inputs_at = record_at(Workspace), record_at(Inputs)
 _ZERO = np.float32(0)
@@ -92,18 +93,27 @@ def ask_for_block(model, block, mode):
 def experts(model, work, inputs, layer, normed, n, member, threads, sync):
     """x += residual_scale * what a layer's FFN blocks make of `normed`, for the experts that were chosen."""
     first, last = model.first_blocks[layer], model.first_blocks[layer + 1]
-    if model.matrices[layer * LAYER_MATRICES + ROUTER, ROWS] == 0:
-        for block in range(first, last):
-            run_all(model, work, inputs, block, normed, n, np.float32(1), member, threads, sync)
-        return
-    if n == 1:
+    routed = model.matrices[layer * LAYER_MATRICES + ROUTER, ROWS] != 0
+    if n == 1 and not work.invariant:
         at = member * work.chosen_stride
-        for k in range(model.active_experts):
-            block = first + load_int(work.chosen + at + 4 * k)
-            run_all(model, work, inputs, block, normed, n, load_real(work.weights + at + 4 * k), member, threads, sync)
+        count = model.active_experts if routed else last - first
+        for k in range(0, count, SLOTS):
+            chosen, weights = (work.chosen + at + 4 * k, work.weights + at + 4 * k) if routed else (0, 0)
+            start, some = first if routed else first + k, min(SLOTS, count - k)
+            if k > 0:
+                barrier(sync, threads)  # these write where others may still read
+            parts = ffn_of_row(model, work, inputs, start, chosen, weights, some, normed, member, threads, sync)
+            add_parts(model, work, member, work.ffn_add, parts, np.float32(1))
         return
-    for block in range(first, last):
-        run_group(model, work, inputs, block, block - first, normed, n, member, threads, sync)
+    if routed and n > 1:
+        for block in range(first, last):
+            run_group(model, work, inputs, block, block - first, normed, n, member, threads, sync)
+        return
+    at = member * work.chosen_stride
+    for k in range(model.active_experts if routed else last - first):
+        block = first + (load_int(work.chosen + at + 4 * k) if routed else k)
+        weight = load_real(work.weights + at + 4 * k) if routed else np.float32(1)
+        run_all(model, work, inputs, block, normed, n, weight, member, threads, sync)
 
 
 @jit

@@ -23,14 +23,14 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "sparse": Part(("sparse_together", "sparse_batch", "list_neurons", "gate_listed", "up_listed"), "step", 12),
+    "sparse": Part(("sparse_row", "sparse_batch", "list_neurons", "gate_listed", "up_listed"), "step", 12),
     "step": Part(("run", "call_members"), "step", 8),
     "rows": Part(("gemv", "gemv_few", "gemm"), "step", 9),
     "rows_alike": Part(("gemv_many",), "step", 7),
     "attention": Part(("attention",), "step", 5),
     "panels": Part(("multiply_panels", "multiply_in_panels"), "step", 7),
     "neuron_rows": Part(("add_rows", "gemm_transposed"), "step", 6),
-    "ffn": Part(("ffn",), "step", 3),
+    "ffn": Part(("ffn", "dense_row"), "step", 3),
     "experts": Part(("route", "choose_experts", "experts"), "step", 6),
     INTERLEAVE: Part(("interleave",), "interleaving", 2),
     BANDWIDTH: Part(("read_range",), "read_range", 1),

@@ -13,9 +13,10 @@ DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate 
 # the next one's, or 0 when all have the same. AHEAD: whether experts are asked for when they are chosen (experts.py).
 # KEPT_EXPERTS: address for their numbers, or 0.
 N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, AHEAD, KEPT_EXPERTS, SIZES = range(11)
-# Columns of a thread's counters, in Inputs.counts: its list of the FFN at hand, and after it three numbers of each
-# FFN block (experts.py). A thread's are on cache lines of their own.
-LISTED, FIRST_BLOCK = 0, 8
+# Columns of a thread's counters, in Inputs.counts: its lists of the FFN blocks at hand, SLOTS at most, and after them
+# three numbers of each FFN block (experts.py). A thread's are on cache lines of their own.
+SLOTS = 8  # FFN blocks of one row that run at once
+LISTED, FIRST_BLOCK = 0, SLOTS
 PREDICTED, ACTIVE, TOTAL, BLOCK_COUNTS = range(4)
 KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
 # Fields of a team's synchronisation array, 8 int64 apart.

@@ -31,6 +31,18 @@ TINY = replace(
     ffn_size=192,
     max_position=256,
 )
+_EXPERTS = {
+    "vocab_size": 320, "hidden_size": 128, "layer_count": 5, "head_count": 4, "kv_head_count": 2, "head_dim": 32,
+    "ffn_size": 64, "max_position": 256, "expert_count": 6, "active_experts": 2,
+}  # fmt: skip
+GGUF_CONFIGS = {
+    "llama": TINY,
+    "mixtral": replace(SHAPES["mixtral-8x7b"], **_EXPERTS),
+    "smallthinker": replace(SHAPES["smallthinker-4b"], **_EXPERTS),
+    "smallthinker-windows": replace(
+        SHAPES["smallthinker-21b"], sliding_window_layers=(1, 2, 3), unrotated_layers=(0, 4), **_EXPERTS
+    ),
+}
 
 
 def run(path: Path, tokens: list[int]) -> NDArray[np.float32]:
@@ -61,27 +73,30 @@ def test_weights_are_the_same_every_time_and_differ_between_tensors_layers_and_s
     assert np.std(gate) == pytest.approx(TINY.hidden_size**-0.5, rel=0.02)
 
 
-def test_the_gguf_file_holds_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", GGUF_CONFIGS.values(), ids=GGUF_CONFIGS)
+def test_the_gguf_file_holds_the_same_weights(tmp_path: Path, config: ModelConfig) -> None:
     """Read back with the converter, so that names and the order of q and k are checked too."""
-    weights = RandomWeights(TINY)
-    write_gguf(tmp_path / "m.gguf", TINY, "q8_0", weights.tensor)
+    weights = RandomWeights(config)
+    write_gguf(tmp_path / "m.gguf", config, "q8_0", weights.tensor)
     convert(tmp_path / "m.gguf", tmp_path / "back.svdp", "f32")
     with read_model_file(tmp_path / "back.svdp") as file:
-        assert file.config == TINY
+        assert file.config == config
         found = float32_weights(file.config, file.arrays, file.formats)
-        for spec in tensor_specs(TINY):
-            layers = [weights.tensor(spec.name, i) for i in range(TINY.layer_count if spec.stacked else 1)]
+        for spec in tensor_specs(config):
+            layers = [weights.tensor(spec.name, i) for i in range(spec.shape[0] if spec.stacked else 1)]
             expected = np.stack(layers) if spec.stacked else layers[0]
             assert np.abs(found[spec.name] - expected).max() <= np.abs(expected).max() / 127
     assert [path.name for path in tmp_path.glob("*.partial")] == []
 
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
-def test_llama_cpp_loads_the_gguf_file(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("config", GGUF_CONFIGS.values(), ids=GGUF_CONFIGS)
+def test_llama_cpp_makes_the_same_of_the_gguf_file(tmp_path: Path, config: ModelConfig, kind: str) -> None:
     pytest.importorskip("llama_cpp")
     from svdengine.tools.llama_cpp_model import LlamaCppModel
 
-    config = replace(TINY, hidden_size=256, ffn_size=512, head_dim=64)
+    if not config.expert_count:
+        config = replace(config, hidden_size=256, ffn_size=512, head_dim=64)
     weights = RandomWeights(config)
     write_gguf(tmp_path / "m.gguf", config, kind, weights.tensor)
     write_svdp(tmp_path / "m.svdp", config, "q8")
@@ -91,6 +106,18 @@ def test_llama_cpp_loads_the_gguf_file(tmp_path: Path, kind: str) -> None:
         assert model.vocab_size == config.vocab_size
     correlation = np.corrcoef(theirs.ravel(), run(tmp_path / "m.svdp", tokens).ravel())[0, 1]
     assert correlation > (0.999 if kind == "q8_0" else 0.97)
+
+
+def test_a_config_that_llama_cpp_has_no_graph_for_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    for config in (
+        replace(TINY, activation="relu"),
+        replace(GGUF_CONFIGS["smallthinker"], activation="silu"),
+        replace(TINY, family="olmoe"),
+        replace(TINY, hidden_size=120),
+    ):
+        with pytest.raises(ValueError):
+            write_gguf(tmp_path / "m.gguf", config, "q8_0", RandomWeights(config).tensor)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_shape_takes_another_number_of_layers_and_another_activation() -> None:
