@@ -54,19 +54,20 @@ def dense_row(model, work, inputs, first_block, chosen, weights, count, normed, 
     """
     scratch = work.scratch + member * work.scratch_stride
     if model.transposed_down:
-        first, last = share(model.ffn, NEURON_UNIT, member, threads)
-        neurons = work.neurons + 4 * first
-        list_range(neurons, first, last)
         out = work.ffn_add + member * work.hidden_stride
         for k in range(count):
             block = block_of(first_block, chosen, k)
             down = model.matrices[block * LAYER_MATRICES + DOWN]
             if k == 0:
                 start_sum(out, down[BIAS_VECTOR], model.hidden_stride, member == 0)
-            ffn_hidden(model, work, block, normed, 1, 0, weight_of(weights, k), member, first, last)
+            first, last = part_of(model.ffn, k, member, threads)
+            neurons = work.neurons + k * work.neurons_stride + 4 * first
+            list_range(neurons, first, last)
+            ffn_hidden(model, work, block, normed, 1, k, weight_of(weights, k), member, first, last)
             add_rows(
-                down, neurons, last - first, work.gate + 4 * first, work.ffn_stride, 1, out, work.hidden_stride,
-                work.sums + member * work.hidden_stride, work.hidden_stride, 0, down[COLUMNS], scratch,
+                down, neurons, last - first, work.gate + k * work.ffn_stride + 4 * first, work.ffn_stride, 1,
+                out, work.hidden_stride, work.sums + member * work.hidden_stride, work.hidden_stride,
+                0, down[COLUMNS], scratch,
             )  # fmt: skip
         barrier(sync, threads)
         return threads
@@ -108,49 +109,43 @@ def sparse_row(model, work, inputs, first_block, chosen, weights, count, normed,
         clear_unscaled(model, work, 0, 1, member, threads)
     if predict or model.sub_norms:
         barrier(sync, threads)
-    total = 0
-    if predict:
-        for k in range(count):
-            for other in range(threads):
-                total += inputs.counts[other, LISTED + k]
-    # Of the lists of all blocks and threads, one after the other.
-    first, last = share(total, NEURON_UNIT, member, threads)
-    start = 0
-    own_first, own_last = share(model.ffn, NEURON_UNIT, member, threads)
     for k in range(count):
         block = block_of(first_block, chosen, k)
-        down = model.matrices[block * LAYER_MATRICES + DOWN]
         if k == 0:
+            down = model.matrices[block * LAYER_MATRICES + DOWN]
             start_sum(work.ffn_add + member * work.hidden_stride, down[BIAS_VECTOR], model.hidden_stride, member == 0)
+        total = 0
         if predict:
-            at, found = first, 0
-            active, hidden = work.up + 4 * at, work.gate + 4 * at
             for other in range(threads):
-                listed = inputs.counts[other, LISTED + k]
-                a, b = max(first, start) - start, min(last, start + listed) - start
-                if a < b:
-                    neurons = list_of(model, work, k, other, threads) + 4 * a
-                    found += compute_gates(
-                        model, work, inputs, block, x, quantized, neurons, b - a,
-                        active + 4 * found, hidden + 4 * found, member,
-                    )  # fmt: skip
-                start += listed
-            predicted = inputs.counts[member, LISTED + k]
+                total += inputs.counts[other, LISTED + k]
         else:
-            neurons, predicted = work.neurons + 4 * own_first, own_last - own_first
-            list_range(neurons, own_first, own_last)
-            active, hidden = work.up + 4 * own_first, work.gate + 4 * own_first
-            found = compute_gates(model, work, inputs, block, x, quantized, neurons, predicted, active, hidden, member)
+            total = model.ffn
+        first, last = part_of(total, k, member, threads)
+        active, hidden = work.up + k * work.ffn_stride + 4 * first, work.gate + k * work.ffn_stride + 4 * first
+        found, start = 0, 0
+        for other in range(threads):
+            own_first, own_last = share(model.ffn, NEURON_UNIT, other, threads)
+            neurons = work.neurons + k * work.neurons_stride + 4 * own_first
+            listed = inputs.counts[other, LISTED + k] if predict else own_last - own_first
+            a, b = max(first, start) - start, min(last, start + listed) - start
+            if a < b:
+                if not predict:
+                    list_range(neurons + 4 * a, own_first + a, own_first + b)
+                found += compute_gates(
+                    model, work, inputs, block, x, quantized, neurons + 4 * a, b - a,
+                    active + 4 * found, hidden + 4 * found, member,
+                )  # fmt: skip
+            start += listed
         add_active(model, work, block, x, quantized, active, found, hidden, weight_of(weights, k), member)
-        count_neurons(inputs.counts, member, block, predicted, found, model.ffn if member == 0 else 0)
+        count_neurons(inputs.counts, member, block, last - first, found, model.ffn if member == 0 else 0)
     barrier(sync, threads)
     return threads
 
 
 @jit
-def list_of(model, work, k, member, threads):
-    """Address of the neurons that a member listed of the k-th block."""
-    return work.neurons + k * work.neurons_stride + 4 * share(model.ffn, NEURON_UNIT, member, threads)[0]
+def part_of(count, k, member, threads):
+    """This member's part of the k-th block's list; who has the larger part changes from block to block."""
+    return share(count, NEURON_UNIT, (member + k) % threads, threads)
 
 
 @jit
@@ -176,7 +171,7 @@ def list_blocks(model, work, inputs, first_block, chosen, count, quantized, memb
         if rank > 0:
             clear_padding(z, rank, columns)
             quantize_groups(z, z_quantized, columns, 0, columns)
-        neurons = list_of(model, work, k, member, threads)
+        neurons = work.neurons + k * work.neurons_stride + 4 * first
         inputs.counts[member, LISTED + k] = list_neurons(
             model, block, quantized, z_quantized, shift, neurons, first, last, scratch
         )
