@@ -156,6 +156,7 @@ def command(model: HubName | Path, output: Path | None, as_json: bool, **options
     one whole kinds, and the tables that are printed are measured on it. At most one budget may be
     given. The file is replaced only when all is done; with -o it is left as it is.
     """
+    from svdengine.files.model_file import read_model_file
     from svdengine.measuring.predictor_table import predictor_lines, predictor_report
 
     if sum(options[name] is not None for name in _BUDGETS) > 1:
@@ -163,7 +164,8 @@ def command(model: HubName | Path, output: Path | None, as_json: bool, **options
     path = kept_file(model)
     output = output or path
     predictor = calibrate_file(path, output, **options)
-    report = predictor_report(predictor)
+    with read_model_file(path) as file:
+        report = predictor_report(predictor, file.config)
     if as_json:
         click.echo(json.dumps({"file": str(output), **report}, indent=2))
         return

@@ -72,7 +72,7 @@ def _report(file: ModelFile) -> dict[str, Any]:
         "generation": dict(file.generation),
         "provenance": _json_or_text(file.metadata.get("provenance", "{}")),
         "tensors": tensors,
-        "predictor": predictor_report(predictor) if predictor is not None else None,
+        "predictor": predictor_report(predictor, file.config) if predictor is not None else None,
         "totals": {
             "parameters": parameters,
             "weight_bytes": weight_bytes,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from itertools import groupby
 from typing import Any
 
 from svdengine.kernels.predictor import Predictor, layer_predictor_bytes
+from svdengine.models.config import ModelConfig
+from svdengine.models.tensors import Place, place_of
 
 _MEASURES = (
     "auroc",
@@ -40,17 +43,23 @@ _COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
 )
 
 
-def predictor_report(predictor: Predictor) -> dict[str, Any]:
-    """A description in plain JSON types. `about` may come from any file: what is not as expected is left out."""
+def predictor_report(predictor: Predictor, config: ModelConfig | None = None) -> dict[str, Any]:
+    """A description in plain JSON types. `about` may come from any file: what is not as expected is left out.
+
+    It has a row for each FFN block: a layer, or with experts each of a layer's. Without `config`, the model's, each
+    block counts as a layer.
+    """
     about = predictor.about
     noted = about.get("table")
     rows = noted if isinstance(noted, list) and len(noted) == len(predictor.layers) else [{}] * len(predictor.layers)
     layers = []
     for index, (layer, row) in enumerate(zip(predictor.layers, rows, strict=True)):
         measured = row if isinstance(row, dict) else {}
+        place = Place(index) if config is None else place_of(config, "up", index)
         layers.append(
             {
-                "layer": index,
+                "layer": place.layer,
+                **({"expert": place.expert} if place.expert is not None else {}),
                 "rank": layer.rank,
                 "relu": layer.relu,
                 "bits": layer.residual_bits,
@@ -76,7 +85,7 @@ def predictor_report(predictor: Predictor) -> dict[str, Any]:
 
 
 def predictor_lines(report: Mapping[str, Any]) -> list[str]:
-    """The report as text."""
+    """The report as text. A layer with experts has one line too: their means, and the span of their ranks."""
     none = "none" if report["thresholds"] == "trained" else "unknown"
     budget = ", ".join(f"{name} {value:g}" for name, value in report["budget"].items()) or none
     ablation = f", ablation {report['ablation']}" if report["ablation"] not in (None, "full") else ""
@@ -87,11 +96,23 @@ def predictor_lines(report: Mapping[str, Any]) -> list[str]:
         lines += ["", _line("held out", [heading for heading, *_ in _COSTS], 18)]
         lines += [_line(kind, _cells(row, _COSTS), 18) for kind, row in report["kinds"].items()]
     lines += ["", _line("layer", [heading for heading, *_ in _COLUMNS])]
-    for row in report["layers"]:
-        lines.append(_line(str(row["layer"]), _cells(row)))
+    for layer, rows in groupby(report["layers"], key=lambda row: row["layer"]):
+        lines.append(_line(str(layer), _cells(_folded(list(rows)))))
     totals = {**report["totals"], "rank": None, "bits": None}
     lines.append(_line("total", _cells({**totals})))
     return lines
+
+
+def _folded(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of those of a layer's blocks."""
+    if len(rows) == 1:
+        return rows[0]
+    spans = {name: sorted({row[name] for row in rows}) for name in ("rank", "bits")}
+    return {
+        **{name: f"{found[0]}-{found[-1]}" if len(found) > 1 else found[0] for name, found in spans.items()},
+        "bytes": sum(row["bytes"] for row in rows),
+        **{name: _mean([row[name] for row in rows]) for name in _MEASURES},
+    }
 
 
 def _cells(row: Mapping[str, Any], columns: tuple[tuple[str, str, Callable[[Any], str]], ...] = _COLUMNS) -> list[str]:

@@ -28,8 +28,10 @@ from svdengine.kernels.formats import WeightFormat, dequantize
 from svdengine.kernels.reference import ReferenceExecutor, float32_weights
 from svdengine.measuring.benchmark import run_benchmark
 from svdengine.measuring.memory_traffic import ffn_bytes, sparse_weight_bytes, weight_bytes
+from svdengine.measuring.predictor_table import predictor_lines, predictor_report
 from svdengine.models.config import ModelConfig
 from svdengine.models.tensors import tensor_specs
+from svdengine.scheduling.block_pool import kv_read_bytes
 
 CONFIG = replace(expert_zoo()["smallthinker"], vocab_size=len(TOKENS))
 SETTINGS: dict[str, Any] = {
@@ -272,6 +274,17 @@ def test_the_loss_of_the_whole_is_what_was_asked_for(file: ModelFile, executor: 
     assert found.densities[0] < 0.95
 
 
+def test_the_table_of_a_predictor_has_one_line_a_layer(file: ModelFile) -> None:
+    options = CalibrationOptions(kind="lowbit", bits=2, max_error=0.02)
+    report = predictor_report(calibrate(file, executor_of(file), WINDOWS, options), CONFIG)
+    places = [(row["layer"], row["expert"]) for row in report["layers"]]
+    assert places == [(layer, expert) for layer in range(3) for expert in range(7)]
+    lines = predictor_lines(report)[-4:]
+    assert [line.split()[0] for line in lines] == ["0", "1", "2", "total"]
+    kilobytes = [float(line.split()[-1]) for line in lines]
+    assert sum(kilobytes[:3]) == pytest.approx(kilobytes[3], abs=0.2)
+
+
 def test_the_cpu_says_which_experts_its_rows_had(file: ModelFile, executor: ReferenceExecutor) -> None:
     batch = make_batch([(WINDOWS[0][:20], 0)], [[0, 1]])
     setup = ExecutorSetup(CONFIG, file.arrays, file.formats, block_count=8, max_batch_rows=64, kv_dtype="f32")
@@ -298,8 +311,13 @@ def test_a_file_with_its_predictor_runs_sparse(file: ModelFile, executor: Refere
         assert len(done[0].token_ids) == 5
         counts = llm.executor.neuron_counts()
         assert 0 < counts.active < counts.predicted < counts.total
-        rows = run_benchmark(llm, 8, 4, 1, paths=("dense", "sparse"))
+        rows = run_benchmark(llm, 8, 4, 1, paths=("dense", "sparse", "exact"))
         assert {row.test for row in rows} == {"pp8", "tg4", "ffn4"}
+        exact = next(row for row in rows if row.test == "tg4" and row.ffn == "exact")
+        active = exact.active_density
+        assert active is not None and 0 < active < 1 and exact.predicted_density == 1
+        weights = sparse_weight_bytes(file, None, 1.0, active)  # no predictor is read
+        assert exact.bytes_per_token - kv_read_bytes(CONFIG, 2.5) == pytest.approx(weights, rel=1e-6)
         dense, sparse_row = (next(r for r in rows if r.test == "tg4" and r.ffn == ffn) for ffn in ("dense", "sparse"))
         assert sparse_row.predicted_density is not None and 0.2 < sparse_row.predicted_density < 1
         assert dense.predicted_density is None and dense.bytes_per_token > 0
