@@ -94,14 +94,16 @@ class BaseExecutor(ABC):
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
         if self._times is None:
             config, counted = self.config, self.layer_counts()
+            share = config.active_experts / config.expert_count if config.expert_count else 1.0
             self._times = measure_ffn_times(
                 self,
                 config.layer_count,
-                _neurons(config),
+                round(_neurons(config) / share),
                 self._ffn_layer_bytes,
                 config.hidden_size,
                 self._measured_layers,
                 gated=config.gated,
+                share=share,
             )
             self._set_layer_counts(counted)
         return self._times

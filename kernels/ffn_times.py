@@ -33,24 +33,26 @@ class FfnTimes:
     """Seconds that one layer's FFN takes."""
 
     neurons: int  # of a layer
-    dense: tuple[float, ...]  # at SIZES
-    scoring: tuple[float, ...]  # of scoring and listing alone, at SIZES
+    dense: tuple[float, ...]  # at `sizes`
+    scoring: tuple[float, ...]  # of scoring and listing alone, at `sizes`
     first_use: float  # of one row of gate, up or down that is used for the first time in a step
     further_use: float  # of that row for each of the step's other rows
     later: int = 2  # matrices of which the active neurons' rows are read: up and down, or without a gate down alone
+    share: float = 1.0  # of a layer's neurons that a row has: those of its experts
+    sizes: tuple[int, ...] = SIZES
 
     def dense_seconds(self, rows: int) -> float:
         """A dense FFN of a step of `rows`."""
-        return _at(self.dense, rows)
+        return _at(self.sizes, self.dense, rows)
 
     def sparse_seconds(self, rows: int, predicted: float, active: float) -> float:
         """A sparse FFN of a step of `rows`, which predict and find active these shares of the neurons."""
-        first, further = _uses(self.neurons, rows, predicted, active, self.later)
-        return _at(self.scoring, rows) + first * self.first_use + further * self.further_use
+        first, further = _uses(self.neurons, self.share, rows, predicted, active, self.later)
+        return _at(self.sizes, self.scoring, rows) + first * self.first_use + further * self.further_use
 
     def skipping_seconds(self, active: float) -> float:
         """An FFN of one row of which all gates are computed, and the rest for this share of the neurons."""
-        first, _ = _uses(self.neurons, 1, 1.0, active, self.later)
+        first, _ = _uses(self.neurons, self.share, 1, 1.0, active, self.later)
         return first * self.first_use
 
     def fastest(self, rows: int, predicted: float, active: float) -> FfnPath:
@@ -98,20 +100,23 @@ def measure_ffn_times(
     layers: int | None = None,
     *,
     gated: bool = True,
+    share: float = 1.0,
 ) -> FfnTimes:
     """Time the FFNs of the first layers of a model with a predictor, on random inputs. Takes some tenths of a second.
 
     `layer_bytes` are the stored bytes of one layer's FFN. `layers`: how many run, by default enough for caches to be of
-    no help; more take longer. The runner's `ffn` is as before afterwards, and its counters
-    have counted.
+    no help; more take longer. share: see FfnTimes; of a mixture a step is measured too in which each expert has as many
+    rows as SIZES ends with. The runner's `ffn` is as before afterwards, and its counters have counted.
     """
     layers = layers or min(layer_count, max(1, round(_BYTES / layer_bytes)))
-    sizes = [n for n in SIZES if n <= runner.max_batch_rows]
+    wanted = SIZES if share == 1 else (*SIZES, round(SIZES[-1] / share))
+    sizes = [n for n in wanted if n <= runner.max_batch_rows]
     x = np.random.default_rng(0).standard_normal((sizes[-1], hidden_size), np.float32)
 
     def seconds(n: int, mode: FfnMode, bias: float) -> float:
         runner.ffn = mode
-        return _least_seconds(lambda: runner.run_ffns(x[:n], layers, bias)) / layers
+        several = layers if n <= SIZES[-1] else max(1, round(layers * share))  # many rows have most experts
+        return _least_seconds(lambda: runner.run_ffns(x[:n], several, bias)) / several
 
     def counted(n: int, bias: float) -> tuple[float, float]:
         """Shares of neurons that n rows predict and find active."""
@@ -131,17 +136,21 @@ def measure_ffn_times(
         shares = [counted(n, bias) for n in (1, sizes[-1])]
     finally:
         runner.ffn = before
-    first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, 1, *shares[0], later)), 1.0)
-    first, further = _uses(neurons, sizes[-1], *shares[1], later)
+    first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, share, 1, *shares[0], later)), 1.0)
+    first, further = _uses(neurons, share, sizes[-1], *shares[1], later)
     further_use = min(max(listed[1] - first * first_use, 0.0) / max(further, 1.0), first_use)
-    return FfnTimes(neurons, _filled(dense), _filled(scoring), first_use, further_use, later)
+    count = len(wanted)
+    return FfnTimes(
+        neurons, _filled(dense, count), _filled(scoring, count), first_use, further_use, later, share, wanted
+    )
 
 
-def _uses(neurons: int, rows: int, predicted: float, active: float, later: int) -> tuple[float, float]:
+def _uses(neurons: int, share: float, rows: int, predicted: float, active: float, later: int) -> tuple[float, float]:
     """How often a layer's stored rows are used by a step for the first time, and how often after that.
 
     How far the lists of a step's rows overlap is not known before they are made; here they do so by chance only.
     """
+    predicted, active = share * predicted, share * active
     first = neurons * (1 - (1 - predicted) ** rows + later * (1 - (1 - active) ** rows))
     return first, neurons * rows * (predicted + later * active) - first
 
@@ -162,14 +171,14 @@ def _least_seconds(run: Callable[[], object]) -> float:
     return min(found)
 
 
-def _filled(seconds: list[float]) -> tuple[float, ...]:
-    """Seconds at all SIZES; those beyond the executor's largest step are never asked for."""
-    return (*seconds, *[seconds[-1]] * (len(SIZES) - len(seconds)))
+def _filled(seconds: list[float], count: int) -> tuple[float, ...]:
+    """Seconds at all sizes; those beyond the executor's largest step are never asked for."""
+    return (*seconds, *[seconds[-1]] * (count - len(seconds)))
 
 
-def _at(seconds: tuple[float, ...], rows: int) -> float:
-    """Seconds between and beyond SIZES, linearly."""
-    if rows <= SIZES[-1]:
-        return float(np.interp(rows, SIZES, seconds))
-    slope = max(seconds[-1] - seconds[-2], 0.0) / (SIZES[-1] - SIZES[-2])
-    return seconds[-1] + (rows - SIZES[-1]) * slope
+def _at(sizes: tuple[int, ...], seconds: tuple[float, ...], rows: int) -> float:
+    """Seconds between and beyond the sizes, linearly."""
+    if rows <= sizes[-1]:
+        return float(np.interp(rows, sizes, seconds))
+    slope = max(seconds[-1] - seconds[-2], 0.0) / (sizes[-1] - sizes[-2])
+    return seconds[-1] + (rows - sizes[-1]) * slope

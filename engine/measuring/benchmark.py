@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 class BenchRow:
     """One test: pp reads a prompt, tg decodes greedily, and ffn runs the FFNs of all layers alone.
 
+    A mixture of experts decodes random tokens, others each time, so that every token has experts of its own.
+
     tg128x4 decodes 128 tokens of each of 4 sequences together; rates and bytes are then those of all their tokens.
     tg128 @ d4096 decodes them after 4,096 other tokens, which are not timed.
 
@@ -128,12 +130,15 @@ def _tests(
     bias = np.array([sparsity_bias], np.float32) if sparsity_bias else None
     prompt = _prompt(pp, llm.config.vocab_size)
     tests, at = [], f" @ d{depth}" if depth else ""
+    # Of a mixture a repetition with the same tokens would find their experts where the one before left them.
+    random, vocabulary = np.random.default_rng(2), llm.config.vocab_size
+    draw = (lambda: int(random.integers(vocabulary))) if llm.config.expert_count else None
     if pp:
         read, fill = partial(read_prompt, executor, prompt, bias, depth), partial(_fill, executor, depth, pp, 1, bias)
         tests.append(Workload(f"pp{pp}{at}", pp, read, depth=depth, prepare=fill))
     for count in parallel if tg else ():
         name = f"tg{tg}{at}" if count == 1 else f"tg{tg}x{count}{at}"
-        decode = partial(_decode, executor, tg, count, sparsity_bias, depth)
+        decode = partial(_decode, executor, tg, count, sparsity_bias, depth, draw)
         fill = partial(_fill, executor, depth, tg, count, bias)
         tests.append(Workload(name, tg * count, decode, count, depth, fill))
     from svdengine.kernels.cpu.executor import CpuExecutor
@@ -246,8 +251,13 @@ def _fill(executor: Executor, depth: int, more: int, sequences: int, bias: np.nd
         read_prompt(executor, tokens, bias, first_block=sequence * blocks_for(depth + more))
 
 
-def _decode(executor: Executor, count: int, sequences: int, bias: float, depth: int = 0) -> None:
-    """Decode `count` tokens of each of some sequences, all in the same steps, from position `depth`."""
+def _decode(
+    executor: Executor, count: int, sequences: int, bias: float, depth: int = 0, draw: Callable[[], int] | None = None
+) -> None:
+    """Decode `count` tokens of each of some sequences, all in the same steps, from position `depth`.
+
+    draw: gives the tokens that are fed, one after the other; without it each is the likeliest after the one before.
+    """
     rows = np.arange(sequences, dtype=np.int32)
     blocks = blocks_for(depth + count)
     tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
@@ -263,6 +273,8 @@ def _decode(executor: Executor, count: int, sequences: int, bias: float, depth: 
             sparsity_bias=np.full(sequences, bias, np.float32) if bias else None,
         )
         tokens = likeliest(executor, batch)
+        if draw is not None:
+            tokens = np.array([draw() for _ in rows], np.int32)
 
 
 def likeliest(executor: Executor, batch: Batch) -> np.ndarray:

@@ -15,7 +15,7 @@ from svdengine.kernels.cpu.elementwise import add_row, clear_padding, copy_row, 
 from svdengine.kernels.cpu.ffn_stage import any_ffn, ffn_of_row
 from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ROWS
-from svdengine.kernels.cpu.model import DOWN, GATE, LAYER_MATRICES, ROUTER, SIGMOID, SOFTMAX, UP
+from svdengine.kernels.cpu.model import DOWN, GATE, LAYER_MATRICES, ROUTER, SIGMOID, SOFTMAX
 from svdengine.kernels.cpu.pieces import piece
 from svdengine.kernels.cpu.read_ahead import ask_for_matrix
 from svdengine.kernels.cpu.record_type import record_at
@@ -31,7 +31,7 @@ from svdengine.kernels.cpu.simd import (
     store_real,
 )
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import AHEAD, DENSE, KEPT_EXPERTS, MODE, SKIP_ZEROS, SLOTS, Inputs, Workspace
+from svdengine.kernels.cpu.workspace import AHEAD, KEPT_EXPERTS, MODE, PREDICT, SLOTS, Inputs, Workspace
 
 workspace_at, inputs_at = record_at(Workspace), record_at(Inputs)
 _ZERO = np.float32(0)
@@ -80,10 +80,12 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
 
 @jit
 def ask_for_block(model, block, mode):
-    """Ask for the matrices of an FFN block that are read whole: a predictor, or exact gates, say what else is read."""
-    for kind in range(GATE, DOWN + 1):
-        first = GATE if model.gated else UP
-        if mode == DENSE or (mode == SKIP_ZEROS and kind == first):
+    """Ask for an FFN block, unless a predictor is to say what is read of it.
+
+    Where only exact zeros are skipped, too: a page holds several rows, of which seldom none is needed.
+    """
+    if mode != PREDICT:
+        for kind in range(GATE, DOWN + 1):
             matrix = model.matrices[block * LAYER_MATRICES + kind]
             if matrix[ROWS] != 0:
                 ask_for_matrix(matrix)

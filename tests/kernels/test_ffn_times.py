@@ -12,6 +12,7 @@ from random_predictors import make_predictor
 from test_cpu_sparse import executor
 
 from svdengine.kernels import ffn_times
+from svdengine.kernels.executor import NeuronCounts
 from svdengine.kernels.ffn_times import SIZES, FfnTimes, choose_path, measure_ffn_times
 from svdengine.kernels.predictor import Predictor
 
@@ -31,6 +32,34 @@ def test_sparse_seconds_count_rows_once_from_memory_and_then_from_a_cache() -> N
     assert TIMES.sparse_seconds(2, 0.2, 0.1) == pytest.approx(20e-6 + 100 * (first + 0.5 * (uses - first)) * 1e-6)
     assert TIMES.dense_seconds(5) == pytest.approx(550e-6)
     assert TIMES.dense_seconds(64) == pytest.approx(6400e-6)
+
+
+def test_rows_of_a_mixture_seldom_have_the_same_experts() -> None:
+    """Four rows that each have a tenth of the neurons use about four times as many, and few of them again."""
+    times = replace(TIMES, neurons=1000, share=0.1, sizes=(*SIZES, 320), dense=(*TIMES.dense, 4e-3), scoring=(0.0,) * 5)
+    assert times.sparse_seconds(1, 0.2, 0.1) == pytest.approx((20 + 2 * 10) * 1e-6)
+    first = 1000 * ((1 - 0.98**4) + 2 * (1 - 0.99**4))
+    assert times.sparse_seconds(4, 0.2, 0.1) == pytest.approx((first + 0.5 * (4 * 40 - first)) * 1e-6)
+    assert times.skipping_seconds(0.1) == pytest.approx(100e-6 * 1.2)
+    assert times.dense_seconds(176) == pytest.approx((TIMES.dense[-1] + 4e-3) / 2)  # half way from 32 to 320
+
+
+def test_a_mixture_is_measured_with_as_many_rows_for_each_expert() -> None:
+    asked: list[tuple[int, int]] = []
+
+    class Runner:
+        ffn, max_batch_rows = "auto", 512
+
+        def run_ffns(self, inputs: Any, layers: int, sparsity_bias: float = 0.0) -> Any:
+            asked.append((len(inputs), layers))
+
+        def neuron_counts(self) -> NeuronCounts:
+            return NeuronCounts(len(asked), len(asked), 2 * len(asked))
+
+    times = measure_ffn_times(Runner(), 64, 1000, 1e6, 16, share=0.125)  # type: ignore[arg-type]
+    assert times.sizes == (1, 2, 8, 32, 256) and len(times.dense) == len(times.scoring) == 5
+    assert {layers for rows, layers in asked if rows <= 32} == {64}
+    assert (256, 8) in asked  # they have the bytes of eight times as many experts
 
 
 def test_the_path_depends_on_densities_and_on_the_step() -> None:
