@@ -70,6 +70,10 @@ def _caller(name: str, parameters: list[str]) -> Any:
         return call(builder, symbol_of(name), I64, words)
 
     def typed(*kinds: Any) -> Any:
+        if any(isinstance(kind, types.Float) for kind in kinds):
+            raise TypeError(
+                f"{name} takes a fraction by its address: a number that is passed loses what is after its point"
+            )
         by_address = [kind if isinstance(kind, types.Array | RecordType) else types.int64 for kind in kinds]
         return types.int64(*by_address), codegen
 

@@ -161,7 +161,7 @@ def project_blocks(model, work, first_block, chosen, count, quantized, member, t
 def list_blocks(model, work, inputs, first_block, chosen, count, quantized, member, threads):
     """List this member's neurons of each block that are predicted active."""
     first, last = share(model.ffn, NEURON_UNIT, member, threads)
-    shift = inputs.sparsity_bias[inputs.sequences[0]]
+    bias = inputs.sparsity_bias.ctypes.data + 4 * inputs.sequences[0]
     z_quantized = work.z_q + member * work.z_q_stride
     scratch = work.scratch + member * work.scratch_stride
     for k in range(count):
@@ -173,7 +173,7 @@ def list_blocks(model, work, inputs, first_block, chosen, count, quantized, memb
             quantize_groups(z, z_quantized, columns, 0, columns)
         neurons = work.neurons + k * work.neurons_stride + 4 * first
         inputs.counts[member, LISTED + k] = list_neurons(
-            model, block, quantized, z_quantized, shift, neurons, first, last, scratch
+            model, block, quantized, z_quantized, bias, neurons, first, last, scratch
         )
 
 

@@ -100,12 +100,13 @@ def score_neurons(model, layer, quantized, z, shift, first, scratch):
 
 
 @piece
-def list_neurons(model, layer, quantized, z, shift, neurons, first, last, scratch):
+def list_neurons(model, layer, quantized, z, bias, neurons, first, last, scratch):
     """List the neurons of first..last whose score is positive; returns how many. first: a multiple of 16.
 
-    The arguments are those of `score_neurons`; neurons: address of int32, with room for all of first..last and 16 more.
+    bias: address of the sparsity bias. neurons: address of int32, with room for all of first..last and 16 more. The
+    other arguments are those of `score_neurons`.
     """
-    count = 0
+    count, shift = 0, load_real(bias)
     for i in range(first, last, NEURONS):
         score = score_neurons(model, layer, quantized, z, shift, i, scratch)
         count += list_positive(score, i, neurons + 4 * count)

@@ -159,10 +159,13 @@ def check_lists(config: ModelConfig, predictor: Predictor, threads: int = 2) -> 
             # A score that is zero but for rounding may fall on either side.
             assert abs(cpu.neuron_counts().predicted - expected.sum()) <= 3
             assert cpu.neuron_counts().total == LENGTH * config.ffn_size
-        together = scores(predictor.layers[0], x[0]) > 0
-        cpu.reset_neuron_counts()
-        decode(cpu, tokens, "sparse")
-        assert abs(cpu.neuron_counts().predicted - together.sum()) <= 3
+        for bias in (0.0, 0.7, -0.4, 1e30):
+            together = scores(predictor.layers[0], x[0], bias) > 0
+            cpu.reset_neuron_counts()
+            for position, token in enumerate(tokens):
+                batch = make_batch([([token], position)], [block_table(LENGTH)])
+                cpu.forward(replace(batch, sparsity_bias=np.full(1, bias, np.float32)))
+            assert abs(cpu.neuron_counts().predicted - together.sum()) <= 3
 
 
 @pytest.mark.parametrize("threads", [1, 3])
