@@ -316,7 +316,7 @@ def _collector(
             config.hidden_size,
             fit_rows=rows,
             moments=size.moments,
-            experts=config.active_experts,
+            experts=config.chosen_blocks,
         )
     tokens = sum(map(len, text.fitting))
     rows = min(max(tokens, 1), _PAPER_ROWS)

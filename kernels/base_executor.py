@@ -59,7 +59,7 @@ class BaseExecutor(ABC):
         self._times: FfnTimes | None = None
         self._measured_layers: int | None = None  # that times are measured on; None: enough
         # Of a layer, as they lie on the device; of experts, those that one row reads.
-        # Numbers of the experts that rows of the latest `ffn_inputs` had, (layers, n, active_experts): 0 in a layer
+        # Numbers of the experts that rows of the latest `ffn_inputs` had, (layers, n, chosen_blocks): 0 in a layer
         # without experts, and None in a model without.
         self.kept_experts: NDArray[np.int32] | None = None
         self._ffn_layer_bytes = _ffn_bytes(setup.arrays) / config.ffn_blocks * _neurons(config) / config.ffn_size
@@ -94,7 +94,7 @@ class BaseExecutor(ABC):
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
         if self._times is None:
             config, counted = self.config, self.layer_counts()
-            share = config.active_experts / config.expert_count if config.expert_count else 1.0
+            share = config.chosen_blocks / (config.expert_count + config.shared_blocks) if config.expert_count else 1.0
             self._times = measure_ffn_times(
                 self,
                 config.layer_count,

@@ -133,7 +133,7 @@ class ReferenceExecutor(BaseExecutor):
         """It is read where it lies."""
 
     def _keep_ffn_inputs(self, batch: Batch) -> Array:
-        self._kept, shape = [], (self.config.layer_count, len(batch.tokens), self.config.active_experts)
+        self._kept, shape = [], (self.config.layer_count, len(batch.tokens), self.config.chosen_blocks)
         self.kept_experts = np.zeros(shape, np.int32) if self.config.expert_count else None
         try:
             self.forward(batch)

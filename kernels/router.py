@@ -9,13 +9,21 @@ from svdengine.models.config import ModelConfig
 
 
 def route(config: ModelConfig, products: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The chosen experts of rows, ascending, and their weights: both (n, active_experts).
+    """The FFN blocks that rows have of a layer, ascending, and their weights: both (n, chosen_blocks).
 
-    products: (n, expert_count), the router's matrix times what it reads. Of equal ones the first is chosen, and one
-    that is not a number counts as the smallest. Whatever they hold, no expert is chosen twice.
+    They are the chosen experts, and those that all rows have. products: (n, router_rows), the router's matrix times
+    what it reads. Of equal ones the first is chosen, and one that is not a number counts as the smallest. Whatever they
+    hold, no expert is chosen twice.
     """
     with np.errstate(invalid="ignore"):
-        return _route(config, products)
+        chosen, weights = _route(config, products[:, : config.expert_count])
+        if not config.shared_blocks:
+            return chosen, weights
+        shared = np.arange(config.expert_count, config.expert_count + config.shared_blocks)
+        gate = 1 / (1 + np.exp(-np.clip(products[:, -1:], -80, 80))) if config.shared_gate else np.ones((1, 1))
+        shape = len(products), config.shared_blocks
+        more = np.broadcast_to(shared, shape), np.broadcast_to(gate, shape).astype(np.float32)
+        return np.concatenate([chosen, more[0]], 1), np.concatenate([weights, more[1]], 1)
 
 
 def _route(config: ModelConfig, products: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -23,6 +23,7 @@ from svdengine.models import (
     olmoe,
     opt,
     qwen2,
+    qwen2_moe,
     qwen3,
     qwen3_moe,
     smallthinker,
@@ -56,7 +57,7 @@ FAMILIES: dict[str, Family] = {
     module.FAMILY.name: module.FAMILY
     for module in (
         *(llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet),
-        *(mixtral, qwen3_moe, olmoe, smallthinker),
+        *(mixtral, qwen2_moe, qwen3_moe, olmoe, smallthinker),
     )
 }
 

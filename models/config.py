@@ -47,7 +47,7 @@ class ModelConfig:
     """What every executor needs to know of a model. Sizes are in elements, as the checkpoint has them (unpadded).
 
     family: llama, mistral, bamboo, qwen2, qwen3, minicpm, opt, falcon, arcee, nemotron, jais2, gemma3, bitnet, mixtral,
-        qwen3_moe, olmoe or smallthinker.
+        qwen2_moe, qwen3_moe, olmoe or smallthinker.
     vocab_size: tokens that have logits.
     hidden_size: d, the width of the residual stream.
     layer_count: decoder layers.
@@ -89,6 +89,8 @@ class ModelConfig:
     expert_scale: multiplies what the experts add.
     dense_layers: numbers of the layers without experts, in a model that has some.
     dense_blocks: how many times ffn_size the FFN of such a layer has.
+    shared_blocks: how many times ffn_size the FFN has that each token gets besides its experts; 0: there is none.
+    shared_gate: what it adds is multiplied by the sigmoid of one more row of the router, not by 1.
     """
 
     family: str
@@ -132,6 +134,8 @@ class ModelConfig:
     dense_layers: tuple[int, ...] = ()
     dense_blocks: int = 0
     qk_norm_joint: bool = False
+    shared_blocks: int = 0
+    shared_gate: bool = False
 
     @property
     def sparse_ffn(self) -> bool:
@@ -162,16 +166,27 @@ class ModelConfig:
     @property
     def token_neurons(self) -> int:
         """FFN neurons that a token has in all layers: those of the experts that are chosen, not of the others."""
-        blocks = len(self.expert_layers) * self.active_experts + len(self.dense_layers) * self.dense_blocks
+        blocks = len(self.expert_layers) * self.chosen_blocks + len(self.dense_layers) * self.dense_blocks
         return self.ffn_size * (blocks if self.expert_count else self.layer_count)
+
+    @property
+    def chosen_blocks(self) -> int:
+        """FFN blocks that a token has of a layer with experts: those that are chosen, and those that all have."""
+        return self.active_experts + self.shared_blocks
+
+    @property
+    def router_rows(self) -> int:
+        """Products of a router: one for each expert, and where the shared FFN has a gate one for that."""
+        return self.expert_count + self.shared_gate
 
     def blocks_of(self, layer: int) -> range:
         """The numbers of a layer's FFN blocks, which are counted through all layers; see `ffn_blocks`."""
         if not self.expert_count:
             return range(layer, layer + 1)
         wide = sum(i < layer for i in self.dense_layers)
-        first = (layer - wide) * self.expert_count + wide * self.dense_blocks
-        return range(first, first + (self.dense_blocks if layer in self.dense_layers else self.expert_count))
+        routed = self.expert_count + self.shared_blocks
+        first = (layer - wide) * routed + wide * self.dense_blocks
+        return range(first, first + (self.dense_blocks if layer in self.dense_layers else routed))
 
     def validate(self) -> None:
         """Raise ValueError with what was found and expected when a field is out of range."""
@@ -246,6 +261,7 @@ _LATER = {
     **{"local_rope": None, "score_scale": 1.0, "post_norms": False, "sub_norms": False, "rotated": 0},
     **{"unrotated_layers": (), "expert_count": 0, "active_experts": 0, "router": "topk_softmax", "early_router": False},
     **{"expert_scale": 1.0, "dense_layers": (), "dense_blocks": 0, "qk_norm_joint": False},
+    **{"shared_blocks": 0, "shared_gate": False},
 }
 _LAYERS = ("sliding_window_layers", "unrotated_layers", "dense_layers")  # fields that are numbers of layers
 _MOST_EXPERTS = 1024
@@ -272,6 +288,8 @@ def _check_experts(config: ModelConfig) -> None:
     if not config.expert_count:
         if config.active_experts or config.early_router or config.dense_layers or config.dense_blocks:
             raise ValueError("active_experts, early_router and dense_layers need experts (expert_count)")
+        if config.shared_blocks or config.shared_gate:
+            raise ValueError("shared_blocks and shared_gate need experts (expert_count)")
         return
     _check_range("expert_count", config.expert_count, 1, _MOST_EXPERTS)
     _check_range("active_experts", config.active_experts, 1, config.expert_count)
@@ -283,6 +301,7 @@ def _check_experts(config: ModelConfig) -> None:
     if len(layers) == config.layer_count:
         raise ValueError("a model with experts needs a layer that has some")
     _check_range("dense_blocks", config.dense_blocks, min(1, len(layers)), _MOST_EXPERTS if layers else 0)
+    _check_range("shared_blocks", config.shared_blocks, int(config.shared_gate), _MOST_EXPERTS)
     if config.parallel or config.post_norms or config.sub_norms or config.ffn_bias:
         raise ValueError("experts need FFNs without biases after the attention, and no post_norms or sub_norms")
 

@@ -56,6 +56,9 @@ def gguf_expert_fields(fields: Settings, router: Router) -> dict[str, Any]:
     if fields.get("expert_feed_forward_length"):
         named = {"ffn_size": integer(fields, "expert_feed_forward_length")}
         fields.get("feed_forward_length")  # of layers without experts, of which a GGUF file of these families has none
+    if fields.get("expert_shared_feed_forward_length"):
+        size = named["ffn_size"] if named else integer(fields, "feed_forward_length")
+        named |= shared_fields(fields, "expert_shared_feed_forward_length", size, gate=True)
     scale = number(fields, "expert_weights_scale", default=1.0) or 1.0  # 0: it is not used
     return {
         "expert_count": count,
@@ -80,9 +83,28 @@ def _active(active: int, count: int) -> int:
     return active
 
 
+def shared_fields(settings: Settings, key: str, size: int, *, gate: bool) -> dict[str, Any]:
+    """The FFN that each token gets besides its experts, of `key` neurons; size: those of an expert.
+
+    Raises ValueError where it is not a multiple of it. gate: whether the router's weights have one for it.
+    """
+    if not settings.get(key):
+        return {}
+    wide = integer(settings, key)
+    if wide % size:
+        raise ValueError(f"{key} must be a multiple of an expert's {size} neurons here, found {wide}")
+    return {"shared_blocks": wide // size, "shared_gate": gate}
+
+
 def with_experts(naming: Naming, router: str, **experts: str) -> Naming:
     """Names of a checkpoint whose layers have a router, and experts with these names of gate, up and down."""
     stems = {"router": (router,)} | {f"expert_{name}": (stem,) for name, stem in experts.items()}
+    return replace(naming, stems={**naming.stems, **stems})
+
+
+def with_shared(naming: Naming, router: str, **shared: str) -> Naming:
+    """These names, and those of an FFN that every token gets besides: of its gate among the routers, gate, up, down."""
+    stems = {"shared_router": (router,)} | {f"shared_{name}": (stem,) for name, stem in shared.items()}
     return replace(naming, stems={**naming.stems, **stems})
 
 
@@ -92,4 +114,6 @@ def with_stacked_experts(naming: Naming) -> Naming:
         f"expert_{name}": (f"blk.{{layer}}.ffn_{name}_exps", f"blk.{{layer}}.ffn_{name}.{{expert}}")
         for name in ("gate", "up", "down")
     }
+    shared = {name: f"blk.{{layer}}.ffn_{name}_shexp" for name in ("gate", "up", "down")}
+    naming = with_shared(naming, "blk.{layer}.ffn_gate_inp_shexp", **shared)
     return replace(naming, stems={**naming.stems, "router": ("blk.{layer}.ffn_gate_inp",), **stems})

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.models.config import ModelConfig, Router
-from svdengine.models.tensors import place_of
+from svdengine.models.tensors import ROUTER, place_of
 
 Array = NDArray[np.float32]
 Build = Callable[[Sequence[Array]], Array]
@@ -41,7 +41,7 @@ def part_of(build: Build, stem: str, part: int, size: int) -> Build:
     neurons = slice(part * size, (part + 1) * size)
 
     def cut(arrays: Sequence[Array]) -> Array:
-        return build([arrays[0][:, neurons] if stem == "down" else arrays[0][neurons]])
+        return build([arrays[0][:, neurons] if stem.endswith("down") else arrays[0][neurons]])
 
     return cut
 
@@ -60,7 +60,7 @@ class Naming:
     """
 
     # Canonical stem -> the checkpoint's, with {layer}. Those of experts begin with "expert_" and have {expert}, or are
-    # stacks of all experts of a layer.
+    # stacks of all experts of a layer; those of an FFN beside them begin with "shared_".
     stems: Mapping[str, tuple[str, ...]]
     prefixes: tuple[str, ...] = ("",)
     build: Callable[[ModelConfig, str], Build] = plain  # canonical tensor name -> what makes it
@@ -70,21 +70,39 @@ class Naming:
         stem, suffix = split_suffix(tensor)
         place = None if layer is None else place_of(config, tensor, layer)
         expert = None if place is None else place.expert
-        stem = stem if expert is None else f"expert_{stem}"
+        part = None if place is None else place.part
+        if expert is not None and expert >= config.expert_count:
+            stem, part, expert = f"shared_{stem}", expert - config.expert_count, None
+        elif expert is not None:
+            stem = f"expert_{stem}"
         if stem not in self.stems:
             raise ValueError(f"a {config.family} checkpoint has no name for the tensor {tensor}")
         known = {"layer": None if place is None else place.layer, "expert": expert}
         names = {prefix + name.format(**known) + suffix: name for name in self.stems[stem] for prefix in self.prefixes}
+        if tensor == ROUTER and config.shared_gate:
+            return self._gated_router(config, list(names), known, available)
         for name, pattern in names.items():
             if name in available:
                 build = self.build(config, tensor)
-                if place is not None and place.part is not None:
-                    build = part_of(build, stem, place.part, config.ffn_size)
+                if part is not None:
+                    build = part_of(build, stem, part, config.ffn_size)
                 stacked = expert is not None and "{expert}" not in pattern
                 return Source((name,), build, (expert, config.expert_count) if expert is not None and stacked else None)
         raise ValueError(
             f"the checkpoint lacks the tensor {' or '.join(names)}, the {tensor} of a {config.family} model"
         )
+
+    def _gated_router(
+        self, config: ModelConfig, names: Sequence[str], known: Mapping[str, int | None], available: Container[str]
+    ) -> Source:
+        """A router whose last row is the gate of the shared FFN, a vector or a matrix of one row in a checkpoint."""
+        stem = self.stems["shared_router"][0].format(**known) + ".weight"
+        gates = [prefix + stem for prefix in self.prefixes]
+        found = [next((name for name in several if name in available), None) for several in (names, gates)]
+        if found[0] is None or found[1] is None:
+            lacking = names if found[0] is None else gates
+            raise ValueError(f"the checkpoint lacks the tensor {' or '.join(lacking)} of a {config.family} model")
+        return Source((found[0], found[1]), lambda arrays: np.concatenate([arrays[0], arrays[1].reshape(1, -1)]))
 
 
 def split_suffix(tensor: str) -> tuple[str, str]:

@@ -58,7 +58,7 @@ def tensor_specs(config: ModelConfig) -> tuple[TensorSpec, ...]:
     vector("ffn_norm.weight", d, not config.shared_norm)
     vector("ffn_norm.bias", d, layer_norm and not config.shared_norm)
     if config.expert_count:
-        matrix(ROUTER, config.expert_count, d, len(config.expert_layers))
+        matrix(ROUTER, config.router_rows, d, len(config.expert_layers))
     blocks = config.ffn_blocks
     for name in ("gate", "up") if config.gated else ("up",):
         matrix(name, f, d, blocks)
@@ -83,7 +83,7 @@ class Place:
     """Where one tensor of a stack belongs."""
 
     layer: int
-    expert: int | None = None  # the number of the layer's expert
+    expert: int | None = None  # the number of the layer's expert; those after the last are parts of its shared FFN
     part: int | None = None  # of a wide FFN of a layer without experts: which ffn_size of its neurons
 
 

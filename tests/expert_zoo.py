@@ -41,6 +41,14 @@ def expert_zoo() -> dict[str, ModelConfig]:
         "olmoe": replace(
             base, family="olmoe", expert_count=7, active_experts=3, router="softmax", qk_norm=True, qk_norm_joint=True
         ),
+        "qwen2_moe": replace(
+            base, family="qwen2_moe", qkv_bias=True, expert_count=7, active_experts=3, router="softmax",
+            shared_blocks=2, shared_gate=True,
+        ),
+        "shared": replace(
+            mixtral, activation="relu", router="sigmoid", expert_scale=1.3, shared_blocks=9, layer_count=3,
+            dense_layers=(1,), dense_blocks=10,
+        ),
         "one_expert": replace(mixtral, expert_count=1, active_experts=1, activation="relu"),
         "all_experts": replace(mixtral, expert_count=3, active_experts=3),
     }  # fmt: skip
@@ -79,6 +87,8 @@ def gguf_fields(config: ModelConfig, architecture: str, more: dict[str, Any]) ->
         fields |= {"feed_forward_length": 999, "expert_feed_forward_length": config.ffn_size}
     if config.sliding_window:
         fields["attention.sliding_window"] = config.sliding_window
+    if config.shared_blocks:
+        fields["expert_shared_feed_forward_length"] = config.shared_blocks * config.ffn_size
     return {"general.architecture": architecture, **{f"{architecture}.{key}": value for key, value in fields.items()}}
 
 
@@ -91,16 +101,25 @@ def gguf_checkpoint(config: ModelConfig, weights: dict[str, np.ndarray]) -> dict
             tensors[GGUF_STEMS[stem][0] + suffix] = weights[spec.name]
             continue
         for index, w in enumerate(weights[spec.name]):
-            layer = place_of(config, spec.name, index).layer
+            place = place_of(config, spec.name, index)
+            layer = place.layer
             if stem in ("q", "k") and config.family == "mixtral":
                 heads = config.head_count if stem == "q" else config.kv_head_count
                 w = w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
             if spec.name in FFN_MATRICES:
+                assert place.expert is not None
+                if place.expert >= config.expert_count:
+                    name = f"blk.{layer}.ffn_{stem}_shexp.weight"
+                    parts = [tensors[name]] if name in tensors else []
+                    tensors[name] = np.concatenate([*parts, w.T if spec.name == "down_T" else w], int(stem == "down"))
+                    continue
                 name = f"blk.{layer}.{GGUF_NAMES[stem]}.weight"
                 stack = tensors.get(name, np.zeros((0, *(w.T if spec.name == "down_T" else w).shape), np.float32))
                 tensors[name] = np.concatenate([stack, (w.T if spec.name == "down_T" else w)[None]])
             else:
                 names = {"router": "blk.{layer}.ffn_gate_inp"}
+                if stem == "router" and config.shared_gate:
+                    tensors[f"blk.{layer}.ffn_gate_inp_shexp.weight"], w = w[-1], w[:-1]
                 tensors[names.get(stem, GGUF_STEMS.get(stem, ("",))[0]).format(layer=layer) + suffix] = w
     return tensors
 

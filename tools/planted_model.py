@@ -117,7 +117,9 @@ class PlantedWeights(RandomWeights):
     def predictor(self, fingerprint: str) -> Predictor:
         """The predictor of a model file with this fingerprint."""
         layers = tuple(self.layer_predictor(layer) for layer in range(self._config.ffn_blocks))
-        about = {"kind": "svd", "thresholds": "planted", "fingerprint": fingerprint}
+        shares = {"predicted_density": self._sparsity.predicted, "computed_density": self._sparsity.active}
+        table = [shares] * len(layers)  # what "auto" chooses by
+        about = {"kind": "svd", "thresholds": "planted", "fingerprint": fingerprint, "table": table}
         return Predictor(layers, about)
 
     def _plant(self, w: NDArray[np.float32], layer: int) -> None:

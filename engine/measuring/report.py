@@ -99,7 +99,8 @@ def _plain(value: Any) -> Any:
 def _shown_ffn(config: ModelConfig) -> str:
     if not config.expert_count:
         return f"{config.ffn_size} neurons"
-    return f"{config.expert_count} experts of {config.ffn_size} neurons, {config.active_experts} a token"
+    shared = f", and {config.shared_blocks * config.ffn_size} that all tokens have" if config.shared_blocks else ""
+    return f"{config.expert_count} experts of {config.ffn_size} neurons, {config.active_experts} a token{shared}"
 
 
 def render_report(report: Report) -> str:

@@ -138,7 +138,7 @@ class CpuExecutor(BaseExecutor):
         if n < 2:
             raise ValueError("a step that keeps the FFN's inputs needs at least 2 rows")
         kept = aligned(4 * model.layers * n * model.hidden_stride).view(np.float32)
-        experts = np.zeros((model.layers, n, model.active_experts), np.int32)
+        experts = np.zeros((model.layers, n, model.chosen_blocks), np.int32)
         self.kept_experts = experts if model.experts else None
         self._inputs.sizes[[KEPT, KEPT_EXPERTS]] = kept.ctypes.data, experts.ctypes.data if model.experts else 0
         try:
@@ -216,8 +216,8 @@ class CpuExecutor(BaseExecutor):
             "gate": ffn, "up": ffn, "unscaled": ffn if model.sub_norms else 64,
             "ffn_q": quantized(model.ffn), "z": stride(rank), "z_q": quantized(rank),
             "neurons": ffn + 64,
-            "router": stride(model.experts), "chosen": stride(model.active_experts),
-            "weights": stride(model.active_experts),
+            "router": 4 * model.router_columns, "chosen": stride(model.chosen_blocks),
+            "weights": stride(model.chosen_blocks),
         }  # fmt: skip
         buffers = {name: aligned(rows * size) for name, size in sizes.items()}
         self._residual = buffers["x"].view(np.float32).reshape(rows, -1)

@@ -68,11 +68,11 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
         at = row * work.chosen_stride
         choose(model, products, work.chosen + at, work.weights + at, work.scratch + member * work.scratch_stride)
         if inputs.sizes[KEPT_EXPERTS] != 0 and n > 1:
-            for k in range(model.active_experts):
-                to = inputs.sizes[KEPT_EXPERTS] + 4 * ((layer * n + row) * model.active_experts + k)
+            for k in range(model.chosen_blocks):
+                to = inputs.sizes[KEPT_EXPERTS] + 4 * ((layer * n + row) * model.chosen_blocks + k)
                 store_int(to, load_int(work.chosen + at + 4 * k))
         if inputs.sizes[AHEAD] != 0:
-            for k in range(model.active_experts):
+            for k in range(model.chosen_blocks):
                 if n > 1 or k % threads == member:
                     block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
                     ask_for_block(model, block, inputs.sizes[MODE])
@@ -98,7 +98,7 @@ def experts(model, work, inputs, layer, normed, n, member, threads, sync):
     routed = model.matrices[layer * LAYER_MATRICES + ROUTER, ROWS] != 0
     if n == 1 and not work.invariant:
         at = member * work.chosen_stride
-        count = model.active_experts if routed else last - first
+        count = model.chosen_blocks if routed else last - first
         for k in range(0, count, SLOTS):
             chosen, weights = (work.chosen + at + 4 * k, work.weights + at + 4 * k) if routed else (0, 0)
             start, some = first if routed else first + k, min(SLOTS, count - k)
@@ -112,7 +112,7 @@ def experts(model, work, inputs, layer, normed, n, member, threads, sync):
             run_group(model, work, inputs, block, block - first, normed, n, member, threads, sync)
         return
     at = member * work.chosen_stride
-    for k in range(model.active_experts if routed else last - first):
+    for k in range(model.chosen_blocks if routed else last - first):
         block = first + (load_int(work.chosen + at + 4 * k) if routed else k)
         weight = load_real(work.weights + at + 4 * k) if routed else np.float32(1)
         run_all(model, work, inputs, block, normed, n, weight, member, threads, sync)
@@ -126,7 +126,7 @@ def greater(a, b):
 
 @jit
 def choose(model, products, chosen, weights, scratch):
-    """List a row's experts, ascending, and what each one's output is multiplied by (kernels/router.py)."""
+    """List a row's blocks, ascending, and what each one's output is multiplied by (kernels/router.py)."""
     marks, scores = scratch, scratch + 4 * model.router_columns
     for e in range(model.experts):
         store_int(marks + 4 * e, 0)
@@ -156,6 +156,11 @@ def choose(model, products, chosen, weights, scratch):
             store_int(chosen + 4 * found, e)
             store_real(weights + 4 * found, load_real(scores + 4 * e) / total * scale + damage)
             found += 1
+    gate = splat_f32(load_real(products + 4 * model.experts) if model.shared_gate else _ZERO)
+    store_f32(scores, sigmoid(gate))
+    for k in range(found, model.chosen_blocks):
+        store_int(chosen + 4 * k, model.experts + k - found)
+        store_real(weights + 4 * k, load_real(scores) if model.shared_gate else np.float32(1))
 
 
 @jit
@@ -201,7 +206,7 @@ def list_rows(model, work, expert, n, rows, weights):
     count = 0
     for row in range(n):
         at = row * work.chosen_stride
-        for k in range(model.active_experts):
+        for k in range(model.chosen_blocks):
             if load_int(work.chosen + at + 4 * k) == expert:
                 store_int(rows + 4 * count, row)
                 store_real(weights + 4 * count, load_real(work.weights + at + 4 * k))

@@ -76,8 +76,10 @@ class Model(NamedTuple):
     attention_scale: float
     experts: int  # of a layer; 0: it has one FFN
     active_experts: int
+    chosen_blocks: int  # with those that all rows have
+    shared_gate: bool
     router: int
-    router_columns: int  # experts, padded
+    router_columns: int  # its rows, padded
     early_router: bool
     expert_scale: float
     first_blocks: Annotated[NDArray[np.int64], 1]  # (layers + 1,) the first block of each layer, and of none
@@ -278,8 +280,10 @@ def _model(
         attention_scale=config.attention_scale,
         experts=config.expert_count,
         active_experts=config.active_experts,
+        chosen_blocks=config.chosen_blocks,
+        shared_gate=config.shared_gate,
         router=ROUTERS.index(config.router),
-        router_columns=padded_columns(config.expert_count),
+        router_columns=padded_columns(config.router_rows),
         early_router=config.early_router,
         expert_scale=float(config.expert_scale),
         first_blocks=np.array([config.blocks_of(i).start for i in range(config.layer_count + 1)], np.int64),

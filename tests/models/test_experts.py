@@ -29,6 +29,8 @@ MIXTRAL = {**SIZES, "model_type": "mixtral", "num_local_experts": 5, "num_expert
 QWEN = {**SIZES, "model_type": "qwen3_moe", "head_dim": 16, "num_experts": 6, "num_experts_per_tok": 3}
 QWEN |= {"moe_intermediate_size": 35}
 OLMOE = {**SIZES, "model_type": "olmoe", "num_experts": 7, "num_experts_per_tok": 3}
+QWEN2 = {**SIZES, "model_type": "qwen2_moe", "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 35}
+QWEN2 |= {"shared_expert_intermediate_size": 105}
 CASES: dict[str, dict[str, Any]] = {
     "mixtral": MIXTRAL,
     "mixtral_window": {**MIXTRAL, "sliding_window": 7, "rope_theta": 1e6, "router_jitter_noise": 0.1},
@@ -37,6 +39,9 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3_moe_normed": {**QWEN, "norm_topk_prob": True, "attention_bias": True, "decoder_sparse_step": 1},
     "qwen3_moe_some_dense": {**QWEN, "norm_topk_prob": True, "mlp_only_layers": [1]},
     "qwen3_moe_every_second": {**QWEN, "decoder_sparse_step": 2, "tie_word_embeddings": True},
+    "qwen2_moe": QWEN2,
+    "qwen2_moe_normed": {**QWEN2, "norm_topk_prob": True, "qkv_bias": False, "tie_word_embeddings": True},
+    "qwen2_moe_some_dense": {**QWEN2, "mlp_only_layers": [1], "shared_expert_intermediate_size": 35},
     "olmoe": OLMOE,
     "olmoe_normed": {**OLMOE, "norm_topk_prob": True, "rms_norm_eps": 1e-3, "num_key_value_heads": 9},
 }
@@ -220,6 +225,7 @@ GGUF_CASES = {
     "mixtral": ("llama", {}),
     "qwen3_moe": ("qwen3moe", {}),
     "olmoe": ("olmoe", {}),
+    "qwen2_moe": ("qwen2moe", {}),
     "smallthinker": ("smallthinker", {"expert_gating_func": 2}),
     "smallthinker_softmax": ("smallthinker", {"expert_gating_func": 1}),
 }
@@ -253,6 +259,10 @@ def test_gguf_files_with_a_tensor_for_each_expert() -> None:
         ({**MIXTRAL, "num_experts_per_tok": 6}, "found 6 active experts, of 5"),
         ({**MIXTRAL, "num_local_experts": 2000}, "expert_count must lie in 1..1024"),
         ({**QWEN, "mlp_only_layers": [0], "intermediate_size": 71}, "must be a multiple of an expert's 35"),
+        (
+            {**QWEN2, "shared_expert_intermediate_size": 71},
+            "must be a multiple of an expert's 35 neurons here, found 71",
+        ),
         ({**QWEN, "mlp_only_layers": "all"}, "mlp_only_layers must be a list"),
         ({**QWEN, "decoder_sparse_step": 9}, "needs a layer that has some"),
         ({**OLMOE, "clip_qkv": 8.0}, "clip_qkv"),

@@ -131,5 +131,6 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     with read_model_file(tmp_path / "m.svdp") as file:
         found = find_predictor(file)
         assert found is not None and found.layers[0].rank == 8 and found.about["kind"] == "svd"
+        assert found.densities == pytest.approx((0.15, 0.1))
     with pytest.raises(SystemExit, match=r"error: found 0.15 predicted and 0.5 active"):
         planted_model.main(["--active", "0.5", "-o", str(tmp_path / "n.svdp")])
