@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from svdengine.errors import RequestError
 from svdengine.scheduling.completion import Completion
 from svdengine.scheduling.request import Generation
+
+if TYPE_CHECKING:
+    import asyncio
 
 
 class Stepper(Protocol):
@@ -108,6 +110,8 @@ class AsyncTextStream(AsyncIterator[str]):
 
     def __init__(self, model: Stepper, thread: StepThread, prepare: Callable[[], Generation]) -> None:
         """`prepare` makes the request; it runs on another thread, since a long prompt takes a while."""
+        import asyncio  # here, since most programs have no coroutines and start sooner
+
         self._model = model
         self._thread = thread
         self._prepare = prepare
@@ -139,6 +143,8 @@ class AsyncTextStream(AsyncIterator[str]):
     async def begin(self) -> Generation | None:
         """Begin generation, where it has not begun; None: the stream was closed before."""
         if self._request is None and not self._closed:
+            import asyncio
+
             request = await asyncio.to_thread(self._prepare)
             self._request = request
             self._thread.run(self._model, request, _waker(asyncio.get_running_loop(), self._news))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,9 +41,11 @@ from svdengine.scheduling.sampling import (
 )
 from svdengine.scheduling.scheduler import PREFILL_ROWS
 from svdengine.speculation.speculation import Speculation
-from svdengine.text.chat_template import ChatTemplate, Message
 from svdengine.text.tokenizer import Prompt, Tokenizer, as_prompts, token_list
 from svdengine.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from svdengine.text.chat_template import ChatTemplate, Message
 
 
 class LLM:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from svdengine.errors import RequestError, SvdEngineError, shown
 from svdengine.files.model_file import ModelFile
@@ -12,9 +12,11 @@ from svdengine.scheduling.constraint import Constraint, ConstraintMaker
 from svdengine.scheduling.embedding import Embedding, Pooling
 from svdengine.scheduling.request import ContextLimit, Generation, ScoredGeneration
 from svdengine.scheduling.sampling import SamplingParams
-from svdengine.text.chat_template import ChatTemplate, Message, check_messages
 from svdengine.text.stream_decoder import StreamDecoder
 from svdengine.text.tokenizer import Prompt, Tokenizer, token_list
+
+if TYPE_CHECKING:
+    from svdengine.text.chat_template import ChatTemplate, Message
 
 _MOST_BREAKERS = 64  # sets of tokens that are remembered
 
@@ -51,6 +53,8 @@ class RequestMaker:
             source = self._file.chat_template
             if source is None:
                 raise RequestError("this model has no chat template; it can only complete text (generate)")
+            from svdengine.text.chat_template import ChatTemplate
+
             self._template = ChatTemplate(source, self._tokenizer)
         return self._template
 
@@ -137,6 +141,8 @@ class RequestMaker:
 
     def _system_length(self, messages: Sequence[Message], tokens: list[int], extra: dict[str, Any]) -> int:
         """Tokens before the first turn: what the conversation shares with one of its system and last messages only."""
+        from svdengine.text.chat_template import check_messages
+
         check_messages(messages)
         system = [m for m in messages[:-1] if m["role"] == "system"]
         try:

@@ -93,7 +93,10 @@ def _check_model(model: dict[str, Any]) -> None:
 
 def _words(vocab: Any) -> Iterator[str]:
     """Of a table from words to ids, or a list of words and scores."""
-    for entry in vocab if isinstance(vocab, dict | list) else ():
+    if isinstance(vocab, dict):
+        yield from vocab
+        return
+    for entry in vocab if isinstance(vocab, list) else ():
         word = entry[0] if isinstance(entry, list) and entry else entry
         if isinstance(word, str):
             yield word
