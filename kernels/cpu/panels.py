@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,12 +40,17 @@ def interleaved(parts: Mapping[str, NDArray], weight_format: WeightFormat, threa
 
     interleave = loaded(frozenset({INTERLEAVE})).function("interleave", 5)
 
-    def one(layer: int) -> None:
-        at = to + layer * panels * PANEL_ROWS * row_bytes
-        interleave(source + layer * rows * row_bytes, rows, row_bytes, at, biased)
+    def one(part: tuple[int, int, int]) -> None:
+        row, panel, count = part
+        interleave(source + row * row_bytes, count, row_bytes, to + panel * PANEL_ROWS * row_bytes, biased)
 
+    if rows % PANEL_ROWS == 0:  # a stack is like one matrix, which the threads share
+        bounds = [layers * panels * i // threads for i in range(threads + 1)]
+        shares = [(a * PANEL_ROWS, a, (b - a) * PANEL_ROWS) for a, b in pairwise(bounds)]
+    else:
+        shares = [(layer * rows, layer * panels, rows) for layer in range(layers)]
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(one, range(layers)))
+        list(pool.map(one, shares))
     for suffix, part in parts.items():
         if suffix:
             out[suffix] = _side_by_side(part, panels)
