@@ -19,7 +19,9 @@ from svdengine.kernels.cpu.sparse_batch import COLUMN_UNIT, sparse_batch
 from svdengine.kernels.cpu.sync import barrier
 from svdengine.kernels.cpu.workspace import DENSE, DOWN_STAGE, KEPT, MODE, UP_STAGE
 
-SUMMED = 16  # rows of a step for which rows of a neuron-major down are summed; more take a product of panels
+# Rows of a neuron-major down are summed, without those whose weight is 0, for up to SUMMED rows of a step, and for more
+# where each thread has at least WIDE columns: else taking numbers from lists costs more than a product of panels.
+SUMMED, WIDE = 24, 1024
 
 
 @piece
@@ -34,7 +36,7 @@ def ffn(model, work, inputs, layer, normed, n, member, threads, sync):
         ffn_hidden(model, work, layer, normed, n, 0, np.float32(1), member, first, last)
         turn += 1
         first, last = claim(counter, model.ffn, model.hidden_stride, 32, member, threads, turn)
-    by_rows = model.transposed_down and (n <= SUMMED or work.invariant)
+    by_rows = model.transposed_down and (n <= SUMMED or work.invariant or model.hidden >= WIDE * threads)
     if by_rows:
         first, last = share(model.ffn, NEURON_UNIT, member, threads)
         list_range(work.neurons + 4 * first, first, last)

@@ -211,6 +211,16 @@ def test_rows_of_a_batch_equal_rows_alone() -> None:
         assert relative_error(together, alone) < 2e-5
 
 
+@pytest.mark.parametrize("weight_format", ["q8", "q4", "f16"])
+def test_many_rows_of_a_wide_model_are_summed_as_one_is(weight_format: WeightFormat) -> None:
+    """One thread has so many columns that rows of down are summed for any number of rows of a step."""
+    config = replace(ZOO["llama_relu_tied"], hidden_size=1056, layer_count=1, head_dim=16)
+    tokens = random_tokens(config, 40)
+    with executor(config, weight_format, None, threads=1) as cpu:
+        alone = decode(cpu, tokens, "dense")
+        assert relative_error(run_in_chunks(cpu, tokens, [40]), alone) < 1e-3
+
+
 def test_the_sparsity_bias_of_one_request_leaves_the_others_alone() -> None:
     config = ZOO["llama_relu_tied"]
     predictor = make_predictor(config, 16, 2, threshold=-0.1)
