@@ -65,9 +65,15 @@ class LogitRows:
         found = np.empty(len(self.logits))
 
         def fill(part: slice) -> None:
-            log_p = self.logits[part] - self.scale[part, None]
-            log_q = other.logits[part] - other.scale[part, None]
-            found[part] = np.einsum("rv,rv->r", np.exp(log_p), log_p - log_q)
+            rows = self.logits[part]
+            most = np.take_along_axis(rows, self.choice[part, None], 1)
+            # In float32, but for what is left of large numbers: the mean difference of the logits, and of their scales.
+            weights = np.exp(rows - most)
+            total = weights.sum(1, dtype=np.float64)
+            shift = most - np.take_along_axis(other.logits[part], self.choice[part, None], 1)
+            weights *= rows - other.logits[part] - shift
+            mean = weights.sum(1, dtype=np.float64) / total + shift[:, 0]
+            found[part] = mean - self.scale[part] + other.scale[part]
 
         over_parts(fill, len(self.logits), size=_ROWS)
         return found

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from gguf_form import common_fields, converter_permute, named
 from model_zoo import zoo
 
 from svdengine.models import FAMILIES, tensor_specs
@@ -66,18 +67,8 @@ def gguf_config(name: str) -> ModelConfig:
 
 
 def gguf_fields(config: ModelConfig, architecture: str, more: dict[str, Any]) -> dict[str, Any]:
-    assert config.rope is not None
     fields = {
-        "block_count": config.layer_count,
-        "context_length": config.max_position,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.ffn_size,
-        "attention.head_count": config.head_count,
-        "attention.head_count_kv": config.kv_head_count,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(np.float32(config.norm_eps)),
-        "rope.freq_base": config.rope.theta,
+        **common_fields(config),
         "rope.dimension_count": config.head_dim,
         "expert_count": config.expert_count,
         "expert_used_count": config.active_experts,
@@ -89,7 +80,7 @@ def gguf_fields(config: ModelConfig, architecture: str, more: dict[str, Any]) ->
         fields["attention.sliding_window"] = config.sliding_window
     if config.shared_blocks:
         fields["expert_shared_feed_forward_length"] = config.shared_blocks * config.ffn_size
-    return {"general.architecture": architecture, **{f"{architecture}.{key}": value for key, value in fields.items()}}
+    return named(architecture, fields)
 
 
 def gguf_checkpoint(config: ModelConfig, weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -105,7 +96,7 @@ def gguf_checkpoint(config: ModelConfig, weights: dict[str, np.ndarray]) -> dict
             layer = place.layer
             if stem in ("q", "k") and config.family == "mixtral":
                 heads = config.head_count if stem == "q" else config.kv_head_count
-                w = w.reshape(heads, 2, -1, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+                w = converter_permute(w, heads)
             if spec.name in FFN_MATRICES:
                 assert place.expert is not None
                 if place.expert >= config.expert_count:

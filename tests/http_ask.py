@@ -1,4 +1,4 @@
-"""Requests to a live server made by hand."""
+"""Requests to a live server, made by hand and by OpenAI's client."""
 
 import json
 import urllib.error
@@ -6,6 +6,11 @@ import urllib.request
 from typing import Any
 
 from live_server import LiveServer
+from openai import OpenAI
+
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12, "extra_body": {"ignore_eos": True}}
 
 
 def ask(
@@ -21,3 +26,8 @@ def ask(
     except urllib.error.HTTPError as error:
         status, text, found = error.code, error.read(), error.headers
     return status, json.loads(text) if found.get_content_type() == "application/json" else text.decode(), found
+
+
+def client_of(server: LiveServer, key: str = "none") -> OpenAI:
+    """OpenAI's own client."""
+    return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)

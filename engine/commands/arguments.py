@@ -12,7 +12,8 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from svdengine.files.hub_name import HubName, parse_model
+from svdengine.commands.help_pages import FromOption
+from svdengine.files.hub_name import MODEL_FILES, HubName, is_there, parse_model
 
 
 class Number(click.FloatRange):
@@ -62,11 +63,54 @@ class ModelArgument(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class ModelOrQuestion(ModelArgument):
+    """A model, or a text that is neither a file nor a name: what is asked of the demo model, or a mistyped name.
+
+    A text that -m gave is a model in any case.
+    """
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Tell them apart: HubName, Path or Question."""
+        found = super().convert(value, param, ctx)
+        told = isinstance(value, str) and not isinstance(value, FromOption)
+        return Question(value) if told and isinstance(found, Path) and _no_path(value, found) else found
+
+
+class Question(str):
+    """A text that names no model."""
+
+    __slots__ = ()
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is a question; a word alone could be a mistyped name."""
+        return len(self.split()) > 1 or self.endswith("?")
+
+
+def _no_path(text: str, path: Path) -> bool:
+    """Whether a text has nothing of a path, not even of one that leads nowhere."""
+    if is_there(path) or text.startswith(("/", "./", "../", "~")) or text.endswith(MODEL_FILES):
+        return False
+    return len(path.parts) < 2 or not path.parent.is_dir()
+
+
+def existing_file(model: Path) -> Path:
+    """The path of a file that is there. Raises ModelFileError with what a model can be, where nothing is."""
+    from svdengine.errors import ModelFileError
+
+    if is_there(model):
+        return model
+    raise ModelFileError(
+        f"{model}: there is no such file; a model is a .svdp file, or the name of a model on a hub, such as"
+        " openbmb/MiniCPM-S-1B-sft. svdengine list shows those that are here"
+    )
+
+
 def kept_file(model: HubName | Path) -> Path:
     """The file of a model that is here. Raises ModelFileError on a name of which nothing was converted."""
     from svdengine.files.models_folder import kept_path
 
-    return kept_path(model) if isinstance(model, HubName) else model
+    return kept_path(model) if isinstance(model, HubName) else existing_file(model)
 
 
 def check_extra(extra: str, *modules: str) -> None:

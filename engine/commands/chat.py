@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from svdengine.commands.arguments import ModelOrQuestion, Question
 from svdengine.commands.help_pages import SAMPLING, Command, option
 from svdengine.commands.options import (
     kept_kv,
@@ -22,14 +25,14 @@ if TYPE_CHECKING:
     from svdengine.commands.conversation import Conversation
 
 EXAMPLES = (
-    "svdengine chat                                    the demo model",
-    'svdengine chat smollm2.svdp "Name three rivers."  one answer, and back to the shell',
+    'svdengine chat "Name three rivers."   one answer of the demo model, and back to the shell',
+    "svdengine chat smollm2.svdp           a conversation with a model",
 )
 
 
 @click.command("chat", cls=Command, examples=EXAMPLES)
-@model_options
-@click.argument("question", required=False)
+@partial(model_options, model=ModelOrQuestion())
+@click.argument("question", nargs=-1, metavar="[QUESTION]")
 @option("-p", "--prompt", metavar="TEXT", help="The same as QUESTION, where no MODEL stands before it.")
 @system_option
 @sampling_options
@@ -46,7 +49,7 @@ EXAMPLES = (
 @option("--no-history", is_flag=True, help="Keep no history of what is entered.")
 @verbosity_options
 def command(
-    question: str | None,
+    question: tuple[str, ...],
     prompt: str | None,
     system: str | None,
     kv_save: Path | None,
@@ -58,6 +61,8 @@ def command(
 ) -> None:
     """Talk with MODEL, a .svdp file or a name on a hub (org/name), or ask it one QUESTION.
 
+    Without a MODEL it is the demo model: `svdengine chat "What is a river?"`.
+
     /help lists what can be typed besides messages.
     """
     from svdengine.commands.chat_commands import completions
@@ -67,9 +72,7 @@ def command(
     from svdengine.commands.line_editor import PipeEditor, make_editor
     from svdengine.scheduling.sampling import merge_params
 
-    if question is not None and prompt is not None:
-        raise click.UsageError("give the question once: after MODEL, or with -p")
-    asked = question if question is not None else prompt
+    asked = _asked(options, question, prompt)
     if asked is not None and not asked.strip():
         raise click.UsageError("the question is empty")
     fields = {"max_tokens": None, **sampling_fields(options)}
@@ -93,6 +96,23 @@ def command(
                 conversation.ask(asked)
             else:
                 _converse(conversation)
+
+
+def _asked(options: dict[str, Any], question: tuple[str, ...], prompt: str | None) -> str | None:
+    """The one question, if there is one. Words that stand in the place of MODEL go to the demo model."""
+    model = options["model"]
+    if isinstance(model, Question):
+        question, options["model"] = (model, *question), None
+        if not model.sure:
+            words = shlex.quote(" ".join(question))
+            raise click.UsageError(
+                f"there is no file {str(model)!r} here, and a model on a hub is called ORG/NAME. What did you mean?\n"
+                "  svdengine list   shows the models that are here\n"
+                f"  svdengine chat -p {words}   asks the demo model"
+            )
+    if question and prompt is not None:
+        raise click.UsageError("give the question once: after MODEL, or with -p")
+    return " ".join(question) if question else prompt
 
 
 def _converse(conversation: Conversation) -> None:

@@ -12,6 +12,12 @@ _GROUPS = ("", MODEL, SAMPLING, SPARSITY, SPEED)
 MODEL_OPTION = "model_option"  # the name of the option that gives the argument MODEL
 
 
+class FromOption(str):
+    """A text that an option gave for an argument, -m for MODEL."""
+
+    __slots__ = ()
+
+
 class Option(click.Option):
     """An option that belongs to a group of the help page.
 
@@ -66,17 +72,22 @@ class Command(click.Command):
         given = values.get(MODEL_OPTION)
         if not isinstance(given, str):
             return []
-        for name in self._arguments_from_model():
+        given = FromOption(given)
+        for argument in self._arguments_from_model():
+            name = str(argument.name)
             before = values.get(name)
+            if argument.nargs < 0:  # it takes all the rest
+                values[name] = (given, *(before if isinstance(before, tuple) else ()))
+                return []
             values[name] = given
             if not isinstance(before, str):
                 return []
             given = before
         return [given]
 
-    def _arguments_from_model(self) -> list[str]:
-        names = [str(p.name) for p in self.params if isinstance(p, click.Argument)]
-        return names[names.index("model") :]
+    def _arguments_from_model(self) -> list[click.Argument]:
+        arguments = [p for p in self.params if isinstance(p, click.Argument)]
+        return arguments[[p.name for p in arguments].index("model") :]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options of the command itself, then those of each group."""

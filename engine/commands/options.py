@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from svdengine.commands.arguments import ModelArgument, Number
+from svdengine.commands.arguments import ModelArgument, Number, existing_file
 from svdengine.commands.help_pages import MODEL, MODEL_OPTION, SPARSITY, SPEED, option
 from svdengine.files.hub_name import HubName
 
@@ -45,7 +45,6 @@ class Size(click.ParamType):
 
 
 _MODEL: tuple[Decorator, ...] = (
-    click.argument("model", required=False, type=ModelArgument(), metavar="[MODEL]"),
     option(
         "-m",
         "--model",
@@ -157,15 +156,16 @@ SPARSITY_BIAS = option(
 )
 
 
-def model_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the MODEL argument and the options of `open_model`."""
+def model_options(function: Callable[..., Any], model: click.ParamType | None = None) -> Callable[..., Any]:
+    """Add the MODEL argument, of the type `model`, and the options of `open_model`."""
     ffn = _ffn_option("auto", "dense", "exact", "sparse")
-    return apply((*_MODEL, ffn, _PREDICTOR, *_EXECUTION, _SPECULATIVE), function)
+    return apply((_model_argument(model), *_MODEL, ffn, _PREDICTOR, *_EXECUTION, _SPECULATIVE), function)
 
 
 def measuring_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add the same for a measurement, which can run both paths of the FFN, and --sparsity-bias. No --predictor."""
     options: tuple[Decorator, ...] = (
+        _model_argument(),
         *_MODEL,
         _ffn_option("auto", "dense", "exact", "sparse", "both"),
         *_EXECUTION,
@@ -328,7 +328,7 @@ def _model_path(model: HubName | Path | None) -> Path:
     if model is None:
         return _demo_model()
     if isinstance(model, Path):
-        return model
+        return existing_file(model)
     from svdengine.commands.named_model import named_model
 
     return named_model(model)
@@ -345,6 +345,10 @@ def _demo_model() -> Path:
             click.echo(f"\r{100 * done // max(total, 1):3d} %" + ("\n" if done >= total else ""), err=True, nl=False)
 
     return demo_model(report, progress)
+
+
+def _model_argument(model: click.ParamType | None = None) -> Decorator:
+    return click.argument("model", required=False, type=model or ModelArgument(), metavar="[MODEL]")
 
 
 def _ffn_option(*choices: str) -> Decorator:

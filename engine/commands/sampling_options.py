@@ -14,110 +14,67 @@ from svdengine.commands.help_pages import SAMPLING, option
 from svdengine.commands.options import SPARSITY_BIAS, Decorator, apply, read_text
 
 OWN = "[default: the model's own, else"
+_REAL = Number()
 
 
-def _sampling(*names: str, **more: Any) -> Decorator:
-    return option(*names, group=SAMPLING, **more)
+def _sampling(names: str, kind: Any, metavar: str, text: str, others: str = "", **more: Any) -> Decorator:
+    """An option that takes a value. Names are separated by spaces; `others` are those of other programs."""
+    more |= {"type": kind, "metavar": metavar, "help": text}
+    return option(*names.split(), other_names=tuple(others.split()), group=SAMPLING, **more)
+
+
+def _sampling_flag(name: str, text: str) -> Decorator:
+    return option(name, group=SAMPLING, is_flag=True, help=text)
 
 
 _SAMPLING_OPTIONS: tuple[Decorator, ...] = (
     _sampling(
-        "-n",
-        "--max-tokens",
-        other_names=("--n-predict", "--max-new-tokens"),
-        type=int,
-        metavar="N",
-        help="Most tokens to generate.  [default: 256; in a chat, what the context holds]",
+        *("-n --max-tokens", int, "N", "Most tokens to generate.  [default: 256; in a chat, what the context holds]"),
+        "--n-predict --max-new-tokens",
+    ),
+    _sampling("--temperature", _REAL, "T", f"0 takes the likeliest token.  {OWN} 0.8]", "--temp"),
+    _sampling("--top-k", int, "K", f"Sample among the K likeliest tokens; 0: among all.  {OWN} 40]"),
+    _sampling("--top-p", _REAL, "P", f"Sample among the likeliest tokens that make up P.  {OWN} 0.95]"),
+    _sampling("--min-p", _REAL, "P", f"Drop tokens less likely than P times the likeliest.  {OWN} 0.05]"),
+    _sampling(
+        *("--typical-p", _REAL, "P"),
+        "Sample among the tokens of the most usual surprise that make up P.  [default: 1, off]",
+        "--typical",
     ),
     _sampling(
-        "--temperature",
-        other_names=("--temp",),
-        type=Number(),
-        metavar="T",
-        help=f"0 takes the likeliest token.  {OWN} 0.8]",
-    ),
-    _sampling("--top-k", type=int, metavar="K", help=f"Sample among the K likeliest tokens; 0: among all.  {OWN} 40]"),
-    _sampling(
-        "--top-p", type=Number(), metavar="P", help=f"Sample among the likeliest tokens that make up P.  {OWN} 0.95]"
+        *("--top-n-sigma", _REAL, "N"),
+        "Keep logits within N standard deviations of the largest.  [default: 0, off]",
+        "--top-nsigma",
     ),
     _sampling(
-        "--min-p", type=Number(), metavar="P", help=f"Drop tokens less likely than P times the likeliest.  {OWN} 0.05]"
+        *("--xtc-probability", _REAL, "P"),
+        "How often to drop all but the last of the tokens above --xtc-threshold.  [default: 0, off]",
     ),
+    _sampling("--xtc-threshold", _REAL, "P", "Probability from which a token counts for it.  [default: 0.1]"),
     _sampling(
-        "--typical-p",
-        other_names=("--typical",),
-        type=Number(),
-        metavar="P",
-        help="Sample among the tokens of the most usual surprise that make up P.  [default: 1, off]",
+        *("--repetition-penalty", _REAL, "R"),
+        f"Above 1: tokens seen become less likely.  {OWN} 1]",
+        "--repeat-penalty",
     ),
+    _sampling("--repeat-last-n", int, "N", "Tokens that penalties look back on; -1: all.  [default: -1]"),
+    _sampling("--presence-penalty", _REAL, "X", "Taken once from logits of generated tokens.  [default: 0]"),
+    _sampling("--frequency-penalty", _REAL, "X", "Taken for every time that a token came.  [default: 0]"),
     _sampling(
-        "--top-n-sigma",
-        other_names=("--top-nsigma",),
-        type=Number(),
-        metavar="N",
-        help="Keep logits within N standard deviations of the largest.  [default: 0, off]",
+        *("--dry-multiplier", _REAL, "X"),
+        "Penalty on tokens that would go on with a repetition of several tokens.  [default: 0, off]",
     ),
+    _sampling("--dry-base", _REAL, "X", "How it grows with each token of the repetition.  [default: 1.75]"),
+    _sampling("--dry-allowed-length", int, "N", "Tokens that may be repeated without it.  [default: 2]"),
+    _sampling("--dry-penalty-last-n", int, "N", "Tokens that it looks back on; -1: all.  [default: -1]"),
     _sampling(
-        "--xtc-probability",
-        type=Number(),
-        metavar="P",
-        help="How often to drop all but the last of the tokens above --xtc-threshold.  [default: 0, off]",
-    ),
-    _sampling(
-        "--xtc-threshold",
-        type=Number(),
-        metavar="P",
-        help="Probability from which a token counts for it.  [default: 0.1]",
-    ),
-    _sampling(
-        "--repetition-penalty",
-        other_names=("--repeat-penalty",),
-        type=Number(),
-        metavar="R",
-        help="Above 1: tokens seen become less likely.  [default: the model's own, else 1]",
-    ),
-    _sampling(
-        "--repeat-last-n", type=int, metavar="N", help="Tokens that penalties look back on; -1: all.  [default: -1]"
-    ),
-    _sampling(
-        "--presence-penalty",
-        type=Number(),
-        metavar="X",
-        help="Taken once from logits of generated tokens.  [default: 0]",
-    ),
-    _sampling(
-        "--frequency-penalty", type=Number(), metavar="X", help="Taken for every time that a token came.  [default: 0]"
-    ),
-    _sampling(
-        "--dry-multiplier",
-        type=Number(),
-        metavar="X",
-        help="Penalty on tokens that would go on with a repetition of several tokens.  [default: 0, off]",
-    ),
-    _sampling(
-        "--dry-base",
-        type=Number(),
-        metavar="X",
-        help="How it grows with each token of the repetition.  [default: 1.75]",
-    ),
-    _sampling(
-        "--dry-allowed-length", type=int, metavar="N", help="Tokens that may be repeated without it.  [default: 2]"
-    ),
-    _sampling(
-        "--dry-penalty-last-n", type=int, metavar="N", help="Tokens that it looks back on; -1: all.  [default: -1]"
-    ),
-    _sampling(
-        "--dry-sequence-breaker",
+        *("--dry-sequence-breaker", str, "TEXT"),
+        "Text that ends a repetition. Repeatable; none: nothing does.  [default: line break, colon, quote, star]",
         multiple=True,
-        metavar="TEXT",
-        help="Text that ends a repetition. Repeatable; none: nothing does.  [default: line break, colon, quote, star]",
     ),
-    _sampling("--logit-bias", multiple=True, metavar="ID=X", help="Add X to the logit of a token. Repeatable."),
-    _sampling(
-        "-s", "--seed", type=int, metavar="N", help="The same seed gives the same text.  [default: another each time]"
-    ),
-    _sampling("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
-    _sampling("--ignore-eos", is_flag=True, help="Go on after the model's end token."),
+    _sampling("--logit-bias", str, "ID=X", "Add X to the logit of a token. Repeatable.", multiple=True),
+    _sampling("-s --seed", int, "N", "The same seed gives the same text.  [default: another each time]"),
+    _sampling("--stop", str, "TEXT", "End before this text. Repeatable.", multiple=True),
+    _sampling_flag("--ignore-eos", "Go on after the model's end token."),
     SPARSITY_BIAS,
 )
 
@@ -134,18 +91,14 @@ def sampling_options(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def context_shift_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add --context-shift."""
-    return _sampling(
-        "--context-shift", is_flag=True, help="Forget the oldest half of a full context, instead of ending."
-    )(function)
+    return _sampling_flag("--context-shift", "Forget the oldest half of a full context, instead of ending.")(function)
 
 
 def grammar_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Add what an answer must keep to, which `sampling_fields` reads."""
     options: tuple[Decorator, ...] = (
-        _sampling(
-            "-j", "--json-schema", metavar="JSON", help="Answer in JSON of this schema: JSON, or @FILE; {}: any."
-        ),
-        _sampling("--grammar", metavar="TEXT", help="Answer as this grammar says, in llguidance's Lark, or @FILE."),
+        _sampling("-j --json-schema", str, "JSON", "Answer in JSON of this schema: JSON, or @FILE; {}: any."),
+        _sampling("--grammar", str, "TEXT", "Answer as this grammar says, in llguidance's Lark, or @FILE."),
     )
     return apply(options, function)
 

@@ -19,7 +19,7 @@ SCHEME = "hf://"
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _NAME = re.compile(rf"({_PART}/{_PART})((?:[:@][^:@]+){{0,2}})")
-_FILES = (".svdp", ".gguf", ".safetensors", ".bin", ".json", ".jsonl", ".txt")  # endings that no repository has
+MODEL_FILES = (".svdp", ".gguf", ".safetensors", ".bin", ".json", ".jsonl", ".txt")  # endings that no repository has
 _LONGEST = 96  # characters of a repository's name, by the hub's own rule
 
 
@@ -50,8 +50,16 @@ def parse_model(text: str) -> HubName | Path:
     if text.startswith(SCHEME):
         return _parse_address(text)
     path = Path(text)
-    name = None if path.exists() or (text.endswith(_FILES) and ":" not in text) else _parse(text)
+    name = None if is_there(path) or (text.endswith(MODEL_FILES) and ":" not in text) else _parse(text)
     return name or path
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has this path. A text that is too long for a path is none."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _parse_address(text: str) -> HubName:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from svdengine.measuring.predictor_study import PredictorStudy
     from svdengine.measuring.task_scores import Outcome, PairedScore, TaskScore
 
-Progress = Callable[[int, int, float], None]  # windows done, windows in all, dense perplexity so far
+Progress = Callable[[int, int, float], None]  # windows run on either path, all there are, dense perplexity so far
 
 
 @dataclass(frozen=True)
@@ -104,20 +105,27 @@ def compare_predictors(
     scored = split_text(llm, text, window)
     settings = [(name, bias) for name in predictors for bias in biases]
     totals, dense_nll, tokens = {setting: _Totals() for setting in settings}, 0.0, 0
+    runs = count(1)
+
+    def ran() -> None:
+        if progress is not None:
+            every = len(scored.windows) * (len(settings) + 1)
+            progress(next(runs), every, math.exp(min(dense_nll / tokens, 700.0)))
+
     with _as_before(llm):
-        for done, ids in enumerate(scored.windows, 1):
+        for ids in scored.windows:
             llm.ffn = "dense"
             targets = np.asarray(ids[1:], np.int64)
             dense = LogitRows.of(llm.logits(ids[:-1]))
+            dense_nll += float(dense.losses(targets).sum())
+            tokens += len(ids) - 1
+            ran()
             for name, bias in settings:
                 _use(llm, predictors[name])
                 start = llm.executor.neuron_counts()
                 sparse = LogitRows.of(llm.logits(ids[:-1], sparsity_bias=bias))
                 totals[name, bias].add(dense, sparse, targets, llm.executor.neuron_counts() - start)
-            dense_nll += float(dense.losses(targets).sum())
-            tokens += len(ids) - 1
-            if progress is not None:
-                progress(done, len(scored.windows), math.exp(min(dense_nll / tokens, 700.0)))
+                ran()
         found = {}
         for name, predictor in predictors.items():
             _use(llm, predictor)

@@ -73,7 +73,7 @@ def study_predictors(
     """
     from svdengine.converters.calibration_size import LARGE
     from svdengine.converters.ffn_layer import read_ffn_layer, run_neurons
-    from svdengine.converters.parallel import over_parts
+    from svdengine.converters.parallel import one_blas_thread, over_parts
 
     require_relu_family(llm.model_file)
     if llm.config.expert_count:
@@ -103,7 +103,8 @@ def study_predictors(
     chosen = compared_layers(count)
     told = Lock()
     if llm.config.hidden_size < LARGE:
-        layers = over_parts(study, count, size=1)
+        with one_blas_thread():
+            layers = over_parts(study, count, size=1)
     else:  # one of them fills memory, and its matrix products all cores
         layers = [study(slice(index, index + 1)) for index in range(count)]
     return PredictorStudy(tuple(layers), middle[0] if middle else None, statistics.tokens, statistics.held_out.shape[1])

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from svdengine.converters.parallel import over_parts
+from svdengine.converters.parallel import _openblas, one_blas_thread, over_parts
 
 
 @given(st.integers(0, 50), st.integers(1, 9), st.none() | st.integers(1, 60))
@@ -25,3 +25,18 @@ def test_what_a_part_raises_comes_out() -> None:
 
     with pytest.raises(ValueError, match="a part failed"):
         over_parts(work, 100, size=10)
+
+
+def test_products_take_one_thread_and_then_as_many_as_before() -> None:
+    library = _openblas()
+    if library is None:
+        pytest.skip("NumPy has another library than OpenBLAS")
+    before = library.threads()
+    library.set_threads(2)
+    try:
+        with pytest.raises(ValueError), one_blas_thread():
+            assert library.threads() == 1
+            raise ValueError
+        assert library.threads() == 2
+    finally:
+        library.set_threads(before)

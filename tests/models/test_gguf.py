@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from expert_zoo import expert_zoo
+from gguf_form import common_fields, converter_permute, named
 from model_zoo import canonical_weights, random_weights, zoo
 from numpy.typing import NDArray
 
@@ -34,11 +35,6 @@ LLAMA_FIELDS = {
 }
 
 
-def converter_permute(w: NDArray, heads: int) -> NDArray:
-    """What convert_hf_to_gguf.py does to the rows of q and k of Llama-like models."""
-    return w.reshape(heads, 2, w.shape[0] // heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
-
-
 def gguf_checkpoint(config: ModelConfig, weights: dict[str, NDArray]) -> dict[str, NDArray]:
     """The tensors of a Llama-like GGUF file that holds these canonical weights."""
     permuted = config.family in ("llama", "minicpm", "arcee")
@@ -58,18 +54,8 @@ def gguf_checkpoint(config: ModelConfig, weights: dict[str, NDArray]) -> dict[st
 
 
 def gguf_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    assert config.rope is not None
     fields = {
-        "block_count": config.layer_count,
-        "context_length": config.max_position,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.ffn_size,
-        "attention.head_count": config.head_count,
-        "attention.head_count_kv": config.kv_head_count,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": float(np.float32(config.norm_eps)),
-        "rope.freq_base": config.rope.theta,
+        **common_fields(config),
         "hidden_act": config.activation,
         "hidden_act_param": config.activation_threshold,
     }
@@ -77,7 +63,7 @@ def gguf_fields(config: ModelConfig, architecture: str) -> dict[str, Any]:
         fields["embedding_scale"] = config.embedding_scale
         fields["residual_scale"] = float(np.float32(config.residual_scale))
         fields["logit_scale"] = 1 / config.logit_scale
-    return {"general.architecture": architecture} | {f"{architecture}.{k}": v for k, v in fields.items()}
+    return named(architecture, fields)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Every published sparse model by the settings that it is published with: what it computes, or why it is refused.
 
-Settings are typed from the models' pages. None may come out with another activation than it was trained with.
+None may come out with another activation than it was trained with.
 """
 
 from __future__ import annotations
@@ -8,67 +8,24 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from published_settings import (
+    FALCON_40B,
+    LLAMA_FORMAT,
+    MINICPM_S,
+    OPT,
+    PROSPARSE,
+    RELULLAMA,
+    SAKANA_2B,
+    SMALLTHINKER_4B,
+    SPARSE_QWEN2,
+    TURBOSPARSE,
+    TURBOSPARSE_MIXTRAL,
+    sizes,
+)
 
 from svdengine.models import ModelConfig, config_from_gguf, config_from_hf
 from svdengine.models.known import CASES, KnownCase
 from svdengine.models.settings import activation_text
-
-
-def sizes(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, context: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-    }
-
-
-PROSPARSE = {
-    **sizes(4096, 11008, 32, 32, 32, 32000, 4096), "architectures": ["SparseLlamaForCausalLM"],
-    "model_type": "sparsellama", "hidden_act": "fatrelu", "hidden_act_param": 0.01, "rms_norm_eps": 1e-5,
-    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
-    "auto_map": {"AutoModelForCausalLM": "modeling_sparsellama.SparseLlamaForCausalLM"},
-}  # fmt: skip
-MINICPM_S = {
-    **sizes(1536, 3840, 52, 24, 8, 73440, 4096), "_name_or_path": "SparseLLM/ProSparse-MiniCPM-1B-sft",
-    "architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu", "hidden_act_param": 0.03, "rms_norm_eps": 1e-5,
-    "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4,
-}  # fmt: skip
-SPARSE_QWEN2 = {
-    **sizes(3584, 18944, 28, 28, 4, 152064, 131072), "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2",
-    "hidden_act": "relu", "rope_theta": 10000.0, "bos_token_id": 151643, "eos_token_id": 151643,
-    "tie_word_embeddings": False, "torch_dtype": "bfloat16", "rms_norm_eps": 1e-6,
-}  # fmt: skip
-SAKANA_2B = {
-    **sizes(2048, 5632, 38, 32, 32, 49152, 2048), "architectures": ["SparseLlamaForCausalLM"], "head_dim": 64,
-    "model_type": "llama_sparse_relu", "hidden_act": "silu", "rope_theta": 1e5, "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "sparsity_gated_mlp": True,
-    "sparsity_l1_coeff": 2e-5, "transformers_version": "4.56.2",
-}  # fmt: skip
-TURBOSPARSE = {
-    **sizes(4096, 14336, 32, 32, 8, 32064, 32768), "architectures": ["BambooForCausalLM"], "model_type": "bamboo",
-    "hidden_act": "relu", "rope_theta": 10000.0, "sliding_window": 4096, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-RELULLAMA = {
-    **sizes(4096, 11008, 32, 32, 32, 32000, 2048), "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-    "hidden_act": "relu", "pad_token_id": 0, "torch_dtype": "float32", "rms_norm_eps": 1e-5,
-}  # fmt: skip
-FALCON_40B = {
-    "architectures": ["FalconForCausalLM"], "model_type": "falcon", "hidden_size": 8192, "num_hidden_layers": 60,
-    "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True, "parallel_attn": True,
-    "bias": False, "alibi": False, "vocab_size": 65024, "torch_dtype": "bfloat16",
-}  # fmt: skip
-OPT = {
-    "architectures": ["OPTForCausalLM"], "model_type": "opt", "activation_function": "relu", "ffn_dim": 8192,
-    "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32, "max_position_embeddings": 2048,
-    "vocab_size": 50272, "word_embed_proj_dim": 2048, "do_layer_norm_before": True,
-}  # fmt: skip
-LLAMA_FORMAT = MINICPM_S | {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "relu", "hidden_act_param": None,
-}  # fmt: skip
 
 
 def without(settings: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -101,15 +58,8 @@ FOLDERS: dict[str, tuple[dict[str, Any], str, str]] = {
         FALCON_40B | {"_name_or_path": "SparseLLM/ReluFalcon-40B", "torch_dtype": "float32"}, "falcon", "relu",
     ),
     "ReluFalcon-40B with a field": (FALCON_40B | {"hidden_act": "relu", "torch_dtype": "float32"}, "falcon", "relu"),
-    "TurboSparse-Mixtral": (
-        TURBOSPARSE | {"architectures": ["TurboSparseMixtralForCausalLM"], "model_type": "turbosparsemixtral",
-                       "num_local_experts": 8, "num_experts_per_tok": 2}, "mixtral", "drelu",
-    ),
-    "SmallThinker-4B": (
-        {"architectures": ["SmallThinkerForCausalLM"], "model_type": "smallthinker", "hidden_size": 1536,
-         "num_hidden_layers": 32, "num_attention_heads": 12, "num_key_value_heads": 2, "head_dim": 128,
-         "vocab_size": 151936, "moe_num_primary_experts": 32, "moe_ffn_hidden_size": 768}, "smallthinker", "relu",
-    ),
+    "TurboSparse-Mixtral": (TURBOSPARSE_MIXTRAL, "mixtral", "drelu"),
+    "SmallThinker-4B": (SMALLTHINKER_4B, "smallthinker", "relu"),
     "OPT-1.3B": (OPT, "opt", "relu"),
     "sparsing-law": (
         without(MINICPM_S, "_name_or_path", "hidden_act_param") | {"hidden_act": "relu"}, "minicpm", "relu",

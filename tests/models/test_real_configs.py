@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from published_settings import sizes
 
 from svdengine.models import config_from_hf
 
@@ -47,85 +48,73 @@ _GEMMA3 |= {"query_pre_attn_scalar": 256, "rope_local_base_freq": 10000.0, "rope
 _GEMMA3 |= {"torch_dtype": "bfloat16", "transformers_version": "4.55.0.dev0"}
 
 
-def _sizes(hidden: int, ffn: int, layers: int, heads: int, kv: int, vocab: int, context: int) -> dict[str, Any]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv,
-        "vocab_size": vocab,
-        "max_position_embeddings": context,
-    }
-
-
 CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Llama 2": (
-        {**_LLAMA, **_sizes(4096, 11008, 32, 32, 32, 32000, 4096), "rms_norm_eps": 1e-5, "rope_scaling": None,
+        {**_LLAMA, **sizes(4096, 11008, 32, 32, 32, 32000, 4096), "rms_norm_eps": 1e-5, "rope_scaling": None,
          "_name_or_path": "meta-llama/Llama-2-7b-hf", "max_length": 4096, "pad_token_id": 0, "head_dim": 128},
         {"rope": "none"},
     ),
     "Llama 3.1": (
-        {**_LLAMA, **_sizes(4096, 14336, 32, 32, 8, 128256, 131072), "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
+        {**_LLAMA, **sizes(4096, 14336, 32, 32, 8, 128256, 131072), "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
          "rope_scaling": {**_LLAMA3, "original_max_position_embeddings": 8192}, "eos_token_id": [128001, 128008],
          "unsloth_fixed": True, "unsloth_version": "2025.1.5", "quantization_config": None},
         {"rope": "llama3"},
     ),
     "SmolLM2": (
-        {**_LLAMA, **_sizes(576, 1536, 30, 9, 3, 49152, 8192), "rms_norm_eps": 1e-5, "rope_theta": 100000,
+        {**_LLAMA, **sizes(576, 1536, 30, 9, 3, 49152, 8192), "rms_norm_eps": 1e-5, "rope_theta": 100000,
          "is_llama_config": True, "rope_interleaved": False, "rope_scaling": None, "tie_word_embeddings": True,
          "pad_token_id": 2, "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16", "fp16": "float16"}}},
         {"rope": "none", "tied_embeddings": True},
     ),
     "Mistral 7B v0.1": (
-        {**_MISTRAL, **_sizes(4096, 14336, 32, 32, 8, 32000, 32768), "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        {**_MISTRAL, **sizes(4096, 14336, 32, 32, 8, 32000, 32768), "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
          "sliding_window": 4096},
         {"sliding_window": 4096},
     ),
     "Mistral Nemo": (
-        {**_MISTRAL, **_sizes(5120, 14336, 40, 32, 8, 131072, 1024000), "head_dim": 128, "rms_norm_eps": 1e-5,
+        {**_MISTRAL, **sizes(5120, 14336, 40, 32, 8, 131072, 1024000), "head_dim": 128, "rms_norm_eps": 1e-5,
          "rope_theta": 1000000.0, "sliding_window": None},
         {"sliding_window": 0, "head_dim": 128},
     ),
     "Qwen2": (
-        {**_QWEN, **_sizes(3584, 18944, 28, 28, 4, 152064, 32768), "architectures": ["Qwen2ForCausalLM"],
+        {**_QWEN, **sizes(3584, 18944, 28, 28, 4, 152064, 32768), "architectures": ["Qwen2ForCausalLM"],
          "model_type": "qwen2", "max_window_layers": 28, "rope_theta": 1000000.0, "sliding_window": 131072,
          "use_sliding_window": False},
         {"sliding_window": 0, "qkv_bias": True},
     ),
     "Qwen2.5 with mrope switched off": (
-        {**_QWEN, **_sizes(896, 4864, 24, 14, 2, 151936, 32768), "architectures": ["Qwen2ForCausalLM"],
+        {**_QWEN, **sizes(896, 4864, 24, 14, 2, 151936, 32768), "architectures": ["Qwen2ForCausalLM"],
          "model_type": "qwen2", "max_window_layers": 21, "rope_theta": 1000000.0, "sliding_window": 32768,
          "tie_word_embeddings": True, "use_mrope": False, "use_sliding_window": False},
         {"tied_embeddings": True},
     ),
     "Qwen3": (
-        {**_QWEN, **_sizes(1024, 3072, 28, 16, 8, 151936, 40960), "architectures": ["Qwen3ForCausalLM"],
+        {**_QWEN, **sizes(1024, 3072, 28, 16, 8, 151936, 40960), "architectures": ["Qwen3ForCausalLM"],
          "attention_bias": False, "head_dim": 128, "max_window_layers": 28, "model_type": "qwen3", "rope_scaling": None,
          "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "use_sliding_window": False},
         {"qk_norm": True},
     ),
     "MiniCPM 2B": (
-        {**_COMMON, **_sizes(2304, 5760, 40, 36, 36, 122753, 4096), "_name_or_path": "openbmb/CPM-2B",
+        {**_COMMON, **sizes(2304, 5760, 40, 36, 36, 122753, 4096), "_name_or_path": "openbmb/CPM-2B",
          "architectures": ["MiniCPMForCausalLM"], "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
          "auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}, "rms_norm_eps": 1e-05, "rope_scaling": None,
          "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4, "attention_bias": False, "pretraining_tp": 1},
         {"embedding_scale": 12.0},
     ),
     "MiniCPM-S": (
-        {**_COMMON, **_sizes(1536, 3840, 52, 24, 8, 73440, 4096), "_name_or_path": "SparseLLM/ProSparse-MiniCPM-1B-sft",
+        {**_COMMON, **sizes(1536, 3840, 52, 24, 8, 73440, 4096), "_name_or_path": "SparseLLM/ProSparse-MiniCPM-1B-sft",
          "architectures": ["MiniCPMForCausalLM"], "hidden_act": "fatrelu", "hidden_act_param": 0.03, "pad_token_id": 0,
          "rms_norm_eps": 1e-05, "scale_emb": 12, "dim_model_base": 256, "scale_depth": 1.4, "attention_bias": False},
         {"activation_threshold": 0.03},
     ),
     "ProSparse": (
-        {**_LLAMA, **_sizes(4096, 11008, 32, 32, 32, 32000, 4096), "architectures": ["SparseLlamaForCausalLM"],
+        {**_LLAMA, **sizes(4096, 11008, 32, 32, 32, 32000, 4096), "architectures": ["SparseLlamaForCausalLM"],
          "model_type": "sparsellama", "auto_map": {"AutoModel": "modeling_sparsellama.SparseLlamaModel"},
          "hidden_act": "fatrelu", "hidden_act_param": 0.01, "rms_norm_eps": 1e-5, "rope_scaling": None},
         {"activation": "fatrelu"},
     ),
     "TurboSparse": (
-        {**_COMMON, **_sizes(4096, 14336, 32, 32, 8, 32064, 32768), "architectures": ["BambooForCausalLM"],
+        {**_COMMON, **sizes(4096, 14336, 32, 32, 8, 32064, 32768), "architectures": ["BambooForCausalLM"],
          "auto_map": {"AutoConfig": "configuration_bamboo.BambooConfig"}, "model_type": "bamboo", "hidden_act": "relu",
          "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
         {"activation": "drelu"},
@@ -152,7 +141,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"kv_head_count": 8, "shared_norm": False},
     ),
     "AFM-4.5B": (
-        {**_COMMON, **_sizes(2560, 18432, 36, 20, 4, 128005, 65536), "architectures": ["ArceeForCausalLM"],
+        {**_COMMON, **sizes(2560, 18432, 36, 20, 4, 128005, 65536), "architectures": ["ArceeForCausalLM"],
          "model_type": "arcee", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
          "bos_token_id": 128000, "eos_token_id": 128003, "pad_token_id": 128004, "rms_norm_eps": 1e-5,
          "rope_theta": 10000.0,
@@ -161,25 +150,25 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"rope": "yarn", "gated": False, "activation": "relu2", "norm": "rms", "head_dim": 128},
     ),
     "Nemotron-Mini-4B": (
-        {**_COMMON, **_sizes(3072, 9216, 32, 24, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
+        {**_COMMON, **sizes(3072, 9216, 32, 24, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
          "model_type": "nemotron", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
          "bos_token_id": 2, "eos_token_id": 3, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000},
         {"rotated": 64, "gated": False, "activation": "relu2", "norm": "layer"},
     ),
     "Minitron-8B": (
-        {**_COMMON, **_sizes(4096, 16384, 32, 48, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
+        {**_COMMON, **sizes(4096, 16384, 32, 48, 8, 256000, 4096), "architectures": ["NemotronForCausalLM"],
          "model_type": "nemotron", "attention_bias": False, "mlp_bias": False, "head_dim": 128, "hidden_act": "relu2",
          "bos_token_id": 2, "eos_token_id": 3, "norm_eps": 1e-5, "partial_rotary_factor": 0.5, "rope_theta": 10000},
         {"rotated": 64, "head_dim": 128, "hidden_size": 4096, "head_count": 48},
     ),
     "Gemma 3 270M": (
-        {**_GEMMA3, **_sizes(640, 2048, 18, 4, 1, 262144, 32768), "architectures": ["Gemma3ForCausalLM"],
+        {**_GEMMA3, **sizes(640, 2048, 18, 4, 1, 262144, 32768), "architectures": ["Gemma3ForCausalLM"],
          "model_type": "gemma3_text", "_sliding_window_pattern": 6, "use_bidirectional_attention": False,
          "sliding_window": 512, "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3},
         {"sliding_window_layers": tuple(i for i in range(18) if i % 6 != 5), "score_scale": 1.0},
     ),
     "Gemma 3 1B": (
-        {**_GEMMA3, **_sizes(1152, 6912, 26, 4, 1, 262144, 32768), "architectures": ["Gemma3ForCausalLM"],
+        {**_GEMMA3, **sizes(1152, 6912, 26, 4, 1, 262144, 32768), "architectures": ["Gemma3ForCausalLM"],
          "model_type": "gemma3_text", "cache_implementation": "hybrid", "sliding_window_pattern": 6,
          "sliding_window": 512},
         {"activation": "gelu_tanh", "gated": True, "qk_norm": True, "post_norms": True, "tied_embeddings": True},
@@ -196,7 +185,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
          "sliding_window": 1024, "hidden_size": 2560},
     ),
     "BitNet b1.58 2B4T": (
-        {**_COMMON, **_sizes(2560, 6912, 30, 20, 5, 128256, 4096), "architectures": ["BitNetForCausalLM"],
+        {**_COMMON, **sizes(2560, 6912, 30, 20, 5, 128256, 4096), "architectures": ["BitNetForCausalLM"],
          "model_type": "bitnet", "auto_map": {"AutoConfig": "configuration_bitnet.BitNetConfig"}, "hidden_act": "relu2",
          "bos_token_id": 128000, "eos_token_id": 128001, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
          "tie_word_embeddings": True,
@@ -205,7 +194,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"activation": "relu2", "gated": True, "sub_norms": True, "tied_embeddings": True, "kv_head_count": 5},
     ),
     "Jais-2-8B": (
-        {**_COMMON, **_sizes(3328, 26624, 32, 26, 26, 150272, 8192), "architectures": ["Jais2ForCausalLM"],
+        {**_COMMON, **sizes(3328, 26624, 32, 26, 26, 150272, 8192), "architectures": ["Jais2ForCausalLM"],
          "model_type": "jais2", "attention_bias": True, "mlp_bias": True, "head_dim": 128, "hidden_act": "relu2",
          "bos_token_id": 0, "eos_token_id": 150024, "layer_norm_eps": 1e-5, "rope_theta": 500000.0},
         {"gated": False, "activation": "relu2", "norm": "layer", "ffn_bias": True, "qkv_bias": True},

@@ -85,6 +85,7 @@ export class Thread {
     const text = el("div", { class: "text", dir: "auto" });
     if (message.content) text.append(render(message.content));
     else if (growing || message.growing) text.append(waiting());
+    else if (!message.error && !message.stopped) text.append(el("p", { class: "silent" }, "The model ended its answer at once."));
     const parts = [text];
     if (message.error) parts.push(this.#errorBox(message, last));
     if (!growing && message.weave) parts.push(weave(message.weave));
@@ -99,12 +100,13 @@ export class Thread {
       notes.filter(Boolean).join(" · "));
     const line = el("div", { class: "about" }, figures);
     if (growing) return line;
-    line.append(this.#versions(message) ?? "");
-    if (message.content) line.append(button("Copy", (event) => copy(message.content, event.currentTarget)));
-    if (!message.error) line.append(button("Again", () => this.#does.again(message)));
+    const actions = el("span", { class: "actions" }, this.#versions(message));
+    if (message.content) actions.append(button("Copy", (event) => copy(message.content, event.currentTarget)));
+    if (!message.error) actions.append(button("Again", () => this.#does.again(message)));
     if (last && !message.error && message.content && (message.cut || message.stopped)) {
-      line.append(button("Go on", () => this.#does.carryOn(message)));
+      actions.append(button("Go on", () => this.#does.carryOn(message)));
     }
+    line.append(actions);
     return line;
   }
 

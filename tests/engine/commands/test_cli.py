@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from tiny_model import write_tiny_model
 
 from svdengine.cli import COMMANDS, main
+from svdengine.commands import demo_model
 
 GREEDY = ("--temperature", "0", "-n", "6", "--ignore-eos")
 
@@ -293,6 +294,26 @@ def test_one_question(model: str) -> None:
     assert run("chat", model, "-q", *GREEDY, text="hello\n").stderr == ""
     assert run("chat", model, " ").exit_code == 2
     assert run("chat", model, "hello", "-p", "hello").exit_code == 2
+
+
+def test_a_question_without_a_model(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo_model, "demo_model", lambda report, progress=None: Path(model))
+    monkeypatch.chdir(tmp_path)
+    answer = run("chat", "-p", "name three rivers", *GREEDY).stdout
+    assert answer and run("chat", "name three rivers", *GREEDY).stdout == answer
+    assert (
+        run("chat", "name", "three rivers", "-m", model, *GREEDY).stdout
+        == run(*("chat", model, "name three rivers", *GREEDY)).stdout
+    )
+    for question in ("rivers?", "is 1/2 > 1//3, or not?", "a very long question " * 20):
+        assert run("chat", question, *GREEDY).exit_code == 0, question
+    assert run("chat", "name three rivers", "-p", "and hills", *GREEDY).exit_code == 2
+    told = run("chat", "name", "three rivers", *GREEDY)
+    assert told.exit_code == 2 and "svdengine chat -p 'name three rivers'" in told.stderr
+    (tmp_path / "my models").mkdir()
+    for missing in ("my river.svdp", "./my river", "my models/river", "river.svdp"):
+        assert "there is no such file" in error_of(run("chat", missing, *GREEDY)), missing
+    assert "there is no such file" in error_of(run("chat", "-m", "my river", "hello", *GREEDY))
 
 
 def test_devices() -> None:

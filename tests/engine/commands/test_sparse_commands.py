@@ -167,7 +167,7 @@ def test_what_is_no_trained_predictor(
     ("arguments", "message"),
     [
         (("silu.svdp",), "needs a ReLU-family activation"),
-        (("missing.svdp",), "missing.svdp: No such file"),
+        (("missing.svdp",), "missing.svdp: there is no such file"),
         (("dense.svdp", "--text", "none.txt"), "none.txt: cannot be read"),
         (("dense.svdp", "--text", "short.txt"), "the calibration text has"),
         (("dense.svdp", "-o", "nowhere/p.safetensors"), "there is no folder nowhere"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from live_server import LiveServer, live_server
-from page_browser import answered, ask, done, fits, open_page, opened, wait_until, watched
+from page_browser import answered, ask, done, fits, open_page, opened, show, violations, wait_until, watched
 
 from svdengine import SamplingParams
 from svdengine.server.web_files import WEB_FILES
@@ -90,6 +90,25 @@ def test_stopping_keeps_what_was_counted(page: Any, server: LiveServer) -> None:
     done(page)
     assert page.inner_text(".assistant .text").startswith(stopped)
     assert page.locator(".assistant").count() == 1 and page.problems == []
+
+
+def test_an_answer_without_a_word_says_so(page: Any, server: LiveServer, tmp_path: Path) -> None:
+    open_page(page, server)
+    show(page, [("user", "hello"), ("assistant", ""), ("user", "and now?"), ("assistant", "yes")], tmp_path)
+    assert page.locator(".silent").all_inner_texts() == ["The model ended its answer at once."]
+    assert page.inner_text(".message.assistant .actions") == "Again"
+    assert violations(page) == []
+
+
+def test_the_settings_end_with_what_saves_them(page: Any, server: LiveServer) -> None:
+    """In view on a phone too, with two numbers a line."""
+    open_page(page, server)
+    page.click("#open-settings")
+    save = page.locator("#settings >> text=Save").bounding_box()
+    assert save["y"] + save["height"] <= page.viewport_size["height"]
+    first, second = (page.locator(f"#{name}").bounding_box() for name in ("temperature", "top-k"))
+    assert first["y"] == second["y"] and first["x"] + first["width"] < second["x"]
+    assert violations(page) == []
 
 
 def test_escape_stops(page: Any, server: LiveServer) -> None:
