@@ -23,7 +23,7 @@ from svdengine.converters.split_text import HELD_OUT_EVERY, SplitText, Windows, 
 from svdengine.errors import ConversionError
 from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import TensorWriter
-from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.batch import Batch
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
@@ -37,6 +37,7 @@ class FfnInputs(Protocol):
     """An executor that shows what its FFNs read."""
 
     max_batch_rows: int
+    block_size: int  # tokens in a KV block
 
     def ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         """Run a dense step; the FFN inputs of every layer after the norm, (layers, n, d) float32."""
@@ -310,7 +311,7 @@ def windows_fingerprint(text: SplitText) -> str:
 
 def window_batches(window: Sequence[int], source: FfnInputs, logits: bool = False) -> list[Batch]:
     """The steps that run one window as a sequence of its own, in the first KV blocks of the pool."""
-    table = np.arange(-(-len(window) // BLOCK_SIZE), dtype=np.int32)[None]
+    table = np.arange(-(-len(window) // source.block_size), dtype=np.int32)[None]
     batches = []
     for start in range(0, len(window), source.max_batch_rows):
         chunk = np.asarray(window[start : start + source.max_batch_rows], np.int32)

@@ -46,6 +46,7 @@ def create_executor(
     threads: int | None = None,
     context: int,
     block_count: int,
+    sequences: int = 1,
     kv_dtype: KvDtype = "f16",
     max_batch_rows: int = MAX_BATCH_ROWS,
     predictor: Predictor | None = None,
@@ -55,6 +56,8 @@ def create_executor(
     interleave: bool = True,
 ) -> BaseExecutor:
     """The executor of a device, for sequences of up to `context` tokens and a pool of `block_count` KV blocks.
+
+    Those are of BLOCK_SIZE tokens; a device whose own are larger has fewer, but room for `sequences` of that length.
 
     `gpu_memory`: bytes that the model may take on a GPU, by default what is free; FFN rows that do not fit stay in host
     memory, which is said on standard error. `deterministic`: a row gets the same bits whatever rows are beside it.
@@ -76,6 +79,7 @@ def create_executor(
         model_file.arrays,
         model_file.formats,
         block_count=block_count,
+        sequences=sequences,
         max_batch_rows=max_batch_rows,
         context=context,
         kv_dtype=kv_dtype,

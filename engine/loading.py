@@ -92,7 +92,8 @@ def load(
             require_predictor(model_file, found)
         limit = context_limit(model_file.config, context)
         token_bytes = kv_pool_bytes_per_token(model_file.config, "f32" if device == "reference" else kv_dtype)
-        if kv_tokens is None and kv_memory is None:
+        given = kv_tokens is not None or kv_memory is not None
+        if not given:
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
         room = room_for(model_file)
@@ -104,6 +105,7 @@ def load(
             threads=threads,
             context=limit,
             block_count=blocks,
+            sequences=1 if given else sequences,
             kv_dtype=kv_dtype,
             predictor=found,
             ffn=mode,

@@ -25,9 +25,10 @@ class ExecutorSetup:
     config: ModelConfig
     arrays: Mapping[str, NDArray]  # stored parts of the model file by name, layers stacked
     formats: Mapping[str, WeightFormat]  # of each matrix
-    block_count: int  # KV blocks in the pool
+    block_count: int  # KV blocks of BLOCK_SIZE tokens that the pool has room for; the executor's own may be larger
     max_batch_rows: int = 256
     context: int | None = None  # tokens of the longest sequence; None: as many as the model was made for
+    sequences: int = 1  # of that length, which the pool has to hold whatever the size of blocks
     kv_dtype: KvDtype = "f16"
     predictor: Predictor | None = None
     ffn: FfnMode = "dense"
@@ -45,15 +46,18 @@ class BaseExecutor(ABC):
     """
 
     name: str
+    block_size = BLOCK_SIZE  # tokens in a KV block
 
     def __init__(self, setup: ExecutorSetup) -> None:
         config = setup.config
         self.config = config
-        self.block_count, self.max_batch_rows = setup.block_count, setup.max_batch_rows
+        self.max_batch_rows = setup.max_batch_rows
         self.context = min(setup.context or config.max_position, setup.block_count * BLOCK_SIZE)
         self.ffn: FfnMode = setup.ffn
         self.deterministic = setup.deterministic
-        self._max_blocks = -(-self.context // BLOCK_SIZE)  # of a sequence
+        self._max_blocks = -(-self.context // self.block_size)  # of a sequence
+        room = setup.block_count * BLOCK_SIZE // self.block_size
+        self.block_count = max(room, setup.sequences * self._max_blocks)
         self._can_skip = config.sparse_ffn
         self._predictor: Predictor | None = None
         self._times: FfnTimes | None = None
@@ -208,7 +212,7 @@ class BaseExecutor(ABC):
             raise ValueError("tokens, positions and sequences of a batch differ in length")
         for name, values, limit in (
             ("token", batch.tokens, self.config.vocab_size),
-            ("position", batch.positions, min(self.context, blocks * BLOCK_SIZE)),
+            ("position", batch.positions, min(self.context, blocks * self.block_size)),
             ("sequence", batch.sequences, sequences),
             ("block", batch.block_tables, self.block_count),
             ("logit row", batch.logit_rows, n),

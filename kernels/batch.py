@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     pass
 
-BLOCK_SIZE = 16  # tokens in a KV block, on every device
+BLOCK_SIZE = 16  # tokens in a KV block, where a device does not take more (Executor.block_size)
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Batch:
     """One step. The rows of a sequence are neighbours, in ascending position, and cover what its cache lacks.
 
     A row at position p of a sequence sees cache positions 0..p of it; position p of a sequence lies in slot
-    p % BLOCK_SIZE of block `block_tables[sequence, p // BLOCK_SIZE]`. The executor writes the keys and values of all
-    rows before any row attends.
+    p % size of block `block_tables[sequence, p // size]`, where size is the executor's block_size. The executor writes
+    the keys and values of all rows before any row attends.
     """
 
     tokens: NDArray[np.int32]  # (n,)

@@ -68,6 +68,7 @@ class Executor(Protocol):
     """Owns the device's copy of the weights and of the KV block pool."""
 
     name: str  # cpu, cuda, ascend, reference
+    block_size: int  # tokens in a KV block
     block_count: int  # KV blocks in the pool
     max_batch_rows: int  # most rows that one forward takes
     # How the next steps run their FFNs: every neuron, all but those that are exactly 0, those predicted active, or what
@@ -134,7 +135,7 @@ class BlockStore(Protocol):
     """An executor whose KV blocks can be taken out and put back. Between steps only."""
 
     def read_blocks(self, blocks: Sequence[int]) -> NDArray[Any]:
-        """A copy of keys, after rope, and values: (blocks, 2, layers, BLOCK_SIZE, kv heads, head_dim).
+        """A copy of keys, after rope, and values: (blocks, 2, layers, block_size, kv heads, head_dim).
 
         It is float16 or float32, as they are cached. In 8 bits it is uint8, and the head's items are (groups, PACKED)
         bytes: what `pack_kv` makes of them (kernels/kv_q8.py).

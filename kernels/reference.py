@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
-from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype, Logits
 from svdengine.kernels.formats import WeightFormat, dequantize, gather_parts
 from svdengine.kernels.kv_q8 import dequantize_kv, key_shape, pack_kv, quantize_kv, unpack_kv
@@ -63,7 +63,7 @@ class ReferenceExecutor(BaseExecutor):
         self._kept: list[Array] | None = None  # what the FFNs of a step read, where it is wanted
         self._residual = np.empty((0, config.hidden_size), np.float32)  # of the latest step
         self.weights, self.layers, self.blocks = _by_layer(config, weights)
-        slots = (config.layer_count, block_count * BLOCK_SIZE, config.kv_head_count, config.head_dim)
+        slots = (config.layer_count, self.block_count * self.block_size, config.kv_head_count, config.head_dim)
         self.keys = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim), after rope
         self.values = np.zeros(slots, np.float32)  # (layer, slot, kv head, head_dim)
 
@@ -153,8 +153,8 @@ class ReferenceExecutor(BaseExecutor):
         self.keys = self.values = np.empty((0, 0, 0, 0), np.float32)
 
     def _pools(self) -> tuple[Array, Array]:
-        """Keys and values by block: (layers, blocks, BLOCK_SIZE, kv heads, head_dim)."""
-        shape = (len(self.keys), self.block_count, BLOCK_SIZE, *self.keys.shape[2:])
+        """Keys and values by block: (layers, blocks, block_size, kv heads, head_dim)."""
+        shape = (len(self.keys), self.block_count, self.block_size, *self.keys.shape[2:])
         return self.keys.reshape(shape), self.values.reshape(shape)
 
     def _ffn(self, layer: int, x: Array, routed_by: Array, sparsity_bias: Array | np.float32) -> Array:
@@ -196,7 +196,7 @@ class ReferenceExecutor(BaseExecutor):
             factor = self._factors[layer]
             k, v = (dequantize_kv(*quantize_kv(x), config.head_dim) for x in ((k - self._offsets[layer]) / factor, v))
             k = k * factor
-        slots = slots_of(batch.block_tables[batch.sequences], batch.positions[:, None])[:, 0]
+        slots = slots_of(batch.block_tables[batch.sequences], batch.positions[:, None], self.block_size)[:, 0]
         self.keys[layer, slots], self.values[layer, slots] = k, v
 
         # Each sequence attends over its own slots, wherever they lie.
@@ -205,7 +205,7 @@ class ReferenceExecutor(BaseExecutor):
         for sequence in np.unique(batch.sequences):
             rows = np.flatnonzero(batch.sequences == sequence)
             seen = np.arange(batch.context_lengths[sequence])
-            slots = slots_of(batch.block_tables[sequence], seen)
+            slots = slots_of(batch.block_tables[sequence], seen, self.block_size)
             distance = batch.positions[rows, None] - seen
             visible = (distance >= 0) & (distance < window) if window else distance >= 0
             seen_keys, seen_values = self.keys[layer, slots], self.values[layer, slots]
@@ -339,10 +339,10 @@ def attend(q: Array, k: Array, v: Array, visible: NDArray[np.bool_], scale: floa
     return mixed.transpose(2, 0, 1, 3).reshape(q.shape)
 
 
-def slots_of(block_tables: NDArray[np.int32], positions: NDArray) -> NDArray:
+def slots_of(block_tables: NDArray[np.int32], positions: NDArray, block_size: int) -> NDArray:
     """Cache slots of `positions` (..., t) of sequences with `block_tables` (..., blocks): (..., t)."""
-    blocks = np.take_along_axis(block_tables, positions // BLOCK_SIZE, -1)
-    return blocks * BLOCK_SIZE + positions % BLOCK_SIZE
+    blocks = np.take_along_axis(block_tables, positions // block_size, -1)
+    return blocks * block_size + positions % block_size
 
 
 def _by_layer(

@@ -170,9 +170,9 @@ def random_tokens(config: ModelConfig, count: int, seed: int = 0) -> list[int]:
     return [int(t) for t in np.random.default_rng(seed).integers(0, config.vocab_size, count)]
 
 
-def block_table(length: int, first: int = 0, step: int = 1) -> list[int]:
-    """Blocks for `length` tokens: first, first + step, ... Another step than 1 makes them non-contiguous."""
-    return [first + step * i for i in range(-(-length // BLOCK_SIZE))]
+def block_table(length: int, first: int = 0, step: int = 1, size: int = BLOCK_SIZE) -> list[int]:
+    """Blocks of `size` for `length` tokens: first, first + step, ... Another step than 1 makes them non-contiguous."""
+    return [first + step * i for i in range(-(-length // size))]
 
 
 def make_batch(chunks: Sequence[tuple[Sequence[int], int]], tables: Sequence[Sequence[int]]) -> Batch:
@@ -195,7 +195,7 @@ def make_batch(chunks: Sequence[tuple[Sequence[int], int]], tables: Sequence[Seq
 
 def run_in_chunks(executor: Any, tokens: list[int], sizes: list[int]) -> NDArray[np.float32]:
     """Logits of all tokens, the prompt cut into chunks."""
-    table, out, start = block_table(len(tokens), first=1, step=2), [], 0
+    table, out, start = block_table(len(tokens), first=1, step=2, size=executor.block_size), [], 0
     for size in sizes:
         out.append(executor.forward(make_batch([(tokens[start : start + size], start)], [table])).copy())
         start += size

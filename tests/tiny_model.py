@@ -128,12 +128,14 @@ class FakeExecutor:
 
     name = "fake"
 
-    def __init__(self, block_count: int, max_batch_rows: int, vocab_size: int = 50) -> None:
-        self.block_count = block_count
+    def __init__(
+        self, block_count: int, max_batch_rows: int, vocab_size: int = 50, block_size: int = BLOCK_SIZE
+    ) -> None:
+        self.block_count, self.block_size = block_count, block_size
         self.max_batch_rows = max_batch_rows
         self.vocab_size = vocab_size
-        self.cache = np.full(block_count * BLOCK_SIZE, -1, np.int64)
-        self.paths = np.full(block_count * BLOCK_SIZE, "", object)  # by which each slot was computed
+        self.cache = np.full(block_count * block_size, -1, np.int64)
+        self.paths = np.full(block_count * block_size, "", object)  # by which each slot was computed
         self.steps = 0
         self.rows = 0
         self.fail = False
@@ -177,7 +179,8 @@ class FakeExecutor:
         self.closed = True
 
     def _slot(self, batch: Batch, sequence: int, position: int) -> int:
-        return int(batch.block_tables[sequence, position // BLOCK_SIZE]) * BLOCK_SIZE + int(position) % BLOCK_SIZE
+        size = self.block_size
+        return int(batch.block_tables[sequence, position // size]) * size + int(position) % size
 
     def _logits(self, batch: Batch, row: int) -> np.ndarray:
         sequence = int(batch.sequences[row])

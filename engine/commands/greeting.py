@@ -17,7 +17,7 @@ def greeting(llm: LLM) -> str:
 
     config, file = llm.config, llm.model_file
     formats = "/".join(dict.fromkeys(name for name in file.formats.values() if name != "f32")) or "f32"
-    pool = llm.executor.block_count * _block_tokens() * kv_pool_bytes_per_token(config, llm.kv_dtype)
+    pool = llm.executor.block_count * llm.executor.block_size * kv_pool_bytes_per_token(config, llm.kv_dtype)
     return "\n".join(
         [
             f"{file.path.name}: {_count(parameter_count(config))} parameters in {formats}, on {llm.executor.name}",
@@ -58,12 +58,6 @@ def _sparsity(llm: LLM) -> str:
         f"{now.tokens_per_second:.0f} tokens/s, dense {dense.tokens_per_second:.0f}:"
         f" {now.tokens_per_second / dense.tokens_per_second:.2f} times as fast"
     )
-
-
-def _block_tokens() -> int:
-    from svdengine.kernels.batch import BLOCK_SIZE
-
-    return BLOCK_SIZE
 
 
 def _count(parameters: int) -> str:

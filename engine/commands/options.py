@@ -209,7 +209,6 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     With --ffn both, the model is one that can run sparse.
     """
     from svdengine.errors import RequestError
-    from svdengine.kernels.batch import BLOCK_SIZE
     from svdengine.loading import load
     from svdengine.scheduling.sampling import check_sparsity_bias, merge_params
     from svdengine.scheduling.scheduler import PREFILL_ROWS
@@ -237,10 +236,11 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         from svdengine.commands.demo_model import SAMPLING
 
         llm.default_params = merge_params(llm.default_params, SAMPLING)
-    if llm.executor.block_count < sequences * blocks_for(llm.context):
+    block_size = llm.executor.block_size
+    if llm.executor.block_count < sequences * blocks_for(llm.context, block_size):
         llm.close()
         raise RequestError(
-            f"--kv-memory holds {llm.executor.block_count * BLOCK_SIZE} tokens, fewer than {sequences} sequences of"
+            f"--kv-memory holds {llm.executor.block_count * block_size} tokens, fewer than {sequences} sequences of"
             f" {llm.context}; use more, or a smaller context"
         )
     return llm

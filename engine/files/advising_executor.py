@@ -34,7 +34,8 @@ class AdvisingExecutor:
 
     def __init__(self, inner: BaseExecutor, model_file: ModelFile) -> None:
         self.inner = inner
-        self.name, self.block_count, self.max_batch_rows = inner.name, inner.block_count, inner.max_batch_rows
+        self.name, self.max_batch_rows = inner.name, inner.max_batch_rows
+        self.block_size, self.block_count = inner.block_size, inner.block_count
         self.ffn_path, self.close = inner.ffn_path, inner.close
         self.neuron_counts, self.layer_counts = inner.neuron_counts, inner.layer_counts
         self.reset_neuron_counts = inner.reset_neuron_counts

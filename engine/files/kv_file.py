@@ -1,12 +1,12 @@
 """KV blocks in a file: what the prefix cache knows, so that a program that starts anew need not read prompts again.
 
 A KV file is a safetensors file of n blocks, each after the one it builds on, those used last first. Its tensors:
-`tokens` (n, BLOCK_SIZE) I32, `lengths` (n,) I32, of the tokens that count; `parents` (n,) I32, the block before each in
-its sequence, or -1; `sparsity_bias` (n,) F64; `kv` (n, 2, layers, BLOCK_SIZE, kv heads, head_dim) F16 or F32, keys and
-values as `read_blocks` gives them, or in 8 bits (n, 2, layers, BLOCK_SIZE, kv heads, groups, 34) U8; `checksum` (32,)
-U8, of all of these. Its `__metadata__` holds format, format_version, model (a hash of all that keys and values depend
-on) and ffn (the FFN's path). It is not trusted: everything is checked before anything is used. But who can write it can
-choose what the model remembers.
+`tokens` (n, block) I32, `lengths` (n,) I32, of the tokens that count; `parents` (n,) I32, the block before each in
+its sequence, or -1; `sparsity_bias` (n,) F64; `kv` (n, 2, layers, block, kv heads, head_dim) F16 or F32, keys and
+values as `read_blocks` gives them, or in 8 bits (n, 2, layers, block, kv heads, groups, 34) U8; `checksum` (32,)
+U8, of all of these. `block` is how many tokens a block of the device holds. Its `__metadata__` holds format,
+format_version, model (a hash of all that keys and values depend on) and ffn (the FFN's path). It is not trusted:
+everything is checked before anything is used. But who can write it can choose what the model remembers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from numpy.typing import NDArray
 from svdengine.errors import ModelFileError, quoted
 from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import PAD_PREFIX, Declared, TensorWriter
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import BlockStore
 from svdengine.kernels.kv_q8 import packed_scales
 from svdengine.scheduling.prefix_cache import CachedBlock, PrefixCache, block_digest, root_digest
@@ -32,6 +31,7 @@ from svdengine.scheduling.sampling import MAX_SPARSITY_BIAS
 FORMAT = "svdp-kv"
 FORMAT_VERSION = "1"
 _PIECE = 32  # blocks that are copied at once
+_TOKENS = 3  # the axis of a store's blocks that has their tokens
 _SMALL = ("tokens", "lengths", "parents", "sparsity_bias")
 _DTYPE_NAMES = {"float16": "F16", "float32": "F32", "int32": "I32", "float64": "F64", "uint8": "U8"}
 
@@ -102,8 +102,8 @@ def restore(file: KvFile, cache: PrefixCache, store: BlockStore) -> int:
 
 def write_kv_file(path: Path, origin: KvOrigin, blocks: Sequence[CachedBlock], store: BlockStore) -> None:
     """Write blocks, each after its parent. Raises ModelFileError; then an older file stays as it was."""
-    small = _describe(blocks)
     sample = store.read_blocks([])
+    small = _describe(blocks, sample.shape[_TOKENS])
     declared: dict[str, Declared] = {
         name: (array.shape, _DTYPE_NAMES[array.dtype.name]) for name, array in small.items()
     }
@@ -124,10 +124,10 @@ def write_kv_file(path: Path, origin: KvOrigin, blocks: Sequence[CachedBlock], s
         writer.write("checksum", np.frombuffer(checksum.digest(), np.uint8))
 
 
-def _describe(blocks: Sequence[CachedBlock]) -> dict[str, NDArray[Any]]:
-    """The small tensors."""
+def _describe(blocks: Sequence[CachedBlock], size: int) -> dict[str, NDArray[Any]]:
+    """The small tensors of blocks of `size` tokens."""
     numbers = {known.digest: i for i, known in enumerate(blocks) if known.digest}
-    tokens = np.zeros((len(blocks), BLOCK_SIZE), np.int32)
+    tokens = np.zeros((len(blocks), size), np.int32)
     for row, known in zip(tokens, blocks, strict=True):
         row[: len(known.tokens)] = known.tokens
     return {
@@ -169,7 +169,7 @@ def _check_tensors(file: TensorFile, store: BlockStore) -> NDArray[Any]:
     sample, entries = store.read_blocks([]), file.header.entries
     count = entries["lengths"].shape[0] if entries["lengths"].shape else 0
     expected = {
-        "tokens": ("I32", (count, BLOCK_SIZE)),
+        "tokens": ("I32", (count, sample.shape[_TOKENS])),
         "lengths": ("I32", (count,)),
         "parents": ("I32", (count,)),
         "sparsity_bias": ("F64", (count,)),
@@ -180,6 +180,8 @@ def _check_tensors(file: TensorFile, store: BlockStore) -> NDArray[Any]:
         entry = entries[name]
         if (entry.dtype, entry.shape) != (dtype, shape):
             hint = "; set the same --kv-dtype, or delete the file" if name == "kv" and entry.dtype != dtype else ""
+            if name == "tokens" and len(entry.shape) == 2 and entry.shape[0] == count:
+                hint = "; devices differ in the size of KV blocks: use the device that saved it, or delete the file"
             raise ValueError(f"{name}: found {entry.dtype} {entry.shape}, expected {dtype} {shape}{hint}")
     return file.arrays["kv"]
 
@@ -187,17 +189,18 @@ def _check_tensors(file: TensorFile, store: BlockStore) -> NDArray[Any]:
 def _read_blocks(file: TensorFile, vocab_size: int) -> list[SavedBlock]:
     """What each block holds, after a check that a prefix cache could have written it."""
     tokens, lengths, parents, biases = (file.arrays[name] for name in _SMALL)
+    size = tokens.shape[1]
     if tokens.size and not (tokens.min() >= 0 and tokens.max() < vocab_size):
         raise ValueError(f"damaged: a token lies outside 0..{vocab_size - 1}")
-    if lengths.size and not (lengths.min() >= 1 and lengths.max() <= BLOCK_SIZE):
-        raise ValueError(f"damaged: a block has fewer tokens than 1 or more than {BLOCK_SIZE}")
+    if lengths.size and not (lengths.min() >= 1 and lengths.max() <= size):
+        raise ValueError(f"damaged: a block has fewer tokens than 1 or more than {size}")
     if not (np.abs(biases) <= MAX_SPARSITY_BIAS).all():
         raise ValueError("damaged: a sparsity bias is out of range")
     digests: list[bytes] = []
     blocks: list[SavedBlock] = []
     for i, (length, before) in enumerate(zip(lengths.tolist(), parents.tolist(), strict=True)):
         bias = float(biases[i])
-        if not -1 <= before < i or (before >= 0 and (lengths[before] != BLOCK_SIZE or biases[before] != bias)):
+        if not -1 <= before < i or (before >= 0 and (lengths[before] != size or biases[before] != bias)):
             raise ValueError(f"damaged: block {i} cannot come after block {before}")
         parent = digests[before] if before >= 0 else root_digest(bias)
         block = SavedBlock(parent, tuple(tokens[i, :length].tolist()), bias)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from svdengine.kernels.batch import Batch
+from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, NeuronCounts, SamplingExecutor
 from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
 from svdengine.measuring.page_faults import PageFaults, page_faults
@@ -241,14 +241,17 @@ def read_prompt(
     for start in range(0, len(tokens), executor.max_batch_rows):
         chunk = tokens[start : start + executor.max_batch_rows]
         last = start + len(chunk) == len(tokens)
-        executor.forward(single_sequence(chunk, depth + start, bias, last=last, first_block=first_block))
+        batch = single_sequence(
+            chunk, depth + start, bias, last=last, first_block=first_block, block_size=executor.block_size
+        )
+        executor.forward(batch)
 
 
 def _fill(executor: Executor, depth: int, more: int, sequences: int, bias: np.ndarray | None) -> None:
     """Read the first `depth` tokens of each of some sequences, whose blocks have room for `more`."""
     tokens = np.random.default_rng(1).integers(0, 100, depth).astype(np.int32)
     for sequence in range(sequences):
-        read_prompt(executor, tokens, bias, first_block=sequence * blocks_for(depth + more))
+        read_prompt(executor, tokens, bias, first_block=sequence * blocks_for(depth + more, executor.block_size))
 
 
 def _decode(
@@ -259,7 +262,7 @@ def _decode(
     draw: gives the tokens that are fed, one after the other; without it each is the likeliest after the one before.
     """
     rows = np.arange(sequences, dtype=np.int32)
-    blocks = blocks_for(depth + count)
+    blocks = blocks_for(depth + count, executor.block_size)
     tables = np.arange(sequences * blocks, dtype=np.int32).reshape(sequences, blocks)
     tokens = 1 + rows
     for position in range(depth, depth + count):
@@ -291,7 +294,13 @@ def _run_ffns(executor: CpuExecutor, inputs: np.ndarray, count: int, bias: float
 
 
 def single_sequence(
-    tokens: np.ndarray, start: int, bias: np.ndarray | None, *, last: bool, first_block: int = 0
+    tokens: np.ndarray,
+    start: int,
+    bias: np.ndarray | None,
+    *,
+    last: bool,
+    first_block: int = 0,
+    block_size: int = BLOCK_SIZE,
 ) -> Batch:
     """One step of a single sequence, whose blocks are neighbours in the pool; `last`: with the last token's logits."""
     end = start + len(tokens)
@@ -299,7 +308,7 @@ def single_sequence(
         tokens=tokens,
         positions=np.arange(start, end, dtype=np.int32),
         sequences=np.zeros(len(tokens), np.int32),
-        block_tables=np.arange(first_block, first_block + blocks_for(end), dtype=np.int32)[None],
+        block_tables=np.arange(first_block, first_block + blocks_for(end, block_size), dtype=np.int32)[None],
         context_lengths=np.array([end], np.int32),
         logit_rows=np.array([len(tokens) - 1] if last else [], np.int32),
         sparsity_bias=bias,

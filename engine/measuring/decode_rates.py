@@ -88,10 +88,12 @@ def _tokens(llm: LLM) -> np.ndarray:
 
 def _decode(llm: LLM, tokens: np.ndarray, bias: float) -> None:
     """Read the tokens after the first ones singly, as decoding does: each step's logits are looked at."""
-    biases = np.array([bias], np.float32) if bias else None
+    executor, biases = llm.executor, np.array([bias], np.float32) if bias else None
     for position in range(min(_BEFORE, len(tokens) - 1), len(tokens)):
-        batch = single_sequence(tokens[position : position + 1], position, biases, last=True)
-        likeliest(llm.executor, batch)
+        batch = single_sequence(
+            tokens[position : position + 1], position, biases, last=True, block_size=executor.block_size
+        )
+        likeliest(executor, batch)
 
 
 def _timed(run: partial[None]) -> float:

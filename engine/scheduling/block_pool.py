@@ -21,13 +21,18 @@ class BlockPool:
     blocks are given out first, then the one that has been idle for longest.
     """
 
-    def __init__(self, block_count: int) -> None:
+    def __init__(self, block_count: int, block_size: int = BLOCK_SIZE) -> None:
         if block_count < 1:
             raise ValueError(f"a pool needs at least one block, found {block_count}")
         self.block_count = block_count
+        self.block_size = block_size  # tokens in a block
         self._blank = deque(range(block_count))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the first has been idle for longest
         self._owners = [0] * block_count  # reference count of each block
+
+    def blocks_for(self, token_count: int) -> int:
+        """Blocks that hold `token_count` tokens."""
+        return blocks_for(token_count, self.block_size)
 
     @property
     def free_count(self) -> int:

@@ -92,7 +92,7 @@ class Engine:
         `check`: called before and after what the executor does in a step; what it raises ends the step.
         """
         self.executor = executor
-        self.pool = BlockPool(executor.block_count)
+        self.pool = BlockPool(executor.block_count, executor.block_size)
         self.prefix_cache = PrefixCache(self.pool, enabled=prefix_caching)
         self._drafter = drafter
         self._check = check

@@ -55,14 +55,14 @@ class AnswerLengths:
         return more
 
 
-def most_further_blocks(sequences: Iterable[Sequence], lengths: AnswerLengths) -> int:
+def most_further_blocks(sequences: Iterable[Sequence], lengths: AnswerLengths, block_size: int = BLOCK_SIZE) -> int:
     """The largest number of blocks, beyond those that they have, that sequences will need at any time."""
     growing = sorted(((lengths.remaining(sequence), sequence) for sequence in sequences), key=lambda pair: pair[0])
     steps = np.array([remaining for remaining, _ in growing])
     tokens = np.array([len(sequence) for _, sequence in growing])
     held = np.array([len(sequence.block_table) for _, sequence in growing])
     # What is shared with others by way of the prefix cache may stay in use.
-    own = held - [sequence.reused // BLOCK_SIZE for _, sequence in growing]
+    own = held - [sequence.reused // block_size for _, sequence in growing]
     # Row i: what each needs when the i-th ends; those before it have ended, and given back what was theirs.
-    needed = np.triu(-(-(tokens + steps[:, None]) // BLOCK_SIZE) - held).sum(1) - (np.cumsum(own) - own)
+    needed = np.triu(-(-(tokens + steps[:, None]) // block_size) - held).sum(1) - (np.cumsum(own) - own)
     return max(int(needed.max(initial=0)), 0)

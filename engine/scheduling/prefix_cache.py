@@ -14,7 +14,6 @@ from collections.abc import Iterable
 from collections.abc import Sequence as TokenIds
 from dataclasses import dataclass
 
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.block_pool import BlockPool
 from svdengine.scheduling.sequence import Sequence
@@ -29,7 +28,7 @@ class CachedBlock:
     block: int
     parent: bytes  # digest of the block before it, or `root_digest`
     digest: bytes
-    tokens: tuple[int, ...]  # BLOCK_SIZE, or fewer in the last block of a sequence that ended
+    tokens: tuple[int, ...]  # fewer than a block has room for in the last one of a sequence that ended
     sparsity_bias: float  # that it was computed with, and all blocks before it
 
 
@@ -41,6 +40,7 @@ class PrefixCache:
 
     def __init__(self, pool: BlockPool, *, enabled: bool = True) -> None:
         self._pool = pool
+        self._block_size = pool.block_size
         self._enabled = enabled
         self._full: dict[bytes, CachedBlock] = {}  # by digest
         self._tails: dict[bytes, CachedBlock] = {}  # blocks that are not full, by parent
@@ -67,14 +67,15 @@ class PrefixCache:
         if not self._enabled or sequence.every_row:
             return 0
         before, limit = sequence.cached, len(sequence) - 1
-        while (len(sequence.digests) + 1) * BLOCK_SIZE <= limit:
-            found = self._full.get(_next_digest(sequence))
+        size = self._block_size
+        while (len(sequence.digests) + 1) * size <= limit:
+            found = self._full.get(_next_digest(sequence, size))
             if found is None:
                 break
             self._place(found.block, sequence)
             sequence.digests.append(found.digest)
-            sequence.cached = len(sequence.digests) * BLOCK_SIZE
-        if sequence.cached % BLOCK_SIZE == 0:
+            sequence.cached = len(sequence.digests) * size
+        if sequence.cached % size == 0:
             self._extend_by_tail(sequence, limit)
         return sequence.cached - before
 
@@ -82,21 +83,23 @@ class PrefixCache:
         """Make the sequence's blocks known that are full by now. One that is known already replaces its own."""
         if not self._enabled or sequence.every_row:
             return
-        while (len(sequence.digests) + 1) * BLOCK_SIZE <= sequence.cached:
-            digest, at = _next_digest(sequence), len(sequence.digests)
+        size = self._block_size
+        while (len(sequence.digests) + 1) * size <= sequence.cached:
+            digest, at = _next_digest(sequence, size), len(sequence.digests)
             found = self._full.get(digest)
             if found is None:
-                self._add(_block_of(sequence, digest, sequence.block_table[at], BLOCK_SIZE))
+                self._add(_block_of(sequence, digest, sequence.block_table[at], size, size))
             elif found.block != sequence.block_table[at]:
                 self._place(found.block, sequence)
             sequence.digests.append(digest)
 
     def retire(self, sequence: Sequence) -> None:
         """Take back all blocks of a sequence, which holds nothing afterwards. What they hold stays known."""
-        count = sequence.cached % BLOCK_SIZE
+        size = self._block_size
+        count = sequence.cached % size
         if self._enabled and not sequence.every_row and count:
-            block = sequence.block_table[sequence.cached // BLOCK_SIZE]
-            self._add(_block_of(sequence, b"", block, count))
+            block = sequence.block_table[sequence.cached // size]
+            self._add(_block_of(sequence, b"", block, count, size))
         self.release(reversed(sequence.block_table))  # the last is given out first: others build on those before it
         sequence.block_table, sequence.digests, sequence.cached = [], [], 0
 
@@ -124,7 +127,7 @@ class PrefixCache:
 
         None when that content is known already, or no block is blank.
         """
-        full = len(tokens) == BLOCK_SIZE
+        full = len(tokens) == self._block_size
         digest = block_digest(parent, tokens) if full else b""
         if not self._enabled or not self._pool.blank_count or (digest in self._full if full else parent in self._tails):
             return None
@@ -164,7 +167,7 @@ class PrefixCache:
         sequence.block_table[at : at + 1] = [block]
 
     def _add(self, found: CachedBlock) -> None:
-        if len(found.tokens) == BLOCK_SIZE:
+        if len(found.tokens) == self._block_size:
             self._full[found.digest] = found
         else:
             if found.parent in self._tails:
@@ -176,7 +179,7 @@ class PrefixCache:
         known = self._known.pop(block, None)
         if known is None:
             return
-        if len(known.tokens) == BLOCK_SIZE:
+        if len(known.tokens) == self._block_size:
             del self._full[known.digest]
         else:
             del self._tails[known.parent]
@@ -197,15 +200,15 @@ def _parent(sequence: Sequence) -> bytes:
     return sequence.digests[-1] if sequence.digests else root_digest(sequence.sparsity_bias, sequence.ffn)
 
 
-def _next_digest(sequence: Sequence) -> bytes:
-    """Of the first block that has none yet."""
-    start = len(sequence.digests) * BLOCK_SIZE
-    return block_digest(_parent(sequence), sequence.tokens[start : start + BLOCK_SIZE])
+def _next_digest(sequence: Sequence, size: int) -> bytes:
+    """Of the first block, of `size` tokens, that has none yet."""
+    start = len(sequence.digests) * size
+    return block_digest(_parent(sequence), sequence.tokens[start : start + size])
 
 
-def _block_of(sequence: Sequence, digest: bytes, block: int, count: int) -> CachedBlock:
-    """The sequence's first block without a digest, of which `count` tokens are cached."""
-    start = len(sequence.digests) * BLOCK_SIZE
+def _block_of(sequence: Sequence, digest: bytes, block: int, count: int, size: int) -> CachedBlock:
+    """The sequence's first block without a digest, of which `count` tokens of `size` are cached."""
+    start = len(sequence.digests) * size
     tokens = tuple(sequence.tokens[start : start + count])
     return CachedBlock(block, _parent(sequence), digest, tokens, sequence.sparsity_bias)
 

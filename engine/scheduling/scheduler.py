@@ -11,12 +11,12 @@ from typing import Protocol
 import numpy as np
 
 from svdengine.errors import ContextOverflowError
-from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnMode
 from svdengine.scheduling.block_pool import BlockPool
 from svdengine.scheduling.forecast import AnswerLengths, most_further_blocks
 from svdengine.scheduling.prefix_cache import PrefixCache
-from svdengine.scheduling.sequence import Sequence, blocks_for
+from svdengine.scheduling.sequence import Sequence
 
 PREFILL_ROWS = 64  # of a step in which others decode: what bounds the time between their tokens
 
@@ -109,7 +109,7 @@ class Scheduler:
     @property
     def token_capacity(self) -> int:
         """Longest sequence that the pool can hold."""
-        return self.pool.block_count * BLOCK_SIZE
+        return self.pool.block_count * self.pool.block_size
 
     @property
     def idle(self) -> bool:
@@ -137,7 +137,7 @@ class Scheduler:
         """Raise ContextOverflowError when the whole pool could not hold the sequence."""
         if len(sequence) > self.token_capacity:
             raise ContextOverflowError(
-                f"{len(sequence)} tokens need {blocks_for(len(sequence))} KV blocks and there are "
+                f"{len(sequence)} tokens need {self.pool.blocks_for(len(sequence))} KV blocks and there are "
                 f"{self.pool.block_count}: this model's maximum context length is {self.token_capacity} tokens; "
                 f"shorten the prompt, or give the KV cache more tokens (kv_tokens)"
             )
@@ -189,8 +189,8 @@ class Scheduler:
 
     def shift(self, sequence: Sequence, keep: int) -> None:
         """Drop the older half of what follows the first `keep` tokens, because the context is full."""
-        sequence.drop_oldest(keep)
-        count = blocks_for(sequence.cached)
+        sequence.drop_oldest(keep, self.pool.block_size)
+        count = self.pool.blocks_for(sequence.cached)
         self.prefix_cache.release(sequence.block_table[count:])
         del sequence.block_table[count:]
 
@@ -205,7 +205,7 @@ class Scheduler:
         position = 0
         while position < len(self._running):
             sequence = self._running[position]
-            missing = blocks_for(len(sequence)) - len(sequence.block_table)
+            missing = self.pool.blocks_for(len(sequence)) - len(sequence.block_table)
             if missing <= 0 or self.pool.can_allocate(missing):
                 sequence.block_table += self.prefix_cache.allocate(missing) if missing > 0 else []
                 position += 1
@@ -221,7 +221,7 @@ class Scheduler:
         if self._is_hopeless(sequence):
             return False
         found = self.prefix_cache.extend(sequence)
-        missing = blocks_for(len(sequence)) - len(sequence.block_table)
+        missing = self.pool.blocks_for(len(sequence)) - len(sequence.block_table)
         while not self._fits(sequence, missing):
             if not self._running or self._running[-1].priority <= sequence.priority:
                 self.prefix_cache.retire(sequence)
@@ -244,7 +244,8 @@ class Scheduler:
         """
         if not self._running or not self.pool.can_allocate(missing):
             return self.pool.can_allocate(missing)
-        return self.pool.can_allocate(most_further_blocks((*self._running, sequence), self._lengths))
+        most = most_further_blocks((*self._running, sequence), self._lengths, self.pool.block_size)
+        return self.pool.can_allocate(most)
 
     def _share_rows(self) -> dict[Sequence, int]:
         """How many rows of the next step each running sequence gets."""
@@ -290,9 +291,9 @@ class Scheduler:
         """How many of `count` drafted tokens may follow a sequence; it is given a block for them, if one is blank."""
         if sequence.most_tokens is not None:
             count = max(min(count, sequence.most_tokens - len(sequence) - 1), 0)  # the step gives one more
-        if blocks_for(len(sequence) + count) > len(sequence.block_table) and self.pool.blank_count:
+        if self.pool.blocks_for(len(sequence) + count) > len(sequence.block_table) and self.pool.blank_count:
             sequence.block_table += self.prefix_cache.allocate(1)
-        return min(count, len(sequence.block_table) * BLOCK_SIZE - len(sequence))
+        return min(count, len(sequence.block_table) * self.pool.block_size - len(sequence))
 
     def _preempt(self, sequence: Sequence) -> None:
         self._take_out(sequence)

@@ -8,9 +8,9 @@ from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import FfnMode
 
 
-def blocks_for(token_count: int) -> int:
-    """KV blocks that hold `token_count` tokens."""
-    return -(-token_count // BLOCK_SIZE)
+def blocks_for(token_count: int, block_size: int = BLOCK_SIZE) -> int:
+    """KV blocks of so many tokens that hold `token_count` tokens."""
+    return -(-token_count // block_size)
 
 
 class Sequence:
@@ -39,7 +39,7 @@ class Sequence:
         self.most_tokens = most_tokens  # that it may become; None: not said
         self.draft: list[int] = []  # tokens that the step at hand tries after the last one
         self.arrival = 0  # place in the order of arrival, from the scheduler
-        self.block_table: list[int] = []  # block i holds positions i * BLOCK_SIZE and on
+        self.block_table: list[int] = []  # block i holds positions i * (size of a block) and on
         self.digests: list[bytes] = []  # of its leading blocks that the prefix cache knows
         self.cached = 0  # leading tokens whose keys and values are in the blocks
         self.reused = 0  # of those, tokens that came from the prefix cache
@@ -61,7 +61,7 @@ class Sequence:
         """Add a sampled token."""
         self.tokens.append(token)
 
-    def drop_oldest(self, keep: int) -> None:
+    def drop_oldest(self, keep: int, block_size: int = BLOCK_SIZE) -> None:
         """Forget the older half of what follows the first `keep` tokens; what remains after them is pending again.
 
         The caller releases the blocks past `cached`, which falls to a block boundary: the block behind it may be
@@ -70,5 +70,5 @@ class Sequence:
         keep = min(keep, len(self.tokens))
         dropped = (len(self.tokens) - keep + 1) // 2
         del self.tokens[keep : keep + dropped]
-        self.cached = min(self.cached, keep) // BLOCK_SIZE * BLOCK_SIZE
-        del self.digests[self.cached // BLOCK_SIZE :]
+        self.cached = min(self.cached, keep) // block_size * block_size
+        del self.digests[self.cached // block_size :]

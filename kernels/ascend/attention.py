@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.operator_calls import VARYING
-from svdengine.kernels.ascend.operators import add, gather, scale
+from svdengine.kernels.ascend.operators import add, gather, permute, scale
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import Workspace, mask_piece
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.models import ModelConfig
 
 FUSED = "aclnnIncreFlashAttentionV4"
@@ -65,7 +64,7 @@ def takes_fused(device: AscendDevice, config: ModelConfig) -> bool:
     kv = config.kv_head_count * config.head_dim
     fits = config.head_dim % 16 == 0 and config.head_dim <= 512 and config.head_count <= 256 and kv < 1 << 16
     grouped = config.head_count // config.kv_head_count <= 64
-    return fits and grouped and device.cann.find(FUSED + "GetWorkspaceSize") is not None
+    return device.soc.has(FUSED) and fits and grouped and device.cann.find(FUSED + "GetWorkspaceSize") is not None
 
 
 def chunk_rows(sequences: NDArray[np.int32], positions: NDArray[np.int32], mask_items: int) -> Attending:
@@ -141,20 +140,28 @@ class LayerAttention:
             self._device.run(FUSED, *self._arguments(n, lengths))
 
     def _arguments(self, n: int, lengths: object) -> tuple[object, ...]:
-        tables, out = self._work.inputs.tables.rows(0, n), self._work.attended.rows(0, n)
-        return fused_arguments(self._config, self._q.rows(0, n), self._keys, self._values, lengths, tables, out)
+        work, q = self._work, self._q.rows(0, n)
+        tables, out = work.inputs.tables.rows(0, n), work.attended.rows(0, n)
+        return fused_arguments(self._config, q, self._keys, self._values, work.block_size, lengths, tables, out)
 
 
 def fused_arguments(
-    config: ModelConfig, q: Tensor, keys: Tensor, values: Tensor, lengths: object, tables: Tensor, out: Tensor
+    config: ModelConfig,
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    block_size: int,
+    lengths: object,
+    tables: Tensor,
+    out: Tensor,
 ) -> tuple[object, ...]:
     """The arguments of the fused operator for rows q (n, heads * head_dim), over a layer's pools of blocks."""
     n, width = q.shape
-    blocks = (keys.shape[0], BLOCK_SIZE, config.kv_head_count * config.head_dim)
+    blocks = (keys.shape[0], block_size, config.kv_head_count * config.head_dim)
     return (
         q.reshape(n, 1, width), (keys.reshape(*blocks),), (values.reshape(*blocks),),
         None, None, lengths, None, None, None, None, None, None, None, tables, None,
-        config.head_count, config.attention_scale, b"BSH", config.kv_head_count, BLOCK_SIZE, _PRECISE,
+        config.head_count, config.attention_scale, b"BSH", config.kv_head_count, block_size, _PRECISE,
         out.reshape(n, 1, width),
     )  # fmt: skip
 
@@ -188,7 +195,7 @@ def _attend_sequence(
 ) -> None:
     """The rows of one sequence, as many at once as their scores have room for."""
     kv, head, length = config.kv_head_count, config.head_dim, chunk.length
-    blocks = -(-length // BLOCK_SIZE)
+    blocks = -(-length // work.block_size)
     table = work.inputs.tables.rows(chunk.first, 1).reshape(work.blocks).leading(blocks)
     for source, gathered in ((keys, work.gathered_k), (values, work.gathered_v)):
         gather(device, source, table, gathered.leading(blocks * source.shape[1]).reshape(blocks, source.shape[1]))
@@ -197,8 +204,8 @@ def _attend_sequence(
     shape = (length, kv, head)
     turned_keys = work.permuted_k.leading(length * kv * head).reshape(kv, head, length)
     turned_values = work.permuted_v.leading(length * kv * head).reshape(kv, length, head)
-    device.run("aclnnPermute", work.gathered_k.leading(length * kv * head).reshape(*shape), (1, 2, 0), turned_keys)
-    device.run("aclnnPermute", work.gathered_v.leading(length * kv * head).reshape(*shape), (1, 0, 2), turned_values)
+    permute(device, work.gathered_k.leading(length * kv * head).reshape(*shape), (1, 2, 0), turned_keys)
+    permute(device, work.gathered_v.leading(length * kv * head).reshape(*shape), (1, 0, 2), turned_values)
 
     mask = masks.rows(chunk.mask, chunk.rows * length).reshape(chunk.rows, length)
     most = max(1, work.score_items // (config.head_count * length))
@@ -229,7 +236,7 @@ def _attend_rows(
 
     # Neighbouring query heads share a kv head: (kv, group * n, head_dim).
     queries = work.permuted_q.leading(size * head)
-    device.run("aclnnPermute", q.reshape(n, kv, group, head), (1, 2, 0, 3), queries.reshape(kv, group, n, head))
+    permute(device, q.reshape(n, kv, group, head), (1, 2, 0, 3), queries.reshape(kv, group, n, head))
     scale(device, queries, config.attention_scale)
     scores, shares = work.scores.leading(size * t), work.shares.leading(size * t)
     grouped = (kv, group * n, t)
@@ -238,4 +245,4 @@ def _attend_rows(
     device.run("aclnnSoftmax", scores.reshape(*grouped), -1, shares.reshape(*grouped))
     mixed = work.mixed.leading(size * head)
     device.run(_BATCH_PRODUCT, shares.reshape(*grouped), values, mixed.reshape(kv, group * n, head), 0)
-    device.run("aclnnPermute", mixed.reshape(kv, group, n, head), (2, 0, 1, 3), out.reshape(n, kv, group, head))
+    permute(device, mixed.reshape(kv, group, n, head), (2, 0, 1, 3), out.reshape(n, kv, group, head))

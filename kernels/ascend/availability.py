@@ -7,9 +7,7 @@ from dataclasses import dataclass
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import ADVICE, NO_CANN, Cann, load_cann
-
-SUPPORTED = "Ascend910B1 to B4 (Atlas A2) and Ascend910_93xx (Atlas A3)"
-_HBM = 1  # attribute of acl.rt.get_mem_info
+from svdengine.kernels.ascend.soc import SUPPORTED, soc_of
 
 
 @dataclass(frozen=True)
@@ -18,13 +16,8 @@ class Npu:
 
     soc: str  # such as Ascend910B3
     memory_bytes: int
-    vector_cores: int
+    vector_cores: int  # that our kernels run on: of a 310P its AI cores
     cann: str  # the version
-
-
-def is_supported(soc: str) -> bool:
-    """Whether a device has what the backend uses. "Ascend910B" without a digit is another, older one."""
-    return soc.startswith(("Ascend910B", "Ascend910_93")) and soc != "Ascend910B"
 
 
 def find_npu(index: int = 0, cann: Cann | None = None) -> Npu | str:
@@ -38,11 +31,12 @@ def find_npu(index: int = 0, cann: Cann | None = None) -> Npu | str:
             return f"CANN {cann.version} was found, but no NPU"
         cann.call("rt.set_device", index)
         try:
-            soc = str(cann.acl.get_soc_name())
-            if not is_supported(soc):
-                return f"{soc} is not supported; supported are {SUPPORTED}"
-            _, total = cann.call("rt.get_mem_info", _HBM)
-            return Npu(soc, int(total), int(cann.call("get_device_capability", index, 1)), cann.version)
+            name = str(cann.acl.get_soc_name())
+            soc = soc_of(name)
+            if soc is None:
+                return f"{name} is not supported; supported are {SUPPORTED}"
+            _, total = cann.call("rt.get_mem_info", soc.memory)
+            return Npu(name, int(total), int(cann.call("get_device_capability", index, soc.cores)), cann.version)
         finally:
             cann.call("rt.reset_device", index)
     except DeviceError as error:

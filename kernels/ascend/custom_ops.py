@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.ascend.availability import SUPPORTED, is_supported
 from svdengine.kernels.ascend.cann import ADVICE, Cann, Function, Libraries, SharedLibraries, installed_version
 from svdengine.kernels.ascend.cann import toolkit_folder as find_toolkit
+from svdengine.kernels.ascend.soc import SUPPORTED, soc_of
 
 SOURCES = Path(__file__).parent / "ops"
 BUILD_COMMAND = "svdengine build-ascend-ops"
@@ -75,7 +75,7 @@ def build_custom_ops(soc: str, folder: Path, report: Callable[[str], None]) -> P
 
     Raises DeviceError where the toolkit or CMake is missing, the device is none of theirs, or the build fails.
     """
-    if not is_supported(soc):
+    if soc_of(soc) is None:
         raise DeviceError(f"found the device {soc!r}; supported are {SUPPORTED}")
     toolkit = find_toolkit()
     if toolkit is None:

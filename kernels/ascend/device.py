@@ -18,19 +18,21 @@ from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.cann import Cann
 from svdengine.kernels.ascend.operator_calls import Action, OperatorCalls
 from svdengine.kernels.ascend.repeats import Repeats
-from svdengine.kernels.ascend.tensor import Tensor, whole
+from svdengine.kernels.ascend.soc import SUPPORTED, soc_of
+from svdengine.kernels.ascend.tensor import ALIGNMENT, Tensor, whole
 
 _HUGE_PAGES_FIRST = 0  # policy of acl.rt.malloc
 _TO_DEVICE, _TO_HOST = 1, 2  # directions of acl.rt.memcpy
-_HBM = 1  # attribute of acl.rt.get_mem_info
-_VECTOR_CORES = 1  # attribute of acl.get_device_capability
 _DETERMINISTIC = 0  # option of acl.rt.ctx_set_sys_param_opt
 _LEAST_WORKSPACE = 1 << 20
 _PINNED_BYTES = 1 << 20  # copies up to that size go by pinned host memory: the runtime would stage any other first
 
 
 class AscendDevice:
-    """A device that is open. Not for use from several threads at once, but from any: `use` makes it a thread's own."""
+    """A device that is open. Not for use from several threads at once, but from any: `use` makes it a thread's own.
+
+    Raises DeviceError where it cannot be opened, or is of a kind that is not supported.
+    """
 
     def __init__(self, cann: Cann, index: int = 0) -> None:
         self.cann = cann
@@ -39,12 +41,17 @@ class AscendDevice:
         self._closed = False
         self._memory: dict[int, int] = {}  # address -> bytes
         self._workspace = (0, 0)  # address, bytes
+        self._spare: Tensor | None = None
         cann.start()
         with ExitStack() as stack:
             cann.call("rt.set_device", index)
             stack.callback(cann.call, "rt.reset_device", index)
-            self.soc = str(cann.acl.get_soc_name())
-            self.vector_cores = int(cann.call("get_device_capability", index, _VECTOR_CORES))
+            name = str(cann.acl.get_soc_name())
+            soc = soc_of(name)
+            if soc is None:
+                raise DeviceError(f"{name} is not supported; supported are {SUPPORTED}")
+            self.soc = soc
+            self.vector_cores = int(cann.call("get_device_capability", index, soc.cores))
             self._context = cann.call("rt.create_context", index)
             stack.callback(cann.call, "rt.destroy_context", self._context)
             cann.call("rt.set_context", self._context)
@@ -66,7 +73,8 @@ class AscendDevice:
     def empty(self, shape: tuple[int, ...], dtype: DTypeLike) -> Tensor:
         """New memory of undefined content. Raises DeviceError when it runs out."""
         count = int(np.prod(shape, dtype=np.int64))
-        return whole(self._allocate(max(count, 1) * np.dtype(dtype).itemsize), shape, dtype)
+        more = ALIGNMENT if self.soc.whole_copies else 0
+        return whole(self._allocate(max(count, 1) * np.dtype(dtype).itemsize + more), shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike) -> Tensor:
         """New memory of zeros."""
@@ -81,6 +89,16 @@ class AscendDevice:
         tensor = self.empty(array.shape, array.dtype)
         self.write(tensor, array)
         return tensor
+
+    def make_spare(self, items: int) -> None:
+        """Have memory for so many float16 that nothing owns: what an operator's substitute leaves between its steps."""
+        self._spare = self.empty((items,), np.float16)
+
+    def spare(self, shape: tuple[int, ...], after: int = 0) -> Tensor:
+        """Part of that memory, from item `after` on. The next to ask for it gets the same."""
+        assert self._spare is not None
+        size = int(np.prod(shape, dtype=np.int64))
+        return self._spare.rows(after, size).reshape(*shape)
 
     def write(self, to: Tensor, array: NDArray) -> None:
         """Copy a host array into a view without gaps. The stream must not be using it: this does not wait."""
@@ -155,7 +173,7 @@ class AscendDevice:
 
     def free_bytes(self) -> int:
         """Memory that could still be allocated."""
-        free, _ = self.cann.call("rt.get_mem_info", _HBM)
+        free, _ = self.cann.call("rt.get_mem_info", self.soc.memory)
         return int(free)
 
     def free(self, tensors: Iterable[Tensor]) -> None:

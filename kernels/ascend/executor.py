@@ -22,16 +22,16 @@ from svdengine.kernels.ascend.attention import (
 from svdengine.kernels.ascend.custom_ops import CustomOps
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.fused_trial import why_not_fused
-from svdengine.kernels.ascend.kv_cache import allocate_cache, kv_bytes_per_token
+from svdengine.kernels.ascend.kv_cache import BLOCK_SIZE, allocate_cache, kv_bytes_per_token
 from svdengine.kernels.ascend.model import build_model, device_bytes
 from svdengine.kernels.ascend.operator_calls import Action
 from svdengine.kernels.ascend.operators import add, needed_operators
 from svdengine.kernels.ascend.sparse import PlacedPredictor, allocate_sparse, place_predictor, why_not
 from svdengine.kernels.ascend.step import Current, Shape, State, run_ffn, run_step
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.ascend.workspace import allocate_workspace, workspace_bytes
+from svdengine.kernels.ascend.workspace import allocate_workspace, spare_items, workspace_bytes
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
-from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnPath, Logits
 from svdengine.kernels.predictor import Predictor
 
@@ -48,6 +48,7 @@ class AscendExecutor(BaseExecutor):
     """
 
     name = "ascend"
+    block_size = BLOCK_SIZE
 
     def __init__(
         self, setup: ExecutorSetup, *, device: AscendDevice, custom_ops: CustomOps | str = "no kernels were given"
@@ -68,26 +69,31 @@ class AscendExecutor(BaseExecutor):
                 f"models of the family {config.family} do not run on Ascend yet: they have norms before the attention's"
                 " output projection and before down; use --device cpu"
             )
-        for name in needed_operators(config):
+        for name in needed_operators(config, device.soc):
             device.cann.function(f"{name}GetWorkspaceSize")
         self._device = device
         self._ffn_layer_bytes = 2.0 * (3 if config.gated else 2) * config.ffn_size * config.hidden_size  # float16
         self._said: set[str] = set()
         device.use()
         self.kv_bytes_per_token = kv_bytes_per_token(config)
-        cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
-        buffers = workspace_bytes(config, rows, self.context)
+        size = self.block_size
+        cache_bytes = self.kv_bytes_per_token * size * self.block_count
+        buffers = workspace_bytes(config, rows, self.context, size)
+        spare = spare_items(config, rows, self.context) if device.soc.lacks else 0
+        buffers += 2 * spare
         check_memory(device, device_bytes(config, setup.formats), buffers, cache_bytes)
         self._no_kernels = custom_ops if isinstance(custom_ops, str) else why_not(config, None, device.vector_cores)
         sparse = None
         if config.sparse_ffn and self._no_kernels is None and not isinstance(custom_ops, str):
             sparse = allocate_sparse(device, config, custom_ops, rows)
+        if spare:
+            device.make_spare(spare)
         self._state = State(
             device=device,
             model=build_model(device, config, setup.arrays, setup.formats, self.context),
-            work=allocate_workspace(device, config, rows, self.context),
-            cache=allocate_cache(device, config, self.block_count),
-            current=Current(Attending((), 0, (), 0)),
+            work=allocate_workspace(device, config, rows, self.context, size),
+            cache=allocate_cache(device, config, self.block_count, size),
+            current=Current(Attending((), 0, (), 0), ()),
             fused=self._fuses(device),
             sparse=sparse,
         )
@@ -117,7 +123,7 @@ class AscendExecutor(BaseExecutor):
         """Whether attention of decoded rows is one operator. One that does not work is named, in one line."""
         if not takes_fused(device, self.config):
             return False
-        reason = why_not_fused(device, self.config)
+        reason = why_not_fused(device, self.config, self.block_size)
         if reason is not None:
             print(f"attention runs in several operators, which takes longer: {reason}", file=sys.stderr)
         return reason is None
@@ -201,10 +207,11 @@ class AscendExecutor(BaseExecutor):
         device.repeat = n <= _KEPT_ROWS
         tables = np.zeros((n, work.blocks), np.int32)
         tables[:, : batch.block_tables.shape[1]] = batch.block_tables[batch.sequences]
-        blocks = np.take_along_axis(tables, batch.positions[:, None] // BLOCK_SIZE, 1)[:, 0]
+        blocks = np.take_along_axis(tables, batch.positions[:, None] // self.block_size, 1)[:, 0]
+        slots = blocks * self.block_size + batch.positions % self.block_size
         header = np.zeros((5, work.inputs.row_words), np.int32)
         header[0, :n], header[1, :n] = batch.tokens, batch.positions
-        header[2, :n] = blocks * BLOCK_SIZE + batch.positions % BLOCK_SIZE
+        header[2, :n] = slots
         header[3, :wanted] = batch.logit_rows
         if batch.sparsity_bias is not None:
             bias = np.asarray(batch.sparsity_bias, np.float32)[batch.sequences]
@@ -213,7 +220,7 @@ class AscendExecutor(BaseExecutor):
         attending = chunk_rows(batch.sequences, batch.positions, work.masks.size)
         window = config.sliding_window if config.sliding_window_layers else 0
         write_masks(device, work, attending, batch.positions, window, self._state.fused)
-        self._state.current.attending = attending
+        self._state.current.attending, self._state.current.slots = attending, tuple(slots.tolist())
         return Shape(n, wanted, path)
 
     def _count(self, n: int, layers: int, path: FfnPath) -> None:

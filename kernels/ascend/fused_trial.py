@@ -11,31 +11,31 @@ import numpy as np
 from svdengine.errors import DeviceError
 from svdengine.kernels.ascend.attention import FUSED, fused_arguments
 from svdengine.kernels.ascend.device import AscendDevice
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.models import ModelConfig
 
-_LENGTHS = (BLOCK_SIZE + 3, 2)  # tokens of two sequences, one of them in more than one block
 _TABLES = ((2, 0), (1, 0))
 _CLOSE = 2e-2  # of the largest value
 
 
-def why_not_fused(device: AscendDevice, config: ModelConfig) -> str | None:
+def why_not_fused(device: AscendDevice, config: ModelConfig, block_size: int) -> str | None:
     """One line on why the operator cannot be used for a model's heads, or None where its results are right."""
     random = np.random.default_rng(0)
     heads, kv, width = config.head_count, config.kv_head_count, config.head_dim
+    lengths = (block_size + 3, 2)  # tokens of two sequences, one of them in more than one block
     q = random.standard_normal((2, heads * width), np.float32).astype(np.float16)
-    keys, values = random.standard_normal((2, 3, BLOCK_SIZE * kv * width), np.float32).astype(np.float16)
+    keys, values = random.standard_normal((2, 3, block_size * kv * width), np.float32).astype(np.float16)
     placed = [device.upload(array) for array in (q, keys, values, np.array(_TABLES, np.int32), np.zeros_like(q))]
     rows, placed_keys, placed_values, tables, out = placed
     try:
-        device.run(FUSED, *fused_arguments(config, rows, placed_keys, placed_values, _LENGTHS, tables, out))
+        pools = placed_keys, placed_values, block_size
+        device.run(FUSED, *fused_arguments(config, rows, *pools, lengths, tables, out))
         found = device.read(out).astype(np.float32)
     except DeviceError as error:
         return str(error)
     finally:
         device.free(placed)
     expected = np.empty_like(found)
-    for row, length in enumerate(_LENGTHS):
+    for row, length in enumerate(lengths):
         own_keys, own_values = (pool[list(_TABLES[row])].reshape(-1, kv, width) for pool in (keys, values))
         expected[row] = _attended(config, q[row], own_keys, own_values, length)
     if np.isfinite(found).all() and np.abs(found - expected).max() <= _CLOSE * np.abs(expected).max():

@@ -11,14 +11,16 @@ from numpy.typing import NDArray
 
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.models import ModelConfig
+
+BLOCK_SIZE = 128  # tokens in a block: what CANN recommends for its paged attention, whose tiles shrink with it
 
 
 @dataclass(frozen=True)
 class KvCache:
-    """Keys and values of each layer: (blocks, BLOCK_SIZE * kv heads * head_dim) float16."""
+    """Keys and values of each layer: (blocks, block_size * kv heads * head_dim) float16."""
 
+    block_size: int  # tokens in a block
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
 
@@ -28,18 +30,18 @@ def kv_bytes_per_token(config: ModelConfig) -> int:
     return 4 * config.layer_count * config.kv_head_count * config.head_dim
 
 
-def allocate_cache(device: AscendDevice, config: ModelConfig, block_count: int) -> KvCache:
+def allocate_cache(device: AscendDevice, config: ModelConfig, block_count: int, block_size: int) -> KvCache:
     """An empty pool."""
-    shape = (block_count, BLOCK_SIZE * config.kv_head_count * config.head_dim)
+    shape = (block_count, block_size * config.kv_head_count * config.head_dim)
     keys = tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count))
-    return KvCache(keys, tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count)))
+    return KvCache(block_size, keys, tuple(device.zeros(shape, np.float16) for _ in range(config.layer_count)))
 
 
 def read_blocks(
     device: AscendDevice, cache: KvCache, config: ModelConfig, blocks: Sequence[int]
 ) -> NDArray[np.float16]:
-    """A copy of blocks, as `BlockStore` has it: (blocks, 2, layers, BLOCK_SIZE, kv heads, head_dim)."""
-    found = np.empty((len(blocks), *_block_shape(config)), np.float16)
+    """A copy of blocks, as `BlockStore` has it: (blocks, 2, layers, block_size, kv heads, head_dim)."""
+    found = np.empty((len(blocks), *_block_shape(cache, config)), np.float16)
     for index, block in enumerate(blocks):
         for which, pools in enumerate((cache.keys, cache.values)):
             for layer, pool in enumerate(pools):
@@ -51,7 +53,7 @@ def write_blocks(
     device: AscendDevice, cache: KvCache, config: ModelConfig, blocks: Sequence[int], data: NDArray[Any]
 ) -> None:
     """Put back what `read_blocks` gave. Raises ValueError for data of another shape or type."""
-    expected = (len(blocks), *_block_shape(config))
+    expected = (len(blocks), *_block_shape(cache, config))
     if data.shape != expected or data.dtype != np.float16:
         raise ValueError(f"found blocks of {data.dtype} {data.shape}, expected float16 {expected}")
     device.synchronize()  # the last step may still read them
@@ -61,5 +63,5 @@ def write_blocks(
                 device.write(pool.rows(block, 1), data[index, which, layer])
 
 
-def _block_shape(config: ModelConfig) -> tuple[int, ...]:
-    return 2, config.layer_count, BLOCK_SIZE, config.kv_head_count, config.head_dim
+def _block_shape(cache: KvCache, config: ModelConfig) -> tuple[int, ...]:
+    return 2, config.layer_count, cache.block_size, config.kv_head_count, config.head_dim

@@ -67,6 +67,7 @@ class Norm:
 
     weight: Tensor
     bias: Tensor | None
+    minus_mean: Tensor | None = None  # (columns, 1), whose product with a row is minus its mean (substitutes.py)
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Model:
     lm_head: Matrix
     cos: Tensor | None  # (context, head_dim) float16: both halves are equal
     sin: Tensor | None
+    turn: Tensor | None = None  # (head_dim, head_dim) float16: see substitutes.rotate; None where it is not needed
 
 
 def stays_quantised(config: ModelConfig, name: str, formats: Mapping[str, WeightFormat]) -> bool:
@@ -171,6 +173,7 @@ def build_model(
         lm_head=embedding if tied else build.matrix("lm_head", None),
         cos=cos,
         sin=sin,
+        turn=build.turn() if config.rope is not None else None,
     )
 
 
@@ -198,6 +201,9 @@ class _Builder:
     ) -> None:
         self.device, self.config, self.arrays, self.formats = device, config, arrays, formats
         self.columns = {spec.name: spec.shape[-1] for spec in tensor_specs(config)}
+        self.minus_mean: Tensor | None = None
+        if config.norm == "layer" and not device.soc.has("aclnnLayerNorm"):
+            self.minus_mean = device.upload(np.full((config.hidden_size, 1), -1 / config.hidden_size, np.float16))
 
     def layer(self, index: int) -> LayerWeights:
         """All weights of a layer."""
@@ -288,7 +294,8 @@ class _Builder:
         """A norm's weight and bias."""
         weight = self.vector(f"{name}.weight", layer)
         assert weight is not None
-        return Norm(weight, self.vector(f"{name}.bias", layer))
+        bias = self.vector(f"{name}.bias", layer)
+        return Norm(weight, bias, self.minus_mean if bias is not None else None)
 
     def vector(self, name: str, layer: int | None) -> Tensor | None:
         """A vector in float16, or None where the model has none."""
@@ -305,6 +312,15 @@ class _Builder:
         cos, sin = rope_tables(self.config, np.arange(context))
         both = [np.concatenate([table, table], 1).astype(np.float16) for table in (cos, sin)]
         return self.device.upload(both[0]), self.device.upload(both[1])
+
+    def turn(self) -> Tensor | None:
+        """What swaps the halves of a head and negates the second, where the device needs it."""
+        if self.device.soc.has("aclnnRotaryPositionEmbedding"):
+            return None
+        half = self.config.head_dim // 2
+        matrix = np.roll(np.eye(2 * half, dtype=np.float16), half, 1)
+        matrix[half:] *= -1  # row i is what item i adds to: items of the second half to the first, negated
+        return self.device.upload(matrix)
 
     def parts(self, name: str, layer: int | None) -> Parts:
         """The stored arrays of a matrix by suffix."""

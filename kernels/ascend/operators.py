@@ -1,15 +1,17 @@
 """What a step asks of CANN's operators, by what it does: products, norms, activations, copies of rows.
 
 Sources of what each accepts: its entry in CANN's operator documentation, named in signatures.py. Tensors are float16
-and contiguous unless said otherwise.
+and contiguous unless said otherwise. Where a device lacks an operator, others stand in for it (substitutes.py).
 """
 
 from __future__ import annotations
 
 from itertools import accumulate
 
+from svdengine.kernels.ascend import substitutes
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.model import HalfMatrix, Matrix, Norm, Projection, Projections
+from svdengine.kernels.ascend.soc import Soc
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.models import ModelConfig
 from svdengine.models.config import Activation
@@ -19,8 +21,8 @@ _HALVES = 0  # mode of rotary embedding: dimension i pairs with i + head_dim / 2
 _EXACT, _TANH = 0, 1  # approximations of GELU
 
 
-def needed_operators(config: ModelConfig) -> tuple[str, ...]:
-    """The operators that a model of this config runs, but for those that have a substitute."""
+def needed_operators(config: ModelConfig, soc: Soc) -> tuple[str, ...]:
+    """The operators that a model of this config runs on such a device, but for those that it can do without."""
     names = ["aclnnMm", "aclnnBatchMatMul", "aclnnSoftmax", "aclnnEmbedding", "aclnnIndexSelect"]
     names += ["aclnnInplaceIndexCopy", "aclnnPermute", "aclnnInplaceAdd", "aclnnInplaceMul", "aclnnInplaceMuls"]
     names += ["aclnnRmsNorm"] if config.norm == "rms" or config.qk_norm else []
@@ -28,7 +30,10 @@ def needed_operators(config: ModelConfig) -> tuple[str, ...]:
     names += ["aclnnLayerNorm"] if config.norm == "layer" else []
     names += ["aclnnRotaryPositionEmbedding"] if config.rope is not None else []
     names += ["aclnnInplaceRelu"] if config.activation == "drelu" else []
-    return (*names, _ACTIVATIONS[config.activation])
+    names.append(_ACTIVATIONS[config.activation])
+    return tuple(
+        dict.fromkeys(used for name in names for used in ((name,) if soc.has(name) else substitutes.USED[name]))
+    )
 
 
 def multiply(device: AscendDevice, matrix: Matrix, x: Tensor, y: Tensor) -> None:
@@ -73,8 +78,11 @@ def rows_of(matrix: Matrix) -> int:
 
 
 def add(device: AscendDevice, to: Tensor, values: Tensor, factor: float = 1.0) -> None:
-    """to += factor * values, whose shape may lack leading dimensions."""
-    device.run("aclnnInplaceAdd", to, values, factor)
+    """to += factor * values, whose shape may lack leading dimensions. Values that have a factor may be overwritten."""
+    if device.soc.has("aclnnInplaceAdd"):
+        device.run("aclnnInplaceAdd", to, values, factor)
+    else:
+        substitutes.add(device, to, values, factor)
 
 
 def scale(device: AscendDevice, x: Tensor, factor: float) -> None:
@@ -87,8 +95,10 @@ def normalize(device: AscendDevice, config: ModelConfig, norm: Norm, x: Tensor, 
     """y (n, hidden) = the model's kind of norm of x. inverse: (n or more,) float32, overwritten."""
     if config.norm == "rms":
         rms_norm(device, norm, config.norm_eps, x, inverse, y)
-        return
-    device.run("aclnnLayerNorm", x, x.shape[-1:], norm.weight, norm.bias, config.norm_eps, y, None, None)
+    elif device.soc.has("aclnnLayerNorm"):
+        device.run("aclnnLayerNorm", x, x.shape[-1:], norm.weight, norm.bias, config.norm_eps, y, None, None)
+    else:
+        substitutes.layer_norm(device, norm, config.norm_eps, x, inverse, y)
 
 
 def add_and_normalize(
@@ -118,9 +128,19 @@ def rms_norm(device: AscendDevice, norm: Norm, epsilon: float, x: Tensor, invers
     device.run("aclnnRmsNorm", x, norm.weight, epsilon, y, inverse.leading(n).reshape(n, 1))
 
 
-def rotate(device: AscendDevice, x: Tensor, heads: int, cos: Tensor, sin: Tensor, y: Tensor) -> None:
-    """y = rows x (n, heads * head_dim), each head turned by its row's angles, whose cosines are (n, head_dim)."""
+def rotate(
+    device: AscendDevice, x: Tensor, heads: int, cos: Tensor, sin: Tensor, turn: Tensor | None, y: Tensor
+) -> None:
+    """y = rows x (n, heads * head_dim), each head turned by its row's angles, whose cosines are (n, head_dim).
+
+    turn: Model.turn. x may be overwritten.
+    """
     n, width = cos.shape
+    if turn is not None:
+        by_head, by_row = (n, heads, width), (n, 1, width)
+        angles = cos.reshape(*by_row), sin.reshape(*by_row)
+        substitutes.rotate(device, x.reshape(*by_head), *angles, turn, y.reshape(*by_head))
+        return
     angles = (cos.reshape(1, n, 1, width), sin.reshape(1, n, 1, width))
     shape = (1, n, heads, width)
     device.run("aclnnRotaryPositionEmbedding", x.reshape(*shape), *angles, _HALVES, y.reshape(*shape))
@@ -134,6 +154,14 @@ def look_up(device: AscendDevice, table: Tensor, indices: Tensor, rows: Tensor) 
 def gather(device: AscendDevice, source: Tensor, indices: Tensor, rows: Tensor) -> None:
     """The same for sources that are no weights."""
     device.run("aclnnIndexSelect", source, 0, indices, rows)
+
+
+def permute(device: AscendDevice, x: Tensor, dimensions: tuple[int, ...], y: Tensor) -> None:
+    """y = x with its dimensions in another order."""
+    if device.soc.has("aclnnPermute"):
+        device.run("aclnnPermute", x, dimensions, y)
+    else:
+        substitutes.permute(device, x, dimensions, y)
 
 
 def put(device: AscendDevice, rows: Tensor, indices: Tensor, to: Tensor) -> None:
@@ -159,7 +187,12 @@ _ACTIVATIONS: dict[Activation, str] = {
 def activate(device: AscendDevice, activation: Activation, threshold: float, x: Tensor, y: Tensor) -> None:
     """y = the activation of x, both of one shape. y may not be x. threshold: that of fatrelu."""
     name = _ACTIVATIONS[activation]
-    if activation == "fatrelu":
+    if not device.soc.has(name):
+        if activation == "fatrelu":
+            substitutes.threshold(device, x, threshold, y)
+        else:
+            substitutes.relu(device, x, y)
+    elif activation == "fatrelu":
         device.run(name, x, threshold, 0.0, y)
     elif activation in ("gelu", "gelu_tanh"):
         device.run(name, x, _TANH if activation == "gelu_tanh" else _EXACT, y)
@@ -167,3 +200,11 @@ def activate(device: AscendDevice, activation: Activation, threshold: float, x: 
         device.run(name, x, y)
     if activation == "relu2":
         device.run("aclnnInplaceMul", y, y)
+
+
+def relu_in_place(device: AscendDevice, x: Tensor) -> None:
+    """x = its ReLU."""
+    if device.soc.has("aclnnInplaceRelu"):
+        device.run("aclnnInplaceRelu", x)
+    else:
+        substitutes.relu_in_place(device, x)

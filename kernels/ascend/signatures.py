@@ -4,8 +4,10 @@ Sources: `acl_meta.h` and the headers of `aclnnop/` of CANN 8.1.RC1, and the ope
 cann/ops-nn, ops-math and ops-transformer (aclnnMm, aclnnBatchMatMul, aclnnWeightQuantBatchMatmulV2, aclnnRmsNorm,
 aclnnAddRmsNorm, aclnnLayerNorm, aclnnRotaryPositionEmbedding, aclnnIncreFlashAttentionV4, aclnnSoftmax, aclnnEmbedding,
 aclnnIndexSelect, aclnnIndexCopy&aclnnInplaceIndexCopy, aclnnPermute, aclnnAdd&aclnnInplaceAdd,
-aclnnMul&aclnnInplaceMul, aclnnMuls, aclnnRelu&aclnnInplaceRelu, aclnnThreshold, aclnnSilu,
-aclnnGeluV2). An operator is two functions:
+aclnnMul&aclnnInplaceMul, aclnnMuls, aclnnRelu&aclnnInplaceRelu, aclnnThreshold, aclnnSilu, aclnnGeluV2; and, for
+substitutes.py, aclnnSum, aclnnInplaceCopy, aclnnClampMin and aclnnGtScalar&aclnnInplaceGtScalar).
+
+An operator is two functions:
 
     int aclnnXxxGetWorkspaceSize(arguments..., uint64_t* workspace_size, aclOpExecutor** executor)
     int aclnnXxx(void* workspace, uint64_t workspace_size, aclOpExecutor* executor, aclrtStream stream)
@@ -86,6 +88,10 @@ OPERATORS: dict[str, str] = {
     "aclnnThreshold": "tensor scalar scalar tensor",  # self, threshold, value of what is not above it, out
     "aclnnSilu": "tensor tensor",
     "aclnnGeluV2": "tensor int64 tensor",  # x, approximation (0: none, 1: tanh), y
+    "aclnnSum": "tensors tensor",  # summands, out
+    "aclnnInplaceCopy": "tensor tensor",  # self, source
+    "aclnnClampMin": "tensor scalar tensor",  # self, least, out
+    "aclnnInplaceGtScalar": "tensor scalar",  # self, which becomes 1 where it is larger, else 0
 }
 
 # How many of the last tensors an operator writes, by default one; those that are named Inplace write their first.

@@ -21,7 +21,7 @@ from svdengine.kernels.ascend.model import (
 )
 from svdengine.kernels.ascend.operators import multiply
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.ascend.tiling import COUNT_INTS, MAX_BLOCKS, check_shape, list_capacity, padded
+from svdengine.kernels.ascend.tiling import COUNT_INTS, LANES, MAX_BLOCKS, check_shape, list_capacity, padded
 from svdengine.kernels.formats import dequantize, padded_columns
 from svdengine.kernels.lowbit import BLOCK, dequantize_lowbit
 from svdengine.kernels.predictor import LayerPredictor, Predictor
@@ -107,6 +107,7 @@ def allocate_sparse(device: AscendDevice, config: ModelConfig, ops: CustomOps, r
     """Memory for sparse steps of up to `rows` rows."""
     blocks, f = min(device.vector_cores, MAX_BLOCKS), config.ffn_size
     capacity, all_of = list_capacity(f, blocks), list_capacity(f, 1)
+    capacity += LANES if device.soc.whole_copies else 0  # what is written behind a list's end stays in its segment
     every = np.zeros((1, all_of), np.int32)
     every[0, :f] = np.arange(f)
     counts = np.zeros((1, COUNT_INTS), np.int32)
@@ -253,7 +254,11 @@ def _place_layer(device: AscendDevice, config: ModelConfig, layer: LayerPredicto
 
 
 def _place_rest(device: AscendDevice, config: ModelConfig, layer: LayerPredictor) -> Matrix:
-    """Q as int8 whole numbers, -3 to 3, and half of its scales: a quarter of a float16 FFN's up, read for every row."""
+    """Q as int8 whole numbers, -3 to 3, and half of its scales: half of a float16 FFN's up, read for every row.
+
+    x stays in float16 here, where the definition rounds it to 8 bits (kernels/predictor.py): that is nearer to Q x, and
+    of neurons whose scores nearly are zero others are chosen.
+    """
     rows, columns = config.ffn_size, config.hidden_size
     if not takes_quantised(rows, columns, BLOCK):
         dense = dequantize_lowbit(layer.q, layer.residual_bits, columns)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from svdengine.kernels.ascend import substitutes
 from svdengine.kernels.ascend.attention import Attending, LayerAttention
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.kv_cache import KvCache
@@ -20,6 +21,7 @@ from svdengine.kernels.ascend.operators import (
     project,
     project_all,
     put,
+    relu_in_place,
     rms_norm,
     rotate,
     scale,
@@ -27,7 +29,6 @@ from svdengine.kernels.ascend.operators import (
 from svdengine.kernels.ascend.sparse import PlacedPredictor, SparseState, sparse_ffn
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.ascend.workspace import Workspace
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import FfnPath
 
 Keep = Callable[[int, Tensor], None]  # takes a layer's number and what its FFN reads
@@ -47,6 +48,7 @@ class Current:
     """What is the step's own and not in device memory."""
 
     attending: Attending
+    slots: tuple[int, ...]  # where a row's key and value go
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,8 @@ def _attention(state: State, index: int, layer: LayerWeights, x: Tensor) -> Tens
     k = _turn(state, layer.k_norm, config.kv_head_count, k, work.turned_k.rows(0, n))
 
     keys, values = state.cache.keys[index], state.cache.values[index]
-    slots = work.inputs.slots.leading(n)
     for rows, cached in ((k, keys), (v, values)):
-        put(device, rows, slots, cached.reshape(cached.shape[0] * BLOCK_SIZE, rows.shape[1]))
+        _keep_rows(state, rows, cached.reshape(cached.shape[0] * work.block_size, rows.shape[1]))
     attention = LayerAttention(
         device, config, work, q, keys, values, window=layer.window, fused=state.fused, keep=device.repeat
     )
@@ -166,6 +167,15 @@ def _attention(state: State, index: int, layer: LayerWeights, x: Tensor) -> Tens
     out = work.added.rows(0, n)
     project(device, layer.o, work.attended.rows(0, n), out)
     return out
+
+
+def _keep_rows(state: State, rows: Tensor, cached: Tensor) -> None:
+    """Copy keys or values (n, kv heads * head_dim) to their slots of a layer's pool, which has one a row."""
+    device, n = state.device, rows.shape[0]
+    if device.soc.has("aclnnInplaceIndexCopy"):
+        put(device, rows, state.work.inputs.slots.leading(n), cached)
+    else:
+        device.vary(lambda: substitutes.put(device, rows, state.current.slots, cached))
 
 
 def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor) -> Tensor:
@@ -176,7 +186,7 @@ def _turn(state: State, norm: Norm | None, heads: int, x: Tensor, other: Tensor)
         rms_norm(device, norm, config.norm_eps, x.reshape(*by_head), work.inverse, other.reshape(*by_head))
         x, other = other, x
     if config.rope is not None:
-        rotate(device, x, heads, work.cos.rows(0, n), work.sin.rows(0, n), other)
+        rotate(device, x, heads, work.cos.rows(0, n), work.sin.rows(0, n), state.model.turn, other)
         x = other
     return x
 
@@ -189,6 +199,6 @@ def _dense_ffn(state: State, layer: LayerWeights, x: Tensor, out: Tensor) -> Non
     activate(device, config.activation, config.activation_threshold, first, hidden)
     for factor in up:
         if config.activation == "drelu":
-            device.run("aclnnInplaceRelu", factor)
+            relu_in_place(device, factor)
         device.run("aclnnInplaceMul", hidden, factor)
     project(device, layer.down, hidden, out, turned=config.sparse_ffn)

@@ -63,6 +63,11 @@ class Tensor:
         """The first columns of a matrix: its rows lie apart then."""
         return replace(self, shape=(self.shape[0], count))
 
+    def permuted(self, dimensions: tuple[int, ...]) -> Tensor:
+        """The same elements with the dimensions in another order; nothing moves."""
+        shape, strides = (tuple(values[i] for i in dimensions) for values in (self.shape, self.strides))
+        return replace(self, shape=shape, strides=strides)
+
     @property
     def transposed(self) -> Tensor:
         """A matrix seen the other way; nothing moves, and products recognise it."""

@@ -8,7 +8,6 @@ import numpy as np
 
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.tensor import Tensor
-from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.models import ModelConfig
 
 _PIECE = 16  # elements: pieces of the mask begin at multiples, so that their addresses are aligned
@@ -34,6 +33,7 @@ class Workspace:
     """Activations of up to `rows` rows, float16 unless said otherwise; flat where their shape depends on a step."""
 
     rows: int
+    block_size: int  # tokens in a KV block
     blocks: int  # of a sequence's table
     inputs: Inputs
     x: tuple[Tensor, Tensor]  # (rows, hidden): the residual stream, in one or the other
@@ -51,7 +51,7 @@ class Workspace:
     hidden: Tensor  # (rows, ffn): activations
     wanted: Tensor  # (rows, hidden): rows with logits
     logits: Tensor  # (rows, vocabulary)
-    gathered_k: Tensor  # (blocks * BLOCK_SIZE * kv heads * head_dim,): one sequence
+    gathered_k: Tensor  # (blocks * block_size * kv heads * head_dim,): one sequence
     gathered_v: Tensor
     permuted_k: Tensor
     permuted_v: Tensor
@@ -72,19 +72,21 @@ def mask_piece(rows: int, length: int) -> int:
     return -(-rows * length // _PIECE) * _PIECE
 
 
-def workspace_bytes(config: ModelConfig, rows: int, context: int) -> int:
+def workspace_bytes(config: ModelConfig, rows: int, context: int, block_size: int) -> int:
     """About the bytes of `allocate_workspace`."""
     heads, kv = config.head_count * config.head_dim, config.kv_head_count * config.head_dim
     per_row = 6 * config.hidden_size + 5 * heads + 4 * kv + 3 * config.ffn_size + config.vocab_size + 2 * context
-    return 2 * (rows * per_row + 4 * (context + BLOCK_SIZE) * kv + 2 * _score_items(config, rows, context))
+    return 2 * (rows * per_row + 4 * (context + block_size) * kv + 2 * _score_items(config, rows, context))
 
 
-def allocate_workspace(device: AscendDevice, config: ModelConfig, rows: int, context: int) -> Workspace:
+def allocate_workspace(
+    device: AscendDevice, config: ModelConfig, rows: int, context: int, block_size: int
+) -> Workspace:
     """Memory for steps of up to `rows` rows, in sequences of up to `context` tokens."""
-    blocks = -(-context // BLOCK_SIZE)
+    blocks = -(-context // block_size)
     d, f, head = config.hidden_size, config.ffn_size, config.head_dim
     heads, kv = config.head_count * head, config.kv_head_count * head
-    sequence = blocks * BLOCK_SIZE * kv
+    sequence = blocks * block_size * kv
     scores = _score_items(config, rows, context)
 
     def half(*shape: int) -> Tensor:
@@ -92,6 +94,7 @@ def allocate_workspace(device: AscendDevice, config: ModelConfig, rows: int, con
 
     return Workspace(
         rows=rows,
+        block_size=block_size,
         blocks=blocks,
         inputs=_allocate_inputs(device, rows, blocks),
         x=(half(rows, d), half(rows, d)),
@@ -118,8 +121,14 @@ def allocate_workspace(device: AscendDevice, config: ModelConfig, rows: int, con
         scores=half(scores),
         shares=half(scores),
         # Every row's piece is at most the context and what aligns its sequence's.
-        masks=half((2 if config.sliding_window else 1) * rows * (blocks * BLOCK_SIZE + _PIECE)),
+        masks=half((2 if config.sliding_window else 1) * rows * (blocks * block_size + _PIECE)),
     )
+
+
+def spare_items(config: ModelConfig, rows: int, context: int) -> int:
+    """Elements of the largest result that a substitute of an operator leaves between its steps."""
+    heads = (config.head_count + 2 * config.kv_head_count) * config.head_dim
+    return max(_score_items(config, rows, context), rows * max(config.hidden_size + 1, heads, 2 * config.ffn_size))
 
 
 def _score_items(config: ModelConfig, rows: int, context: int) -> int:

@@ -18,6 +18,19 @@ def host_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def host_kernels_310p(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled("run_kernels.cpp", tmp_path_factory, "-DSVD_310P")
+
+
+@pytest.fixture(scope="session")
+def launches_310p(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., None]]:
+    """For Npu.launches of a 310P."""
+    need_compiler()
+    folder = tmp_path_factory.mktemp("library_310p")
+    return KernelLibrary(compile_library(HERE / "kernel_library.cpp", folder, "-DSVD_310P")).launches()
+
+
+@pytest.fixture(scope="session")
 def kernel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels as CANN would build them, but for the host."""
     need_compiler()

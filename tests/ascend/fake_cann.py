@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from fake_memory import BrokenRule, Memory, View
-from fake_operators import OPERATORS, OUTPUTS
+from fake_operators import NOT_ON_310P, OPERATORS, OUTPUTS
 from numpy.typing import NDArray
 
 from svdengine.kernels.ascend import signatures
@@ -69,6 +69,11 @@ class Npu:
     unsupported: frozenset[str] = frozenset()  # operators that are there and that this device lacks a kernel for
     launches: dict[str, Callable[..., None]] = field(default_factory=dict)  # own kernels by their C name
     fail_at: int | None = None  # the call that fails, by its place in `calls`
+
+    @property
+    def is_310p(self) -> bool:
+        """Whether it is one of the Atlas inference series: other memory, other cores, and fewer operators."""
+        return self.soc.startswith("Ascend310P")
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.memory_bytes)
@@ -234,7 +239,7 @@ _KINDS = {"tensor": "Tensor", "tensors": "TensorList", "scalar": "Scalar", "inte
 def _plan(npu: Npu, operator: str, arguments: Sequence[Any]) -> int:
     """The first phase: look at the arguments, say how much workspace they need, and make an executor."""
     npu.check_context()
-    if operator in npu.unsupported:
+    if operator in npu.unsupported or (npu.is_310p and operator in NOT_ON_310P):
         return 561003
     *natives, size, executor = arguments
     values: list[Any] = []
@@ -247,6 +252,8 @@ def _plan(npu: Npu, operator: str, arguments: Sequence[Any]) -> int:
         parts.append(handle)
         values.append([part.value for _, part in handle.value] if kind == "tensors" else handle.value)
     views = [v for v in values if isinstance(v, View)]
+    if npu.is_310p and operator in ("aclnnRmsNorm", "aclnnAddRmsNorm") and views[0].shape[-1] < 16:
+        raise BrokenRule(f"{operator}: rows of {views[0].shape[-1]}, a 310P takes 32 bytes at least")
     if not operator.startswith("aclnnInplace"):
         count = OUTPUTS.get(operator, 1)
         if any(view.overlaps(output) for view in views[:-count] for output in views[-count:]):
@@ -327,7 +334,8 @@ class _Runtime:
         return 1, 0
 
     def get_device_capability(self, device: int, what: int) -> tuple[int, int]:
-        return (self.npu.vector_cores, 0) if what == 1 else (0, 100000)
+        counted = 0 if self.npu.is_310p else 1  # AI cores, or vector cores
+        return (self.npu.vector_cores, 0) if what == counted else (7, 0)
 
     def set_device(self, index: int) -> int:
         self.npu.devices.append(index)
@@ -423,7 +431,7 @@ class _Runtime:
         return 0
 
     def get_mem_info(self, attribute: int) -> tuple[int, int, int]:
-        if attribute != 1:
+        if attribute != (0 if self.npu.is_310p else 1):  # DDR or HBM
             return 0, 0, 100000
         return self.npu.memory_bytes - self.npu.memory.used, self.npu.memory_bytes, 0
 

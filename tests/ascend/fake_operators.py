@@ -119,6 +119,30 @@ def incre_flash_attention(
         out[row, 0] = np.einsum("kgt,tkd->kgd", _softmax(scores), seen_v).reshape(-1)
 
 
+def sum_of(summands: Sequence[Array], out: Array) -> None:
+    _half(*summands, out)
+    need(np.broadcast_shapes(*(a.shape for a in summands)) == out.shape, f"Sum: {[a.shape for a in summands]}")
+    total = summands[0].astype(np.float32)
+    for array in summands[1:]:
+        total = total + array.astype(np.float32)
+    out[...] = total
+
+
+def inplace_copy(to: Array, source: Array) -> None:
+    need(to.dtype == source.dtype, "InplaceCopy: of another type")
+    need(np.broadcast_shapes(to.shape, source.shape) == to.shape, f"InplaceCopy: {source.shape} to {to.shape}")
+    to[...] = source
+
+
+def clamp_min(x: Array, least: float, out: Array) -> None:
+    need(x.shape == out.shape and x.dtype == out.dtype, f"ClampMin: {x.shape} and {out.shape}")
+    out[...] = np.maximum(x, np.float16(least))
+
+
+def inplace_gt_scalar(x: Array, other: float) -> None:
+    x[...] = x.astype(np.float32) > np.float32(other)
+
+
 def softmax(x: Array, dimension: int, y: Array) -> None:
     need(dimension == -1, "Softmax: not over the last dimension")
     y[...] = _softmax(x.astype(np.float32))
@@ -154,7 +178,7 @@ def inplace_add(x: Array, other: Array, factor: float) -> None:
 
 
 def inplace_mul(x: Array, other: Array) -> None:
-    need(x.shape == other.shape, f"InplaceMul: {other.shape} and {x.shape}")
+    need(np.broadcast_shapes(x.shape, other.shape) == x.shape, f"InplaceMul: {other.shape} and {x.shape}")
     x[...] = x.astype(np.float32) * other.astype(np.float32)
 
 
@@ -204,7 +228,18 @@ OPERATORS: dict[str, Callable[..., None]] = {
     "aclnnThreshold": threshold,
     "aclnnSilu": silu,
     "aclnnGeluV2": gelu,
+    "aclnnSum": sum_of,
+    "aclnnInplaceCopy": inplace_copy,
+    "aclnnClampMin": clamp_min,
+    "aclnnInplaceGtScalar": inplace_gt_scalar,
 }
+
+# Of Atlas inference products (310P), those that the table of products at the head of an operator's page does not list:
+# ops-math and ops-nn of August 2026, ops-transformer of November 2025.
+NOT_ON_310P = {
+    "aclnnPermute", "aclnnInplaceAdd", "aclnnRelu", "aclnnInplaceRelu", "aclnnThreshold", "aclnnInplaceIndexCopy",
+    "aclnnLayerNorm", "aclnnRotaryPositionEmbedding", "aclnnIncreFlashAttentionV4",
+}  # fmt: skip
 
 # Those that work in the memory of their first argument; all others write the last tensors, which no input overlaps.
 OUTPUTS: dict[str, int] = {"aclnnRmsNorm": 2, "aclnnAddRmsNorm": 3}  # how many; by default one

@@ -65,9 +65,14 @@ def score_inputs(predictor: LayerPredictor, x: NDArray[np.float32], shift: float
     return ScoreInputs(a, z, -predictor.threshold, predictor.unit, shift, predictor.relu)
 
 
+def capacity_of(script: Script, neurons: int, blocks: int) -> int:
+    """Entries of a segment of a list."""
+    return list_capacity(neurons, blocks) + script.slack
+
+
 def add_list(script: Script, name: str, neurons: int, blocks: int, *, values: bool = False) -> None:
     """Empty buffers of a list: NAME_counts, NAME and, for a list with values, NAME_values."""
-    capacity = list_capacity(neurons, blocks)
+    capacity = capacity_of(script, neurons, blocks)
     script.empty(f"{name}_counts", (blocks, COUNT_INTS), np.int32)
     script.empty(name, (blocks, capacity), np.int32)
     if values:
@@ -85,7 +90,7 @@ def launch_score(script: Script, inputs: ScoreInputs, blocks: int, order: int = 
     if inputs.rest is not None:
         script.buffer("rest", inputs.rest)
     add_list(script, "predicted", neurons, blocks)
-    capacity = list_capacity(neurons, blocks)
+    capacity = capacity_of(script, neurons, blocks)
     rest = None if inputs.rest is None else "rest"
     buffers = ("a", "z", "bias", "unit", "shift", rest, "predicted_counts", "predicted")
     script.launch("svd_score", blocks, *buffers, neurons, len(inputs.z), capacity, int(inputs.relu), order=order)
@@ -140,7 +145,7 @@ def launch_ffn(script: Script, inputs: FfnInputs, producers: int, blocks: int, o
     """From the list `predicted`, which `producers` blocks wrote, to `active`, `partials` and `y`."""
     config = inputs.config
     neurons, hidden = config.ffn_size, config.hidden_size
-    capacity = list_capacity(neurons, blocks)
+    capacity = capacity_of(script, neurons, blocks)
 
     def present(name: str) -> str | None:
         return name if name in inputs.weights else None
@@ -153,7 +158,7 @@ def launch_ffn(script: Script, inputs: FfnInputs, producers: int, blocks: int, o
     first = "gate" if config.gated else "up"
     buffers = (first, "x", present(f"{first}.bias"), "predicted_counts", "predicted")
     buffers = (*buffers, "active_counts", "active", "active_values")
-    sizes = (neurons, hidden, producers, list_capacity(neurons, producers), capacity)
+    sizes = (neurons, hidden, producers, capacity_of(script, neurons, producers), capacity)
     square = int(config.activation == "relu2")
     script.launch("svd_gate", blocks, *buffers, *sizes, float(config.activation_threshold), square, order=order)
 

@@ -23,21 +23,21 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 Argument = str | int | float | None  # name of a buffer, number, or a null address
 
 
-def compile_host(source: Path, folder: Path) -> Path:
+def compile_host(source: Path, folder: Path, *options: str) -> Path:
     """The executable of a source that uses the shim, with address and undefined-behaviour sanitizers."""
     program = folder / source.stem
     paths = [f"-I{folder}" for folder in (HERE / "shim", HERE, OPS)]
-    command = ["g++", *FLAGS, *SANITIZERS, *paths, str(source), "-o", str(program)]
+    command = ["g++", *FLAGS, *SANITIZERS, *options, *paths, str(source), "-o", str(program)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return program
 
 
-def compile_library(source: Path, folder: Path) -> Path:
+def compile_library(source: Path, folder: Path, *options: str) -> Path:
     """The shared library of a source that uses the shim. Python could not load one with sanitizers."""
     library = folder / f"lib{source.stem}.so"
     paths = [f"-I{folder}" for folder in (HERE / "shim", HERE, OPS)]
-    command = ["g++", *FLAGS, "-shared", "-fPIC", *paths, str(source), "-o", str(library)]
+    command = ["g++", *FLAGS, *options, "-shared", "-fPIC", *paths, str(source), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
@@ -49,7 +49,7 @@ def need_compiler() -> None:
         pytest.skip("g++ was not found")
 
 
-def compiled(name: str, factory: pytest.TempPathFactory) -> Path:
+def compiled(name: str, factory: pytest.TempPathFactory, *options: str) -> Path:
     """The executable of a source of this folder. Skips the test when there is no compiler."""
     folder = factory.mktemp("ascend")
     need_compiler()
@@ -57,7 +57,7 @@ def compiled(name: str, factory: pytest.TempPathFactory) -> Path:
     command = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
     if subprocess.run(command, capture_output=True).returncode != 0:
         pytest.skip("g++ has no address and undefined-behaviour sanitizers")
-    return compile_host(HERE / name, folder)
+    return compile_host(HERE / name, folder, *options)
 
 
 @dataclass
@@ -65,15 +65,17 @@ class Script:
     """Device buffers and launches, in order, as shim/script.h reads them; `run` gives the dumped buffers."""
 
     program: Path
+    slack: int = 0  # elements of four bytes that each buffer, and each segment of a list, has more than is wanted
     text: list[bytes] = field(default_factory=list)
-    dumps: list[tuple[tuple[int, ...], np.dtype]] = field(default_factory=list)
+    dumps: list[tuple[tuple[int, ...], np.dtype, int]] = field(default_factory=list)  # and bytes that follow
     shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = field(default_factory=dict)
     launches: int = 0
 
     def buffer(self, name: str, array: NDArray) -> None:
         """A buffer with content."""
         array = np.ascontiguousarray(array)
-        self.text.append(f"buffer {name} {array.nbytes}\n".encode() + array.tobytes())
+        more = bytes(4 * self.slack)
+        self.text.append(f"buffer {name} {array.nbytes + len(more)}\n".encode() + array.tobytes() + more)
         self.shapes[name] = (array.shape, array.dtype)
 
     def empty(self, name: str, shape: Sequence[int], dtype: DTypeLike) -> None:
@@ -91,12 +93,12 @@ class Script:
         """Ask for buffers as they are now."""
         for name in names:
             self.text.append(f"dump {name}\n".encode())
-            self.dumps.append(self.shapes[name])
+            self.dumps.append((*self.shapes[name], 4 * self.slack))
 
     def used(self) -> None:
         """Ask for the UB bytes of a block of each launch so far."""
         self.text.append(b"used\n")
-        self.dumps.append(((self.launches,), np.dtype(np.uint64)))
+        self.dumps.append(((self.launches,), np.dtype(np.uint64), 0))
 
     def execute(self) -> subprocess.CompletedProcess[bytes]:
         """Run the process, whatever comes of it."""
@@ -108,10 +110,10 @@ class Script:
         done = self.execute()
         assert done.returncode == 0, done.stderr.decode()
         arrays, at = [], 0
-        for shape, dtype in self.dumps:
+        for shape, dtype, more in self.dumps:
             count = int(np.prod(shape, dtype=np.int64))
             arrays.append(np.frombuffer(done.stdout, dtype, count, at).reshape(shape))
-            at += count * dtype.itemsize
+            at += count * dtype.itemsize + more
         assert at == len(done.stdout)
         return arrays
 

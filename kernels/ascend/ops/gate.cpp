@@ -9,6 +9,7 @@
 #include "list_writer.h"
 #include "listed_rows.h"
 #include "sizes.h"
+#include "soc.h"
 #include "sync.h"
 
 class Gate {
@@ -20,10 +21,10 @@ public:
     __aicore__ inline void Init(GM_ADDR gate, GM_ADDR x, GM_ADDR bias)
     {
         gate_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(gate), static_cast<uint64_t>(neurons_) * columns_);
-        gate_.SetL2CacheHint(AscendC::CacheMode::CACHE_MODE_DISABLE);
+        ReadOnce(gate_);
         has_bias_ = bias != nullptr;
         if (has_bias_) {
-            bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), neurons_);
+            bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), Reach<float>(neurons_));
         }
         rows_.Init(pipe_, columns_);
         pipe_->InitBuffer(x_buffer_, columns_ * sizeof(float));
@@ -32,7 +33,7 @@ public:
         pipe_->InitBuffer(bias_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(window_buffer_, WINDOW * sizeof(float));
         AscendC::GlobalTensor<half> input;
-        input.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(x), hidden_);
+        input.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(x), Reach<half>(hidden_));
         auto staging = rows_.Work().ReinterpretCast<half>();
         LoadVector(*pipe_, x_buffer_.Get<float>(), input, staging, hidden_, columns_);
     }
@@ -98,7 +99,7 @@ extern "C" __global__ __aicore__ void svd_gate(GM_ADDR gate, GM_ADDR x, GM_ADDR 
     GM_ADDR predicted, GM_ADDR active_counts, GM_ADDR active, GM_ADDR active_values, uint32_t neurons, uint32_t hidden,
     uint32_t producers, uint32_t predicted_capacity, uint32_t active_capacity, float threshold, uint32_t square)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    KERNEL_TASK_TYPE_DEFAULT(SVD_KERNEL_TYPE);
     AscendC::TPipe pipe;
     ListReader reader;
     reader.Init(&pipe, predicted_counts, producers, predicted_capacity);
@@ -108,7 +109,7 @@ extern "C" __global__ __aicore__ void svd_gate(GM_ADDR gate, GM_ADDR x, GM_ADDR 
     layer.Init(gate, x, bias);
     AscendC::GlobalTensor<int32_t> segments;
     segments.SetGlobalBuffer(
-        reinterpret_cast<__gm__ int32_t*>(predicted), static_cast<uint64_t>(producers) * predicted_capacity);
+        reinterpret_cast<__gm__ int32_t*>(predicted), Reach<int32_t>(static_cast<uint64_t>(producers) * predicted_capacity));
     layer.Run(reader, segments, writer, threshold, square != 0);
     writer.Finish();
 }

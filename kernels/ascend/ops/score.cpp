@@ -8,6 +8,7 @@
 #include "kernel_operator.h"
 #include "list_writer.h"
 #include "sizes.h"
+#include "soc.h"
 #include "sync.h"
 
 constexpr uint32_t SCORE_SLOT = 16384;  // float16 in a slot: copies of 32 KB
@@ -22,9 +23,9 @@ public:
     __aicore__ inline void Init(GM_ADDR a, GM_ADDR bias, GM_ADDR unit, GM_ADDR shift, GM_ADDR rest)
     {
         a_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(a), static_cast<uint64_t>(neurons_) * columns_);
-        a_.SetL2CacheHint(AscendC::CacheMode::CACHE_MODE_DISABLE);
-        bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), neurons_);
-        unit_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(unit), neurons_);
+        ReadOnce(a_);
+        bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), Reach<float>(neurons_));
+        unit_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(unit), Reach<float>(neurons_));
         AscendC::GlobalTensor<float> shifts;
         shifts.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(shift), 1);
         shift_ = shifts.GetValue(0);
@@ -39,7 +40,7 @@ public:
         pipe_->InitBuffer(wide_buffer_, CHUNK * sizeof(float));
         has_rest_ = rest != nullptr;
         if (has_rest_) {
-            rest_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(rest), neurons_);
+            rest_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(rest), Reach<half>(neurons_));
         }
     }
 
@@ -47,7 +48,7 @@ public:
     __aicore__ inline void LoadHidden(GM_ADDR z, bool relu)
     {
         AscendC::GlobalTensor<half> source;
-        source.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(z), rank_);
+        source.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(z), Reach<half>(rank_));
         auto hidden = z_buffer_.Get<float>();
         LoadVector(*pipe_, hidden, source, work_buffer_.Get<half>(), rank_, columns_);
         if (relu) {
@@ -86,7 +87,7 @@ private:
 
         // What pads the last unit is never listed.
         AscendC::Duplicate(scores, -1.0f, padded);
-        AscendC::CreateVecIndex(index, static_cast<int32_t>(first), padded);
+        FillIndex(*pipe_, index, first, padded);
         VectorBarrier();
         const uint32_t slot = RowsInSlot(SCORE_SLOT, columns_);
         for (uint32_t row = 0; row < count; row += slot) {
@@ -137,7 +138,7 @@ private:
 extern "C" __global__ __aicore__ void svd_score(GM_ADDR a, GM_ADDR z, GM_ADDR bias, GM_ADDR unit, GM_ADDR shift,
     GM_ADDR rest, GM_ADDR counts, GM_ADDR indices, uint32_t neurons, uint32_t rank, uint32_t capacity, uint32_t relu)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    KERNEL_TASK_TYPE_DEFAULT(SVD_KERNEL_TYPE);
     AscendC::TPipe pipe;
     ListWriter list;
     list.Init(&pipe, counts, indices, nullptr, capacity);

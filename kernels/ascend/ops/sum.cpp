@@ -2,6 +2,7 @@
 #include "copies.h"
 #include "kernel_operator.h"
 #include "sizes.h"
+#include "soc.h"
 #include "sync.h"
 
 constexpr uint32_t SUM_COLUMNS = 256;  // columns of all partial sums that are in UB at once
@@ -16,10 +17,10 @@ public:
     {
         partials_.SetGlobalBuffer(
             reinterpret_cast<__gm__ float*>(partials), static_cast<uint64_t>(parts_) * columns_);
-        y_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(y), hidden_);
+        y_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(y), Reach<half>(hidden_));
         has_bias_ = bias != nullptr;
         if (has_bias_) {
-            bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), hidden_);
+            bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), Reach<float>(hidden_));
         }
         pipe_->InitBuffer(tiles_, 2, parts_ * SUM_COLUMNS * sizeof(float));
         pipe_->InitBuffer(bias_buffer_, SUM_COLUMNS * sizeof(float));
@@ -68,7 +69,7 @@ private:
             AscendC::Add(sum, sum, bias, count);
             VectorBarrier();
         }
-        AscendC::Cast(out, sum, AscendC::RoundMode::CAST_RINT, width);
+        AscendC::Cast(out, sum, ROUND_TO_HALF, width);
         Sync<AscendC::HardEvent::V_MTE3>(*pipe_);
         CopyOut(y_[first], out, count);
         Sync<AscendC::HardEvent::MTE3_V>(*pipe_);
@@ -88,7 +89,7 @@ private:
 extern "C" __global__ __aicore__ void svd_sum(
     GM_ADDR partials, GM_ADDR bias, GM_ADDR y, uint32_t parts, uint32_t hidden)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    KERNEL_TASK_TYPE_DEFAULT(SVD_KERNEL_TYPE);
     AscendC::TPipe pipe;
     PartialSum sum(&pipe, parts, hidden);
     sum.Init(partials, bias, y);

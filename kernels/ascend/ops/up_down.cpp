@@ -8,6 +8,7 @@
 #include "list_reader.h"
 #include "listed_rows.h"
 #include "sizes.h"
+#include "soc.h"
 #include "sync.h"
 
 class UpDown {
@@ -20,7 +21,7 @@ public:
     {
         const uint64_t size = static_cast<uint64_t>(neurons_) * columns_;
         down_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(down), size);
-        down_.SetL2CacheHint(AscendC::CacheMode::CACHE_MODE_DISABLE);
+        ReadOnce(down_);
         rows_.Init(pipe_, columns_);
         pipe_->InitBuffer(sum_buffer_, columns_ * sizeof(float));
         pipe_->InitBuffer(neurons_buffer_, CHUNK * sizeof(int32_t));
@@ -32,17 +33,17 @@ public:
             return;
         }
         up_.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(up), size);
-        up_.SetL2CacheHint(AscendC::CacheMode::CACHE_MODE_DISABLE);
+        ReadOnce(up_);
         has_bias_ = bias != nullptr;
         if (has_bias_) {
-            bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), neurons_);
+            bias_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(bias), Reach<float>(neurons_));
         }
         pipe_->InitBuffer(x_buffer_, columns_ * sizeof(float));
         pipe_->InitBuffer(up_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(bias_buffer_, CHUNK * sizeof(float));
         pipe_->InitBuffer(window_buffer_, WINDOW * sizeof(float));
         AscendC::GlobalTensor<half> input;
-        input.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(x), hidden_);
+        input.SetGlobalBuffer(reinterpret_cast<__gm__ half*>(x), Reach<half>(hidden_));
         auto staging = rows_.Work().ReinterpretCast<half>();
         LoadVector(*pipe_, x_buffer_.Get<float>(), input, staging, hidden_, columns_);
     }
@@ -135,7 +136,7 @@ extern "C" __global__ __aicore__ void svd_up_down(GM_ADDR up, GM_ADDR down, GM_A
     GM_ADDR active, GM_ADDR values, GM_ADDR partials, uint32_t neurons, uint32_t hidden, uint32_t producers,
     uint32_t capacity, uint32_t relu)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_AIV_ONLY);
+    KERNEL_TASK_TYPE_DEFAULT(SVD_KERNEL_TYPE);
     AscendC::TPipe pipe;
     ListReader reader;
     reader.Init(&pipe, counts, producers, capacity);
@@ -143,9 +144,9 @@ extern "C" __global__ __aicore__ void svd_up_down(GM_ADDR up, GM_ADDR down, GM_A
     layer.Init(up, down, x, bias);
     const uint64_t size = static_cast<uint64_t>(producers) * capacity;
     AscendC::GlobalTensor<int32_t> segments;
-    segments.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(active), size);
+    segments.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(active), Reach<int32_t>(size));
     AscendC::GlobalTensor<float> segment_values;
-    segment_values.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(values), size);
+    segment_values.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(values), Reach<float>(size));
     layer.Run(reader, segments, segment_values, relu != 0);
     layer.Store(partials);
 }

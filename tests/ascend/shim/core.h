@@ -14,7 +14,11 @@ namespace shim {
 
 constexpr size_t UB_BYTES = 188160;  // of the 192 KB, what a kernel may use on 910B
 constexpr size_t MOST_BUFFERS = 64;
+#ifdef SVD_310P
+constexpr int MOST_BLOCKS = 8;
+#else
 constexpr int MOST_BLOCKS = 48;
+#endif
 constexpr size_t ALIGNMENT = 32;
 
 enum class Life { FREE, ALLOCATED, QUEUED, IN_USE };

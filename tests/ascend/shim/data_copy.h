@@ -100,6 +100,7 @@ void DataCopy(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataC
     }
 }
 
+#ifndef SVD_310P
 // The last 32 bytes that are touched are written whole; what pads them is undefined, here NaN.
 template <typename T>
 void DataCopyPad(const LocalTensor<T>& to, const GlobalTensor<T>& from, const DataCopyExtParams& size,
@@ -126,6 +127,7 @@ void DataCopyPad(const GlobalTensor<T>& to, const LocalTensor<T>& from, const Da
     const T* data = from.Read(PIPE_MTE3, shim::core.pipes.Start(PIPE_MTE3), 0, size.blockLen / sizeof(T));
     shim::WriteDevice(to.Data(), data, size.blockLen);
 }
+#endif
 
 }  // namespace AscendC
 

@@ -1,8 +1,8 @@
 // The part of the AscendC API that kernels/ascend/ops uses, over host memory, in our own words. Every call checks the
 // rules of the hardware that it would break on a device, and ends the process with a message where one is broken.
 //
-// It models one vector core at a time, of the 910B kind: its UB, its queues, and the order in which its pipes see each
-// other's work. It says nothing about speed, nor whether the toolkit's compiler accepts the source.
+// It models one vector core at a time, of the 910B kind, or of the 310P's AI cores where SVD_310P is defined, which lack
+// some calls: its UB, its queues, and the order in which its pipes see each other's work. It says nothing about speed, nor whether the toolkit's compiler accepts the source.
 #ifndef SHIM_KERNEL_OPERATOR_H
 #define SHIM_KERNEL_OPERATOR_H
 
@@ -20,8 +20,13 @@
 #define __global__
 #define __gm__
 #define GM_ADDR uint8_t*
+#ifdef SVD_310P
+#define KERNEL_TYPE_AICORE 2
+#define KERNEL_TASK_TYPE_DEFAULT(kind) static_assert((kind) == KERNEL_TYPE_AICORE, "only AI cores are modelled")
+#else
 #define KERNEL_TYPE_AIV_ONLY 1
 #define KERNEL_TASK_TYPE_DEFAULT(kind) static_assert((kind) == KERNEL_TYPE_AIV_ONLY, "only vector kernels are modelled")
+#endif
 
 namespace AscendC {
 

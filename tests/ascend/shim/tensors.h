@@ -46,7 +46,9 @@ public:
         return value;
     }
 
+#ifndef SVD_310P
     void SetL2CacheHint(CacheMode) {}
+#endif
 
     void CheckCount(uint64_t count) const
     {

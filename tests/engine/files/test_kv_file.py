@@ -17,6 +17,7 @@ from svdengine import LLM, ModelFileError, RequestError, SamplingParams
 from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import PAD_PREFIX, TensorWriter
 from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.reference import ReferenceExecutor
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 SYSTEM = "once upon a time there was a system, hello world, and the assistant says: " * 2
@@ -161,6 +162,23 @@ def test_files_of_other_models_are_refused(llm: LLM, saved: Path, tmp_path: Path
         other.ffn = "dense"
         with pytest.raises(ModelFileError, match="FFN's path 'sparse', and 'dense' is set now"):
             other.load_kv(tmp_path / "kv")
+
+
+def test_a_device_with_blocks_of_another_size_refuses_by_name(
+    saved: Path, path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an Ascend's are. What it saves itself comes back."""
+    monkeypatch.setattr(ReferenceExecutor, "block_size", 32)
+    with svdengine.load(path, device="reference", context=128) as llm:
+        assert llm.executor.block_size == 32
+        first = llm.generate(SYSTEM + "a", GREEDY)[0]
+        with pytest.raises(ModelFileError, match=r"tokens: found I32 \(\d+, 16\), expected I32 \(\d+, 32\); devices"):
+            llm.load_kv(saved)
+        llm.save_kv(tmp_path / "own.kv")
+    with svdengine.load(path, device="reference", context=128) as again:
+        assert again.load_kv(tmp_path / "own.kv") > 0
+        second = again.generate(SYSTEM + "a", GREEDY)[0]
+    assert second.token_ids == first.token_ids and second.stats.cached_tokens == 32
 
 
 def test_files_that_are_none_are_refused(llm: LLM, path: Path, tmp_path: Path) -> None:

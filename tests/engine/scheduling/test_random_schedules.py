@@ -51,6 +51,7 @@ class Schedule:
 
     arrivals: list[Arrival]
     block_count: int
+    block_size: int
     max_rows: int
     prefill_rows: int
     prefix_caching: bool
@@ -80,6 +81,7 @@ schedules = st.builds(
         max_size=8,
     ),
     block_count=st.integers(4, 12),
+    block_size=st.sampled_from([BLOCK_SIZE, BLOCK_SIZE, 128, 5]),
     max_rows=st.integers(1, 40),
     prefill_rows=st.integers(1, 20),
     prefix_caching=st.sampled_from([True, True, True, False]),
@@ -89,7 +91,7 @@ schedules = st.builds(
 
 
 def check_every_request(schedule: Schedule) -> None:
-    executor = Drafter(schedule.block_count, schedule.max_rows)
+    executor = Drafter(schedule.block_count, schedule.max_rows, schedule.block_size)
     engine = Engine(
         executor,
         prefix_caching=schedule.prefix_caching,
@@ -122,8 +124,8 @@ class Drafter(FakeExecutor):
 
     predictor: Any
 
-    def __init__(self, block_count: int, max_batch_rows: int) -> None:
-        super().__init__(block_count, max_batch_rows)
+    def __init__(self, block_count: int, max_batch_rows: int, block_size: int = BLOCK_SIZE) -> None:
+        super().__init__(block_count, max_batch_rows, block_size=block_size)
         self.predictor = object()
 
     def forward(self, batch: Batch) -> Logits:
@@ -168,8 +170,8 @@ class Room:
     """The requests of a schedule."""
 
     def __init__(self, engine: Engine, schedule: Schedule) -> None:
-        self.engine = engine
-        self.capacity = schedule.block_count * BLOCK_SIZE
+        self.engine, self.schedule = engine, schedule
+        self.capacity = schedule.block_count * schedule.block_size
         self.made: list[tuple[Generation | Scoring, Arrival, list[int], int]] = []
 
     def enter(self, arrival: Arrival, step: int, prompt: list[int] | None = None) -> None:
@@ -214,7 +216,8 @@ class Room:
                 assert made.token_ids == expected[: len(made.token_ids)]
 
     def _alone(self, arrival: Arrival, prompt: list[int]) -> list[int]:
-        engine = Engine(FakeExecutor(self.capacity // BLOCK_SIZE, 64), prefix_caching=False)
+        executor = FakeExecutor(self.schedule.block_count, 64, block_size=self.schedule.block_size)
+        engine = Engine(executor, prefix_caching=False)
         one = self._request(arrival, prompt)
         assert isinstance(one, Generation)
         engine.add(one)
@@ -265,6 +268,7 @@ def check_step(engine: Engine, schedule: Schedule, make_step: Callable[[], Step 
 def check_blocks(engine: Engine) -> None:
     """Reference counts add up, and what is known of blocks is so."""
     scheduler, pool, cache = engine.scheduler, engine.pool, engine.prefix_cache
+    size = pool.block_size
     owned = [block for s in scheduler._running for block in s.block_table]
     assert all(pool.owner_count(block) == owned.count(block) for block in range(pool.block_count))
     assert pool.free_count == pool.block_count - len(set(owned))
@@ -272,12 +276,12 @@ def check_blocks(engine: Engine) -> None:
     assert set(pool.idle_blocks) == set(cache._known) - set(owned)
     assert len(cache._full) + len(cache._tails) == len(cache._known)
     for sequence in scheduler._running:
-        assert sequence.cached <= len(sequence.block_table) * BLOCK_SIZE
+        assert sequence.cached <= len(sequence.block_table) * size
         digests = [root_digest(sequence.sparsity_bias, sequence.ffn)]
         for i in range(len(sequence.digests)):
-            digests.append(block_digest(digests[-1], sequence.tokens[i * BLOCK_SIZE : (i + 1) * BLOCK_SIZE]))
+            digests.append(block_digest(digests[-1], sequence.tokens[i * size : (i + 1) * size]))
         assert sequence.digests == digests[1:]
-        for known in map(cache._known.get, sequence.block_table[sequence.cached // BLOCK_SIZE :]):
+        for known in map(cache._known.get, sequence.block_table[sequence.cached // size :]):
             assert known is None  # a block that will be written to
     order = [(s.priority, s.arrival) for s in scheduler._running], [(s.priority, s.arrival) for s in scheduler._waiting]
     assert all(one == sorted(one) for one in order)
