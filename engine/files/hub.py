@@ -45,8 +45,13 @@ class Repository:
 
 def find_repository(name: HubName) -> Repository:
     """Ask the hub what a name stands for now, or the cache where there is no network. Raises SvdEngineError."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import OfflineModeIsEnabled
+    try:
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import OfflineModeIsEnabled
+    except ImportError as error:
+        raise SvdEngineError(
+            f"{name} is a model on a hub, which needs the package huggingface_hub; run: pip install huggingface_hub"
+        ) from error
 
     try:
         with _explained(name):

@@ -60,6 +60,12 @@ def test_found_and_only_what_is_needed(hub: Hub) -> None:
     assert remove_downloads("org/other") == 0
 
 
+def test_without_the_hubs_package_a_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(SvdEngineError, match="pip install huggingface_hub"):
+        find_repository(HubName("some/model"))
+
+
 def test_revisions(hub: Hub) -> None:
     old = hub.repos["org/name"].refs["main"]
     new = hub.add("org/name", {"config.json": b"[]"}, "v2")
