@@ -201,7 +201,8 @@ def multiply(
 ) -> None:
     """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros.
 
-    For a format that takes integers (rounding.py) they are rounded rows.
+    For a format that takes integers (rounding.py) they are rounded rows. Several rows, of a format with tiles, are
+    the work of batch_products.py.
     """
     tile = min(n, 2) if n <= 2 else TILE
     per_warp = 4 if matrix.rows >= _MANY and tile == 1 else 1
@@ -233,7 +234,8 @@ def multiply_transposed(
 
 
 def every_kernel() -> Iterator[Kernel]:
-    """All kernels that `multiply` and `multiply_transposed` may choose."""
+    """All kernels that `multiply` and `multiply_transposed` may choose, for several rows where there are no tiles."""
     for name, kernels in KERNELS.items():
-        yield from (gemv_kernel(name, *shape) for shape in ((1, 1), (4, 1), (1, 2), (1, TILE)))
+        shapes = ((1, 1), (4, 1), (1, 2), (1, TILE)) if kernels.tiles is None else ((1, 1), (4, 1))
+        yield from (gemv_kernel(name, *shape) for shape in shapes)
         yield from (transposed_kernel(name, tile) for tile in (1, kernels.most_sums))

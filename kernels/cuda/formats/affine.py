@@ -12,8 +12,10 @@ import numpy as np
 
 from svdengine.kernels.cuda.formats.fours import add_four
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
+from svdengine.kernels.cuda.formats.tiles import TileKernels, integer_product
 from svdengine.kernels.cuda.integer_dot import dot_unsigned_16
 from svdengine.kernels.cuda.intrinsics import as_float, jit, ldg128, u8x4
+from svdengine.kernels.cuda.tensor_cores import mma_us, mma_uu
 from svdengine.kernels.formats import WeightFormat
 
 HALVES = np.uint32(0x0F0F0F0F)
@@ -60,8 +62,45 @@ def _finish(total):
     )
 
 
+@jit(device=True)
+def _units(row, r):
+    return row[2 * r], row[2 * r + 1]
+
+
+def affine_tiles(load: Any, high_part: float = 1.0) -> TileKernels:
+    """Tiles of a format with these levels; load: as `TileKernels.load`, levels of the second group / `high_part`."""
+    part = np.float32(high_part)
+
+    @jit(device=True)
+    def scales(scale, low, units, at):
+        step, least = units
+        return (
+            step * np.float32(scale[at]),
+            least * np.float32(low[at]),
+            step * part * np.float32(scale[at + 1]),
+            least * np.float32(low[at + 1]),
+        )
+
+    return TileKernels(
+        row_tiles=2,
+        items=8,
+        load=load,
+        product=integer_product(mma_us, mma_uu),
+        shifted=True,
+        units=_units,
+        scales=scales,
+    )
+
+
 def affine_kernels(
-    name: WeightFormat, loads: int, load: Any, low_codes: Any, high_codes: Any, level: Any, high_part: float = 1.0
+    name: WeightFormat,
+    loads: int,
+    load: Any,
+    low_codes: Any,
+    high_codes: Any,
+    level: Any,
+    tiles: TileKernels,
+    high_part: float = 1.0,
 ) -> FormatKernels:
     """The kernels of a format with these levels.
 
@@ -122,4 +161,5 @@ def affine_kernels(
         loads=loads,
         other_sums=1,
         finish=_finish,
+        tiles=tiles,
     )

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from svdengine.kernels.cuda.formats.fours import NO_SUMS
+from svdengine.kernels.cuda.formats.tiles import TileKernels
 from svdengine.kernels.cuda.intrinsics import jit
 from svdengine.kernels.formats import FORMATS, WeightFormat
 
@@ -50,6 +51,7 @@ class FormatKernels:
     finish: Any = unchanged  # (total) -> the sums of the columns, once all is added
     types: Mapping[str, str] = field(default_factory=dict)  # of parameters whose items are not those of `_TYPES`
     library_type: Any = None  # NumPy's, of words that the vendor's library multiplies as they are stored
+    tiles: TileKernels | None = None  # for products on tensor cores
 
     @property
     def chunk_words(self) -> int:
