@@ -288,8 +288,8 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
         for i in range(sum_items):
             sums[i] = _ZERO
         lane, warp = lane_index(), warp_index()
-        shares = (n + columns - 1) // columns
-        first, b = np.int32(cuda.blockIdx.x // shares * held_rows), np.int32(cuda.blockIdx.x % shares * columns)
+        shares, block = np.uint32((n + columns - 1) // columns), np.uint32(cuda.blockIdx.x)
+        first, b = np.int32(block // shares * held_rows), np.int32(block % shares * columns)
         chunks = np.int32(stride // TILE_COLUMNS)
         row_words, start = chunks * tile_words, np.int32(warp * warp_words)
         own = min(first + lane, rows - 1)  # whose steps and leasts this lane fetches

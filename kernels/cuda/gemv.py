@@ -42,14 +42,15 @@ def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel
     kernels, count = kernels_of(weight_format), per_warp * tile
     load, chunk = kernels.load_chunk, kernels.dot_chunk
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
+    blocks = 3 if weight_format == "f32" else 4  # of a multiprocessor; the compiler unrolls short chunks further
     # Chunks of a row whose loads are on their way at once; rows that a warp has side by side are so as they are.
-    four, two = per_warp == 1 and kernels.loads == 1, per_warp == 1 and kernels.loads == 2
+    four, two = per_warp == 1 and kernels.at_once == 4, per_warp == 1 and kernels.at_once == 2
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride,"
         " int32 n, int32 x_stride, int32 y_stride, float32 factor, int32 add",
         name=f"gemv_{weight_format}_{per_warp}x{tile}",
-        launch_bounds=(THREADS, 4),
+        launch_bounds=(THREADS, blocks),
         fastmath=True,
     )
     def gemv(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add):

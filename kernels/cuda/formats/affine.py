@@ -94,19 +94,20 @@ def affine_tiles(load: Any, high_part: float = 1.0) -> TileKernels:
 
 def affine_kernels(
     name: WeightFormat,
-    loads: int,
     load: Any,
     low_codes: Any,
     high_codes: Any,
     level: Any,
     tiles: TileKernels,
     high_part: float = 1.0,
+    at_once: int = 4,
+    listed_at_once: int = 4,
 ) -> FormatKernels:
     """The kernels of a format with these levels.
 
-    load: as `load_chunk`, `loads` loads, the low halves first. low_codes, high_codes: (w, k, j) -> the four levels of
-    the low halves of word k of a chunk, a byte each, or of the high ones, divided by `high_part`. level: (words, index)
-    -> a level by its index in the matrix, rows one after another.
+    load, at_once and listed_at_once: as in `FormatKernels`; the low halves come first. low_codes, high_codes: (w, k, j)
+    -> the four levels of the low halves of word k of a chunk, a byte each, or of the high ones, divided by `high_part`.
+    level: (words, index) -> a level by its index in the matrix, rows one after another.
     """
     part = np.float32(high_part)
 
@@ -158,7 +159,8 @@ def affine_kernels(
         column_of=_column_of,
         weight=weight,
         most_sums=2,
-        loads=loads,
+        at_once=at_once,
+        listed_at_once=listed_at_once,
         other_sums=1,
         finish=_finish,
         tiles=tiles,

@@ -65,7 +65,7 @@ def _load_tile(shared, at, a, first):
 
 
 def _pair_product(mma: Any) -> Any:
-    """multiply(a, first, low, high, c): c + four columns of 16 and of the next 16, each two pairs, times low and high."""
+    """multiply(a, first, low, high, c): c + two pairs of columns of 16 and of the next 16, times low and high."""
 
     @jit(device=True, forceinline=True)
     def multiply(a, first, low, high, c):

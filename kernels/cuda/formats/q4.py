@@ -39,11 +39,11 @@ def _load_tile(shared, at, a, first):
 
 Q4_KERNELS = affine_kernels(
     "q4",
-    1,
     load_sixteen_bytes,
     _low_codes,
     _high_codes,
     _level,
     affine_tiles(_load_tile, _HIGH_PART),
     high_part=_HIGH_PART,
+    listed_at_once=2,
 )

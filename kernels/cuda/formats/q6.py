@@ -61,4 +61,6 @@ def _load_tile(shared, at, a, first):
         a[first + i + 6] = ((halves[i + 2] >> FOUR) & HALVES) | ((p >> _TWO) & _PAIRS)
 
 
-Q6_KERNELS = affine_kernels("q6", 2, _load, _low_codes, _high_codes, _level, affine_tiles(_load_tile))
+Q6_KERNELS = affine_kernels(
+    "q6", _load, _low_codes, _high_codes, _level, affine_tiles(_load_tile), at_once=2, listed_at_once=2
+)

@@ -46,4 +46,4 @@ def _load_tile(shared, at, a, first):
             a[first + i + 2 * k] = (pairs[i] >> np.uint32(2 * k)) & _PAIRS
 
 
-TERNARY_KERNELS = affine_kernels("ternary", 1, _load, _low_codes, _high_codes, _level, affine_tiles(_load_tile))
+TERNARY_KERNELS = affine_kernels("ternary", _load, _low_codes, _high_codes, _level, affine_tiles(_load_tile))
