@@ -245,7 +245,9 @@ else:
         def generate(context, builder, signature, arguments):
             kinds = signature.args
             target = _shared_item(context, builder, kinds[0], *arguments[:2])
-            source = builder.gep(_item(context, builder, kinds[2], *arguments[2:4]), [arguments[4]])
+            source = builder.ptrtoint(_item(context, builder, kinds[2], *arguments[2:4]), ir.IntType(64))
+            # Written so, compilers multiply and add a 32-bit offset at once.
+            source = builder.add(source, builder.shl(arguments[4], ir.Constant(ir.IntType(64), 2)))
             text = "cp.async.cg.shared.global [$0], [$1], 16;"
             _volatile(builder, ir.VoidType(), [target, source], text, "r,l,~{memory}")
             return context.get_dummy_value()
