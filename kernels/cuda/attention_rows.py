@@ -227,7 +227,7 @@ def rows_kernel(head_dim: int, rows: int, heads: int, dtype: KvDtype) -> Kernel:
         chunks = (group + heads - 1) // heads
         kv, chunk = cuda.blockIdx.y // chunks, cuda.blockIdx.y % chunks
         head, present = kv * group + chunk * heads, min(heads, group - chunk * heads)
-        t, lane, warp = cuda.threadIdx.x, lane_index(), warp_index()
+        t, warp = cuda.threadIdx.x, warp_index()
         for i in range(t, query_room, THREADS):
             query, d = i // padded, i % padded
             row, h = query // heads, query % heads

@@ -25,9 +25,8 @@ from svdengine.kernels.cuda.intrinsics import Kernel, as_float, as_word, jit, ke
 from svdengine.kernels.cuda.model import Matrix
 from svdengine.kernels.cuda.rows import matrix_parameters
 from svdengine.kernels.cuda.tensor_cores import (
-    address_of,
     close_group,
-    copy_from,
+    copy_async,
     load_matrices,
     load_words,
     store_words,
@@ -87,63 +86,45 @@ def room_of(weight_format: WeightFormat, tiles: int) -> Room:
     return next(room for room in rooms if 4 * _WARPS * room.words <= _MOST_SHARED)
 
 
-def _copies(weight_format: WeightFormat, room: Room) -> tuple[int, Any, Any]:
-    """How many addresses a lane copies from, place(words, x, first, rows, row_words, b, n, x_stride, stride, addresses)
-    that notes them, and fetch(to, ring, chunk, addresses) that begins to copy a turn to word `to` of shared memory.
+def _copies(weight_format: WeightFormat, room: Room) -> Any:
+    """fetch(to, ring, chunk, source): begin to copy a turn, a chunk of 64 columns, to word `to` of shared memory.
 
-    A turn is a chunk of 64 columns. Past the end the last rows are repeated.
+    source: what is multiplied, as the kernel calls it. Past the end the last rows are repeated.
     """
     tile_words = FORMATS[weight_format].row_bytes(TILE_COLUMNS) // 4
     pieces = tile_words // 4  # of a row of a tile
     at_once = 1 << (32 // pieces).bit_length() - 1  # rows of which a warp copies all pieces at once
-    piece_of, pitch, columns = piece_place(pieces), room.pitch, room.columns
+    place, pitch, columns = piece_place(pieces), room.pitch, room.columns
     codes, values, some_lanes = room.rows * pitch, room.values, pieces * at_once
-    weight_copies, code_copies = room.rows // at_once, columns // 4
 
     @jit(device=True, forceinline=True)
-    def place_weights(i, words, first, rows, row_words, addresses):
+    def copy_weights(i, to, ring, words, first, rows, row_words, offset):
         r = np.int32(np.uint32(lane_index()) // np.uint32(pieces))
         p = np.int32(lane_index() - r * pieces)
-        addresses[i] = address_of(words, min(first + r + i * at_once, rows - 1) * row_words + 4 * p)
-
-    @jit(device=True, forceinline=True)
-    def place_codes(i, x, b, n, x_stride, addresses):
-        r, p = np.int32(lane_index() >> 3), np.int32(lane_index() & 7)
-        addresses[weight_copies + i] = address_of(x, min(b + r + 4 * i, n - 1) * x_stride + 4 * p)
-
-    place_all_weights, place_all_codes = unrolled(place_weights, weight_copies), unrolled(place_codes, code_copies)
-
-    @jit(device=True, forceinline=True)
-    def place(words, x, first, rows, row_words, b, n, x_stride, stride, addresses):
-        place_all_weights(0, words, first, rows, row_words, addresses)
-        place_all_codes(0, x, b, n, x_stride, addresses)
-        lane = min(b + lane_index(), n - 1)
-        addresses[weight_copies + code_copies] = address_of(x, lane * x_stride + (stride >> 1))
-
-    @jit(device=True, forceinline=True)
-    def copy_weights(i, to, ring, chunk, addresses):
-        r = np.int32(np.uint32(lane_index()) // np.uint32(pieces))
-        p = np.int32(lane_index() - r * pieces)
+        source = min(first + r + i * at_once, rows - 1) * row_words + 4 * p
         # Rows `at_once` apart have their pieces in the same places.
-        copy_from(ring, to + r * pitch + 4 * piece_of(r, p) + i * at_once * pitch, addresses[i], chunk * tile_words)
+        copy_async(ring, to + r * pitch + 4 * place(r, p) + i * at_once * pitch, words, source, offset)
 
     @jit(device=True, forceinline=True)
-    def copy_codes(i, to, ring, chunk, addresses):
-        at = to + codes + (lane_index() >> 3) * _CODE_PITCH + 4 * (lane_index() & 7)
-        copy_from(ring, at + i * 4 * _CODE_PITCH, addresses[weight_copies + i], chunk * _CODES)
+    def copy_codes(i, to, ring, x, b, n, x_stride, offset):
+        r, p = np.int32(lane_index() >> 3), np.int32(lane_index() & 7)
+        source = min(b + r + 4 * i, n - 1) * x_stride + 4 * p
+        copy_async(ring, to + codes + r * _CODE_PITCH + 4 * p + i * 4 * _CODE_PITCH, x, source, offset)
 
-    copy_all_weights, copy_all_codes = unrolled(copy_weights, weight_copies), unrolled(copy_codes, code_copies)
+    copy_all_weights, copy_all_codes = unrolled(copy_weights, room.rows // at_once), unrolled(copy_codes, columns // 4)
 
     @jit(device=True, forceinline=True)
-    def fetch(to, ring, chunk, addresses):
+    def fetch(to, ring, chunk, source):
+        words, x, first, rows, row_words, b, n, x_stride, stride = source
         lane = lane_index()
         if some_lanes == 32 or lane < some_lanes:
-            copy_all_weights(0, to, ring, chunk, addresses)
-        copy_all_codes(0, to, ring, chunk, addresses)
+            copy_all_weights(0, to, ring, words, first, rows, row_words, chunk * tile_words)
+        copy_all_codes(0, to, ring, x, b, n, x_stride, chunk * _CODES)
         if lane < columns:
-            copy_from(ring, to + values + _VALUES * lane, addresses[weight_copies + code_copies], chunk * _VALUES)
+            at = min(b + lane, n - 1) * x_stride + (stride >> 1)
+            copy_async(ring, to + values + _VALUES * lane, x, at, chunk * _VALUES)
 
-    return weight_copies + code_copies + 1, place, fetch
+    return fetch
 
 
 def _sums(made: TileKernels, room: Room) -> Any:
@@ -212,8 +193,7 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
     """
     made, room = kernels_of(weight_format).tiles, room_of(weight_format, tiles)
     assert made is not None
-    address_count, place, fetch = _copies(weight_format, room)
-    multiply = _sums(made, room)
+    fetch, multiply = _copies(weight_format, room), _sums(made, room)
     load_tile, scaled, units_of, scales_of = made.load, made.scaled, made.units, made.scales
     row_tiles, items, pitch, unit = made.row_tiles, made.items, room.pitch, np.float32(made.unit)
     held_rows, columns, turns, turn_words = room.rows, room.columns, room.turns, room.turn
@@ -243,14 +223,14 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
                 held[r * _VALUES + i] = as_float(four[i])
 
     @jit(device=True, forceinline=True)
-    def first_turn(i, start, ring, chunk, chunks, addresses):
+    def first_turn(i, start, ring, chunk, chunks, source):
         """Begin to copy what the i-th turn computes."""
         if chunk + i * _WARPS < chunks:
-            fetch(start + i * turn_words, ring, chunk + i * _WARPS, addresses)
+            fetch(start + i * turn_words, ring, chunk + i * _WARPS, source)
         close_group()
 
     @jit(device=True, forceinline=True)
-    def one_turn(i, start, ring, chunk, chunks, addresses, scale, low, units, own, a, held, sums):
+    def one_turn(i, start, ring, chunk, chunks, source, own, a, held, sums):
         """Compute a turn, whose copies lie in the i-th place, while those of the last but one before it are made."""
         mine, ahead = chunk + i * _WARPS, chunk + (i + turns - 1) * _WARPS
         if mine < chunks:
@@ -258,14 +238,16 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
             cuda.syncwarp()  # all lanes' copies are there, and all have done with the turn before
             if ahead < chunks:
                 to = start + (i + turns - 1) % turns * turn_words
-                fetch(to, ring, ahead, addresses)
+                fetch(to, ring, ahead, source)
             close_group()
             at = start + i * turn_words
             for r in range(row_tiles):
                 load_tile(ring, at + r * TILE_ROWS * pitch, a, r * items)
             if scaled:
                 take_scales(ring, start + scales, held)
-                following = scales_of(scale, low, units, own + 2 * min(np.int32(mine + _WARPS), np.int32(chunks - 1)))
+                scale, low, units, at_first = own
+                later = min(np.int32(mine + _WARPS), np.int32(chunks - 1))
+                following = scales_of(scale, low, units, at_first + 2 * later)
             multiply(0, at, ring, a, held, sums)
             if scaled:
                 cuda.syncwarp()
@@ -284,7 +266,6 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
         ring = cuda.shared.array(all_words, types.uint32, alignment=16)
         a, sums = cuda.local.array(operand_items, types.uint32), cuda.local.array(sum_items, types.float32)
         held = cuda.local.array(held_items, types.float32)
-        addresses = cuda.local.array(address_count, types.int64)
         for i in range(sum_items):
             sums[i] = _ZERO
         lane, warp = lane_index(), warp_index()
@@ -292,15 +273,15 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
         first, b = np.int32(block // shares * held_rows), np.int32(block % shares * columns)
         chunks = np.int32(stride // TILE_COLUMNS)
         row_words, start = chunks * tile_words, np.int32(warp * warp_words)
-        own = min(first + lane, rows - 1)  # whose steps and leasts this lane fetches
-        units, own_scales = units_of(row, own), own * (2 * chunks)
-        place(words, x, first, rows, row_words, b, n, x_stride, stride, addresses)
-        first_turns(0, start, ring, warp, chunks, addresses)
+        source = words, x, first, rows, row_words, b, n, x_stride, stride
+        r = min(first + lane, rows - 1)
+        own = scale, low, units_of(row, r), r * (2 * chunks)  # the row whose steps and leasts this lane fetches
+        first_turns(0, start, ring, warp, chunks, source)
         if scaled and warp < chunks:
-            keep_scales(ring, start + scales, scales_of(scale, low, units, own_scales + 2 * warp))
+            keep_scales(ring, start + scales, scales_of(scale, low, own[2], own[3] + 2 * warp))
         chunk = warp
         while chunk < chunks:
-            all_turns(0, start, ring, chunk, chunks, addresses, scale, low, units, own_scales, a, held, sums)
+            all_turns(0, start, ring, chunk, chunks, source, own, a, held, sums)
             chunk = np.int32(chunk + turns * _WARPS)
 
         cuda.syncthreads()  # the sums take the place of what was copied

@@ -25,7 +25,6 @@ from svdengine.kernels.cuda.intrinsics import FULL, SIMULATED, lane_index
 if SIMULATED:
     # Copies that a thread has not waited for: groups of (to, i, words, j), of which the last one is still open.
     _copies: dict[Any, list[list[tuple[Any, int, Any, int]]]] = {}
-    _addresses: list[tuple[Any, int]] = []  # that were asked for, by their numbers
 
     def _halves(*words: Any) -> Any:
         return np.array(words, np.uint32).view(np.float16).astype(np.float64)
@@ -101,16 +100,6 @@ if SIMULATED:
         j += offset
         assert i % 4 == j % 4 == 0, f"a 16-byte copy from word {j} to {i}"
         _groups_of_copies()[-1].append((to, i, words, j))
-
-    def address_of(words: Any, j: Any) -> Any:
-        """Where item j of global memory lies, as an int64, for `copy_from`."""
-        _addresses.append((words, j))
-        return len(_addresses) - 1
-
-    def copy_from(to: Any, i: Any, address: Any, offset: Any) -> None:
-        """As `copy_async`, from `offset` words behind an address: cheap where many copies have the same address."""
-        words, j = _addresses[address]
-        copy_async(to, i, words, j, offset)
 
     def close_group() -> None:
         """Make one group of the copies that this thread began since it closed the group before."""
@@ -253,28 +242,6 @@ else:
             return context.get_dummy_value()
 
         return types.void(to, types.int64, words, types.int64, types.int64), generate
-
-    @intrinsic
-    def address_of(typing_context, words, j):
-        """Where item j of global memory lies, as an int64, for `copy_from`."""
-
-        def generate(context, builder, signature, arguments):
-            return builder.ptrtoint(_item(context, builder, signature.args[0], *arguments), ir.IntType(64))
-
-        return types.int64(words, types.int64), generate
-
-    @intrinsic
-    def copy_from(typing_context, to, i, address, offset):
-        """As `copy_async`, from `offset` words behind an address: cheap where many copies have the same address."""
-
-        def generate(context, builder, signature, arguments):
-            target = _shared_item(context, builder, signature.args[0], *arguments[:2])
-            source = builder.add(arguments[2], builder.shl(arguments[3], ir.Constant(ir.IntType(64), 2)))
-            text = "cp.async.cg.shared.global [$0], [$1], 16;"
-            _volatile(builder, ir.VoidType(), [target, source], text, "r,l,~{memory}")
-            return context.get_dummy_value()
-
-        return types.void(to, types.int64, types.int64, types.int64), generate
 
     def _then(text):
         """What @intrinsic takes for an instruction on copies."""
