@@ -17,6 +17,7 @@ import numpy as np
 from numba import cuda
 
 from svdengine.kernels.cuda.batch_products import MOST_COLUMNS, multiply_batch
+from svdengine.kernels.cuda.batch_sums import sum_batch, takes_sums
 from svdengine.kernels.cuda.device import Array, Device, Gemm
 from svdengine.kernels.cuda.elementwise import add_parts
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
@@ -32,9 +33,12 @@ from svdengine.models import ModelConfig
 # float16 needs no copy.
 LIBRARY_ROWS: Mapping[str, int] = MappingProxyType({"f32": 32, "f16": 64})
 _OTHERS = 128
-OWN_ROWS = (1, 2, 3, 9)  # from which our kernels are others
-TRANSPOSED_LIBRARY_ROWS = 32  # where columns are outputs
+# The same where columns are outputs, which take more instructions; of floats only without tensor cores.
+TRANSPOSED_LIBRARY_ROWS: Mapping[str, int] = MappingProxyType({"f32": 32, "f16": 32, "bf16": 32})
+_TRANSPOSED_OTHERS = 64
+OWN_ROWS = (1, 2, 3, 5, 9)  # from which our kernels are others
 THREADS = 256
+_FFN = ("gate", "up", "down", "down_T")  # what may lie partly in host memory
 _LARGEST = np.float32(65504)  # that float16 holds
 
 
@@ -72,9 +76,16 @@ def narrow(x, to, x_stride, stride):
         to[(r * stride >> 1) + pair] = f2h(first, second)
 
 
-def library_rows(weight_format: WeightFormat, split: bool) -> int:
-    """Rows from which the library multiplies; of a `split` matrix more than once what lies in host memory is read."""
-    rows = LIBRARY_ROWS.get(weight_format, _OTHERS)
+def library_rows(weight_format: WeightFormat, split: bool, transposed: bool = False) -> int:
+    """Rows from which the library multiplies.
+
+    Our kernels for more rows than a block has read weights several times. Those of a `split` matrix come from host
+    memory, and no cache has them.
+    """
+    if transposed:
+        rows = TRANSPOSED_LIBRARY_ROWS.get(weight_format, _TRANSPOSED_OTHERS)
+    else:
+        rows = LIBRARY_ROWS.get(weight_format, _OTHERS)
     return min(rows, MOST_COLUMNS + 1) if split else rows
 
 
@@ -82,16 +93,14 @@ def first_library_rows(config: ModelConfig, formats: Mapping[str, WeightFormat],
     """Rows from which some product of a model is the library's. `split`: whether FFN matrices are."""
     found = [_OTHERS]
     for name, stored in formats.items():
-        if name == "down_T":
-            found.append(TRANSPOSED_LIBRARY_ROWS)
-        elif name != "position_embedding" and (name != "embedding" or config.tied_embeddings):
-            found.append(library_rows(stored, split and name in ("gate", "up", "down")))
+        if name != "position_embedding" and (name != "embedding" or config.tied_embeddings):
+            found.append(library_rows(stored, split and name in _FFN, transposed=name == "down_T"))
     return min(found)
 
 
-def uses_library(copies: HalfCopies | None, matrix: Matrix, n: int) -> bool:
+def uses_library(copies: HalfCopies | None, matrix: Matrix, n: int, transposed: bool = False) -> bool:
     """Whether the library multiplies a matrix with n rows."""
-    return copies is not None and n >= library_rows(matrix.format, matrix.is_split)
+    return copies is not None and n >= library_rows(matrix.format, matrix.is_split, transposed)
 
 
 def _takes_rounded(matrix: Matrix, n: int) -> bool:
@@ -152,11 +161,14 @@ def add_transposed_product(
 ) -> None:
     """y (n, matrix.stride) += factor * (matrix transposed times hidden + bias); hidden: (n, hidden_stride) float32."""
     columns, stride = matrix.columns, matrix.stride
-    if copies is None or n < TRANSPOSED_LIBRARY_ROWS:
+    if not uses_library(copies, matrix, n, transposed=True):
         for first, piece in matrix.pieces():
-            parts = multiply_transposed(device, piece, hidden[first:], hidden_stride, partial, n)
+            several = n > kernels_of(piece.format).most_sums and takes_sums(piece)
+            ours = sum_batch if several else multiply_transposed
+            parts = ours(device, piece, hidden[first:], hidden_stride, partial, n)
             add_parts(device, partial, parts, None if first else matrix.bias, y, columns, stride, n, factor)
         return
+    assert copies is not None
     weights, halves, x_stride = _operands(device, copies, matrix, hidden, hidden_stride, n, hidden_stride)
     sizes = (columns, matrix.rows, n)
     device.gemm(weights, halves, y, Gemm(*sizes, stride, x_stride, stride, True, factor, True))

@@ -107,7 +107,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     """partial (n, parts, stride) of sums over neurons of hidden (n, ...) times their rows; `tile` rows of n a thread.
 
     The warps of a block read the same 32 chunks of columns of different neurons, and add up what they have in the end.
-    Grid: (blocks of chunks of columns, parts, tiles of n).
+    Grid: (blocks of chunks of columns * tiles of n, parts). The tiles that read the same weights are neighbours.
     """
     kernels = kernels_of(weight_format)
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
@@ -140,8 +140,10 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     def transposed(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
         shared = cuda.shared.array(room, types.float32)
         lane, warp, warps, chunks = lane_index(), warp_index(), cuda.blockDim.x >> 5, stride // columns
-        j = min(cuda.blockIdx.x * 32 + lane, chunks - 1)  # past the end the last chunk is read again
-        part, parts, b = cuda.blockIdx.y, cuda.gridDim.y, cuda.blockIdx.z * tile
+        shares, block = np.uint32((n + tile - 1) // tile), np.uint32(cuda.blockIdx.x)
+        first_chunk, b = np.int32(block // shares * 32), np.int32(block % shares * tile)
+        j = min(first_chunk + lane, chunks - 1)  # past the end the last chunk is read again
+        part, parts = cuda.blockIdx.y, cuda.gridDim.y
         share = (neurons + parts - 1) // parts
         r, last = part * share + warp, min(neurons, (part + 1) * share)
         row_words = chunk_words * chunks
@@ -180,7 +182,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
                 total = np.float32(0)
                 for w in range(warps):
                     total += shared[(32 * w + chunk) * width + k]
-                j = cuda.blockIdx.x * 32 + chunk
+                j = first_chunk + chunk
                 column = column_of(j, k >> 2) + (k & 3)
                 if j < chunks and column < columns_used:
                     partial[((b + t) * parts + part) * stride + column] = total
@@ -227,7 +229,7 @@ def multiply_transposed(
     parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
     chunks = matrix.stride // kernels.chunk_columns
     device.launch(
-        transposed_kernel(matrix.format, tile), (-(-chunks // 32), parts, -(-n // tile)), 32 * SHARERS,
+        transposed_kernel(matrix.format, tile), (-(-chunks // 32) * -(-n // tile), parts), 32 * SHARERS,
         matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
         n, hidden_stride,
     )  # fmt: skip

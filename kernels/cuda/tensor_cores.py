@@ -23,8 +23,8 @@ from numba.cuda import types
 from svdengine.kernels.cuda.intrinsics import FULL, SIMULATED, lane_index
 
 if SIMULATED:
-    # Copies that a thread has not waited for: groups of (to, i, words, j), of which the last one is still open.
-    _copies: dict[Any, list[list[tuple[Any, int, Any, int]]]] = {}
+    _Copy = tuple[Any, int, Any, int, int]  # to, i, words, j, and how many words
+    _copies: dict[Any, list[list[_Copy]]] = {}  # groups that a thread has not waited for; the last one is still open
 
     def _halves(*words: Any) -> Any:
         return np.array(words, np.uint32).view(np.float16).astype(np.float64)
@@ -85,13 +85,13 @@ if SIMULATED:
             found.append(np.uint32(low | high << 16))
         return tuple(found)
 
-    def _groups_of_copies() -> list[list[tuple[Any, int, Any, int]]]:
+    def _groups_of_copies() -> list[list[_Copy]]:
         return _copies.setdefault((cuda.blockIdx, cuda.threadIdx), [[]])
 
     def _finish_copies(count: int) -> None:
         groups = _groups_of_copies()
-        for to, i, words, j in [copy for group in groups[:count] for copy in group]:
-            for k in range(4):
+        for to, i, words, j, size in [copy for group in groups[:count] for copy in group]:
+            for k in range(size):
                 to[i + k] = words[j + k]
         del groups[:count]
 
@@ -99,7 +99,11 @@ if SIMULATED:
         """Begin to copy 16 bytes, four words from item j + offset of global memory to item i of shared memory."""
         j += offset
         assert i % 4 == j % 4 == 0, f"a 16-byte copy from word {j} to {i}"
-        _groups_of_copies()[-1].append((to, i, words, j))
+        _groups_of_copies()[-1].append((to, i, words, j, 4))
+
+    def copy_word_async(to: Any, i: Any, words: Any, j: Any, offset: Any) -> None:
+        """Begin to copy one word, from item j + offset of global memory to item i of shared memory."""
+        _groups_of_copies()[-1].append((to, i, words, j + offset, 1))
 
     def close_group() -> None:
         """Make one group of the copies that this thread began since it closed the group before."""
@@ -227,9 +231,8 @@ else:
         """As `load_matrices`, of the transposed matrices."""
         return _load_matrices(words, ".trans")
 
-    @intrinsic
-    def copy_async(typing_context, to, i, words, j, offset):
-        """Begin to copy 16 bytes, four words from item j + offset of global memory to item i of shared memory."""
+    def _copy(text, to, words):
+        """What @intrinsic takes for a copy from global memory, an address and an offset, to shared memory."""
 
         def generate(context, builder, signature, arguments):
             kinds = signature.args
@@ -237,11 +240,20 @@ else:
             source = builder.ptrtoint(_item(context, builder, kinds[2], *arguments[2:4]), ir.IntType(64))
             # Written so, compilers multiply and add a 32-bit offset at once.
             source = builder.add(source, builder.shl(arguments[4], ir.Constant(ir.IntType(64), 2)))
-            text = "cp.async.cg.shared.global [$0], [$1], 16;"
             _volatile(builder, ir.VoidType(), [target, source], text, "r,l,~{memory}")
             return context.get_dummy_value()
 
         return types.void(to, types.int64, words, types.int64, types.int64), generate
+
+    @intrinsic
+    def copy_async(typing_context, to, i, words, j, offset):
+        """Begin to copy 16 bytes, four words from item j + offset of global memory to item i of shared memory."""
+        return _copy("cp.async.cg.shared.global [$0], [$1], 16;", to, words)
+
+    @intrinsic
+    def copy_word_async(typing_context, to, i, words, j, offset):
+        """Begin to copy one word, from item j + offset of global memory to item i of shared memory."""
+        return _copy("cp.async.ca.shared.global [$0], [$1], 4;", to, words)
 
     def _then(text):
         """What @intrinsic takes for an instruction on copies."""

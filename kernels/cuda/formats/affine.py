@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from svdengine.kernels.cuda.byte_pairs import small_levels
 from svdengine.kernels.cuda.formats.fours import add_four
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
 from svdengine.kernels.cuda.formats.tiles import TileKernels, integer_product
@@ -67,8 +68,11 @@ def _units(row, r):
     return row[2 * r], row[2 * r + 1]
 
 
-def affine_tiles(load: Any, high_part: float = 1.0) -> TileKernels:
-    """Tiles of a format with these levels; load: as `TileKernels.load`, levels of the second group / `high_part`."""
+def affine_tiles(load: Any, levels: Any, high_part: float = 1.0) -> TileKernels:
+    """Tiles of a format with these levels; load, levels: as in `TileKernels`.
+
+    `load` gives levels of the second group divided by `high_part`.
+    """
     part = np.float32(high_part)
 
     @jit(device=True)
@@ -89,6 +93,9 @@ def affine_tiles(load: Any, high_part: float = 1.0) -> TileKernels:
         shifted=True,
         units=_units,
         scales=scales,
+        levels=levels,
+        as_numbers=small_levels,
+        second_unit=1 / high_part,
     )
 
 

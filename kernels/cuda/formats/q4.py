@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cuda.formats.affine import HALVES, affine_kernels, affine_tiles
+from svdengine.kernels.cuda.formats.affine import FOUR, HALVES, affine_kernels, affine_tiles
 from svdengine.kernels.cuda.formats.fours import load_sixteen_bytes
 from svdengine.kernels.cuda.formats.tiles import load_of
 from svdengine.kernels.cuda.intrinsics import jit
+from svdengine.kernels.cuda.tensor_cores import load_transposed_matrices
 
 _HIGH_HALVES = np.uint32(0xF0F0F0F0)
 _HIGH_PART = 1 / 16
-_load_pieces = load_of(2)
+_load_pieces, _load_columns = load_of(2), load_of(2, load_transposed_matrices)
 
 
 @jit(device=True)
@@ -37,13 +38,20 @@ def _load_tile(shared, at, a, first):
         a[first + i], a[first + 4 + i] = halves[i] & HALVES, halves[i] & _HIGH_HALVES
 
 
+@jit(device=True, forceinline=True)
+def _levels(shared, at, u):
+    halves = _load_columns(shared, at, 0)
+    for i in range(4):
+        u[i], u[4 + i] = halves[i] & HALVES, (halves[i] >> FOUR) & HALVES
+
+
 Q4_KERNELS = affine_kernels(
     "q4",
     load_sixteen_bytes,
     _low_codes,
     _high_codes,
     _level,
-    affine_tiles(_load_tile, _HIGH_PART),
+    affine_tiles(_load_tile, _levels, _HIGH_PART),
     high_part=_HIGH_PART,
     listed_at_once=2,
 )

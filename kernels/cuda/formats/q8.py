@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from svdengine.kernels.cuda.byte_pairs import signed_levels
 from svdengine.kernels.cuda.formats.fours import add_four, consecutive, load_sixteen_bytes
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
 from svdengine.kernels.cuda.formats.tiles import TileKernels, integer_product, load_of
 from svdengine.kernels.cuda.integer_dot import dot_16
 from svdengine.kernels.cuda.intrinsics import as_float, jit, s8x4
-from svdengine.kernels.cuda.tensor_cores import mma_ss, mma_su
+from svdengine.kernels.cuda.tensor_cores import load_transposed_matrices, mma_ss, mma_su
 
-_load_pieces = load_of(4)
+_load_pieces, _load_columns = load_of(4), load_of(4, load_transposed_matrices)
 _ZERO, _ONE = np.float32(0), np.float32(1)
 
 
@@ -48,6 +49,13 @@ def _load_tile(shared, at, a, first):
         a[first + i], a[first + 4 + i] = below[i], above[i]
 
 
+@jit(device=True, forceinline=True)
+def _levels(shared, at, u):
+    below, above = _load_columns(shared, at, 0), _load_columns(shared, at, 2)
+    for i in range(4):
+        u[i], u[4 + i] = below[i], above[i]
+
+
 @jit(device=True)
 def _units(row, r):
     return _ONE, _ONE
@@ -75,5 +83,7 @@ Q8_KERNELS = FormatKernels(
         product=integer_product(mma_ss, mma_su),
         units=_units,
         scales=_scales,
+        levels=_levels,
+        as_numbers=signed_levels,
     ),
 )

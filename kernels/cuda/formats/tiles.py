@@ -9,6 +9,10 @@ row a lane has the words
     b2, b3   the same of the low bytes
 
 A weight is step * level - least, with a level that the operands hold, and a step and a least of its group.
+
+Where columns are outputs, a tile is 16 neurons. Transposed, a word of it has two columns of two neurons: bytes 0 and 2
+are column 2 * (l // 4) of neurons 2 * (l % 4) and the one behind it, bytes 1 and 3 the next column. Of such words, `u`,
+each group has four: 16 columns of the first 8 neurons, of the last 8, and the same of the next 16 columns.
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ class TileKernels:
     units: Any = None  # (row, r) -> two float32 of row r, which `scales` takes
     scales: Any = None  # (scale, low, units, at) -> step and least of group `at` of the matrix, then of the next one
     unit: float = 1.0  # by which products are too small
+    levels: Any = None  # (shared, at, u): 16 neurons' 64 columns at word `at`, as four bytes of levels a word; see `u`
+    as_numbers: Any = None  # such a word as two words of two bfloat16 (byte_pairs.py)
+    second_unit: float = 1.0  # by which the step of the second group is too small for `levels`
     padding: int = 0  # words behind a row of a tile, where pieces do not change places
 
 
@@ -59,8 +66,11 @@ def piece_place(pieces: int) -> Any:
     return place
 
 
-def load_of(pieces: int) -> Any:
-    """load(shared, at, piece): pieces `piece` and `piece + 1` of the 16 rows of a tile, as A of a product."""
+def load_of(pieces: int, load_matrices: Any = load_matrices) -> Any:
+    """load(shared, at, piece): pieces `piece` and `piece + 1` of the 16 rows of a tile, as A of a product.
+
+    load_matrices: of tensor_cores.py, as they lie or transposed.
+    """
     words, place = 4 * pieces, piece_place(pieces)
 
     @jit(device=True, forceinline=True)
@@ -72,7 +82,7 @@ def load_of(pieces: int) -> Any:
     return load
 
 
-def load_piece_of(pieces: int) -> Any:
+def load_piece_of(pieces: int, load_matrices: Any = load_matrices) -> Any:
     """load(shared, at, piece): only piece `piece` of them: the first two words of A."""
     words, place = 4 * pieces, piece_place(pieces)
 

@@ -15,6 +15,7 @@ from svdengine.kernels.cuda.catalogue import all_kernels
 KERNELS = all_kernels()
 REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
 ATTENTION_REGISTERS = 255  # two blocks of 128 fit
+SMALL_BLOCKS, SMALL_BLOCK_REGISTERS = ("batch_", "gemv_f32"), 168  # of 128 threads: three fit
 FULL_BLOCKS = ("list_every", "project_")  # of 1024 threads, which have half as many
 MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
@@ -63,4 +64,6 @@ def most_registers(name: str) -> int:
     """Of a thread, so that the blocks that it is launched with fit."""
     if name.startswith("attention_"):
         return ATTENTION_REGISTERS
+    if name.startswith(SMALL_BLOCKS):
+        return SMALL_BLOCK_REGISTERS
     return 64 if name.startswith(FULL_BLOCKS) else REGISTERS

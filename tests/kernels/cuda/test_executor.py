@@ -109,8 +109,9 @@ def few_sampling_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def use_the_library_from(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the library multiply steps of so many rows."""
-    monkeypatch.setattr(gemm, "LIBRARY_ROWS", {})
-    for name in ("_OTHERS", "TRANSPOSED_LIBRARY_ROWS"):
+    for name in ("LIBRARY_ROWS", "TRANSPOSED_LIBRARY_ROWS"):
+        monkeypatch.setattr(gemm, name, {})
+    for name in ("_OTHERS", "_TRANSPOSED_OTHERS"):
         monkeypatch.setattr(gemm, name, rows)
 
 
