@@ -54,7 +54,7 @@ THREADS = 128
 _WARPS = THREADS // 32
 TILES = (1, 2)  # of 8 rows of activations that a block has
 _X_ROWS = 8
-_TURNS = 4  # for which there is room: all but the one that is computed are on their way
+TURNS = 4  # for which there is room: all but the one that is computed are on their way
 _HIDDEN_PITCH = 24  # words of a row of activations, of which 16 are copied: four rows' 8 bytes are in different banks
 _SCALES = 4  # step and least of a neuron's two groups
 _LEAST_NEURONS = 64  # of a part
@@ -87,7 +87,7 @@ class Room:
     @property
     def scales(self) -> int:
         """Where steps and leasts lie."""
-        return _TURNS * self.turn
+        return TURNS * self.turn
 
     @property
     def words(self) -> int:
@@ -214,7 +214,7 @@ def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
     units_of, scales_of, second_unit = made.units, made.scales, np.float32(made.second_unit)
     columns, turn_words, warp_words, scales_at = room.columns, room.turn, room.words, room.scales
     all_words, sum_items, tile_words, wide = _WARPS * warp_words, tiles * 16, room.pitch, TILE_COLUMNS + 2
-    wait_for_turn = waiting_for_all_but(_TURNS - 2)
+    wait_for_turn = waiting_for_all_but(TURNS - 2)
     at_once, low_items, scale_items = TILE_ROWS * _WARPS, 2 * tiles, 4 * _SCALES  # at_once: neurons of a block's turn
 
     @jit(device=True, forceinline=True)
@@ -241,19 +241,19 @@ def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
     @jit(device=True, forceinline=True)
     def one_turn(i, start, ring, first, last, source, own, u, a, scales, sums, lows):
         """Compute a turn, whose copies lie in the i-th place, while those of the last but one before it are made."""
-        mine, ahead = first + i * at_once, first + (i + _TURNS - 1) * at_once
+        mine, ahead = first + i * at_once, first + (i + TURNS - 1) * at_once
         if mine < last:
             wait_for_turn()
             cuda.syncwarp()  # all lanes' copies are there, and all have done with the turn before
             if ahead < last:
-                fetch(start + (i + _TURNS - 1) % _TURNS * turn_words, ring, ahead, source)
+                fetch(start + (i + TURNS - 1) % TURNS * turn_words, ring, ahead, source)
             close_group()
             following = scales_of_row(mine + at_once, own)
             add(start + i * turn_words, ring, start + scales_at, u, a, scales, sums, lows)
             cuda.syncwarp()
             keep_scales(ring, start + scales_at, following)
 
-    first_turns, all_turns = unrolled(first_turn, _TURNS - 1), unrolled(one_turn, _TURNS)
+    first_turns, all_turns = unrolled(first_turn, TURNS - 1), unrolled(one_turn, TURNS)
 
     @kernel(
         matrix_parameters(weight_format) + ", uint32* hidden, float32* partial, int32 neurons, int32 columns_used,"
@@ -286,7 +286,7 @@ def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
             keep_scales(ring, start + scales_at, scales_of_row(first, own))
         while first < last:
             all_turns(0, start, ring, first, last, source, own, u, a, scales, sums, lows)
-            first = np.int32(first + _TURNS * at_once)
+            first = np.int32(first + TURNS * at_once)
 
         cuda.syncthreads()  # the sums take the place of what was copied
         for tile in range(tiles):

@@ -37,12 +37,10 @@ IN_FLIGHT = {
 }
 DECODE = ("attention_128_1x1_f16", "attention_128_1x8_f16")
 PREFILL = ("attention_tiles_128_1",)
-BATCH = ("batch_q8_1", "batch_f16_1", "batch_q4_1")  # several rows of activations
+BATCH = ("batch_q8_1", "batch_f16_1", "batch_q4_1", "batch_sums_q8_1", "batch_sums_q4_1")  # several rows of activations
 # Kernels that do not fit into their registers on some target: most loads and stores of a thread's own memory there.
 # BENCHMARKS.md has them among the misses.
-SPILLS = {
-    "project_q8": 4,  # sm_120a
-}
+SPILLS = {"project_q8": 4}  # on sm_120a
 HOT = (*IN_FLIGHT, *DECODE, *PREFILL, *BATCH)
 
 
