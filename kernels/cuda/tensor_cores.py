@@ -109,7 +109,7 @@ if SIMULATED:
         """Make one group of the copies that this thread began since it closed the group before."""
         _groups_of_copies().append([])
 
-    def waiting_for_all_but(count: int) -> Callable[[], None]:
+    def waiting_for_all_but(count: Any) -> Any:
         """A function that waits until of this thread's closed groups of copies at most the last `count` are not done.
 
         Other threads see them after a barrier.
