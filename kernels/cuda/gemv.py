@@ -1,9 +1,9 @@
-"""Products of matrices in any weight format with one or a few rows of activations: memory's speed is the bound.
+"""Products of matrices in any weight format with one row of activations, or a few: memory's speed is the bound.
 
 `multiply` takes matrices whose rows make outputs: a warp reads some rows, a chunk a lane at a time, for up to TILE rows
-of activations. `multiply_transposed` takes those whose columns do (down, stored as one row a neuron): a thread keeps
-the sums of a chunk's columns, and blocks and their warps share out the neurons. kernels/cuda/formats says what a chunk
-is.
+of activations, where there are no tiles for tensor cores (batch_products.py). `multiply_transposed` takes those whose
+columns do (down, stored as one row a neuron): a thread keeps the sums of a chunk's columns, and blocks and their warps
+share out the neurons (batch_sums.py does so for more rows). kernels/cuda/formats says what a chunk is.
 """
 
 from __future__ import annotations
