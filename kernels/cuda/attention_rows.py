@@ -185,6 +185,24 @@ def rows_kernel(head_dim: int, rows: int, heads: int, dtype: KvDtype) -> Kernel:
         add_all_values(0, full, values, base, limit, piece, turn, own, weights, floats, added)
         cuda.syncwarp()  # so that weights may be written again
 
+    @jit(device=True, forceinline=True)
+    def leave_query(query, warp, best, total, added, best_of, total_of, sums):
+        """Leave what a warp has of a query in shared memory."""
+        lane, whole = lane_index(), _HALF * warp_sum(total[query])
+        if lane == 0:
+            best_of[warp * queries + query], total_of[warp * queries + query] = best[query], whole
+        for r in range(rounds):
+            for i in range(items):
+                x = added[(query * rounds + r) * items + i]
+                if of_warp > 2:
+                    x += cuda.shfl_xor_sync(FULL, x, 8)
+                if of_warp > 1:
+                    x += cuda.shfl_xor_sync(FULL, x, 16)
+                if lane < lanes and lane + 32 * r < pieces:
+                    sums[(warp * queries + query) * vector + (lane + 32 * r) * items + i] = x
+
+    leave_all = unrolled(leave_query, queries)
+
     @kernel(
         PARAMETERS,
         name=f"attention_{head_dim}_{rows}x{heads}_{dtype}",
@@ -209,7 +227,7 @@ def rows_kernel(head_dim: int, rows: int, heads: int, dtype: KvDtype) -> Kernel:
         chunks = (group + heads - 1) // heads
         kv, chunk = cuda.blockIdx.y // chunks, cuda.blockIdx.y % chunks
         head, present = kv * group + chunk * heads, min(heads, group - chunk * heads)
-        t, lane, warp = cuda.threadIdx.x, lane_index(), warp_index()
+        t, warp = cuda.threadIdx.x, warp_index()
         for i in range(t, query_room, THREADS):
             query, d = i // padded, i % padded
             row, h = query // heads, query % heads
@@ -242,19 +260,7 @@ def rows_kernel(head_dim: int, rows: int, heads: int, dtype: KvDtype) -> Kernel:
                 query_items, weights, own, best, total, added, scores, floats,
             )  # fmt: skip
 
-        for query in range(queries):
-            whole = _HALF * warp_sum(total[query])
-            if lane == 0:
-                best_of[warp * queries + query], total_of[warp * queries + query] = best[query], whole
-            for r in range(rounds):
-                for i in range(items):
-                    x = added[(query * rounds + r) * items + i]
-                    if of_warp > 2:
-                        x += cuda.shfl_xor_sync(FULL, x, 8)
-                    if of_warp > 1:
-                        x += cuda.shfl_xor_sync(FULL, x, 16)
-                    if lane < lanes and lane + 32 * r < pieces:
-                        sums[(warp * queries + query) * vector + (lane + 32 * r) * items + i] = x
+        leave_all(0, warp, best, total, added, best_of, total_of, sums)
         cuda.syncthreads()
         for i in range(t, queries * head_dim, THREADS):
             query, d = i // head_dim, i % head_dim

@@ -16,7 +16,7 @@ from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Array, Device, Graph
-from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies
+from svdengine.kernels.cuda.gemm import OWN_ROWS, HalfCopies, first_library_rows
 from svdengine.kernels.cuda.half_copies import copy_items
 from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token, read_blocks, write_blocks
 from svdengine.kernels.cuda.memory_split import MemorySplit, split_memory
@@ -71,6 +71,8 @@ class CudaExecutor(BaseExecutor):
         available = free if gpu_memory is None else min(free, gpu_memory)
         cache_bytes = self.kv_bytes_per_token * BLOCK_SIZE * self.block_count
         self.memory, copies = _plan(setup, sizes, device.has_blas, cache_bytes, available, host_memory)
+        # Products of the library cannot be recorded.
+        self._library_rows = first_library_rows(config, setup.formats, bool(self.memory.splits))
         # Layers that are split differ in what they read over the bus, so all of them are measured.
         self._measured_layers = config.layer_count if self.memory.splits else None
         self._state = State(
@@ -201,9 +203,9 @@ class CudaExecutor(BaseExecutor):
         self._note_counting(shape.ffn)
         device = self._state.device
         graph = self._graphs.get(shape)
-        if keep is not None or not _is_recorded(shape) or shape not in self._graphs:
+        if keep is not None or not self._is_recorded(shape) or shape not in self._graphs:
             run_step(self._state, self._placed, shape, keep)
-            if keep is None and _is_recorded(shape):
+            if keep is None and self._is_recorded(shape):
                 self._graphs[shape] = None
             return
         if graph is None:
@@ -244,7 +246,7 @@ class CudaExecutor(BaseExecutor):
         """Steps of the kinds that launch different kernels."""
         config, most = self.config, self.max_batch_rows
         rows = tile_rows(config.head_count // config.kv_head_count, config.head_dim, self._state.cache.dtype)
-        sizes = {1, 2, 3, _FEW_ROWS, _FEW_ROWS + 1, LIBRARY_ROWS - 1, LIBRARY_ROWS, most}
+        sizes = {*OWN_ROWS, _FEW_ROWS, _FEW_ROWS + 1, self._library_rows - 1, self._library_rows, most}
         shapes = {
             Shape(n, n, -(-n // tile), tile, path, sample="drawn")
             for n in sizes
@@ -254,6 +256,10 @@ class CudaExecutor(BaseExecutor):
         }
         for shape in shapes:
             yield partial(run_step, self._state, self._placed, shape)
+
+    def _is_recorded(self, shape: Shape) -> bool:
+        """Whether steps of a shape come back often: decode, where every row is wanted and attends alone."""
+        return shape.n < self._library_rows and shape.tiles == shape.n == shape.wanted
 
     def _paths(self) -> tuple[FfnPath, ...]:
         """How steps may run their FFNs as things stand."""
@@ -269,14 +275,6 @@ class CudaExecutor(BaseExecutor):
             self._known_counts = None
 
 
-def _is_recorded(shape: Shape) -> bool:
-    """Whether steps of a shape come back often: decode, where every row is wanted and attends alone.
-
-    The library's products cannot be recorded.
-    """
-    return shape.n < LIBRARY_ROWS and shape.tiles == shape.n == shape.wanted
-
-
 def _sample_of(choices: Sequence[Choice | None]) -> Sample:
     """What has to be launched for these choices."""
     if any(choice is not None and choice.temperature > 0 for choice in choices):
@@ -290,7 +288,7 @@ def _plan(
     """Where the model lies, and items of the library's copies, which are larger where the FFN is split."""
     for split in (False, True):
         copies = (0, 0)
-        if has_blas and sizes.rows >= LIBRARY_ROWS:
+        if has_blas and sizes.rows >= first_library_rows(setup.config, setup.formats, split):
             copies = copy_items(setup.config, setup.formats, sizes, split)
         memory = split_memory(
             setup.config,

@@ -1,9 +1,9 @@
-"""Products of matrices in any weight format with one or a few rows of activations: memory's speed is the bound.
+"""Products of matrices in any weight format with one row of activations, or a few: memory's speed is the bound.
 
 `multiply` takes matrices whose rows make outputs: a warp reads some rows, a chunk a lane at a time, for up to TILE rows
-of activations. `multiply_transposed` takes those whose columns do (down, stored as one row a neuron): a thread keeps
-the sums of a chunk's columns, and blocks and their warps share out the neurons. kernels/cuda/formats says what a chunk
-is.
+of activations, where there are no tiles for tensor cores (batch_products.py). `multiply_transposed` takes those whose
+columns do (down, stored as one row a neuron): a thread keeps the sums of a chunk's columns, and blocks and their warps
+share out the neurons (batch_sums.py does so for more rows). kernels/cuda/formats says what a chunk is.
 """
 
 from __future__ import annotations
@@ -42,14 +42,15 @@ def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel
     kernels, count = kernels_of(weight_format), per_warp * tile
     load, chunk = kernels.load_chunk, kernels.dot_chunk
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
+    blocks = 3 if weight_format == "f32" else 4  # of a multiprocessor; the compiler unrolls short chunks further
     # Chunks of a row whose loads are on their way at once; rows that a warp has side by side are so as they are.
-    four, two = per_warp == 1 and kernels.loads == 1, per_warp == 1 and kernels.loads == 2
+    four, two = per_warp == 1 and kernels.at_once == 4, per_warp == 1 and kernels.at_once == 2
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride,"
         " int32 n, int32 x_stride, int32 y_stride, float32 factor, int32 add",
         name=f"gemv_{weight_format}_{per_warp}x{tile}",
-        launch_bounds=(THREADS, 4),
+        launch_bounds=(THREADS, blocks),
         fastmath=True,
     )
     def gemv(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add):
@@ -106,7 +107,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     """partial (n, parts, stride) of sums over neurons of hidden (n, ...) times their rows; `tile` rows of n a thread.
 
     The warps of a block read the same 32 chunks of columns of different neurons, and add up what they have in the end.
-    Grid: (blocks of chunks of columns, parts, tiles of n).
+    Grid: (blocks of chunks of columns * tiles of n, parts). The tiles that read the same weights are neighbours.
     """
     kernels = kernels_of(weight_format)
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
@@ -139,8 +140,10 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     def transposed(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
         shared = cuda.shared.array(room, types.float32)
         lane, warp, warps, chunks = lane_index(), warp_index(), cuda.blockDim.x >> 5, stride // columns
-        j = min(cuda.blockIdx.x * 32 + lane, chunks - 1)  # past the end the last chunk is read again
-        part, parts, b = cuda.blockIdx.y, cuda.gridDim.y, cuda.blockIdx.z * tile
+        shares, block = np.uint32((n + tile - 1) // tile), np.uint32(cuda.blockIdx.x)
+        first_chunk, b = np.int32(block // shares * 32), np.int32(block % shares * tile)
+        j = min(first_chunk + lane, chunks - 1)  # past the end the last chunk is read again
+        part, parts = cuda.blockIdx.y, cuda.gridDim.y
         share = (neurons + parts - 1) // parts
         r, last = part * share + warp, min(neurons, (part + 1) * share)
         row_words = chunk_words * chunks
@@ -179,7 +182,7 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
                 total = np.float32(0)
                 for w in range(warps):
                     total += shared[(32 * w + chunk) * width + k]
-                j = cuda.blockIdx.x * 32 + chunk
+                j = first_chunk + chunk
                 column = column_of(j, k >> 2) + (k & 3)
                 if j < chunks and column < columns_used:
                     partial[((b + t) * parts + part) * stride + column] = total
@@ -201,7 +204,8 @@ def multiply(
 ) -> None:
     """y (n, y_stride) = factor * (matrix x + bias), or += with `add`; x: (n, x_stride) float32, padded with zeros.
 
-    For a format that takes integers (rounding.py) they are rounded rows.
+    For a format that takes integers (rounding.py) they are rounded rows. Several rows, of a format with tiles, are
+    the work of batch_products.py.
     """
     tile = min(n, 2) if n <= 2 else TILE
     per_warp = 4 if matrix.rows >= _MANY and tile == 1 else 1
@@ -225,7 +229,7 @@ def multiply_transposed(
     parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
     chunks = matrix.stride // kernels.chunk_columns
     device.launch(
-        transposed_kernel(matrix.format, tile), (-(-chunks // 32), parts, -(-n // tile)), 32 * SHARERS,
+        transposed_kernel(matrix.format, tile), (-(-chunks // 32) * -(-n // tile), parts), 32 * SHARERS,
         matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
         n, hidden_stride,
     )  # fmt: skip
@@ -233,7 +237,8 @@ def multiply_transposed(
 
 
 def every_kernel() -> Iterator[Kernel]:
-    """All kernels that `multiply` and `multiply_transposed` may choose."""
+    """All kernels that `multiply` and `multiply_transposed` may choose, for several rows where there are no tiles."""
     for name, kernels in KERNELS.items():
-        yield from (gemv_kernel(name, *shape) for shape in ((1, 1), (4, 1), (1, 2), (1, TILE)))
+        shapes = ((1, 1), (4, 1), (1, 2), (1, TILE)) if kernels.tiles is None else ((1, 1), (4, 1))
+        yield from (gemv_kernel(name, *shape) for shape in shapes)
         yield from (transposed_kernel(name, tile) for tile in (1, kernels.most_sums))

@@ -90,8 +90,11 @@ def rounded_for(device: Device, formats: Iterable[WeightFormat], x: Array, to: A
 
     stride: a multiple of 64; the columns of the matrices as stored.
     """
-    if not any(map(takes_integers, formats)):
-        return x
+    return round_rows_to(device, x, to, stride, n) if any(map(takes_integers, formats)) else x
+
+
+def round_rows_to(device: Device, x: Array, to: Array, stride: int, n: int) -> Array:
+    """`to`, with n rows of x (n, stride) rounded; stride: a multiple of 64, the columns of matrices as stored."""
     grid = (-(-stride // ROUND_THREADS), n)
     device.launch(round_activations, grid, ROUND_THREADS, x, to, to, stride, stride)
     return to

@@ -50,7 +50,7 @@ def row_product(weight_format: WeightFormat) -> Any:
     kernels = kernels_of(weight_format)
     load, chunk = kernels.load_chunk, kernels.dot_chunk
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
-    by_four, by_two = kernels.loads == 1, kernels.loads == 2  # chunks: four loads are on their way at once
+    by_four, by_two = kernels.listed_at_once == 4, kernels.listed_at_once == 2
 
     @jit(device=True)
     def dot(words, held, scale, low, row, r, stride, x, at, lane):

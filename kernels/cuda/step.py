@@ -11,7 +11,7 @@ from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
 from svdengine.kernels.cuda.formats.table import kernels_of
-from svdengine.kernels.cuda.gemm import LIBRARY_ROWS, HalfCopies, add_transposed_product, product, rounded_rows
+from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product, rounded_rows, uses_library
 from svdengine.kernels.cuda.half_copies import slice_rows
 from svdengine.kernels.cuda.kv_cache import KvCache
 from svdengine.kernels.cuda.model import LayerWeights, Model, Norm, PlacedPredictor
@@ -78,7 +78,7 @@ def head(state: State, wanted: int) -> None:
     device, work, matrix, copies = state.device, state.work, state.model.lm_head, state.copies
     count, hidden = matrix.rows, work.sizes.hidden
     read = rounded_rows(device, copies, [matrix], work.normed, work.rounded, hidden, wanted)
-    if copies is not None and wanted >= LIBRARY_ROWS and kernels_of(matrix.format).library_type is None:
+    if copies is not None and uses_library(copies, matrix, wanted) and kernels_of(matrix.format).library_type is None:
         count = slice_rows(matrix.rows, matrix.stride, len(copies.weights))
     for first in range(0, matrix.rows, count):
         part = matrix if count == matrix.rows else matrix.rows_from(first, min(count, matrix.rows - first))

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from svdengine.kernels.cuda.byte_pairs import small_levels
 from svdengine.kernels.cuda.formats.fours import add_four
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
+from svdengine.kernels.cuda.formats.tiles import TileKernels, integer_product
 from svdengine.kernels.cuda.integer_dot import dot_unsigned_16
 from svdengine.kernels.cuda.intrinsics import as_float, jit, ldg128, u8x4
+from svdengine.kernels.cuda.tensor_cores import mma_us, mma_uu
 from svdengine.kernels.formats import WeightFormat
 
 HALVES = np.uint32(0x0F0F0F0F)
@@ -60,14 +63,58 @@ def _finish(total):
     )
 
 
+@jit(device=True)
+def _units(row, r):
+    return row[2 * r], row[2 * r + 1]
+
+
+def affine_tiles(load: Any, levels: Any, high_part: float = 1.0) -> TileKernels:
+    """Tiles of a format with these levels; load, levels: as in `TileKernels`.
+
+    `load` gives levels of the second group divided by `high_part`.
+    """
+    part = np.float32(high_part)
+
+    @jit(device=True)
+    def scales(scale, low, units, at):
+        step, least = units
+        return (
+            step * np.float32(scale[at]),
+            least * np.float32(low[at]),
+            step * part * np.float32(scale[at + 1]),
+            least * np.float32(low[at + 1]),
+        )
+
+    return TileKernels(
+        row_tiles=2,
+        items=8,
+        load=load,
+        product=integer_product(mma_us, mma_uu),
+        shifted=True,
+        units=_units,
+        scales=scales,
+        levels=levels,
+        as_numbers=small_levels,
+        second_unit=1 / high_part,
+    )
+
+
 def affine_kernels(
-    name: WeightFormat, loads: int, load: Any, low_codes: Any, high_codes: Any, level: Any, high_part: float = 1.0
+    name: WeightFormat,
+    load: Any,
+    low_codes: Any,
+    high_codes: Any,
+    level: Any,
+    tiles: TileKernels,
+    high_part: float = 1.0,
+    at_once: int = 4,
+    listed_at_once: int = 4,
 ) -> FormatKernels:
     """The kernels of a format with these levels.
 
-    load: as `load_chunk`, `loads` loads, the low halves first. low_codes, high_codes: (w, k, j) -> the four levels of
-    the low halves of word k of a chunk, a byte each, or of the high ones, divided by `high_part`. level: (words, index)
-    -> a level by its index in the matrix, rows one after another.
+    load, at_once and listed_at_once: as in `FormatKernels`; the low halves come first. low_codes, high_codes: (w, k, j)
+    -> the four levels of the low halves of word k of a chunk, a byte each, or of the high ones, divided by `high_part`.
+    level: (words, index) -> a level by its index in the matrix, rows one after another.
     """
     part = np.float32(high_part)
 
@@ -119,7 +166,9 @@ def affine_kernels(
         column_of=_column_of,
         weight=weight,
         most_sums=2,
-        loads=loads,
+        at_once=at_once,
+        listed_at_once=listed_at_once,
         other_sums=1,
         finish=_finish,
+        tiles=tiles,
     )

@@ -6,9 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from svdengine.kernels.cuda.formats.fours import add_four, consecutive, dot_four, load_sixteen_bytes
+from svdengine.kernels.cuda.byte_pairs import HALF_UNIT, bfloat_pair, high_halves, low_halves
+from svdengine.kernels.cuda.formats.fours import NO_SUMS, add_four, consecutive, dot_four, load_sixteen_bytes
 from svdengine.kernels.cuda.formats.kernels import FormatKernels
-from svdengine.kernels.cuda.intrinsics import as_float, bf2f, h2f, jit
+from svdengine.kernels.cuda.formats.tiles import TileKernels
+from svdengine.kernels.cuda.intrinsics import as_float, bf2f, h2f, jit, lane_index, s8x4, u8x4
+from svdengine.kernels.cuda.tensor_cores import load_two, mma_bf16, mma_f16
 from svdengine.kernels.formats import WeightFormat
 
 
@@ -45,8 +48,72 @@ F32_KERNELS = FormatKernels(
 )
 
 
-def _of_16_bits(name: WeightFormat, unpack: Any, library_type: Any) -> FormatKernels:
-    """The kernels of a format of which `unpack` makes two float32 of a word."""
+_PADDING = 8  # words: four rows' 8 bytes are in different banks
+_PITCH = 32 + _PADDING
+_ZERO, _HIGH = np.float32(0), np.float32(256)
+
+
+@jit(device=True, forceinline=True)
+def _load_tile(shared, at, a, first):
+    """Of each group, of 16 columns and then the next 16, the lane's four columns of a row, and of the row 8 below."""
+    lane = lane_index()
+    place = at + (lane >> 2) * _PITCH + 2 * (lane & 3)
+    for k in range(4):
+        upper, lower = load_two(shared, place + 8 * k), load_two(shared, place + 8 * _PITCH + 8 * k)
+        for i in range(2):
+            a[first + 4 * k + i], a[first + 4 * k + 2 + i] = upper[i], lower[i]
+
+
+def _pair_product(mma: Any) -> Any:
+    """multiply(a, first, low, high, c): c + two pairs of columns of 16 and of the next 16, times low and high."""
+
+    @jit(device=True, forceinline=True)
+    def multiply(a, first, low, high, c):
+        for i in range(2):
+            c = mma(
+                a[first + i], a[first + 2 + i], a[first + 4 + i], a[first + 6 + i], low[i], high[i],
+                c[0], c[1], c[2], c[3],
+            )  # fmt: skip
+        return c
+
+    return multiply
+
+
+_multiply_f16, _multiply_bf16 = _pair_product(mma_f16), _pair_product(mma_bf16)
+
+
+@jit(device=True, forceinline=True)
+def _product_f16(a, first, group, b):
+    at = first + 8 * group
+    c = _multiply_f16(a, at, high_halves(b[0]), high_halves(b[1]), NO_SUMS)
+    return _multiply_f16(a, at, low_halves(b[2]), low_halves(b[3]), c)
+
+
+@jit(device=True)
+def _no_units(row, r):
+    return _ZERO, _ZERO
+
+
+@jit(device=True)
+def _no_scales(scale, low, units, at):
+    return NO_SUMS
+
+
+@jit(device=True)
+def _bfloats(values):
+    return bfloat_pair(values[0], values[1]), bfloat_pair(values[2], values[3])
+
+
+@jit(device=True, forceinline=True)
+def _product_bf16(a, first, group, b):
+    at = first + 8 * group
+    c = _multiply_bf16(a, at, _bfloats(s8x4(b[0])), _bfloats(s8x4(b[1])), NO_SUMS)
+    c = _HIGH * c[0], _HIGH * c[1], _HIGH * c[2], _HIGH * c[3]
+    return _multiply_bf16(a, at, _bfloats(u8x4(b[2])), _bfloats(u8x4(b[3])), c)
+
+
+def _of_16_bits(name: WeightFormat, unpack: Any, library_type: Any, tile_product: Any, unit: float) -> FormatKernels:
+    """The kernels of a format of which `unpack` makes two float32 of a word; unit: see `TileKernels`."""
 
     @jit(device=True)
     def dot(w, scale, low, row, r, stride, x, at, j):
@@ -73,8 +140,19 @@ def _of_16_bits(name: WeightFormat, unpack: Any, library_type: Any) -> FormatKer
         weight=weight,
         most_sums=4,
         library_type=library_type,
+        tiles=TileKernels(
+            row_tiles=1,
+            padding=_PADDING,
+            items=16,
+            load=_load_tile,
+            product=tile_product,
+            scaled=False,
+            units=_no_units,
+            scales=_no_scales,
+            unit=unit,
+        ),
     )
 
 
-F16_KERNELS = _of_16_bits("f16", h2f, np.float16)
-BF16_KERNELS = _of_16_bits("bf16", bf2f, None)
+F16_KERNELS = _of_16_bits("f16", h2f, np.float16, _product_f16, HALF_UNIT)
+BF16_KERNELS = _of_16_bits("bf16", bf2f, None, _product_bf16, 1.0)

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from svdengine.kernels.cuda.formats.fours import NO_SUMS
+from svdengine.kernels.cuda.formats.tiles import TileKernels
 from svdengine.kernels.cuda.intrinsics import jit
 from svdengine.kernels.formats import FORMATS, WeightFormat
 
@@ -45,11 +46,13 @@ class FormatKernels:
     column_of: Any  # (j, k) -> the first column of the k-th four of chunk j
     weight: Any  # (words, scale, low, row, r, column, stride) -> float32: a single weight
     most_sums: int  # rows of activations for which a thread can hold the sums of a chunk's columns in registers
-    loads: int = 1  # of 16 bytes, that a chunk takes: 1 or 2
+    at_once: int = 4  # chunks of a row whose loads are on their way at once, 4 or 2: as many as registers hold
+    listed_at_once: int = 4  # the same of listed rows (rows.py), whose kernels have more in registers
     other_sums: int = 0  # fours behind those of the columns
     finish: Any = unchanged  # (total) -> the sums of the columns, once all is added
     types: Mapping[str, str] = field(default_factory=dict)  # of parameters whose items are not those of `_TYPES`
     library_type: Any = None  # NumPy's, of words that the vendor's library multiplies as they are stored
+    tiles: TileKernels | None = None  # for products on tensor cores
 
     @property
     def chunk_words(self) -> int:

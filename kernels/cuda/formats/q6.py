@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from svdengine.kernels.cuda.formats.affine import FOUR, HALVES, affine_kernels
+from svdengine.kernels.cuda.formats.affine import FOUR, HALVES, affine_kernels, affine_tiles
+from svdengine.kernels.cuda.formats.tiles import load_of, load_piece_of
 from svdengine.kernels.cuda.intrinsics import jit, ldg128_once
+from svdengine.kernels.cuda.tensor_cores import load_transposed_matrices
 
 _PAIRS = np.uint32(0x30303030)
+_TWO = np.uint32(2)
+_load_halves, _load_pairs = load_of(3), load_piece_of(3)
+_load_columns, _load_pair_columns = load_of(3, load_transposed_matrices), load_piece_of(3, load_transposed_matrices)
 
 
 @jit(device=True)
@@ -46,4 +51,27 @@ def _level(words, index):
     return low + 16 * upper
 
 
-Q6_KERNELS = affine_kernels("q6", 2, _load, _low_codes, _high_codes, _level)
+@jit(device=True, forceinline=True)
+def _join(halves, pairs, a, first):
+    """Levels of 16 bytes of halves, then the next 16, each of two rows; both rows' pairs."""
+    for i in range(2):
+        p = pairs[i]
+        a[first + i] = (halves[i] & HALVES) | ((p << FOUR) & _PAIRS)
+        a[first + i + 2] = (halves[i + 2] & HALVES) | ((p << _TWO) & _PAIRS)
+        a[first + i + 4] = ((halves[i] >> FOUR) & HALVES) | (p & _PAIRS)
+        a[first + i + 6] = ((halves[i + 2] >> FOUR) & HALVES) | ((p >> _TWO) & _PAIRS)
+
+
+@jit(device=True, forceinline=True)
+def _load_tile(shared, at, a, first):
+    _join(_load_halves(shared, at, 0), _load_pairs(shared, at, 2), a, first)
+
+
+@jit(device=True, forceinline=True)
+def _levels(shared, at, u):
+    _join(_load_columns(shared, at, 0), _load_pair_columns(shared, at, 2), u, 0)
+
+
+Q6_KERNELS = affine_kernels(
+    "q6", _load, _low_codes, _high_codes, _level, affine_tiles(_load_tile, _levels), at_once=2, listed_at_once=2
+)

@@ -37,16 +37,11 @@ IN_FLIGHT = {
 }
 DECODE = ("attention_128_1x1_f16", "attention_128_1x8_f16")
 PREFILL = ("attention_tiles_128_1",)
+BATCH = ("batch_q8_1", "batch_f16_1", "batch_q4_1", "batch_sums_q8_1", "batch_sums_q4_1")  # several rows of activations
 # Kernels that do not fit into their registers on some target: most loads and stores of a thread's own memory there.
 # BENCHMARKS.md has them among the misses.
-SPILLS = {
-    "attention_128_1x8_f16": 200,  # sm_100a and sm_120a
-    "project_q8": 4,  # sm_120a
-    **dict.fromkeys(("gate_q4", "up_q4", "up_q4_split", "gate_up_q4", "gate_up_q4_split", "gemv_f32_1x1"), 32),
-    **dict.fromkeys(("gemv_f16_1x4", "gemv_bf16_1x4", "gemv_q8_1x4", "gemv_q6_1x4", "gemv_q4_1x2"), 32),
-    **dict.fromkeys(("gemv_q4_1x4", "gemv_ternary_1x2", "gemv_ternary_1x4"), 64),
-}
-HOT = (*IN_FLIGHT, *DECODE, *PREFILL)
+SPILLS = {"project_q8": 4}  # on sm_120a
+HOT = (*IN_FLIGHT, *DECODE, *PREFILL, *BATCH)
 
 
 def compile_everything() -> dict[str, dict[str, Any]]:

@@ -115,6 +115,7 @@ def summary(loop: Loop) -> dict[str, int]:
         "weight_loads": loop.weight_loads,
         "in_flight": loads_in_flight(loop),
         "ffma": loop.count("FFMA", "FFMA2"),
-        "mma": loop.count("HMMA"),
+        "mma": loop.count("HMMA", "IMMA"),
+        "copies": loop.count("LDGSTS"),
         "dp4a": loop.count("IDP"),
     }

@@ -10,7 +10,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from compiled import DECODE, HOT, IN_FLIGHT, PREFILL, TARGETS, compile_all
+from compiled import BATCH, DECODE, HOT, IN_FLIGHT, PREFILL, TARGETS, compile_all
+from test_machine_code import turns_of
 
 _REGISTERS, _SHARED = 65536, 100 * 1024  # of a multiprocessor; of some more shared memory
 _MOST_WARPS = {"sm_86": 48, "sm_89": 48, "sm_120a": 48}  # of a multiprocessor; of others 64
@@ -31,12 +32,15 @@ def resident_warps(used: dict[str, Any], target: str, threads: int) -> int:
 
 def row(name: str, target: str, used: dict[str, Any]) -> str:
     """A line of the table: of the loop that reads the most weights, or that multiplies the most."""
-    key = "mma" if name in PREFILL else "ffma" if name in DECODE else "weight_loads"
+    key = "mma" if name in (*PREFILL, *BATCH) else "ffma" if name in DECODE else "weight_loads"
     loop = max(used["loops"], key=lambda one: one[key])
     flight = max(one["in_flight"] for one in used["loops"])
     bytes_each, each = "", ""
     if name in IN_FLIGHT:
         bytes_each = f"{512 * loop['weight_loads'] / loop['instructions']:.1f}"
+    elif name in BATCH:
+        turns, weights, _ = turns_of(name)
+        flight, bytes_each = (turns - 1) * weights // 512, f"{turns * weights / loop['instructions']:.1f}"
     elif loop[key]:
         each = f"{loop['instructions'] / loop[key]:.1f} for each of {loop[key]} {'mma' if key == 'mma' else 'FFMA'}"
     threads = 256 if name.startswith(_WIDE_BLOCKS) else 128

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import SPILLS, stays_in_registers
+from compiled import stays_in_registers
 
 from svdengine.kernels import cuda as package
 from svdengine.kernels.cuda.catalogue import all_kernels
@@ -15,6 +15,7 @@ from svdengine.kernels.cuda.catalogue import all_kernels
 KERNELS = all_kernels()
 REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
 ATTENTION_REGISTERS = 255  # two blocks of 128 fit
+SMALL_BLOCKS, SMALL_BLOCK_REGISTERS = ("batch_", "gemv_f32"), 168  # of 128 threads: three fit
 FULL_BLOCKS = ("list_every", "project_")  # of 1024 threads, which have half as many
 MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
@@ -31,11 +32,6 @@ def test_a_kernel_compiles_and_stays_in_registers(machine_code_report: Any, name
         assert used["SHARED"] <= MOST_SHARED, f"{architecture}: {used}"
         if name.startswith(WIDE):
             assert used["wide_loads"] > 0, f"{architecture}: {used}"
-
-
-@pytest.mark.parametrize("name", [name for name in SPILLS if name != "project_q8"])  # that of sm_120a: test_targets.py
-def test_what_is_known_not_to_fit_still_does_not(machine_code_report: Any, name: str) -> None:
-    assert any(used["spills"] for used in machine_code_report[name].values()), "it fits now: take it out of the list"
 
 
 def test_no_kernel_is_missing_from_the_catalogue() -> None:
@@ -63,4 +59,6 @@ def most_registers(name: str) -> int:
     """Of a thread, so that the blocks that it is launched with fit."""
     if name.startswith("attention_"):
         return ATTENTION_REGISTERS
+    if name.startswith(SMALL_BLOCKS):
+        return SMALL_BLOCK_REGISTERS
     return 64 if name.startswith(FULL_BLOCKS) else REGISTERS

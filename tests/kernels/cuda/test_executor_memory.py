@@ -11,10 +11,9 @@ import pytest
 from model_zoo import make_batch, random_tokens, relative_error, stored
 from numpy.typing import NDArray
 from random_predictors import make_predictor
-from test_executor import BOUND, LLAMA, RELU, ZOO, check, executors, small_blocks
+from test_executor import BOUND, LLAMA, RELU, ZOO, check, executors, small_blocks, use_the_library_from
 
 from svdengine.kernels.base_executor import ExecutorSetup
-from svdengine.kernels.cuda import executor, gemm, step
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.half_copies import copy_items
@@ -120,8 +119,7 @@ def test_copies_are_as_large_as_the_formats_need(weight_format: WeightFormat) ->
 def test_the_head_is_multiplied_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     if not SIMULATED:
         pytest.skip("the simulator's library stands for cuBLAS")
-    for module in (gemm, executor, step):
-        monkeypatch.setattr(module, "LIBRARY_ROWS", 2)
+    use_the_library_from(2, monkeypatch)
     rows: list[int] = []
 
     class Counting(SimulatedDevice):

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 from model_zoo import random_tokens, relative_error, run_in_chunks, stored, zoo
 from numpy.typing import NDArray
-from test_executor import BOUND, INTEGER_BOUND, MODELS, RELU, executors, small_blocks
+from test_executor import BOUND, INTEGER_BOUND, MODELS, RELU, executors, small_blocks, use_the_library_from
 from test_memory_split import calibrated
 from test_sparse import Bench, bound_of, layer_predictor
 
 from svdengine.kernels import base_executor
 from svdengine.kernels.base_executor import ExecutorSetup
-from svdengine.kernels.cuda import executor, gemm
 from svdengine.kernels.cuda.device import SimulatedDevice
 from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.half_copies import copy_items
@@ -140,8 +139,7 @@ def test_formats_with_scales_agree_on_the_dense_path(simulated: SimulatedDevice,
 def test_the_library_multiplies_a_copy(monkeypatch: pytest.MonkeyPatch, name: str, weight_format: WeightFormat) -> None:
     if not SIMULATED:
         pytest.skip("the simulator's memory is set here")
-    monkeypatch.setattr(gemm, "LIBRARY_ROWS", 2)
-    monkeypatch.setattr(executor, "LIBRARY_ROWS", 2)
+    use_the_library_from(2, monkeypatch)
     check(SimulatedDevice(has_blas=True), MODELS[name], [3], weight_format, 3e-3, share=0.9)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import stays_in_registers
+from compiled import SPILLS, stays_in_registers
+from test_compile import most_registers
 
 from svdengine.commands.compile import CUDA_TARGETS
 from svdengine.kernels.cuda.catalogue import all_kernels
@@ -24,7 +25,6 @@ from svdengine.kernels.cuda.score import PROJECT_THREADS
 # Kernels by the threads of their blocks: a multiprocessor has 65,536 registers.
 THREADS = {"list_every": COMPACT_THREADS, "project_q8": PROJECT_THREADS, "project_q4": PROJECT_THREADS}
 FLOAT32 = ("spread",)  # that goes over a whole vocabulary
-MOST_REGISTERS = 128
 
 
 def inspect(names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -41,7 +41,10 @@ def inspect(names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def test_blocks_of_1024_threads_can_start_on_every_target() -> None:
-    for name, targets in inspect([*THREADS, *FLOAT32]).items():
+    found = inspect([*THREADS, *FLOAT32])
+    for name in SPILLS:
+        assert any(used["spills"] for used in found[name].values()), f"{name} fits now: take it out of the list"
+    for name, targets in found.items():
         assert targets.keys() == TARGETS.keys()
         for target, used in targets.items():
             assert used["REG"] * THREADS.get(name, 256) <= 65536, f"{name} {target}: {used['REG']} registers"
@@ -63,7 +66,7 @@ def test_every_kernel_stays_in_registers_on_every_target() -> None:
     for name, targets in inspect([]).items():
         for target, used in targets.items():
             assert stays_in_registers(name, used), f"{name} {target}: {used}"
-            assert used["REG"] <= MOST_REGISTERS, f"{name} {target}: {used['REG']} registers"
+            assert used["REG"] <= most_registers(name), f"{name} {target}: {used['REG']} registers"
 
 
 def test_the_command_knows_every_target() -> None:
