@@ -42,6 +42,7 @@ class Device(Protocol):
     name: str
     has_blas: bool  # whether `gemm` works
     without_blas: str  # why it does not, where it should
+    launches_early: bool  # whether `record` can be `early`
 
     def zeros(self, size: int, dtype: Any) -> Array:
         """A flat array of zeros. Raises DeviceError when memory runs out."""
@@ -88,8 +89,12 @@ class Device(Protocol):
         """
         ...
 
-    def record(self, step: Callable[[], None]) -> Graph:
-        """What `step` launches, recorded and not run. All its kernels must have run before."""
+    def record(self, step: Callable[[], None], *, early: bool = False) -> Graph:
+        """What `step` launches, recorded and not run. All its kernels must have run before.
+
+        With `early` a kernel may start before the one before it has ended, and waits for it then: see
+        kernels/cuda/early_launch.py.
+        """
         ...
 
     def replay(self, graph: Graph) -> None:
@@ -120,6 +125,7 @@ class SimulatedDevice:
     """
 
     name = "simulator"
+    launches_early = False
 
     def __init__(self, memory: int = 1 << 30, has_blas: bool = False) -> None:
         if not SIMULATED:
@@ -188,8 +194,8 @@ class SimulatedDevice:
         for step in steps:
             self.prepared |= {launch[0].name for launch in self.record(step)}
 
-    def record(self, step: Callable[[], None]) -> Graph:
-        """See Device."""
+    def record(self, step: Callable[[], None], *, early: bool = False) -> Graph:
+        """See Device; launches are one after another either way."""
         self._recorded = []
         try:
             step()

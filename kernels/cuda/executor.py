@@ -22,12 +22,10 @@ from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token, 
 from svdengine.kernels.cuda.memory_split import MemorySplit, split_memory
 from svdengine.kernels.cuda.model import build_model, place_predictor
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
-from svdengine.kernels.cuda.step import Keep, Sample, Shape, State, ffn, run_step
+from svdengine.kernels.cuda.state import State
+from svdengine.kernels.cuda.step import Keep, Sample, Shape, ffn, run_step
 from svdengine.kernels.cuda.workspace import (
-    ACTIVE,
     COUNTS,
-    PREDICTED,
-    TOTAL,
     Sizes,
     allocate_workspace,
     inputs_size,
@@ -83,6 +81,7 @@ class CudaExecutor(BaseExecutor):
         self._graphs: dict[Shape, Graph | None] = {}
         self._latest_rows = 0  # of the step that ran last
         self._known_counts: NeuronCounts | None = None  # what the device has counted, where that is known
+        self._known_layers: LayerCounts = self._counted  # the same by layer
         self._staged = device.staging(inputs_size(sizes), np.int32)  # what is written to work.inputs
         self._is_staged = False  # whether the device may still have to read it
         self._tokens = device.staging(sizes.rows, np.int32)  # where work.chosen goes
@@ -141,20 +140,19 @@ class CudaExecutor(BaseExecutor):
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         if self._known_counts is None:
-            counts = self._fetch(self._state.work.counts).reshape(-1, COUNTS).sum(0)
-            self._known_counts = NeuronCounts(*map(int, counts))
+            self._known_layers = self._fetch(self._state.work.counts).reshape(-1, COUNTS)
+            self._known_counts = NeuronCounts(*map(int, self._known_layers.sum(0)))
         return self._known_counts
 
     def layer_counts(self) -> LayerCounts:
-        """See `Executor`: of all layers together."""
-        counts = self.neuron_counts()
-        return np.array([[counts.predicted, counts.active, counts.total]], np.int64)
+        """See `Executor`."""
+        self.neuron_counts()
+        return self._known_layers.copy()
 
     def _set_layer_counts(self, counts: LayerCounts) -> None:
-        of_rows = np.zeros(self.max_batch_rows * COUNTS, np.int64)
-        of_rows[[PREDICTED, ACTIVE, TOTAL]] = counts.sum(0)
-        self._state.device.write(self._state.work.counts, of_rows)
+        self._known_layers = np.array(counts, np.int64)
         self._known_counts = NeuronCounts(*map(int, counts.sum(0)))
+        self._state.device.write(self._state.work.counts, self._known_layers.reshape(-1))
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         orders = [layer.order for layer in self._state.model.layers]
@@ -207,8 +205,35 @@ class CudaExecutor(BaseExecutor):
                 self._graphs[shape] = None
             return
         if graph is None:
-            graph = self._graphs[shape] = device.record(lambda: run_step(self._state, self._placed, shape))
+            self._graphs[shape] = self._recorded(shape)
+        else:
+            device.replay(graph)
+
+    def _recorded(self, shape: Shape) -> Graph:
+        """Record a step, and run it.
+
+        Where kernels can start early, the graph that lets them is tried: it runs the same step, and has to leave the
+        same bits. What is tried once is no proof, but what does not work at all does not come into use.
+        """
+        device, work = self._state.device, self._state.work
+        step = partial(run_step, self._state, self._placed, shape)
+        graph = device.record(step)
         device.replay(graph)
+        if not device.launches_early:
+            return graph
+        left = (work.logits[: shape.wanted * work.sizes.logits], work.chosen[: shape.wanted], work.counts)
+        expected = [device.download(array) for array in left]
+        try:
+            early = device.record(step, early=True)
+            device.replay(early)
+            found = [device.download(array) for array in left]
+        except DeviceError:
+            device.launches_early = False
+            return graph
+        device.write(work.counts, expected[2])  # the step was counted twice
+        same = all(one.tobytes() == other.tobytes() for one, other in zip(found[:2], expected[:2], strict=True))
+        device.launches_early = same
+        return early if same else graph
 
     def _load(self, batch: Batch, choices: Sequence[Choice | None] = ()) -> Shape:
         """Check the batch, copy it to the device, and say which launches it takes."""

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,12 @@ from svdengine.files.model_file import read_model_file
 from svdengine.files.predictor_file import find_predictor
 from svdengine.kernels import brought_along
 from svdengine.kernels.cuda import compilation, cupy_device
-from svdengine.kernels.cuda.availability import Gpu
+from svdengine.kernels.cuda.availability import Driver, Gpu
 from svdengine.kernels.cuda.bandwidth import BLOCKS, THREADS, read_words
 from svdengine.kernels.cuda.cupy_device import CupyDevice
 from svdengine.kernels.cuda.description import measured_bandwidth
 from svdengine.kernels.cuda.device import Gemm, SimulatedDevice
+from svdengine.kernels.cuda.early_launch import EarlyLauncher, why_not_early
 from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.planned_device import needed_kernels
@@ -332,6 +333,50 @@ def test_kernels_of_a_model_are_known_without_a_gpu(tmp_path: Path) -> None:
     write_planted(path, small_config(), "q4", Sparsity(rank=64, predicted=0.4, active=0.2))
     with read_model_file(path) as file:
         found = needed_kernels(file.config, file.arrays, file.formats, find_predictor(file))
-    for name in ("gemv_q4_1x1", "gate_up_q4", "down_q4", "score_q8_0", "widen_q4", "list_every", "choose", "place_f16"):
+    for name in (
+        "heads_q4_f16",
+        "normed_q8",
+        "predicted_q8_0_q4",
+        "down_q4",
+        "gate_up_q4",
+        "widen_q4",
+        "list_every",
+        "choose",
+    ):
         assert name in found
     assert any(name.startswith("attention_32_") for name in found) and "gemv_q6_1x1" not in found
+
+
+def test_a_recording_may_let_kernels_start_early(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+
+    class Launcher:
+        def launch(self, function: int, grid: Any, threads: int, arguments: list[Any], stream: int) -> None:
+            sizes = [argument.dtype.itemsize for argument in arguments]
+            launched.append((function, grid, threads, sizes, arguments[0][0], stream))
+
+    monkeypatch.setattr(cupy_device, "EarlyLauncher", Launcher)
+    monkeypatch.setattr(cupy_device, "find_driver", lambda: Driver(13000))
+    gpu = CupyDevice()
+    assert gpu.launches_early
+    array = gpu.zeros(300, np.float32)
+    gpu._functions["add_parts_to_rows"] = SimpleNamespace(ptr=77)
+    gpu._stream.ptr = 5
+    gpu.record(lambda: add_parts(gpu, array, 1, array, array, 300, 300, 1, 0.5), early=True)
+    assert launched == [(77, (2, 1), 256, [8, 8, 8, 4, 4, 4, 4, 4], array.data.ptr, 5)] and not cupy.calls
+    assert gpu._early is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "why"), [((8, 9), 13000, "older than compute"), ((9, 0), 12020, "older than CUDA 12.3")]
+)
+def test_kernels_start_early_only_where_it_is_known_to_work(capability: Any, driver: int, why: str) -> None:
+    assert why in why_not_early(capability, driver)
+    assert why_not_early((9, 0), 12030) == ""
+
+
+def test_attributes_of_a_launch_can_be_set_by_the_installed_bindings() -> None:
+    launcher = EarlyLauncher()
+    assert launcher._attributes[0].value.programmaticStreamSerializationAllowed == 1
+    with pytest.raises(Exception, match="cuda"):  # all is packed, and then there is no driver
+        launcher.launch(1, (2, 3), 64, [np.array([5], np.int32), np.array([9], np.uint64)], 7)

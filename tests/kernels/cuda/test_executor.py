@@ -28,6 +28,7 @@ from svdengine.kernels.cuda import (
     sample_weights,
     sample_whole,
     sampling,
+    single_row,
     sparse,
     workspace,
 )
@@ -85,7 +86,8 @@ LLAMA, RELU = MODELS["llama"], MODELS["llama_relu_tied"]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the simulator idle threads cost as much as others. Kernels that any number of threads can run get few."""
     if SIMULATED:
-        for module in (norm, elementwise, embedding):
+        monkeypatch.setattr(single_row, "HEAD_THREADS", 32)
+        for module in (norm, elementwise, embedding, single_row):
             monkeypatch.setattr(module, "THREADS", 32)
         monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
         few_sampling_threads(monkeypatch)
@@ -244,12 +246,14 @@ def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
 
 
 def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
-    predictor = make_predictor(RELU, 8, 2, threshold=-0.05)
-    tokens = random_tokens(RELU, 5)
-    with executors(device, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
+    config = replace(RELU, layer_count=2)
+    predictor = make_predictor(config, 8, 2, threshold=-0.05)
+    tokens = random_tokens(config, 5)
+    with executors(device, config, predictor=predictor, ffn="sparse") as (cuda, reference):
         expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
         assert relative_error(run_in_chunks(cuda, tokens, [2, 1, 1, 1]), expected) < BOUND
         assert cuda.neuron_counts() == reference.neuron_counts()
+        np.testing.assert_array_equal(cuda.layer_counts(), reference.layer_counts())
         assert 0 < cuda.neuron_counts().predicted < cuda.neuron_counts().total
         cuda.reset_neuron_counts()
         assert cuda.neuron_counts().total == 0
