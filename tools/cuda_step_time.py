@@ -250,12 +250,12 @@ def _print_prefill(name: str, shape: str, config: ModelConfig, tokens: int) -> N
     card = CARDS[name]
     each = instructions_an_mma(config, card)
     found = prefill_time(config, tokens, card, each)
+    print(f"A model, not a measurement: {name}, {shape}, attention of a prompt of {tokens} tokens:")
     print(
-        f"A model, not a measurement: {name}, {shape}, attention of a prompt of {tokens} tokens: {each:.1f} instructions"
+        f"{each:.1f} instructions an mma take {1e3 * found.issuing:.0f} ms, tensor cores {1e3 * found.multiplying:.0f},"
     )
     print(
-        f"an mma take {1e3 * found.issuing:.0f} ms, tensor cores {1e3 * found.multiplying:.0f} ms, and cuBLAS at"
-        f" {_CUBLAS:.0%} of them {1e3 * found.library:.0f} ms: {found.seconds / found.library:.1f} times as long"
+        f"and cuBLAS at {_CUBLAS:.0%} of them {1e3 * found.library:.0f}: {found.seconds / found.library:.1f} times that"
     )
 
 

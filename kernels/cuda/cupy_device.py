@@ -117,8 +117,8 @@ class CupyDevice:
             if self._early is None:
                 function(grid, (threads,), values, stream=self._stream)
             else:
-                arguments = packed(kernel.parameters, values)
-                self._early.launch(function.ptr, grid, threads, arguments, self._stream.ptr)
+                packs = packed(kernel.parameters, values)
+                self._early.launch(function.ptr, grid, threads, packs, self._stream.ptr)
 
     def prepare(self, steps: Iterable[Callable[[], None]]) -> None:
         """See Device. What is compiled already comes from the disk."""

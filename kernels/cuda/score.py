@@ -27,6 +27,7 @@ from svdengine.kernels.cuda.intrinsics import (
 )
 from svdengine.kernels.cuda.rounding import ROUND_THREADS, store_coarse, store_fine
 from svdengine.kernels.cuda.rows import matrix_parameters
+from svdengine.kernels.formats import WeightFormat
 
 LANES = 8  # that share a row of the second factor and of the residual, which are short
 SCORE_THREADS = 256
@@ -268,8 +269,9 @@ def _score(name, bits):
 
 def predictor_parameters(factors: str) -> str:
     """The parameters of a kernel that are a layer of a predictor, and what it reads."""
+    stored: WeightFormat = "q4" if factors == "q4" else "q8"
     return (
-        f"{matrix_parameters(factors or 'q8', 'a_')}, uint32* q_words, float16* q_scale, float32* minus_threshold,"
+        f"{matrix_parameters(stored, 'a_')}, uint32* q_words, float16* q_scale, float32* minus_threshold,"
         "float32* unit, uint32* z, uint32* x, float32* shift"
     )
 

@@ -20,6 +20,7 @@ MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
 ATTENTION = ("attention_128", "attention_64", "attention_80", "attention_256")  # without tensor cores
 WIDE = (*ATTENTION, "gemv_", "gate_", "up_", "down_", "project_", "score_q8", "score_q4", "score_none_2")
+WIDE += ("heads_", "normed_", "activated_", "predicted_")
 
 
 @pytest.mark.parametrize("name", KERNELS)
