@@ -251,12 +251,9 @@ def _print_prefill(name: str, shape: str, config: ModelConfig, tokens: int) -> N
     each = instructions_an_mma(config, card)
     found = prefill_time(config, tokens, card, each)
     print(f"A model, not a measurement: {name}, {shape}, attention of a prompt of {tokens} tokens:")
-    print(
-        f"{each:.1f} instructions an mma take {1e3 * found.issuing:.0f} ms, tensor cores {1e3 * found.multiplying:.0f},"
-    )
-    print(
-        f"and cuBLAS at {_CUBLAS:.0%} of them {1e3 * found.library:.0f}: {found.seconds / found.library:.1f} times that"
-    )
+    issuing, multiplying, library = (1e3 * t for t in (found.issuing, found.multiplying, found.library))
+    print(f"{each:.1f} instructions an mma take {issuing:.0f} ms, tensor cores {multiplying:.0f}, and cuBLAS at")
+    print(f"{_CUBLAS:.0%} of them {library:.0f}: it takes {found.seconds / found.library:.1f} times that")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
