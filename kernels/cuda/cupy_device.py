@@ -103,6 +103,19 @@ class CupyDevice:
             array.get(stream=self._stream, out=to[: array.size])
             return to[: array.size]
 
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """See Device."""
+        with self._used():
+            array.get(stream=self._stream, out=to[: array.size], blocking=False)
+            event = self._cupy.cuda.Event(disable_timing=True)
+            event.record(self._stream)
+
+        def wait() -> None:
+            with self._used():
+                event.synchronize()
+
+        return wait
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """See Device."""
         if self._noted is not None:

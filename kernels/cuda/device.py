@@ -74,6 +74,13 @@ class Device(Protocol):
         """A host copy of a device array, once all work before it is done: new, or at the beginning of `to`."""
         ...
 
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """Copy a device array to the beginning of `to`, of `staging`, once all work before it is done.
+
+        Returns at once what waits for it, but not for work that is asked for after it.
+        """
+        ...
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Run a kernel on a grid of blocks of `threads`; arguments are arrays and numbers, in its parameters' order."""
         ...
@@ -168,6 +175,11 @@ class SimulatedDevice:
         copy: NDArray = np.empty(array.size, array.dtype) if to is None else to[: array.size]
         copy[:] = array
         return copy
+
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """See Device."""
+        self.download(array, to)
+        return lambda: None
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """See Device."""

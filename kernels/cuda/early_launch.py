@@ -12,12 +12,14 @@ longer on the host than CuPy, so that only recorded steps are launched so.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from svdengine.errors import DeviceError
 from svdengine.kernels.cuda.compilation import EARLY_CAPABILITY
+from svdengine.kernels.cuda.device import Array, Device, Graph
 
 LEAST_DRIVER = 12030  # CUDA 12.3
 
@@ -73,3 +75,34 @@ def packed(kinds: tuple[str, ...], values: tuple[Any, ...]) -> list[np.ndarray[A
         np.array([value.data.ptr], np.uint64) if kind.endswith("*") else np.array([value], kind)
         for kind, value in zip(kinds, values, strict=True)
     ]
+
+
+def record_and_run(device: Device, step: Callable[[], None], left: Sequence[Array], counts: Array) -> Graph:
+    """Record a step, and run it.
+
+    Where kernels can start early, the graph that lets them is tried: it runs the same step, and has to leave the same
+    bits in the arrays `left`. What is tried once is no proof, but what does not work at all does not come into use.
+    counts: an array that the step adds to.
+    """
+    graph = device.record(step)
+    if not device.launches_early:
+        device.replay(graph)
+        return graph
+    expected, counted = _bits_left(device, graph, left), device.download(counts)
+    try:
+        early = device.record(step, early=True)
+        device.launches_early = _bits_left(device, early, left) == expected
+    except DeviceError:
+        device.launches_early = False
+    if not device.launches_early:
+        device.replay(graph)  # what the trial left, in the KV cache too, may be wrong
+    device.write(counts, counted)  # the step was counted more than once
+    return early if device.launches_early else graph
+
+
+def _bits_left(device: Device, graph: Graph, left: Sequence[Array]) -> list[bytes]:
+    """What a step leaves in some arrays, none of which keeps what was there before."""
+    for array in left:
+        device.write(array, np.full(array.size, -1, array.dtype))
+    device.replay(graph)
+    return [device.download(array).tobytes() for array in left]

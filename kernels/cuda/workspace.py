@@ -199,10 +199,17 @@ def pack_inputs(sizes: Sizes, values: Mapping[str, NDArray], to: NDArray[np.int3
 
     It ends with the last item of the block tables. It is made at the beginning of `to`, where that is given.
     """
-    parts = input_parts(sizes)
-    size = parts["block_tables"][0] + values["block_tables"].size
-    packed = np.empty(size, np.int32) if to is None else to[:size]
-    packed[:] = 0
+    size = input_parts(sizes)["block_tables"][0] + values["block_tables"].size
+    return _packed(sizes, values, np.empty(size, np.int32) if to is None else to[:size])
+
+
+def pack_parts(sizes: Sizes, values: Mapping[str, NDArray], to: NDArray[np.int32]) -> NDArray[np.int32]:
+    """As `pack_inputs`, up to the end of the last of `values`, which begin with the first part."""
+    return _packed(sizes, values, to[: max(input_parts(sizes)[name][1] for name in values)])
+
+
+def _packed(sizes: Sizes, values: Mapping[str, NDArray], packed: NDArray[np.int32]) -> NDArray[np.int32]:
+    parts, packed[:] = input_parts(sizes), 0
     for name, value in values.items():
         start, _, dtype = parts[name]
         words = np.ascontiguousarray(value, dtype).reshape(-1).view(np.int32)

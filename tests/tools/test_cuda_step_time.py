@@ -42,6 +42,8 @@ def test_loops_are_found_in_machine_code() -> None:
     found = [[one.name for one in loop] for loop in machine_code.loops(*code)]
     assert [len(loop) for loop in found] == [5, 2] and found[0][-1] == "BRA"
     assert machine_code.bytes_per_instruction(code) == 2 * 512 / 5
+    moved = SASS.replace(".L_x_3:", "        /*0098*/              @!P2 BRA `(.L_x_1) ;\n.L_x_3:")
+    assert machine_code.bytes_per_instruction(machine_code.parse(moved)) == 2 * 512 / 5  # what goes back is no loop
     assert machine_code.bytes_per_instruction(machine_code.parse("")) == 0
 
 

@@ -292,6 +292,43 @@ def test_a_replayed_step_launches_what_the_first_did(device: Any) -> None:
         assert len(cuda._graphs) == 1
 
 
+class EarlyDevice(SimulatedDevice):
+    """A device that can let kernels start early, and notes which graphs it ran; `trouble`: what happens then."""
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__()
+        self.launches_early, self.trouble, self.ran = True, trouble, list[bool]()
+
+    def record(self, step: Any, *, early: bool = False) -> Any:
+        if early and self.trouble == "refused":
+            raise DeviceError("the GPU refused an early launch: CUDA_ERROR_NOT_SUPPORTED")
+        return early, super().record(step)
+
+    def replay(self, graph: Any) -> None:
+        early, launches = graph
+        self.ran.append(early)
+        # A kernel that does not wait for the one before it, say.
+        super().replay(launches[:-1] if early and self.trouble == "wrong" else launches)
+
+    def prepare(self, steps: Any) -> None:
+        """Nothing is compiled."""
+
+
+@pytest.mark.skipif(not SIMULATED, reason="a GPU may start kernels early or not")
+@pytest.mark.parametrize("trouble", ["", "wrong", "refused"])
+def test_kernels_start_early_where_a_trial_gives_the_same_bits(device: Any, trouble: str) -> None:
+    one = EarlyDevice(trouble)
+    predictor = make_predictor(RELU, 8, 0, threshold=-0.05)
+    tokens = random_tokens(RELU, 5)
+    with executors(one, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
+        expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1, 1, 1]), expected) < BOUND
+        assert cuda.neuron_counts() == reference.neuron_counts()  # what was tried is not counted
+    # The second step is recorded, tried, and where the trial failed run again; the third is replayed.
+    ran = {"": [False, True, True], "wrong": [False, True, False, False], "refused": [False, False, False]}
+    assert one.ran == ran[trouble] and one.launches_early == (not trouble)
+
+
 def test_tokens_are_chosen_in_the_recorded_step(device: Any) -> None:
     with executors(device, LLAMA) as (cuda, _):
         for position in range(3):  # launched, recorded and replayed, replayed
