@@ -78,16 +78,20 @@ def machine_codes(kernels: Iterable[Kernel], capability: Capability) -> dict[str
 
 
 def compile_into(
-    folder: Path, kernels: Sequence[Kernel], capability: Capability, *, must_keep: bool = False
+    folder: Path, kernels: Sequence[Kernel], *capabilities: Capability, must_keep: bool = False
 ) -> dict[str, MachineCode]:
-    """Compile kernels in threads and keep them in a folder. Raises OSError where that fails and they `must_keep`."""
+    """Compile kernels in threads and keep them in a folder; returns those for the first of the capabilities.
+
+    Raises OSError where they cannot be kept and `must_keep`.
+    """
 
     def one(kernel: Kernel) -> tuple[str, MachineCode]:
-        entry, (cubin,) = compile_kernel(kernel, [capability])
+        entry, cubins = compile_kernel(kernel, capabilities)
         # Without a cache it is compiled again next time.
         with contextlib.nullcontext() if must_keep else contextlib.suppress(OSError):
-            _write(folder / _file_name(kernel.name, capability), entry, cubin)
-        return kernel.name, (entry, cubin)
+            for capability, cubin in zip(capabilities, cubins, strict=True):
+                _write(folder / _file_name(kernel.name, capability), entry, cubin)
+        return kernel.name, (entry, cubins[0])
 
     with ThreadPoolExecutor(max(1, min(_MOST_THREADS, default_threads(), len(kernels)))) as pool:
         return dict(pool.map(one, kernels))

@@ -325,6 +325,7 @@ class CudaExecutor(BaseExecutor):
             for tile in {1, 1 if n <= _FEW_ROWS else rows}
             for path in self._paths()
         }
+        yield partial(take_chosen, self._state.device, self._state.work, 1)
         for shape in shapes:
             yield partial(run_step, self._state, self._placed, shape)
 

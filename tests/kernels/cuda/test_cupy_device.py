@@ -265,7 +265,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     def compile_kernel(kernel: Any, capabilities: list[Any]) -> tuple[str, list[bytes]]:
         found.append((kernel.name, capabilities))
-        return "entry", [b"\x7fELF\0code"]
+        return "entry", [b"\x7fELF\0code"] * len(capabilities)
 
     monkeypatch.setattr(compilation, "compile_kernel", compile_kernel)
     monkeypatch.setattr(compilation, "folder_name", lambda: "of-these-sources")
@@ -277,7 +277,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_machine_code_is_compiled_once(compiled: list[Any], capsys: Any) -> None:
     for _ in range(2):
         assert compilation.machine_code(add_parts_to_rows, (9, 0, "a")) == ("entry", b"\x7fELF\0code")
-    assert compiled == [("add_parts_to_rows", [(9, 0, "a")])]
+    assert compiled == [("add_parts_to_rows", ((9, 0, "a"),))]
     assert capsys.readouterr().err == "compiling 1 CUDA kernel for sm_90a, once on this machine ...\n"
     compilation.machine_code(add_parts_to_rows, (8, 0))
     assert len(compiled) == 2
@@ -317,9 +317,13 @@ def test_the_command_compiles_what_is_missing_for_a_gpu_that_is_not_there(
     kernels = {kernel.name: kernel for kernel in (add_parts_to_rows, read_words)}
     for _ in range(2):
         folder = compile_cuda_kernels(kernels, ["sm_87", "sm_90a"], tmp_path / "brought")
-    assert folder == tmp_path / "brought" / "of-these-sources" and len(compiled) == 4
-    assert capsys.readouterr().err.count("compiling 2 CUDA kernels for sm_") == 2
-    assert compilation.machine_codes(kernels.values(), (8, 7)).keys() == kernels.keys() and len(compiled) == 4
+    assert folder == tmp_path / "brought" / "of-these-sources"
+    assert [capabilities for _, capabilities in compiled] == [((8, 7), (9, 0, "a"))] * 2
+    assert capsys.readouterr().err.count("compiling 2 CUDA kernels for sm_87, sm_90a ...") == 1
+    assert compilation.machine_codes(kernels.values(), (8, 7)).keys() == kernels.keys() and len(compiled) == 2
+    (folder / "read_words-sm_87.cubin").unlink()
+    compile_cuda_kernels(kernels, ["sm_87", "sm_90a"], tmp_path / "brought")
+    assert compiled[2:] == [("read_words", ((8, 7),))]
     with pytest.raises(SvdEngineError, match="found the target sm_70, expected one of sm_80, sm_86"):
         compile_cuda_kernels(kernels, ["sm_70"], tmp_path)
     (tmp_path / "file").write_bytes(b"")
@@ -335,7 +339,8 @@ def test_kernels_of_a_model_are_known_without_a_gpu(tmp_path: Path) -> None:
         found = needed_kernels(file.config, file.arrays, file.formats, find_predictor(file))
     for name in (
         "heads_q4_f16",
-        "normed_q8",
+        "normed_q4",
+        "take_next",
         "predicted_q8_0_q4",
         "down_q4",
         "gate_up_q4",
