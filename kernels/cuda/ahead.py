@@ -10,6 +10,7 @@ goes, and is written again before it is read.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numba import cuda
@@ -35,7 +36,7 @@ class Ahead:
     def is_step_of(self, batch: Batch) -> bool:
         """Whether it is what this batch asks for, but for how its FFNs run."""
         before = self.before
-        pairs = [
+        pairs: list[tuple[NDArray[Any], NDArray[Any]]] = [
             (batch.tokens, self.tokens),
             (batch.positions, before.positions + 1),
             (batch.sequences, before.sequences),

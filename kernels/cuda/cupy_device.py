@@ -50,6 +50,7 @@ class CupyDevice:
         self.without_early_launches = why_not_early(gpu.capability, driver.cuda if driver else 0)
         self.launches_early = not self.without_early_launches
         self._early: EarlyLauncher | None = None  # while a step is recorded so
+        self._has_begun = False
         self._stream: Any = None
         self._blas: int | None = None
         with self._used():
@@ -127,7 +128,8 @@ class CupyDevice:
             for kind, value in zip(kernel.parameters, arguments, strict=True)
         )
         with self._used():
-            if self._early is None:
+            if self._early is None or not self._has_begun:  # nothing of the recording comes before the first one
+                self._has_begun = True
                 function(grid, (threads,), values, stream=self._stream)
             else:
                 packs = packed(kernel.parameters, values)
@@ -170,7 +172,7 @@ class CupyDevice:
         launcher = EarlyLauncher() if early else None
         with self._used():
             self._stream.begin_capture()
-            self._early = launcher
+            self._early, self._has_begun = launcher, False
             try:
                 step()
             finally:

@@ -35,7 +35,7 @@ from svdengine.kernels.cuda.cupy_device import CupyDevice
 from svdengine.kernels.cuda.description import measured_bandwidth
 from svdengine.kernels.cuda.device import Gemm, SimulatedDevice
 from svdengine.kernels.cuda.early_launch import EarlyLauncher, why_not_early
-from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
+from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows, clear
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.planned_device import needed_kernels
 from svdengine.tools.first_gpu_parts import small_config
@@ -367,8 +367,15 @@ def test_a_recording_may_let_kernels_start_early(cupy: Any, monkeypatch: pytest.
     array = gpu.zeros(300, np.float32)
     gpu._functions["add_parts_to_rows"] = SimpleNamespace(ptr=77)
     gpu._stream.ptr = 5
-    gpu.record(lambda: add_parts(gpu, array, 1, array, array, 300, 300, 1, 0.5), early=True)
+
+    def step() -> None:
+        clear(gpu, array, 300, 300, 1)  # the first of a recording follows nothing
+        add_parts(gpu, array, 1, array, array, 300, 300, 1, 0.5)
+
+    graph = gpu.record(step, early=True)
     assert launched == [(77, (2, 1), 256, [8, 8, 8, 4, 4, 4, 4, 4], array.data.ptr, 5)] and not cupy.calls
+    gpu.replay(graph)
+    assert len(cupy.calls) == 1 and cupy.calls[0][0].startswith("entry of clear_rows")
     assert gpu._early is None
 
 
