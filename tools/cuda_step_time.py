@@ -20,6 +20,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cuda.attention_tiles import most_queries, tiles_kernel
 from svdengine.kernels.cuda.compilation import TARGETS, compile_kernel
 from svdengine.kernels.cuda.formats.table import kernels_of
@@ -37,7 +38,10 @@ _GAP = 1.1e-6  # seconds from a kernel of a graph to the next one, which waits f
 _INSTRUCTIONS = 2.5  # that a multiprocessor issues a cycle
 _CUBLAS = 0.75  # of the tensor cores' rate, by large products in float16
 _MMA = 4096  # operations of an mma of 16 x 8 x 16
-_HOST = 150e-6  # seconds of a step in which the GPU has nothing to do
+_HOST = 150e-6  # seconds that the host takes from one step to the next
+# Of a step in which the GPU waits for the host: the next step is launched ahead (kernels/cuda/ahead.py), by one kernel
+# more, but where it needs another KV block.
+_WAITING = _HOST / BLOCK_SIZE + _GAP
 _KV_BYTES = 2  # of a float16
 _ROUNDED_BYTES = 2.25  # of an activation of 16 bits, with its share of a group's scale and sum
 _PREDICTOR = 11  # arguments that are a layer of a predictor, and what it reads
@@ -280,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"A model, not a measurement: {options.card}, {options.shape}, {options.dtype}, one token,")
     print(f"{options.context} tokens cached, {shares}; {_REACHED:.0%} of {card.bandwidth / 1e9:.0f} GB/s is reached,")
     print(
-        f"{_INSTRUCTIONS} instructions a cycle, {1e6 * _GAP:.1f} us between kernels, {1e6 * _HOST:.0f} us of the host"
+        f"{_INSTRUCTIONS} instructions a cycle, {1e6 * _GAP:.1f} us between kernels,"
+        f" {1e6 * _HOST:.0f} us of the host every {BLOCK_SIZE} steps"
     )
     paths: tuple[FfnPath, ...] = ("dense", "predict")
     for path in paths:
@@ -288,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config, options.dtype, options.context, path, options.rank, options.predicted, options.active
         )  # fmt: skip
         times = step_times(work, card, {} if options.bytes_only else instruction_rates(work, card))
-        seconds[path] = sum(one.seconds for one in times) + _HOST
+        seconds[path] = sum(one.seconds for one in times) + _WAITING
         read = sum(one.bytes for one in times)
         print("", *table(times), "", sep="\n")
         print(

@@ -194,7 +194,7 @@ def ffn(
         return _add_up(state, layer, parts, y, n, factor, following)
     read = activated(state, layer, x, n, rounded=rounded)
     if model.transposed_down:
-        if following is not None and _own_products(state, n) and not layer.down.is_split:
+        if n == 1 and following is not None and not layer.down.is_split:
             parts = multiply_transposed(device, layer.down, work.hidden, sizes.ffn, work.partial, n)
             return _add_up(state, layer, parts, y, n, factor, following)
         add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
@@ -241,11 +241,6 @@ def _add_up(
     return False
 
 
-def _own_products(state: State, n: int) -> bool:
-    """Whether products of n rows are made by own kernels."""
-    return state.copies is None or n < LIBRARY_ROWS
-
-
 def _first_is_rounded(state: State, layer: LayerWeights, shape: Shape) -> bool:
     """Whether a layer's first norm leaves its rows rounded: where q, k or v read them so, or an FFN that shares it.
 
@@ -263,4 +258,6 @@ def _ffn_reads_rounded(state: State, layer: LayerWeights, shape: Shape) -> bool:
 
 
 def _rounds(state: State, matrices: list[Matrix], n: int) -> bool:
-    return _own_products(state, n) and any(takes_integers(matrix.format) for matrix in matrices)
+    """Whether products of n rows with some of the matrices, by own kernels, take them rounded."""
+    own = state.copies is None or n < LIBRARY_ROWS
+    return own and any(takes_integers(matrix.format) for matrix in matrices)

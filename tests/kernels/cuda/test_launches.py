@@ -53,7 +53,7 @@ def test_a_sparse_layer() -> None:
         ("silu", "q8", "dense", 1, 7),
         ("silu", "q4", "dense", 1, 7),
         ("relu", "f16", "predict", 4, 10),
-        ("relu", "f16", "dense", 4, 10),
+        ("relu", "f16", "dense", 4, 11),
         ("silu", "q8", "dense", 4, 12),
     ],
 )
