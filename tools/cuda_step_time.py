@@ -206,13 +206,12 @@ class PrefillTime:
     """The attention of a prompt in all layers, in seconds."""
 
     issuing: float  # what its instructions take
-    multiplying: float  # its multiply-adds at the tensor cores' own rate
     library: float  # products of this size at cuBLAS's rate
 
     @property
     def seconds(self) -> float:
-        """The slower of both."""
-        return max(self.issuing, self.multiplying)
+        """The slower of both: no more of the tensor cores' rate is reached than cuBLAS reaches."""
+        return max(self.issuing, self.library)
 
 
 def prefill_time(config: ModelConfig, tokens: int, card: Card, each: float) -> PrefillTime:
@@ -222,7 +221,6 @@ def prefill_time(config: ModelConfig, tokens: int, card: Card, each: float) -> P
     issued = operations / _MMA * each
     return PrefillTime(
         issued / (_INSTRUCTIONS * card.multiprocessors * card.clock),
-        operations / card.tensor,
         operations / (_CUBLAS * card.tensor),
     )
 
@@ -255,9 +253,9 @@ def _print_prefill(name: str, shape: str, config: ModelConfig, tokens: int) -> N
     each = instructions_an_mma(config, card)
     found = prefill_time(config, tokens, card, each)
     print(f"A model, not a measurement: {name}, {shape}, attention of a prompt of {tokens} tokens:")
-    issuing, multiplying, library = (1e3 * t for t in (found.issuing, found.multiplying, found.library))
-    print(f"{each:.1f} instructions an mma take {issuing:.0f} ms, tensor cores {multiplying:.0f}, and cuBLAS at")
-    print(f"{_CUBLAS:.0%} of them {library:.0f}: it takes {found.seconds / found.library:.1f} times that")
+    issuing, library = 1e3 * found.issuing, 1e3 * found.library
+    print(f"{each:.1f} instructions an mma take {issuing:.0f} ms; as many products by cuBLAS, at {_CUBLAS:.0%} of the")
+    print(f"tensor cores' rate, take {library:.0f} ms: attention takes {found.seconds / found.library:.1f} times that")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -100,7 +100,8 @@ def test_the_command_says_that_it_is_a_model(monkeypatch: pytest.MonkeyPatch, ca
 def test_prefill_is_held_against_the_library(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     card = CARDS["H200"]
     found = prefill_time(CONFIG, 8192, card, 8.0)
-    assert found.library == pytest.approx(4 / 3 * found.multiplying)
+    assert found.library == pytest.approx(2 * 8192**2 * 6 * 32 * 3 / (0.75 * card.tensor))
+    assert prefill_time(CONFIG, 8192, card, 0.1).seconds == found.library  # no faster than the library
     assert found.issuing == pytest.approx(2 * 8192**2 * 6 * 32 * 3 / 512 / (2.5 * card.multiprocessors * card.clock))
     assert prefill_time(CONFIG, 16384, card, 8.0).seconds == pytest.approx(4 * found.seconds)
     monkeypatch.setattr(cuda_step_time, "instructions_an_mma", lambda config, card: 7.6)
