@@ -92,7 +92,7 @@ class Executor(Protocol):
         ...
 
     def layer_counts(self) -> LayerCounts:
-        """The same by layer; (1, 3) where the device counts all layers together."""
+        """The same by layer."""
         ...
 
     def reset_neuron_counts(self) -> None:

@@ -24,7 +24,8 @@ from svdengine.kernels.cuda.kv_cache import allocate_cache
 from svdengine.kernels.cuda.model import Model, PlacedPredictor, build_model, place_predictor
 from svdengine.kernels.cuda.rounding import rounded_for
 from svdengine.kernels.cuda.sparse import gate_listed
-from svdengine.kernels.cuda.step import State, ffn
+from svdengine.kernels.cuda.state import State
+from svdengine.kernels.cuda.step import ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace, pack_inputs
 from svdengine.kernels.executor import FfnPath
 from svdengine.kernels.formats import Parts, WeightFormat, padded_columns, quantize

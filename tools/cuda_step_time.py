@@ -1,12 +1,16 @@
 """Model, not measurement: where the time of a decode step goes on an NVIDIA GPU, kernel by kernel.
 
     python -m svdengine.tools.cuda_step_time --card H200 --dtype f16 --context 512
+    python -m svdengine.tools.cuda_step_time --card H200 --prefill 8192
 
 What a step launches is asked of the executor itself, which runs on no device here. A kernel takes as long as its bytes
 do at the share of the bandwidth that a copy reaches, or as its instructions do where that is longer; then comes the gap
-to the next one. Instructions are counted in the main loop of the machine code that is compiled for the card, which
+to the next one. Kernels that start early (kernels/cuda/early_launch.py) would shorten that gap, by how much is not
+known. Instructions are counted in the main loop of the machine code that is compiled for the card, which
 takes the test extra; with `--bytes-only` they are left out. Activations, lists and sums stay in the GPU's cache and
-count nothing. So does whatever makes a kernel wait: a GPU can only be slower. `svdengine bench --device cuda` measures.
+count nothing. So does whatever makes a kernel wait: a GPU can only be slower. With `--prefill` it is the attention of a
+prompt: its instructions on tensor cores, against the time that products of the same size take at the share of the
+tensor cores' rate that cuBLAS is known to reach. `svdengine bench --device cuda` measures.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.cuda.attention_tiles import most_queries, tiles_kernel
 from svdengine.kernels.cuda.compilation import TARGETS, compile_kernel
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.planned_device import Launch
@@ -23,17 +29,28 @@ from svdengine.kernels.cuda.rounding import takes_integers
 from svdengine.kernels.executor import FfnPath
 from svdengine.kernels.formats import FORMATS, WEIGHT_FORMATS, WeightFormat, padded_columns
 from svdengine.models import ModelConfig
-from svdengine.tools.machine_code import bytes_per_instruction, disassembled
+from svdengine.tools.machine_code import bytes_per_instruction, disassembled, loops
 from svdengine.tools.planned_kernels import step_launches
 from svdengine.tools.random_model import SHAPES, shape_config
 
 _REACHED = 0.9  # of the bandwidth, by a copy
 _GAP = 1.1e-6  # seconds from a kernel of a graph to the next one, which waits for it
 _INSTRUCTIONS = 2.5  # that a multiprocessor issues a cycle
-_HOST = 150e-6  # seconds of a step in which the GPU has nothing to do
+_CUBLAS = 0.75  # of the tensor cores' rate, by large products in float16
+_MMA = 4096  # operations of an mma of 16 x 8 x 16
+_HOST = 150e-6  # seconds that the host takes from one step to the next
+# Of a step in which the GPU waits for the host: the next step is launched ahead (kernels/cuda/ahead.py), by one kernel
+# more, but where it needs another KV block.
+_WAITING = _HOST / BLOCK_SIZE + _GAP
 _KV_BYTES = 2  # of a float16
 _ROUNDED_BYTES = 2.25  # of an activation of 16 bits, with its share of a group's scale and sum
+_PREDICTOR = 11  # arguments that are a layer of a predictor, and what it reads
 _MATRIX = 4  # arguments that are a matrix: words, scale, low and row
+# Kernels that read weights: what they do, the format, and rows of weights and of activations that a warp has at once.
+_NAMED = re.compile(
+    r"(gemv_transposed|gemv|gate_up|gate|up|down|heads|normed|activated|predicted(?:_[a-z]+\d*_\d))_([a-z]+\d*)"
+    r"(?:_f16|_f32|_(\d+)(?:x(\d+))?)?(?:_split)?"
+)
 
 
 @dataclass(frozen=True)
@@ -43,15 +60,16 @@ class Card:
     bandwidth: float  # bytes a second
     multiprocessors: int
     clock: float  # cycles a second
+    tensor: float  # operations a second, float16 with float32 sums, dense
     target: str
 
 
 CARDS = {
-    "H100": Card(3.35e12, 132, 1.83e9, "sm_90a"),
-    "H200": Card(4.8e12, 132, 1.83e9, "sm_90a"),
-    "RTX4090": Card(1.008e12, 128, 2.52e9, "sm_89"),
-    "RTX3090": Card(0.936e12, 82, 1.70e9, "sm_86"),
-    "Orin": Card(0.2048e12, 16, 1.30e9, "sm_87"),
+    "H100": Card(3.35e12, 132, 1.83e9, 989e12, "sm_90a"),
+    "H200": Card(4.8e12, 132, 1.83e9, 989e12, "sm_90a"),
+    "RTX4090": Card(1.008e12, 128, 2.52e9, 165e12, "sm_89"),
+    "RTX3090": Card(0.936e12, 82, 1.70e9, 71e12, "sm_86"),
+    "Orin": Card(0.2048e12, 16, 1.30e9, 42e12, "sm_87"),
 }
 
 
@@ -123,9 +141,7 @@ def instruction_rates(work: Work, card: Card) -> dict[str, float]:
 
 def weight_share(name: str) -> float | None:
     """Which share of what a kernel's main loop loads is weights, and not activations; None for other kernels."""
-    match = re.fullmatch(
-        r"(gemv_transposed|gemv|gate_up|gate|up|down)_([a-z]+\d*)(?:_(\d+)(?:x(\d+))?)?(?:_split)?", name
-    )
+    match = _NAMED.fullmatch(name)
     if match is None or match[2] not in FORMATS:
         return None
     kind, stored = match[1], next(stored for name, stored in FORMATS.items() if name == match[2])
@@ -158,10 +174,14 @@ def _bytes_of(launch: Launch, work: Work) -> float:
     def matrix(first: int) -> float:
         return float(sum(array.nbytes for array in launch.arguments[first : first + _MATRIX]))
 
-    if name.startswith(("gemv", "project", "score")):
+    if name.startswith(("gemv", "project", "score", "heads", "normed")):
         return matrix(0)
+    if name.startswith("activated"):  # a matrix and a bias, twice where there is a gate
+        return matrix(0) + (matrix(_MATRIX + 1) if config.gated else 0)
+    if name.startswith("predicted"):  # all of the predictor, then as gate_up
+        return matrix(0) + _residual(launch) + _listed(work, matrix(_PREDICTOR), matrix(_PREDICTOR + _MATRIX + 2))
     if name.startswith("gate_up"):  # a matrix, what may lie in host memory, and a bias, twice
-        return work.predicted * matrix(0) + work.active * matrix(_MATRIX + 2)
+        return _listed(work, matrix(0), matrix(_MATRIX + 2))
     if name.startswith(("gate", "up", "down")):
         return (work.predicted if name.startswith("gate") else work.active) * matrix(0)
     if name.startswith("attention"):
@@ -169,6 +189,50 @@ def _bytes_of(launch: Launch, work: Work) -> float:
     if name.startswith("embed"):
         return float(FORMATS[work.dtype].row_bytes(padded_columns(config.hidden_size)))
     return 0.0
+
+
+def _residual(launch: Launch) -> float:
+    """Bytes of a predictor's low-bit part, which follows its second factor."""
+    return float(sum(array.nbytes for array in launch.arguments[_MATRIX : _MATRIX + 2]))
+
+
+def _listed(work: Work, gate: float, up: float) -> float:
+    """Bytes that are read of a gate and an up."""
+    return work.predicted * gate + (work.active * up if work.config.gated else 0)
+
+
+@dataclass(frozen=True)
+class PrefillTime:
+    """The attention of a prompt in all layers, in seconds."""
+
+    issuing: float  # what its instructions take
+    library: float  # products of this size at cuBLAS's rate
+
+    @property
+    def seconds(self) -> float:
+        """The slower of both: no more of the tensor cores' rate is reached than cuBLAS reaches."""
+        return max(self.issuing, self.library)
+
+
+def prefill_time(config: ModelConfig, tokens: int, card: Card, each: float) -> PrefillTime:
+    """The attention of a prompt; each: instructions for an mma in the loop over keys and values."""
+    # Scores and sums of values, a multiply-add being two operations; half of the positions are seen.
+    operations = 2 * 2 * tokens**2 / 2 * config.head_dim * config.head_count * config.layer_count
+    issued = operations / _MMA * each
+    return PrefillTime(
+        issued / (_INSTRUCTIONS * card.multiprocessors * card.clock),
+        operations / (_CUBLAS * card.tensor),
+    )
+
+
+def instructions_an_mma(config: ModelConfig, card: Card) -> float:
+    """In the loop of prefill attention that has most of them."""
+    group = config.head_count // config.kv_head_count
+    kernel = tiles_kernel(config.head_dim, min(group, most_queries(config.head_dim)))
+    _, (cubin,) = compile_kernel(kernel, [TARGETS[card.target]])
+    counts = [(sum(one.name.startswith("HMMA") for one in loop), len(loop)) for loop in loops(*disassembled(cubin))]
+    most = max(count for count, _ in counts)
+    return min(size for count, size in counts if count == most) / most
 
 
 def table(times: Sequence[KernelTime]) -> list[str]:
@@ -182,6 +246,16 @@ def table(times: Sequence[KernelTime]) -> list[str]:
         cells = " | ".join(f"{1e3 * number:.3f}" for number in numbers)
         lines.append(f"| {one.name} | {one.launches} | {one.bytes / 1e6:.1f} | {cells} |")
     return lines
+
+
+def _print_prefill(name: str, shape: str, config: ModelConfig, tokens: int) -> None:
+    card = CARDS[name]
+    each = instructions_an_mma(config, card)
+    found = prefill_time(config, tokens, card, each)
+    print(f"A model, not a measurement: {name}, {shape}, attention of a prompt of {tokens} tokens:")
+    issuing, library = 1e3 * found.issuing, 1e3 * found.library
+    print(f"{each:.1f} instructions an mma take {issuing:.0f} ms; as many products by cuBLAS, at {_CUBLAS:.0%} of the")
+    print(f"tensor cores' rate, take {library:.0f} ms: attention takes {found.seconds / found.library:.1f} times that")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -198,13 +272,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     parser.add_argument("--rank", type=int, default=Work.rank, help=f"of the predictor (default: {Work.rank})")
     parser.add_argument("--bytes-only", action="store_true", help="compile nothing, and count no instructions")
+    parser.add_argument("--prefill", type=int, metavar="TOKENS", help="the attention of a prompt instead of a step")
     options = parser.parse_args(arguments)
     card, config, seconds = CARDS[options.card], shape_config(options.shape, activation="relu"), {}
+    if options.prefill:
+        _print_prefill(options.card, options.shape, config, options.prefill)
+        return
     shares = f"rank {options.rank}, {options.predicted:.0%} predicted, {options.active:.0%} active"
     print(f"A model, not a measurement: {options.card}, {options.shape}, {options.dtype}, one token,")
     print(f"{options.context} tokens cached, {shares}; {_REACHED:.0%} of {card.bandwidth / 1e9:.0f} GB/s is reached,")
     print(
-        f"{_INSTRUCTIONS} instructions a cycle, {1e6 * _GAP:.1f} us between kernels, {1e6 * _HOST:.0f} us of the host"
+        f"{_INSTRUCTIONS} instructions a cycle, {1e6 * _GAP:.1f} us between kernels,"
+        f" {1e6 * _HOST:.0f} us of the host every {BLOCK_SIZE} steps"
     )
     paths: tuple[FfnPath, ...] = ("dense", "predict")
     for path in paths:
@@ -212,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             config, options.dtype, options.context, path, options.rank, options.predicted, options.active
         )  # fmt: skip
         times = step_times(work, card, {} if options.bytes_only else instruction_rates(work, card))
-        seconds[path] = sum(one.seconds for one in times) + _HOST
+        seconds[path] = sum(one.seconds for one in times) + _WAITING
         read = sum(one.bytes for one in times)
         print("", *table(times), "", sep="\n")
         print(

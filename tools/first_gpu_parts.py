@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 import svdengine
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.cuda.availability import find_gpu
 from svdengine.kernels.executor import Choice, FfnMode
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat
 from svdengine.models import ModelConfig
@@ -49,10 +50,11 @@ def small_config(activation: str = "relu") -> ModelConfig:
 
 
 def models(work: Path, device: Any) -> dict[str, Any]:
-    """Write the models that are measured."""
+    """Write the models that are measured, but for those that are there."""
     config = replace(shape_config("llama2-7b", LAYERS, "relu"), max_position=LONG)
     for name, dtype in MEASURED.items():
-        write_planted(measured_path(work, name), config, dtype, Sparsity())
+        if not measured_path(work, name).exists():
+            write_planted(measured_path(work, name), config, dtype, Sparsity())
     return {name: measured_path(work, name).stat().st_size for name in MEASURED}
 
 
@@ -74,6 +76,9 @@ def formats(work: Path, device: Any, names: Sequence[WeightFormat] = tuple(WEIGH
 
 def memory(work: Path, device: Any) -> dict[str, Any]:
     """Free bytes of the GPU before a model is loaded, meanwhile, and after it is closed."""
+    gpu = find_gpu()
+    if isinstance(gpu, str):
+        raise SvdEngineError(f"CUDA cannot be used: {gpu}")
     import cupy
 
     def free() -> int:

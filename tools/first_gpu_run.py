@@ -5,8 +5,9 @@
 
 Each part runs in a process of its own under a time limit. One that fails or takes too long is noted, and the next one
 follows. After each part FOLDER/first_gpu_run.json and FOLDER/first_gpu_run.md are written anew, with the device and the
-date. `--prepare` compiles all kernels for a card into FOLDER/kernels: bring the folder along, and nothing is compiled
-on the machine with the GPU. The tests of kernels run too where `--tests` names their folder.
+date. `--prepare` compiles all kernels for a card into FOLDER/kernels, and writes the models that are measured: bring
+the folder along, and nothing is compiled or written on the machine with the GPU. The tests of kernels run too where
+`--tests` names their folder.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from typing import Any
 
 from svdengine.errors import SvdEngineError
 from svdengine.kernels.brought_along import ENVIRONMENT
-from svdengine.tools.first_gpu_parts import measured_path
+from svdengine.tools.first_gpu_parts import measured_path, models
 
 _SVDENGINE = (sys.executable, "-m", "svdengine")
 _PARTS = (sys.executable, "-m", "svdengine.tools.first_gpu_parts")
 _TAIL = 4000  # characters of what a part said that are kept
 _SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 _HEADER = ("| part | result | s | of s | found |", "| --- | --- | ---: | ---: | --- |")
-_PROFILED = "gemv|gate_up|attention|score|choose|add_parts"
+_PROFILED = "heads|normed|activated|predicted|gemv|down|attention|project|choose|add_parts"
 
 
 @dataclass(frozen=True)
@@ -243,7 +244,7 @@ def device_of(outcomes: Sequence[Outcome]) -> str:
 def _short(said: Any) -> str:
     """What goes into a cell of the table."""
     if isinstance(said, str):
-        return " ".join(said.split())[-160:].replace("|", "/")
+        return " ".join(said.split())[-160:].replace("|", "/") or "nothing was said"
     if isinstance(said, list):  # rows of bench
         return "; ".join(_rate(row) for row in said if isinstance(row, dict) and "test" in row)
     if "timings" in said:
@@ -260,11 +261,14 @@ def _rate(row: dict[str, Any]) -> str:
 
 
 def prepare(setting: Setting, targets: Sequence[str]) -> None:
-    """Compile what a run needs for some cards. Raises SvdEngineError where that cannot be done here."""
+    """Compile what a run needs for some cards, and write its models. Raises SvdEngineError where it cannot be done."""
     from svdengine.commands.compile import compile_cuda_kernels
     from svdengine.tools.planned_kernels import kernels_of_first_run
 
-    print(compile_cuda_kernels(kernels_of_first_run(), targets, setting.folder / "kernels"))
+    print(compile_cuda_kernels(kernels_of_first_run(), targets, setting.folder / "kernels"), flush=True)
+    setting.work.mkdir(parents=True, exist_ok=True)
+    sizes = models(setting.work, None)
+    print(f"wrote {len(sizes)} models of {sum(sizes.values()) / 1e9:.1f} GB into {setting.work}")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -69,13 +69,14 @@ def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:
 
 
 def loops(instructions: list[Instruction], labels: dict[str, int]) -> list[list[Instruction]]:
-    """The loops: from where an instruction goes back to, up to that instruction."""
-    found = []
-    for last in instructions:
-        begin = labels.get(last.target, last.address)
-        if begin < last.address:
-            found.append([one for one in instructions if begin <= one.address <= last.address])
-    return found
+    """The loops that have no other one inside: from where an instruction goes back to, up to that instruction.
+
+    What goes back from code that was moved to the end looks like a loop around all between, and is left out too.
+    """
+    spans = [(labels.get(last.target, last.address), last.address) for last in instructions]
+    spans = [(begin, end) for begin, end in spans if begin < end]
+    inner = [s for s in spans if not any(o != s and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    return [[one for one in instructions if begin <= one.address <= end] for begin, end in inner]
 
 
 def bytes_per_instruction(code: tuple[list[Instruction], dict[str, int]]) -> float:

@@ -101,13 +101,16 @@ def compile_cuda_kernels(kernels: Mapping[str, Kernel], targets: Sequence[str], 
     if unknown := [target for target in targets if target not in TARGETS]:
         raise SvdEngineError(f"found the target {unknown[0]}, expected one of {', '.join(TARGETS)}")
     folder = root / folder_name()
-    for target in targets:
-        capability = TARGETS[target]
-        missing = [k for name, k in kernels.items() if read_machine_code(folder, name, capability) is None]
-        if missing:
-            click.echo(f"compiling {len(missing)} CUDA kernels for {target} ...", err=True)
+    # What a kernel is missing for is compiled at once: much of the work is the same for all.
+    missing: dict[tuple[str, ...], list[Kernel]] = {}
+    for name, kernel in kernels.items():
+        lacking = tuple(t for t in targets if read_machine_code(folder, name, TARGETS[t]) is None)
+        missing.setdefault(lacking, []).append(kernel)
+    for lacking, some in missing.items():
+        if lacking:
+            click.echo(f"compiling {len(some)} CUDA kernels for {', '.join(lacking)} ...", err=True)
             try:
-                compile_into(folder, missing, capability, must_keep=True)
+                compile_into(folder, some, *(TARGETS[target] for target in lacking), must_keep=True)
             except OSError as error:
                 raise SvdEngineError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder

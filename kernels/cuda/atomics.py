@@ -1,4 +1,4 @@
-"""Additions to memory that several blocks share, and the fence that orders what they write.
+"""Additions to memory that several blocks share, the fence that orders what they write, and which of them is the last.
 
 They are for integers only: the order of blocks must not show in a result.
 """
@@ -7,7 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from svdengine.kernels.cuda.intrinsics import SIMULATED
+import numpy as np
+from numba import cuda
+from numba.cuda import types
+
+from svdengine.kernels.cuda.intrinsics import SIMULATED, jit
 
 if SIMULATED:
 
@@ -22,7 +26,6 @@ if SIMULATED:
 
 else:
     from llvmlite import ir
-    from numba.cuda import types
     from numba.cuda.extending import intrinsic
 
     _I32 = ir.IntType(32)
@@ -50,3 +53,24 @@ else:
             return context.get_dummy_value()
 
         return types.void(), generate
+
+
+@jit(device=True)
+def is_last_block(tickets, at, blocks):
+    """Whether this block is the last to come here of the `blocks` that share item `at` of `tickets`, int32.
+
+    Every thread calls it. What the others wrote before they came is there for the last one. The item is zero before a
+    kernel and after it. A kernel must come to it by one device function at most, as to `block_sum`.
+    """
+    last = cuda.shared.array(1, types.int32)
+    fence()
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        last[0] = np.int32(fetch_add(tickets, at, np.int32(1)) == blocks - 1)
+    cuda.syncthreads()
+    if last[0] == 0:
+        return False
+    fence()
+    if cuda.threadIdx.x == 0:
+        tickets[at] = np.int32(0)
+    return True

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from svdengine.kernels.cuda.intrinsics import FULL, jit, kernel, lane_index, warp_index
-from svdengine.kernels.cuda.workspace import COUNTS, PREDICTED, TOTAL
+from svdengine.kernels.cuda.intrinsics import FULL, add_atomic, as_float, as_word, jit, kernel, lane_index, warp_index
+from svdengine.kernels.cuda.workspace import PREDICTED, TOTAL
 
 COMPACT_THREADS = 1024
 
@@ -47,11 +47,13 @@ def list_masked(masks, at, words, listed, to, found):
     for w in range(warps):
         before = np.int32(before + (found[w] if w < warp else 0))
         total = np.int32(total + found[w])
-    for w in range(first, end):
-        mask = masks[at + w]
-        if np.uint32(mask >> np.uint32(lane)) & np.uint32(1):
-            listed[to + before + below(mask, lane)] = np.int32(32 * w + lane)
-        before = np.int32(before + cuda.popc(mask))
+    for w in range(first, end, 32):
+        word = masks[at + w + lane] if w + lane < end else np.uint32(0)
+        for i in range(min(32, end - w)):
+            mask = as_word(cuda.shfl_sync(FULL, as_float(word), i))
+            if np.uint32(mask >> np.uint32(lane)) & np.uint32(1):
+                listed[to + before + below(mask, lane)] = np.int32(32 * (w + i) + lane)
+            before = np.int32(before + cuda.popc(mask))
     return total
 
 
@@ -62,19 +64,19 @@ def list_masked(masks, at, words, listed, to, found):
 def list_every(neurons, lengths, counts, size, stride):
     """List all `size` neurons for each row (blockIdx.y).
 
-    neurons: rows of `stride` items. lengths: (rows,). counts: (rows, COUNTS), to which predicted and all neurons are
-    added.
+    neurons: rows of `stride` items. lengths: (rows,). counts: (COUNTS,) of the layer, to which predicted and all
+    neurons are added.
     """
     i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if i < size:
         neurons[cuda.blockIdx.y * stride + i] = i
     if i == 0:
-        set_length(lengths, counts, cuda.blockIdx.y, size, size)
+        lengths[cuda.blockIdx.y] = size
+        count_neurons(counts, size, size)
 
 
 @jit(device=True)
-def set_length(lengths, counts, batch_row, length, size):
-    """Set the length of a row's list, and count its neurons; by one thread."""
-    lengths[batch_row] = length
-    counts[COUNTS * batch_row + PREDICTED] += length
-    counts[COUNTS * batch_row + TOTAL] += size
+def count_neurons(counts, length, size):
+    """Count the neurons of a row: `length` that are predicted, of `size`; by one thread."""
+    add_atomic(counts, PREDICTED, length)
+    add_atomic(counts, TOTAL, size)

@@ -44,6 +44,9 @@ TARGETS: dict[str, Capability] = {
 }
 _HEADER = b"svdengine cuda kernel 1\n"
 _MOST_THREADS = 16
+EARLY_CAPABILITY = (9, 0)  # from which a kernel may start before the one before it has ended
+# What follows may start as soon as nothing of this kernel is left to start, but never two kernels ahead.
+_WAIT = '  call void asm sideeffect "griddepcontrol.wait; griddepcontrol.launch_dependents;", "~{memory}"()\n'
 _front = Lock()  # Numba's own part is patched while it runs, and takes one kernel at a time anyway
 
 
@@ -75,16 +78,20 @@ def machine_codes(kernels: Iterable[Kernel], capability: Capability) -> dict[str
 
 
 def compile_into(
-    folder: Path, kernels: Sequence[Kernel], capability: Capability, *, must_keep: bool = False
+    folder: Path, kernels: Sequence[Kernel], *capabilities: Capability, must_keep: bool = False
 ) -> dict[str, MachineCode]:
-    """Compile kernels in threads and keep them in a folder. Raises OSError where that fails and they `must_keep`."""
+    """Compile kernels in threads and keep them in a folder; returns those for the first of the capabilities.
+
+    Raises OSError where they cannot be kept and `must_keep`.
+    """
 
     def one(kernel: Kernel) -> tuple[str, MachineCode]:
-        entry, (cubin,) = compile_kernel(kernel, [capability])
+        entry, cubins = compile_kernel(kernel, capabilities)
         # Without a cache it is compiled again next time.
         with contextlib.nullcontext() if must_keep else contextlib.suppress(OSError):
-            _write(folder / _file_name(kernel.name, capability), entry, cubin)
-        return kernel.name, (entry, cubin)
+            for capability, cubin in zip(capabilities, cubins, strict=True):
+                _write(folder / _file_name(kernel.name, capability), entry, cubin)
+        return kernel.name, (entry, cubins[0])
 
     with ThreadPoolExecutor(max(1, min(_MOST_THREADS, default_threads(), len(kernels)))) as pool:
         return dict(pool.map(one, kernels))
@@ -101,8 +108,25 @@ def compile_kernel(kernel: Kernel, capabilities: Sequence[Capability]) -> tuple[
     with _front, _pretended(capabilities[0]):
         arguments = sigutils.normalize_signature(kernel.signature())[0]
         compiled = dispatcher._Kernel(kernel.dispatcher.py_func, arguments, **kernel.dispatcher.targetoptions)
-    cubins = [bytes(compiled._codelibrary.get_cubin(cc=capability).code) for capability in capabilities]
+    library, cubins = compiled._codelibrary, []
+    plain = library.llvm_strs
+    for capability in capabilities:
+        early = capability >= EARLY_CAPABILITY
+        library._llvm_strs = [_with_wait(text, compiled.entry_name) for text in plain] if early else plain
+        cubins.append(bytes(library.get_cubin(cc=capability).code))
     return compiled.entry_name, cubins
+
+
+def _with_wait(code: str, entry: str) -> str:
+    """LLVM's code of a kernel that waits at its beginning for what was launched before it.
+
+    So it may be launched before that is done (kernels/cuda/early_launch.py). Launched as usual it waits for nothing.
+    """
+    begin = code.find(f'define void @"{entry}"(')
+    if begin < 0:  # a module of device functions
+        return code
+    first = code.index("entry:\n", begin) + len("entry:\n")
+    return f"{code[:first]}{_WAIT}{code[first:]}"
 
 
 def read_machine_code(folder: Path, name: str, capability: Capability) -> MachineCode | None:

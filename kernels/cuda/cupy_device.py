@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
-from svdengine.kernels.cuda.availability import find_gpu
+from svdengine.kernels.cuda.availability import find_driver, find_gpu
 from svdengine.kernels.cuda.compilation import machine_code, machine_codes, target_of
 from svdengine.kernels.cuda.cuda_errors import as_device_error, error_types
 from svdengine.kernels.cuda.device import Array, Gemm, Graph
+from svdengine.kernels.cuda.early_launch import EarlyLauncher, packed, why_not_early
 from svdengine.kernels.cuda.intrinsics import SIMULATED, Kernel
 
 _DEFAULT_ALGORITHM = -1  # cuBLAS chooses
@@ -45,6 +46,11 @@ class CupyDevice:
         self._functions: dict[str, Any] = {}
         self._modules: list[Any] = []
         self._noted: dict[str, Kernel] | None = None  # while steps are not run, but asked which kernels they need
+        driver = find_driver()
+        self.without_early_launches = why_not_early(gpu.capability, driver.cuda if driver else 0)
+        self.launches_early = not self.without_early_launches
+        self._early: EarlyLauncher | None = None  # while a step is recorded so
+        self._has_begun = False
         self._stream: Any = None
         self._blas: int | None = None
         with self._used():
@@ -98,6 +104,19 @@ class CupyDevice:
             array.get(stream=self._stream, out=to[: array.size])
             return to[: array.size]
 
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """See Device."""
+        with self._used():
+            array.get(stream=self._stream, out=to[: array.size], blocking=False)
+            event = self._cupy.cuda.Event(disable_timing=True)
+            event.record(self._stream)
+
+        def wait() -> None:
+            with self._used():
+                event.synchronize()
+
+        return wait
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """See Device."""
         if self._noted is not None:
@@ -109,7 +128,12 @@ class CupyDevice:
             for kind, value in zip(kernel.parameters, arguments, strict=True)
         )
         with self._used():
-            function(grid, (threads,), values, stream=self._stream)
+            if self._early is None or not self._has_begun:  # nothing of the recording comes before the first one
+                self._has_begun = True
+                function(grid, (threads,), values, stream=self._stream)
+            else:
+                packs = packed(kernel.parameters, values)
+                self._early.launch(function.ptr, grid, threads, packs, self._stream.ptr)
 
     def prepare(self, steps: Iterable[Callable[[], None]]) -> None:
         """See Device. What is compiled already comes from the disk."""
@@ -143,13 +167,16 @@ class CupyDevice:
                 cublas.CUBLAS_COMPUTE_32F, _DEFAULT_ALGORITHM,
             )  # fmt: skip
 
-    def record(self, step: Callable[[], None]) -> Graph:
+    def record(self, step: Callable[[], None], *, early: bool = False) -> Graph:
         """See Device."""
+        launcher = EarlyLauncher() if early else None
         with self._used():
             self._stream.begin_capture()
+            self._early, self._has_begun = launcher, False
             try:
                 step()
             finally:
+                self._early = None
                 graph = self._stream.end_capture()  # also when a launch failed: the stream must come back
             graph.upload(self._stream)
         return graph

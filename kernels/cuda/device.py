@@ -42,6 +42,7 @@ class Device(Protocol):
     name: str
     has_blas: bool  # whether `gemm` works
     without_blas: str  # why it does not, where it should
+    launches_early: bool  # whether `record` can be `early`
 
     def zeros(self, size: int, dtype: Any) -> Array:
         """A flat array of zeros. Raises DeviceError when memory runs out."""
@@ -73,6 +74,13 @@ class Device(Protocol):
         """A host copy of a device array, once all work before it is done: new, or at the beginning of `to`."""
         ...
 
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """Copy a device array to the beginning of `to`, of `staging`, once all work before it is done.
+
+        Returns at once what waits for it, but not for work that is asked for after it.
+        """
+        ...
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """Run a kernel on a grid of blocks of `threads`; arguments are arrays and numbers, in its parameters' order."""
         ...
@@ -88,8 +96,12 @@ class Device(Protocol):
         """
         ...
 
-    def record(self, step: Callable[[], None]) -> Graph:
-        """What `step` launches, recorded and not run. All its kernels must have run before."""
+    def record(self, step: Callable[[], None], *, early: bool = False) -> Graph:
+        """What `step` launches, recorded and not run. All its kernels must have run before.
+
+        With `early` a kernel may start before the one before it has ended, and waits for it then: see
+        kernels/cuda/early_launch.py.
+        """
         ...
 
     def replay(self, graph: Graph) -> None:
@@ -120,6 +132,7 @@ class SimulatedDevice:
     """
 
     name = "simulator"
+    launches_early = False
 
     def __init__(self, memory: int = 1 << 30, has_blas: bool = False) -> None:
         if not SIMULATED:
@@ -163,6 +176,11 @@ class SimulatedDevice:
         copy[:] = array
         return copy
 
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """See Device."""
+        self.download(array, to)
+        return lambda: None
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """See Device."""
         values = [_simulated(kind, value) for kind, value in zip(kernel.parameters, arguments, strict=True)]
@@ -188,8 +206,8 @@ class SimulatedDevice:
         for step in steps:
             self.prepared |= {launch[0].name for launch in self.record(step)}
 
-    def record(self, step: Callable[[], None]) -> Graph:
-        """See Device."""
+    def record(self, step: Callable[[], None], *, early: bool = False) -> Graph:
+        """See Device; launches are one after another either way."""
         self._recorded = []
         try:
             step()

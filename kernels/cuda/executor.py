@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,25 +14,26 @@ from numpy.typing import NDArray
 from svdengine.errors import DeviceError
 from svdengine.kernels.base_executor import BaseExecutor, ExecutorSetup
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
+from svdengine.kernels.cuda.ahead import Ahead, has_room_ahead, take_chosen
 from svdengine.kernels.cuda.attention import tile_rows
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.device import Array, Device, Graph
+from svdengine.kernels.cuda.early_launch import record_and_run
 from svdengine.kernels.cuda.gemm import OWN_ROWS, HalfCopies, first_library_rows
 from svdengine.kernels.cuda.half_copies import copy_items
 from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token, read_blocks, write_blocks
 from svdengine.kernels.cuda.memory_split import MemorySplit, split_memory
 from svdengine.kernels.cuda.model import build_model, place_predictor
-from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices
-from svdengine.kernels.cuda.step import Keep, Sample, Shape, State, ffn, run_step
+from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices, sample_tokens
+from svdengine.kernels.cuda.state import State
+from svdengine.kernels.cuda.step import Keep, Sample, Shape, ffn, run_step
 from svdengine.kernels.cuda.workspace import (
-    ACTIVE,
     COUNTS,
-    PREDICTED,
-    TOTAL,
     Sizes,
     allocate_workspace,
     inputs_size,
     pack_inputs,
+    pack_parts,
     workspace_bytes,
 )
 from svdengine.kernels.executor import Choice, FfnPath, LayerCounts, Logits, NeuronCounts
@@ -85,9 +87,12 @@ class CudaExecutor(BaseExecutor):
         self._graphs: dict[Shape, Graph | None] = {}
         self._latest_rows = 0  # of the step that ran last
         self._known_counts: NeuronCounts | None = None  # what the device has counted, where that is known
+        self._known_layers: LayerCounts = self._counted  # the same by layer
         self._staged = device.staging(inputs_size(sizes), np.int32)  # what is written to work.inputs
         self._is_staged = False  # whether the device may still have to read it
         self._tokens = device.staging(sizes.rows, np.int32)  # where work.chosen goes
+        self._counts = device.staging(config.layer_count * COUNTS, np.int64)  # where work.counts goes
+        self._ahead: Ahead | None = None  # the step that was launched before it was asked for
         self.predictor = setup.predictor
         self.prepare()
 
@@ -105,15 +110,69 @@ class CudaExecutor(BaseExecutor):
         """Run one step; see `SamplingExecutor`. ValueError as from `forward`, and for too many or few choices."""
         if len(choices) != len(batch.logit_rows):
             raise ValueError(f"{len(choices)} choices for {len(batch.logit_rows)} rows of logits")
-        shape = self._load(batch, choices)
-        self._run(shape)
-        tokens: NDArray[np.int32] = self._fetch(self._state.work.chosen[: shape.wanted], self._tokens).copy()
+        ahead = self._ahead
+        if ahead is not None and ahead.shape.ffn == self.ffn_path(len(batch.tokens)) and ahead.is_step_of(batch):
+            shape = self._choose_ahead(ahead, choices)
+        else:
+            shape = self._load(batch, choices)
+            self._run(shape)
+        tokens = self._chosen_tokens(batch, shape, choices)
         rows = [self._logits(row, row + 1) for row, choice in enumerate(choices) if choice is None]
         return tokens, np.concatenate([np.empty((0, self.config.vocab_size), np.float32), *rows])
 
+    def _choose_ahead(self, ahead: Ahead, choices: Sequence[Choice | None]) -> Shape:
+        """Choose tokens from the logits of a step that was launched before it was asked for."""
+        device, work, sizes = self._state.device, self._state.work, self._state.work.sizes
+        numbers, top_k = pack_choices(choices, sizes.rows)
+        device.write(work.inputs, pack_parts(sizes, {"choice_numbers": numbers, "choice_top_k": top_k}, self._staged))
+        shape = replace(ahead.shape, sample=_sample_of(choices))
+        sample_tokens(device, work, shape.wanted, self.config.vocab_size, shape.sample == "drawn")
+        self._ahead = None
+        return shape
+
+    def _chosen_tokens(self, batch: Batch, shape: Shape, choices: Sequence[Choice | None]) -> NDArray[np.int32]:
+        """The tokens that a step chose, and with them what it counted. The next step may be launched meanwhile."""
+        device, work = self._state.device, self._state.work
+        waits = [device.fetch(work.chosen[: shape.wanted], self._tokens)]
+        if shape.ffn != "dense":
+            waits.append(device.fetch(work.counts, self._counts))
+        next_one = self._go_on(batch, shape, choices)
+        for wait in waits:
+            wait()
+        self._is_staged = False
+        tokens: NDArray[np.int32] = self._tokens[: shape.wanted].copy()
+        if shape.ffn != "dense":
+            self._note_counts(self._counts.reshape(-1, COUNTS).copy())
+        self._ahead = None if next_one is None else Ahead(batch, tokens, next_one)
+        return tokens
+
+    def _go_on(self, batch: Batch, shape: Shape, choices: Sequence[Choice | None]) -> Shape | None:
+        """Launch the step that most likely follows, if a graph has run for such steps; its shape."""
+        if None in choices or self._graphs.get(shape) is None or not has_room_ahead(batch, self.context):
+            return None
+        following, device = replace(shape, sample=""), self._state.device
+        take_chosen(device, self._state.work, shape.n)
+        graph = self._graphs.get(following)
+        if graph is None:
+            self._graphs[following] = self._recorded(following)
+        else:
+            device.replay(graph)
+        return following
+
+    def _drop_ahead(self) -> None:
+        """Nobody asks for the step that was launched: nothing of it counts."""
+        if self._ahead is not None and self._ahead.shape.ffn != "dense":
+            self._state.device.write(self._state.work.counts, self._known_layers.reshape(-1))
+        self._ahead = None
+
     def hidden_states(self) -> NDArray[np.float32]:
-        """See `HiddenStates`. The residual stream comes to the host, and is normed there."""
+        """See `HiddenStates`. The residual stream comes to the host, and is normed there.
+
+        Raises ValueError after a step of which the device chose all tokens, where the next one is on its way.
+        """
         self._check_open()
+        if self._ahead is not None:
+            raise ValueError("hidden states are kept of steps some of whose logits come to the host")
         stride, n = self._state.work.sizes.hidden, self._latest_rows
         residual = self._fetch(self._state.work.x[: n * stride]).reshape(n, stride)
         return self._normed(residual[:, : self.config.hidden_size])
@@ -143,25 +202,29 @@ class CudaExecutor(BaseExecutor):
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         if self._known_counts is None:
-            counts = self._fetch(self._state.work.counts).reshape(-1, COUNTS).sum(0)
-            self._known_counts = NeuronCounts(*map(int, counts))
+            return self._note_counts(self._fetch(self._state.work.counts).reshape(-1, COUNTS))
+        return self._known_counts
+
+    def _note_counts(self, layers: LayerCounts) -> NeuronCounts:
+        """Note what the device has counted."""
+        self._known_layers, self._known_counts = layers, NeuronCounts(*map(int, layers.sum(0)))
         return self._known_counts
 
     def layer_counts(self) -> LayerCounts:
-        """See `Executor`: of all layers together."""
-        counts = self.neuron_counts()
-        return np.array([[counts.predicted, counts.active, counts.total]], np.int64)
+        """See `Executor`."""
+        self.neuron_counts()
+        return self._known_layers.copy()
 
     def _set_layer_counts(self, counts: LayerCounts) -> None:
-        of_rows = np.zeros(self.max_batch_rows * COUNTS, np.int64)
-        of_rows[[PREDICTED, ACTIVE, TOTAL]] = counts.sum(0)
-        self._state.device.write(self._state.work.counts, of_rows)
-        self._known_counts = NeuronCounts(*map(int, counts.sum(0)))
+        self._ahead = None
+        self._note_counts(np.array(counts, np.int64))
+        self._state.device.write(self._state.work.counts, self._known_layers.reshape(-1))
 
     def _place_predictor(self, predictor: Predictor | None) -> None:
         orders = [layer.order for layer in self._state.model.layers]
         self._placed = place_predictor(self._state.device, self.config, predictor, orders)
         self._graphs.clear()  # they hold the addresses of what was placed before
+        self._drop_ahead()
 
     def _keep_ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         shape = self._load(batch)
@@ -175,6 +238,7 @@ class CudaExecutor(BaseExecutor):
         return np.stack(kept)
 
     def _run_ffns(self, inputs: NDArray[np.float32], layers: int, sparsity_bias: float) -> NDArray[np.float32]:
+        self._drop_ahead()
         device, work, model = self._state.device, self._state.work, self._state.model
         n, hidden, stride = inputs.shape[-2], self.config.hidden_size, work.sizes.hidden
         rows = np.zeros((*inputs.shape[:-1], stride), np.float32)
@@ -195,7 +259,7 @@ class CudaExecutor(BaseExecutor):
         with suppress(DeviceError):  # where the GPU has stopped, a step has said so
             device.synchronize()  # nothing may still use what goes now
         self._graphs.clear()
-        del self._state, self._placed, self._staged, self._tokens
+        del self._state, self._placed, self._staged, self._tokens, self._counts
         device.close()  # which gives back only what nobody refers to
 
     def _run(self, shape: Shape, keep: Keep | None = None) -> None:
@@ -209,12 +273,21 @@ class CudaExecutor(BaseExecutor):
                 self._graphs[shape] = None
             return
         if graph is None:
-            graph = self._graphs[shape] = device.record(lambda: run_step(self._state, self._placed, shape))
-        device.replay(graph)
+            self._graphs[shape] = self._recorded(shape)
+        else:
+            device.replay(graph)
+
+    def _recorded(self, shape: Shape) -> Graph:
+        """Record a step, and run it."""
+        work = self._state.work
+        left = (work.logits[: shape.wanted * work.sizes.logits], work.chosen[: shape.wanted])
+        step = partial(run_step, self._state, self._placed, shape)
+        return record_and_run(self._state.device, step, left, work.counts)
 
     def _load(self, batch: Batch, choices: Sequence[Choice | None] = ()) -> Shape:
         """Check the batch, copy it to the device, and say which launches it takes."""
         self._check(batch)
+        self._drop_ahead()
         device, work = self._state.device, self._state.work
         n, wanted = len(batch.tokens), len(batch.logit_rows)
         group = self.config.head_count // self.config.kv_head_count
@@ -254,6 +327,7 @@ class CudaExecutor(BaseExecutor):
             for tile in {1, 1 if n <= _FEW_ROWS else rows}
             for path in self._paths()
         }
+        yield partial(take_chosen, self._state.device, self._state.work, 1)
         for shape in shapes:
             yield partial(run_step, self._state, self._placed, shape)
 

@@ -31,14 +31,14 @@ from svdengine.kernels.cuda.intrinsics import (
     warp_sum,
 )
 from svdengine.kernels.cuda.rows import HELD_ROW, neuron_matrix_parameters, row_product
-from svdengine.kernels.cuda.workspace import ACTIVE, COUNTS
+from svdengine.kernels.cuda.workspace import ACTIVE
 from svdengine.kernels.formats import WeightFormat
 
 WARPS = 8
 GATHER_THREADS = 32 * WARPS
 DOWN_THREADS = 128
 _ZERO = np.float32(0)
-_SUFFIX = {False: "", True: "_split"}  # of a kernel's name, by whether the layer is split
+SUFFIX = {False: "", True: "_split"}  # of a kernel's name, by whether the layer is split
 
 
 @jit(device=True)
@@ -70,14 +70,14 @@ def gate_kernel(name: WeightFormat, split: bool) -> Kernel:
     @kernel(
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
         "float32* hidden, int32 hot, int32 kind, float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
-        f"gate_{name}{_SUFFIX[split]}",
+        f"gate_{name}{SUFFIX[split]}",
         launch_bounds=(GATHER_THREADS, 2),
     )
     def gate(
         words, scale, low, row, cold, bias, x, neurons, lengths, gates, hidden,
         hot, kind, threshold, stride, x_stride, list_stride,
     ):  # fmt: skip
-        """gates and hidden = act(gate x) of the listed neurons of a row (blockIdx.y), in the list's order."""
+        """gates and hidden = act(gate x) of the listed neurons of a row (blockIdx.y)."""
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
         for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
@@ -86,8 +86,8 @@ def gate_kernel(name: WeightFormat, split: bool) -> Kernel:
             g = warp_sum(dot(source, held, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
             g = activate_gate(g, kind, threshold)
             if lane == 0:
-                gates[at + k] = g
-                hidden[at + k] = g
+                gates[at + neuron] = g
+                hidden[at + neuron] = g
 
     return gate
 
@@ -100,7 +100,7 @@ def up_kernel(name: WeightFormat, split: bool) -> Kernel:
     @kernel(
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
         "float32* hidden, int32 hot, int32 kind, int32 stride, int32 x_stride, int32 list_stride",
-        f"up_{name}{_SUFFIX[split]}",
+        f"up_{name}{SUFFIX[split]}",
         launch_bounds=(GATHER_THREADS, 2),
     )
     def up(
@@ -111,12 +111,13 @@ def up_kernel(name: WeightFormat, split: bool) -> Kernel:
         at, x_at = cuda.blockIdx.y * list_stride, cuda.blockIdx.y * x_stride
         lane = lane_index()
         for k in range(first_of_warp(), lengths[cuda.blockIdx.y], cuda.gridDim.x * WARPS):
-            neuron, g = neurons[at + k], gates[at + k]
+            neuron = neurons[at + k]
+            g = gates[at + neuron]
             if g > _ZERO:
                 source, held = held_row(words, cold, hot, neuron)
                 u = warp_sum(dot(source, held, scale, low, row, neuron, stride, x, x_at, lane)) + bias[neuron]
                 if lane == 0:
-                    hidden[at + k] = up_product(g, u, kind)
+                    hidden[at + neuron] = up_product(g, u, kind)
 
     return up
 
@@ -131,7 +132,7 @@ def gate_up_kernel(name: WeightFormat, split: bool) -> Kernel:
         f"{neuron_matrix_parameters(name, 'u_')}, float32* u_bias,"
         "uint32* x, int32* neurons, int32* lengths, float32* gates, float32* hidden, int32 hot, int32 kind,"
         "float32 threshold, int32 stride, int32 x_stride, int32 list_stride",
-        f"gate_up_{name}{_SUFFIX[split]}",
+        f"gate_up_{name}{SUFFIX[split]}",
         launch_bounds=(GATHER_THREADS, 2),
     )
     def gate_up(
@@ -152,21 +153,28 @@ def gate_up_kernel(name: WeightFormat, split: bool) -> Kernel:
                 u = warp_sum(dot(source, held, u_scale, u_low, u_row, neuron, stride, x, x_at, lane)) + u_bias[neuron]
                 h = up_product(g, u, kind)
             if lane == 0:
-                gates[at + k] = g
-                hidden[at + k] = h
+                gates[at + neuron] = g
+                hidden[at + neuron] = h
 
     return gate_up
 
 
 @jit(device=True)
-def active_of(neurons, gates, hidden, k, last, lane, found, values):
-    """Put the active ones of 32 listed neurons from k close together in shared memory; returns how many."""
-    inside = k + lane < last and gates[k + lane] > _ZERO
+def active_of(neurons, gates, hidden, at, k, last, lane, found, values):
+    """Put the active ones of 32 listed neurons from k close together in shared memory; returns how many.
+
+    at: where the row begins in gates and hidden, which are by neuron.
+    """
+    neuron = np.int32(0)
+    inside = k + lane < last
+    if inside:
+        neuron = neurons[k + lane]
+        inside = gates[at + neuron] > _ZERO
     mask = ballot(inside)
     if inside:
         to = below(mask, lane)
-        found[to] = neurons[k + lane]
-        values[to] = hidden[k + lane]
+        found[to] = neuron
+        values[to] = hidden[at + neuron]
     return np.int32(cuda.popc(mask))
 
 
@@ -181,14 +189,14 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
     @kernel(
         f"{neuron_matrix_parameters(name)}, int32* neurons, int32* lengths, float32* gates, float32* hidden,"
         "float32* partial, int64* counts, int32 hot, int32 stride, int32 list_stride",
-        f"down_{name}{_SUFFIX[split]}",
+        f"down_{name}{SUFFIX[split]}",
         launch_bounds=(DOWN_THREADS, 4),
     )
     def down(words, scale, low, row, cold, neurons, lengths, gates, hidden, partial, counts, hot, stride, list_stride):
         """The sum of hidden times down's rows, of one part (blockIdx.y of gridDim.y) of the list of a row (blockIdx.z).
 
         partial: (rows, parts, stride). Each thread has a chunk of columns; blockIdx.x numbers the blocks of them, of
-        which the first counts active neurons into `counts` (rows, COUNTS).
+        which the first counts active neurons into `counts`, (COUNTS,) of the layer.
         """
         found = cuda.shared.array(32, types.int32)
         values = cuda.shared.array(32, types.float32)
@@ -203,11 +211,11 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
         total, row_words = nothing, chunk_words * count
         for k in range(first, last, 32):
             if warp_index() == 0:
-                kept = active_of(neurons, gates, hidden, k, last, lane, found, values)
+                kept = active_of(neurons, gates, hidden, at, k, last, lane, found, values)
                 if lane == 0:
                     size_found[0] = kept
                     if cuda.blockIdx.x == 0:
-                        add_atomic(counts, COUNTS * cuda.blockIdx.z + ACTIVE, kept)
+                        add_atomic(counts, ACTIVE, kept)
             cuda.syncthreads()
             kept = size_found[0]
             if j < count:
@@ -242,4 +250,4 @@ def down_kernel(name: WeightFormat, split: bool) -> Kernel:
 def every_kernel() -> Iterator[Kernel]:
     """The kernels of all formats, of layers that are split and of others."""
     for make in (gate_kernel, up_kernel, gate_up_kernel, down_kernel):
-        yield from (make(name, split) for name in KERNELS for split in _SUFFIX)
+        yield from (make(name, split) for name in KERNELS for split in SUFFIX)

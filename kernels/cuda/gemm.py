@@ -103,7 +103,7 @@ def uses_library(copies: HalfCopies | None, matrix: Matrix, n: int, transposed: 
     return copies is not None and n >= library_rows(matrix.format, matrix.is_split, transposed)
 
 
-def _takes_rounded(matrix: Matrix, n: int) -> bool:
+def takes_rounded(matrix: Matrix, n: int) -> bool:
     """Whether our kernel for n rows takes them rounded."""
     return takes_integers(matrix.format) or (n > 1 and kernels_of(matrix.format).tiles is not None)
 
@@ -112,7 +112,7 @@ def rounded_rows(
     device: Device, copies: HalfCopies | None, matrices: Iterable[Matrix], x: Array, to: Array, stride: int, n: int
 ) -> Array:
     """What `product` takes as `rounded` for some matrices: n rows of x (n, stride), rounded to `to` if need be."""
-    if any(_takes_rounded(matrix, n) for matrix in matrices if not uses_library(copies, matrix, n)):
+    if any(takes_rounded(matrix, n) for matrix in matrices if not uses_library(copies, matrix, n)):
         return round_rows_to(device, x, to, stride, n)
     return x
 
@@ -136,7 +136,7 @@ def product(
     rounded: what `rounded_rows` gave for x and this matrix.
     """
     if not uses_library(copies, matrix, n):
-        rows = rounded if _takes_rounded(matrix, n) else x
+        rows = rounded if takes_rounded(matrix, n) else x
         ours = multiply_batch if n > 1 and kernels_of(matrix.format).tiles is not None else multiply
         for first, piece in matrix.pieces():
             ours(device, piece, rows, x_stride, y[first:], y_stride, n, factor=factor, add=add)

@@ -14,9 +14,9 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from svdengine.kernels.cuda.atomics import fence, fetch_add
+from svdengine.kernels.cuda.atomics import is_last_block
 from svdengine.kernels.cuda.device import Array, Device
-from svdengine.kernels.cuda.intrinsics import block_sum, jit, kernel
+from svdengine.kernels.cuda.intrinsics import block_sum, jit, kernel, lane_index, warp_index
 from svdengine.kernels.cuda.model import Norm
 from svdengine.kernels.cuda.rounding import store_coarse, store_fine
 from svdengine.kernels.cuda.workspace import Workspace
@@ -24,7 +24,7 @@ from svdengine.kernels.formats import padded_columns
 from svdengine.models import ModelConfig
 
 THREADS = 256
-_ROUNDED = "uint8* fine_codes, float32* fine_values, uint8* coarse_codes, float32* coarse_values"
+ROUNDED = "uint8* fine_codes, float32* fine_values, uint8* coarse_codes, float32* coarse_values"
 
 
 @jit(device=True)
@@ -55,7 +55,7 @@ def normalize_row(
 
 
 @kernel(
-    f"float32* x, int32* chosen, float32* weight, float32* bias, float32* out, {_ROUNDED},"
+    f"float32* x, int32* chosen, float32* weight, float32* bias, float32* out, {ROUNDED},"
     " int32 columns, int32 padded, int32 stride, float32 eps, float32 factor, int32 centred, int32 choose, int32 add,"
     " int32 rounded"
 )
@@ -76,34 +76,32 @@ def normalize_rows(
 
 @kernel(
     f"float32* partial, float32* down_bias, float32* x, int32* tickets, float32* weight, float32* bias, float32* out,"
-    f" {_ROUNDED}, int32 columns, int32 padded, int32 stride, int32 parts, int32 biased, float32 eps,"
+    f" {ROUNDED}, int32 columns, int32 padded, int32 stride, int32 parts, int32 biased, float32 eps,"
     " float32 factor, int32 centred, int32 rounded"
 )
 def add_parts_then_normalize(
     partial, down_bias, x, tickets, weight, bias, out, fine_codes, fine_values, coarse_codes, coarse_values,
     columns, padded, stride, parts, biased, eps, factor, centred, rounded,
 ):  # fmt: skip
-    """x (n, stride) += factor * (bias + the sum of the parts); then out = norm(x). Grid: (blocks of columns, n).
+    """x (n, stride) += factor * (bias + the sum of the parts); then out = norm(x). Grid: (columns / 32, n).
 
     tickets: (n,) zeros, and zeros again afterwards.
     """
-    last = cuda.shared.array(1, types.int32)
-    row, i = cuda.blockIdx.y, cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
-    if i < columns:
+    sums = cuda.shared.array(THREADS, types.float32)
+    row, lane, warp, warps = cuda.blockIdx.y, lane_index(), warp_index(), cuda.blockDim.x >> 5
+    i = cuda.blockIdx.x * 32 + lane
+    total = np.float32(0)
+    for part in range(warp, parts, warps):  # warps share the parts: all would be many loads one after another
+        total += partial[(row * parts + part) * stride + i]
+    sums[cuda.threadIdx.x] = total
+    cuda.syncthreads()
+    if warp == 0 and i < columns:
         total = down_bias[i] if biased else np.float32(0)
-        for part in range(parts):
-            total += partial[(row * parts + part) * stride + i]
+        for other in range(warps):
+            total += sums[32 * other + lane]
         x[row * stride + i] += factor * total
-    fence()
-    cuda.syncthreads()
-    if cuda.threadIdx.x == 0:
-        last[0] = np.int32(fetch_add(tickets, row, np.int32(1)) == cuda.gridDim.x - 1)
-    cuda.syncthreads()
-    if last[0] == 0:
+    if not is_last_block(tickets, row, cuda.gridDim.x):
         return
-    fence()  # what the others wrote before their tickets is there
-    if cuda.threadIdx.x == 0:
-        tickets[row] = np.int32(0)
     normalize_row(
         x, row * stride, weight, bias, out, row * stride, fine_codes, fine_values, coarse_codes, coarse_values,
         columns, padded, eps, np.float32(1), centred, 0, rounded,
@@ -122,12 +120,14 @@ def normalize_listed(neurons, lengths, gates, hidden, weight, columns, list_stri
     at, length = cuda.blockIdx.x * list_stride, lengths[cuda.blockIdx.x]
     square = np.float32(0)
     for k in range(cuda.threadIdx.x, length, cuda.blockDim.x):
-        if gates[at + k] > np.float32(0):
-            square += hidden[at + k] * hidden[at + k]
+        neuron = at + neurons[at + k]
+        if gates[neuron] > np.float32(0):
+            square += hidden[neuron] * hidden[neuron]
     scale = np.float32(1) / np.float32(math.sqrt(block_sum(square) / np.float32(columns) + eps))
     for k in range(cuda.threadIdx.x, length, cuda.blockDim.x):
-        if gates[at + k] > np.float32(0):
-            hidden[at + k] *= scale * weight[neurons[at + k]]
+        neuron = at + neurons[at + k]
+        if gates[neuron] > np.float32(0):
+            hidden[neuron] *= scale * weight[neuron - at]
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def add_parts_and_normalize(
     """work.x (n, hidden) += factor * (bias + the parts in work.partial); then the norm that follows."""
     columns, norm, biased = config.hidden_size, following.norm, bias is not None
     device.launch(
-        add_parts_then_normalize, (-(-columns // THREADS), n), THREADS, work.partial, bias if biased else work.partial,
+        add_parts_then_normalize, (-(-columns // 32), n), THREADS, work.partial, bias if biased else work.partial,
         work.x, work.tickets, norm.weight, norm.bias, following.out, work.fine, work.fine, work.coarse, work.coarse,
         columns, padded_columns(columns) if following.rounded else columns, work.sizes.hidden, parts, int(biased),
         config.norm_eps, config.residual_scale, int(config.norm == "layer"), int(following.rounded),

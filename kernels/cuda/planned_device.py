@@ -35,6 +35,7 @@ class PlannedDevice:
     """See Device (kernels/cuda/device.py). Arrays are never touched, so that they take addresses but no memory."""
 
     name = "planned"
+    launches_early = False
 
     def __init__(self, has_blas: bool = True) -> None:
         self.has_blas, self.without_blas = has_blas, ""
@@ -66,6 +67,10 @@ class PlannedDevice:
         found: NDArray = np.zeros(array.size, array.dtype)
         return found
 
+    def fetch(self, array: Array, to: NDArray) -> Callable[[], None]:
+        """Nothing is copied."""
+        return lambda: None
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], threads: int, *arguments: Any) -> None:
         """See Device; it is noted."""
         self.kernels[kernel.name] = kernel
@@ -80,7 +85,7 @@ class PlannedDevice:
             step()
             self.launches.clear()
 
-    def record(self, step: Callable[[], None]) -> Graph:
+    def record(self, step: Callable[[], None], *, early: bool = False) -> Graph:
         """See Device."""
         step()
         return None

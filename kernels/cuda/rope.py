@@ -11,13 +11,53 @@ from numba import cuda
 
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.cuda.device import Device
-from svdengine.kernels.cuda.intrinsics import Kernel, kernel, lane_index, warp_index, warp_sum
+from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, warp_index, warp_sum
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype
 from svdengine.kernels.cuda.model import LayerWeights, Model
 from svdengine.kernels.cuda.workspace import Workspace
 
 THREADS = 128
 _WARPS = THREADS // 32
+
+
+@jit(device=True)
+def place_head(
+    qkv, at, head, position, table, keys, values, tables, cos, sin, q_norm, k_norm,
+    heads, kv_heads, head_dim, head_stride, eps, factor, normed, rotated,
+):  # fmt: skip
+    """Norm and rotate a head of q or k in place, q times `factor`, or write one of k or v into the cache; by a warp.
+
+    at: where the row of qkv begins; table: where the sequence's block table does.
+    """
+    lane, half = lane_index(), head_dim >> 1
+    at += head * head_dim
+    is_query, is_value = head < heads, head >= heads + kv_heads
+    if normed and not is_value:
+        total = np.float32(0)
+        for i in range(lane, head_dim, 32):
+            total += qkv[at + i] * qkv[at + i]
+        scale = np.float32(1) / np.float32(math.sqrt(warp_sum(total) / np.float32(head_dim) + eps))
+        for i in range(lane, head_dim, 32):
+            qkv[at + i] *= scale * (q_norm[i] if is_query else k_norm[i])
+        cuda.syncwarp()  # a lane rotates what another one scaled
+    if rotated and not is_value:
+        for i in range(lane, half, 32):
+            a, b = qkv[at + i], qkv[at + i + half]
+            c, s = cos[position * half + i], sin[position * half + i]
+            qkv[at + i] = a * c - b * s
+            qkv[at + i + half] = b * c + a * s
+        cuda.syncwarp()
+    if is_query:
+        for i in range(lane, head_dim, 32):
+            qkv[at + i] *= factor
+        return
+    kv = head - heads - (kv_heads if is_value else 0)
+    to = ((tables[table + position // BLOCK_SIZE] * kv_heads + kv) * BLOCK_SIZE + position % BLOCK_SIZE) * head_stride
+    for i in range(lane, head_dim, 32):
+        if is_value:
+            values[to + i] = qkv[at + i]
+        else:
+            keys[to + i] = qkv[at + i]
 
 
 @cache
@@ -42,37 +82,11 @@ def place_kernel(dtype: KvDtype) -> Kernel:
         head = cuda.blockIdx.y * _WARPS + warp_index()
         if head >= heads + 2 * kv_heads:
             return
-        row, lane, half = cuda.blockIdx.x, lane_index(), head_dim >> 1
-        position = positions[row]
-        at = row * stride + head * head_dim
-        is_query, is_value = head < heads, head >= heads + kv_heads
-        if normed and not is_value:
-            total = np.float32(0)
-            for i in range(lane, head_dim, 32):
-                total += qkv[at + i] * qkv[at + i]
-            scale = np.float32(1) / np.float32(math.sqrt(warp_sum(total) / np.float32(head_dim) + eps))
-            for i in range(lane, head_dim, 32):
-                qkv[at + i] *= scale * (q_norm[i] if is_query else k_norm[i])
-            cuda.syncwarp()  # a lane rotates what another one scaled
-        if rotated and not is_value:
-            for i in range(lane, half, 32):
-                a, b = qkv[at + i], qkv[at + i + half]
-                c, s = cos[position * half + i], sin[position * half + i]
-                qkv[at + i] = a * c - b * s
-                qkv[at + i + half] = b * c + a * s
-            cuda.syncwarp()
-        if is_query:
-            for i in range(lane, head_dim, 32):
-                qkv[at + i] *= factor
-            return
-        kv = head - heads - (kv_heads if is_value else 0)
-        block = tables[sequences[row] * blocks + position // BLOCK_SIZE]
-        to = ((block * kv_heads + kv) * BLOCK_SIZE + position % BLOCK_SIZE) * head_stride
-        for i in range(lane, head_dim, 32):
-            if is_value:
-                values[to + i] = qkv[at + i]
-            else:
-                keys[to + i] = qkv[at + i]
+        row = cuda.blockIdx.x
+        place_head(
+            qkv, row * stride, head, positions[row], sequences[row] * blocks, keys, values, tables, cos, sin, q_norm,
+            k_norm, heads, kv_heads, head_dim, head_stride, eps, factor, normed, rotated,
+        )  # fmt: skip
 
     return place
 

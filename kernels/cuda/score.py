@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import numpy as np
 from numba import cuda
 from numba.cuda import types
 
-from svdengine.kernels.cuda.atomics import fence, fetch_add
-from svdengine.kernels.cuda.compact import ballot, list_masked, set_length
+from svdengine.kernels.cuda.atomics import is_last_block
+from svdengine.kernels.cuda.compact import ballot, count_neurons, list_masked
 from svdengine.kernels.cuda.integer_dot import dot_16, dot_bytes
 from svdengine.kernels.cuda.intrinsics import (
     FULL,
@@ -24,6 +27,7 @@ from svdengine.kernels.cuda.intrinsics import (
 )
 from svdengine.kernels.cuda.rounding import ROUND_THREADS, store_coarse, store_fine
 from svdengine.kernels.cuda.rows import matrix_parameters
+from svdengine.kernels.formats import WeightFormat
 
 LANES = 8  # that share a row of the second factor and of the residual, which are short
 SCORE_THREADS = 256
@@ -181,10 +185,53 @@ def _project(name, dot):
     return project
 
 
-def _score(name, bits, dot, residual):
+@jit(device=True)
+def positive_bits(value, found):
+    """The bits of a block's 32 neurons whose scores are positive, in every thread; a score lies in every eighth lane.
+
+    found: int32 in shared memory, one for each warp; it must not be written again before the block has met.
+    """
+    bits = ballot(value > _ZERO)
+    # Four neurons a warp: their bits stand at lanes 0, 8, 16 and 24.
+    if lane_index() == 0:
+        found[warp_index()] = np.int32((bits & 1) | (bits >> 7 & 2) | (bits >> 14 & 4) | (bits >> 21 & 8))
+    cuda.syncthreads()
+    mask = np.uint32(0)
+    for warp in range(SCORE_ROWS // 4):
+        mask = np.uint32(mask | np.uint32(np.uint32(found[warp]) << np.uint32(4 * warp)))
+    return mask
+
+
+@cache
+def neuron_score(factors: str, bits: int) -> Any:
+    """score(...) of the neuron that this thread's eight lanes share: A z + Q x - threshold - shift * unit.
+
+    The first lane has it; others have 0, and all have past the last neuron.
+    """
+    dot, residual = FACTORS[factors], RESIDUALS[bits]
+
+    @jit(device=True)
+    def score_of(
+        a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift,
+        r, neurons, ranks, columns, z_at, x_at,
+    ):  # fmt: skip
+        lane = cuda.threadIdx.x & 7
+        neuron = min(r, neurons - 1)  # every lane takes part in the sums
+        total = dot(a_words, a_scale, a_low, a_row, neuron, ranks, z, z_at, lane, LANES)
+        total += residual(q_words, q_scale, neuron, columns, x, x_at, lane, LANES)
+        total += cuda.shfl_xor_sync(FULL, total, 4)
+        total += cuda.shfl_xor_sync(FULL, total, 2)
+        total += cuda.shfl_xor_sync(FULL, total, 1)
+        return total + (minus_threshold[neuron] - shift * unit[neuron]) if lane == 0 and r < neurons else _ZERO
+
+    return score_of
+
+
+def _score(name, bits):
+    score_of = neuron_score(name, bits)
+
     @kernel(
-        f"{matrix_parameters(name or 'q8', 'a_')}, uint32* q_words, float16* q_scale, float32* minus_threshold,"
-        "float32* unit, uint32* z, uint32* x, float32* shift, float32* scores, uint32* masks, int32* tickets,"
+        f"{predictor_parameters(name)}, float32* scores, uint32* masks, int32* tickets,"
         "int32* listed, int32* lengths, int64* counts, int32 neurons, int32 ranks, int32 columns, int32 z_stride,"
         "int32 x_stride, int32 score_stride, int32 mask_stride",
         f"score_{name or 'none'}_{bits}",
@@ -193,55 +240,41 @@ def _score(name, bits, dot, residual):
         a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift, scores, masks, tickets,
         listed, lengths, counts, neurons, ranks, columns, z_stride, x_stride, score_stride, mask_stride,
     ):  # fmt: skip
-        """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y): A z + Q x - threshold - shift * unit.
+        """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y).
 
         z, x: rounded rows of `ranks` and `columns` columns, padded; shift: the sparsity bias of each row. The last of a
         row's blocks to be done lists the neurons with positive scores: see `list_masked`.
         """
         found = cuda.shared.array(MOST_WARPS, types.int32)
-        r, lane = cuda.blockIdx.x * SCORE_ROWS + (cuda.threadIdx.x >> 3), cuda.threadIdx.x & 7
-        batch_row = cuda.blockIdx.y
-        neuron = min(r, neurons - 1)  # every lane takes part in the sums
-        total = dot(a_words, a_scale, a_low, a_row, neuron, ranks, z, batch_row * z_stride, lane, LANES)
-        total += residual(q_words, q_scale, neuron, columns, x, batch_row * x_stride, lane, LANES)
-        total += cuda.shfl_xor_sync(FULL, total, 4)
-        total += cuda.shfl_xor_sync(FULL, total, 2)
-        total += cuda.shfl_xor_sync(FULL, total, 1)
-        value = _ZERO
-        if lane == 0 and r < neurons:
-            value = total + (minus_threshold[r] - shift[batch_row] * unit[r])
+        r, batch_row = cuda.blockIdx.x * SCORE_ROWS + (cuda.threadIdx.x >> 3), cuda.blockIdx.y
+        value = score_of(
+            a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift[batch_row],
+            r, neurons, ranks, columns, batch_row * z_stride, batch_row * x_stride,
+        )  # fmt: skip
+        if cuda.threadIdx.x & 7 == 0 and r < neurons:
             scores[batch_row * score_stride + r] = value
-        # Four neurons a warp: their bits stand at lanes 0, 8, 16 and 24.
-        bits = ballot(value > _ZERO)
-        if lane_index() == 0:
-            found[warp_index()] = np.int32((bits & 1) | (bits >> 7 & 2) | (bits >> 14 & 4) | (bits >> 21 & 8))
-        cuda.syncthreads()
+        mask = positive_bits(value, found)
         if cuda.threadIdx.x == 0:
-            mask = np.uint32(0)
-            for warp in range(SCORE_ROWS // 4):
-                mask = np.uint32(mask | np.uint32(np.uint32(found[warp]) << np.uint32(4 * warp)))
             masks[batch_row * mask_stride + cuda.blockIdx.x] = mask
-            fence()
-            found[0] = np.int32(fetch_add(tickets, batch_row, np.int32(1)) == cuda.gridDim.x - 1)
-        cuda.syncthreads()
-        is_last = found[0]
-        cuda.syncthreads()  # so that `found` may be written
-        if is_last != 0:
-            fence()  # what the others wrote before their tickets is there
-            if cuda.threadIdx.x == 0:
-                tickets[batch_row] = np.int32(0)
+        if is_last_block(tickets, batch_row, cuda.gridDim.x):
             length = list_masked(
                 masks, batch_row * mask_stride, cuda.gridDim.x, listed, batch_row * score_stride, found
             )  # fmt: skip
             if cuda.threadIdx.x == 0:
-                set_length(lengths, counts, batch_row, length, neurons)
+                lengths[batch_row] = length
+                count_neurons(counts, length, neurons)
 
     return score
 
 
+def predictor_parameters(factors: str) -> str:
+    """The parameters of a kernel that are a layer of a predictor, and what it reads."""
+    stored: WeightFormat = "q4" if factors == "q4" else "q8"
+    return (
+        f"{matrix_parameters(stored, 'a_')}, uint32* q_words, float16* q_scale, float32* minus_threshold,"
+        "float32* unit, uint32* z, uint32* x, float32* shift"
+    )
+
+
 PROJECT = {"q8": _project("q8", factor_q8), "q4": _project("q4", factor_q4)}
-SCORE = {
-    (name, bits): _score(name, bits, dot, residual)
-    for name, dot in FACTORS.items()
-    for bits, residual in RESIDUALS.items()
-}
+SCORE = {(name, bits): _score(name, bits) for name in FACTORS for bits in RESIDUALS}

@@ -1,6 +1,6 @@
 """The conditional FFN of a few rows: score neurons, list those predicted active, and compute only these.
 
-The stages are those of kernels/cpu/sparse.py. Each row has its own list. Six launches at most, and four where a norm
+The stages are those of kernels/cpu/sparse.py. Each row has its own list. Six launches at most, and three where a norm
 has rounded what is read and gate and up have one format. No host in between: the lists stay on the device.
 """
 
@@ -24,6 +24,7 @@ from svdengine.kernels.cuda.gather import (
 from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model, PlacedLayer
 from svdengine.kernels.cuda.norm import THREADS as NORM_THREADS
 from svdengine.kernels.cuda.norm import normalize_listed
+from svdengine.kernels.cuda.predicted import predicted_kernel
 from svdengine.kernels.cuda.rounding import rounded_for, takes_integers
 from svdengine.kernels.cuda.score import (
     PROJECT,
@@ -34,7 +35,7 @@ from svdengine.kernels.cuda.score import (
     SCORE_THREADS,
     round_rows,
 )
-from svdengine.kernels.cuda.workspace import Workspace, parts_of
+from svdengine.kernels.cuda.workspace import COUNTS, Workspace, parts_of
 from svdengine.kernels.formats import padded_columns
 
 MOST_GATHER_BLOCKS = 512  # of a row: some for each multiprocessor; warps take listed neurons in turns
@@ -57,56 +58,108 @@ def sparse_ffn(
     predictor all are listed, and only those whose gate is zero are skipped. Neurons are counted in work.counts.
     `rounded`: whether x lies in work.fine and work.coarse already.
     """
-    if predictor is None:
-        grid = (-(-model.config.ffn_size // COMPACT_THREADS), n)
-        device.launch(
-            list_every, grid, COMPACT_THREADS, work.neurons, work.lengths, work.counts, model.config.ffn_size,
-            work.sizes.ffn,
-        )  # fmt: skip
+    weights, counts = model.layers[layer], work.counts[COUNTS * layer : COUNTS * (layer + 1)]
+    if predictor is not None and (weights.gate is None or weights.gate.format == weights.up.format):
+        predict_active(device, model, work, weights, predictor, counts, x, n, rounded=rounded)
     else:
-        score_rows(device, model, work, predictor, x, n, rounded=rounded)
-    gate_listed(device, model, work, model.layers[layer], x, n, rounded=None if predictor is None else work.fine)
-    sub_norm = model.layers[layer].ffn_sub_norm
-    if sub_norm is not None:
+        if predictor is None:
+            grid = (-(-model.config.ffn_size // COMPACT_THREADS), n)
+            device.launch(
+                list_every, grid, COMPACT_THREADS, work.neurons, work.lengths, counts, model.config.ffn_size,
+                work.sizes.ffn,
+            )  # fmt: skip
+        else:
+            score_rows(device, model, work, predictor, counts, x, n, rounded=rounded)
+        is_rounded = rounded or predictor is not None
+        gate_listed(device, model, work, weights, x, n, rounded=work.fine if is_rounded else None)
+    if weights.ffn_sub_norm is not None:
         device.launch(
             normalize_listed, (n,), NORM_THREADS, work.neurons, work.lengths, work.scores, work.hidden,
-            sub_norm.weight, model.config.ffn_size, work.sizes.ffn, model.config.norm_eps,
+            weights.ffn_sub_norm.weight, model.config.ffn_size, work.sizes.ffn, model.config.norm_eps,
         )  # fmt: skip
-    return add_down(device, work, model.layers[layer].down, n)
+    return add_down(device, work, weights.down, counts, n)
+
+
+def predict_active(
+    device: Device,
+    model: Model,
+    work: Workspace,
+    layer: LayerWeights,
+    predictor: PlacedLayer,
+    counts: Array,
+    x: Array,
+    n: int,
+    *,
+    rounded: bool = False,
+) -> None:
+    """work.hidden of those neurons that are predicted and active, and in work.neurons which these are.
+
+    Gate and up have one format.
+    """
+    config, sizes, up = model.config, work.sizes, layer.up
+    gate = up if layer.gate is None else layer.gate
+    factors, scored = _hidden_values(device, model, work, predictor, x, n, rounded=rounded)
+    device.launch(
+        predicted_kernel(factors, predictor.residual_bits, up.format, up.is_split),
+        (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS, *scored, *_parts(gate), *_parts(up),
+        work.fine if takes_integers(up.format) else x, work.masks, work.tickets, work.neurons, work.lengths,
+        work.scores, work.hidden, counts, int(layer.gate is not None), up.hot, ACTIVATIONS.index(config.activation),
+        config.activation_threshold, config.ffn_size, padded_columns(predictor.rank), up.stride,
+        sizes.z, sizes.hidden, up.stride, sizes.ffn, sizes.ffn // 32,
+    )  # fmt: skip
 
 
 def score_rows(
-    device: Device, model: Model, work: Workspace, predictor: PlacedLayer, x: Array, n: int, *, rounded: bool = False
+    device: Device,
+    model: Model,
+    work: Workspace,
+    predictor: PlacedLayer,
+    counts: Array,
+    x: Array,
+    n: int,
+    *,
+    rounded: bool = False,
 ) -> None:
     """work.scores (n, ffn) of rows x, and in work.neurons those whose score is positive."""
     config, sizes = model.config, work.sizes
-    columns, ranks = padded_columns(config.hidden_size), padded_columns(predictor.rank)
+    factors, scored = _hidden_values(device, model, work, predictor, x, n, rounded=rounded)
+    device.launch(
+        SCORE[factors, predictor.residual_bits], (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS, *scored,
+        work.scores, work.masks, work.tickets, work.neurons, work.lengths, counts, config.ffn_size,
+        padded_columns(predictor.rank), padded_columns(config.hidden_size), sizes.z, sizes.hidden, sizes.ffn,
+        sizes.ffn // 32,
+    )  # fmt: skip
+
+
+def _hidden_values(
+    device: Device, model: Model, work: Workspace, predictor: PlacedLayer, x: Array, n: int, *, rounded: bool
+) -> tuple[Literal["", "q8", "q4"], tuple[Array, ...]]:
+    """Make what scores are computed from: the format of the factors, and the arrays of `predictor_parameters`."""
+    columns, sizes = padded_columns(model.config.hidden_size), work.sizes
     if not rounded:
         device.launch(
             round_rows, (-(-columns // ROUND_THREADS), n), ROUND_THREADS, x, work.fine, work.fine, work.coarse,
-            work.coarse, config.hidden_size, columns, sizes.hidden,
+            work.coarse, model.config.hidden_size, columns, sizes.hidden,
         )  # fmt: skip
-    name: Literal["", "q8", "q4"] = ""
-    a = (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.minus_threshold)  # not read without factors
-    if predictor.a is not None and predictor.b is not None:
-        a = (predictor.a.words, predictor.a.scale, predictor.a.low, predictor.a.row)
-        name, b = predictor.factor_format, predictor.b
-        device.launch(
-            PROJECT[name], (ranks // 32, n), PROJECT_THREADS, b.words, b.scale, b.low, b.row, work.fine, work.z_rounded,
-            work.z_rounded, predictor.rank, int(predictor.relu), columns, sizes.hidden, sizes.z,
-        )  # fmt: skip
-    device.launch(
-        SCORE[name, predictor.residual_bits], (-(-config.ffn_size // SCORE_ROWS), n), SCORE_THREADS,
-        *a, predictor.q_words, predictor.q_scale, predictor.minus_threshold, predictor.unit,
-        work.z_rounded, work.coarse, work.sparsity_bias, work.scores, work.masks, work.tickets, work.neurons,
-        work.lengths, work.counts, config.ffn_size, ranks, columns, sizes.z, sizes.hidden, sizes.ffn, sizes.ffn // 32,
+    rest = (
+        predictor.q_words, predictor.q_scale, predictor.minus_threshold, predictor.unit,
+        work.z_rounded, work.coarse, work.sparsity_bias,
     )  # fmt: skip
+    if predictor.a is None or predictor.b is None:  # without factors the first four are not read
+        return "", (predictor.q_words, predictor.q_scale, predictor.q_words, predictor.minus_threshold, *rest)
+    b = predictor.b
+    device.launch(
+        PROJECT[predictor.factor_format], (padded_columns(predictor.rank) // 32, n), PROJECT_THREADS,
+        b.words, b.scale, b.low, b.row, work.fine, work.z_rounded, work.z_rounded,
+        predictor.rank, int(predictor.relu), columns, sizes.hidden, sizes.z,
+    )  # fmt: skip
+    return predictor.factor_format, (predictor.a.words, predictor.a.scale, predictor.a.low, predictor.a.row, *rest)
 
 
 def gate_listed(
     device: Device, model: Model, work: Workspace, layer: LayerWeights, x: Array, n: int, rounded: Array | None = None
 ) -> None:
-    """work.scores = the gates of the listed neurons, work.hidden = their activations, in the lists' order.
+    """work.scores = the gates of the listed neurons, work.hidden = their hidden values, both by neuron.
 
     rounded: x rounded to 16 bits, where that has been done.
     """
@@ -137,14 +190,14 @@ def gate_listed(
         )  # fmt: skip
 
 
-def add_down(device: Device, work: Workspace, down: Matrix, n: int) -> int:
+def add_down(device: Device, work: Workspace, down: Matrix, counts: Array, n: int) -> int:
     """work.partial (n, parts, hidden) = sums over parts of the lists; returns the number of parts."""
     parts = parts_of(n)
     blocks = -(-(down.stride // kernels_of(down.format).chunk_columns) // DOWN_THREADS)
     device.launch(
         down_kernel(down.format, down.is_split), (blocks, parts, n), DOWN_THREADS,
         down.words, down.scale, down.low, down.row, down.cold,
-        work.neurons, work.lengths, work.scores, work.hidden, work.partial, work.counts,
+        work.neurons, work.lengths, work.scores, work.hidden, work.partial, counts,
         down.hot, down.stride, work.sizes.ffn,
     )  # fmt: skip
     return parts

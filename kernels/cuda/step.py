@@ -1,4 +1,7 @@
-"""One step of the model, from tokens to logits and the tokens chosen from them, as launches on a device's stream."""
+"""One step of the model, from tokens to logits and the tokens chosen from them, as launches on a device's stream.
+
+A step of one row, which is what decoding waits for, takes fewer launches than others: kernels/cuda/single_row.py.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from svdengine.kernels.cuda.attention import attend
-from svdengine.kernels.cuda.device import Array, Device
+from svdengine.kernels.cuda.device import Array
 from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
 from svdengine.kernels.cuda.formats.table import kernels_of
-from svdengine.kernels.cuda.gemm import HalfCopies, add_transposed_product, product, rounded_rows, uses_library
+from svdengine.kernels.cuda.gemm import add_transposed_product, product, rounded_rows, takes_rounded, uses_library
+from svdengine.kernels.cuda.gemv import multiply_transposed
 from svdengine.kernels.cuda.half_copies import slice_rows
-from svdengine.kernels.cuda.kv_cache import KvCache
-from svdengine.kernels.cuda.model import LayerWeights, Model, Norm, PlacedPredictor
+from svdengine.kernels.cuda.model import LayerWeights, Matrix, Norm, PlacedPredictor
 from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
 from svdengine.kernels.cuda.rope import place_keys
+from svdengine.kernels.cuda.rounding import takes_integers
 from svdengine.kernels.cuda.sampling import sample_tokens
+from svdengine.kernels.cuda.single_row import multiply_and_activate, multiply_and_normalize, multiply_heads
 from svdengine.kernels.cuda.sparse import sparse_ffn
-from svdengine.kernels.cuda.workspace import Workspace
+from svdengine.kernels.cuda.state import State
 from svdengine.kernels.executor import FfnPath
 
 # Every neuron; those that are predicted active; or those whose gate is not exactly zero.
@@ -37,17 +42,6 @@ class Shape:
     tile_rows: int  # rows of a tile, at most
     ffn: FfnPath
     sample: Sample = ""
-
-
-@dataclass(frozen=True)
-class State:
-    """What a step works with."""
-
-    device: Device
-    model: Model
-    work: Workspace
-    cache: KvCache
-    copies: HalfCopies | None  # room for the library's operands, where there is a library
 
 
 def run_step(state: State, predictor: PlacedPredictor, shape: Shape, keep: Keep | None = None) -> None:
@@ -102,24 +96,21 @@ def run_layer(
     whether it did.
     """
     device, config, work, n = state.device, state.model.config, state.work, shape.n
-    stride, x, rounded = work.sizes.hidden, work.normed, shape.ffn == "predict"
+    stride, x = work.sizes.hidden, work.normed
+    first, rounded = _first_is_rounded(state, layer, shape), _ffn_reads_rounded(state, layer, shape)
     if not normed:
-        normalize(
-            device, config, work, layer.attention_norm, work.x, x, stride, n,
-            rounded=rounded and layer.ffn_norm is None,
-        )  # fmt: skip
+        normalize(device, config, work, layer.attention_norm, work.x, x, stride, n, rounded=first)
     if config.parallel and layer.ffn_norm is not None:
         x = work.second
         normalize(device, config, work, layer.ffn_norm, work.x, x, stride, n, rounded=rounded)
-    attention(state, index, layer, shape)
-    if not config.parallel and layer.ffn_norm is not None:
-        normalize(device, config, work, layer.ffn_norm, work.x, x, stride, n, rounded=rounded)
+    then = None if config.parallel or layer.ffn_norm is None else Following(layer.ffn_norm, x, rounded)
+    done = attention(state, index, layer, shape, rounded=first, following=then)
+    if then is not None and not done:
+        normalize(device, config, work, then.norm, work.x, x, stride, n, rounded=rounded)
     if keep is not None:
         keep(index, x)
     if layer.ffn_post_norm is None:
-        then = None
-        if following is not None:
-            then = Following(following, work.normed, rounded and config.shared_norm)
+        then = None if following is None else Following(following, work.normed, first)
         return ffn(state, predictor, index, layer, x, n, shape.ffn, rounded=rounded, following=then)
     clear(device, work.second, config.hidden_size, stride, n)
     ffn(state, predictor, index, layer, x, n, shape.ffn, to=work.second, rounded=rounded)
@@ -130,32 +121,50 @@ def run_layer(
     return False
 
 
-def attention(state: State, index: int, layer: LayerWeights, shape: Shape) -> None:
-    """x += attention of the normed rows."""
+def attention(
+    state: State,
+    index: int,
+    layer: LayerWeights,
+    shape: Shape,
+    *,
+    rounded: bool = False,
+    following: Following | None = None,
+) -> bool:
+    """x += attention of the normed rows.
+
+    `rounded`: they lie in work.fine too. `following`: a norm of work.x that may be made in the same launch as the sum;
+    returns whether it was.
+    """
     device, model, work, n = state.device, state.model, state.work, shape.n
-    sizes = work.sizes
-    copies, matrices = state.copies, [part.matrix for part in layer.qkv]
-    rounded = rounded_rows(device, copies, matrices, work.normed, work.rounded, sizes.hidden, n)
-    for part in layer.qkv:
-        to = work.qkv[part.offset :]
-        product(device, copies, part.matrix, work.normed, rounded, sizes.hidden, to, sizes.qkv, n)
-    place_keys(device, model, layer, index, work, state.cache, n)
+    config, sizes, copies = model.config, work.sizes, state.copies
+    matrices = [part.matrix for part in layer.qkv]
+    read = work.fine if rounded else rounded_rows(device, copies, matrices, work.normed, work.rounded, sizes.hidden, n)
+    if n == 1 and len(layer.qkv) == 1:
+        multiply_heads(state, index, layer, read if takes_integers(matrices[0].format) else work.normed)
+    else:
+        for part in layer.qkv:
+            to = work.qkv[part.offset :]
+            product(device, copies, part.matrix, work.normed, read, sizes.hidden, to, sizes.qkv, n)
+        place_keys(device, model, layer, index, work, state.cache, n)
     attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
-    config = model.config
     if layer.attention_sub_norm is not None:
         normalize(
             device, config, work, layer.attention_sub_norm, work.attention, work.attention, sizes.attention, n,
             columns=config.head_count * config.head_dim,
         )  # fmt: skip
     post, factor = layer.attention_post_norm, config.residual_scale
-    rounded = rounded_rows(device, copies, [layer.o], work.attention, work.rounded, sizes.attention, n)
+    read = rounded_rows(device, copies, [layer.o], work.attention, work.rounded, sizes.attention, n)
+    if n == 1 and post is None and following is not None:
+        multiply_and_normalize(state, layer.o, read, following)
+        return True
     product(
-        device, copies, layer.o, work.attention, rounded, sizes.attention,
+        device, copies, layer.o, work.attention, read, sizes.attention,
         work.x if post is None else work.second, sizes.hidden, n,
         factor=factor if post is None else 1.0, add=post is None,
     )  # fmt: skip
     if post is not None:
         normalize(device, config, work, post, work.second, work.x, sizes.hidden, n, factor=factor, add=True)
+    return False
 
 
 def ffn(
@@ -177,27 +186,77 @@ def ffn(
     launch as the last sum; returns whether it was.
     """
     device, model, work = state.device, state.model, state.work
-    config, sizes, factor = model.config, work.sizes, model.config.residual_scale if to is None else 1.0
-    y = work.x if to is None else to
+    sizes, factor = work.sizes, model.config.residual_scale if to is None else 1.0
+    y, following = (work.x, following) if to is None else (to, None)
     if path != "dense":
         placed = predictor[index] if path == "predict" else None
         parts = sparse_ffn(device, model, work, index, placed, x, n, rounded=rounded)
-        if following is not None and to is None:
-            add_parts_and_normalize(device, config, work, parts, layer.down.bias, n, following)
-            return True
-        add_parts(device, work.partial, parts, layer.down.bias, y, config.hidden_size, sizes.hidden, n, factor)
-        return False
-    copies, matrices = state.copies, [part.matrix for part in layer.gate_up]
-    read = rounded_rows(device, copies, matrices, x, work.rounded, sizes.hidden, n)
-    for part in layer.gate_up:
-        product(device, copies, part.matrix, x, read, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
-    activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
-    if layer.ffn_sub_norm is not None:
-        sub_norm, hidden = layer.ffn_sub_norm, work.hidden
-        normalize(device, config, work, sub_norm, hidden, hidden, sizes.ffn, n, columns=config.ffn_size)
+        return _add_up(state, layer, parts, y, n, factor, following)
+    read = activated(state, layer, x, n, rounded=rounded)
     if model.transposed_down:
+        if n == 1 and following is not None and not layer.down.is_split:
+            parts = multiply_transposed(device, layer.down, work.hidden, sizes.ffn, work.partial, n)
+            return _add_up(state, layer, parts, y, n, factor, following)
         add_transposed_product(device, state.copies, layer.down, work.hidden, sizes.ffn, work.partial, y, n, factor)
-    else:
-        read = rounded_rows(device, copies, [layer.down], work.hidden, work.rounded, sizes.ffn, n)
-        product(device, copies, layer.down, work.hidden, read, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True)
+        return False
+    if n == 1 and following is not None and not layer.down.is_split:
+        multiply_and_normalize(state, layer.down, read, following)
+        return True
+    product(
+        device, state.copies, layer.down, work.hidden, read, sizes.ffn, y, sizes.hidden, n, factor=factor, add=True
+    )  # fmt: skip
     return False
+
+
+def activated(state: State, layer: LayerWeights, x: Array, n: int, *, rounded: bool) -> Array:
+    """work.hidden = act(gate x) * (up x) of n rows, with the norm of what down reads; returns what `product` reads."""
+    device, model, work, copies = state.device, state.model, state.work, state.copies
+    config, sizes, sub_norm = model.config, work.sizes, layer.ffn_sub_norm
+    matrices = [part.matrix for part in layer.gate_up]
+    read = work.fine if rounded else rounded_rows(device, copies, matrices, x, work.rounded, sizes.hidden, n)
+    of_down = not model.transposed_down and takes_rounded(layer.down, n)
+    if n == 1 and sub_norm is None and not layer.up.is_split and len({m.format for m in matrices}) == 1:
+        own = of_down and read is not work.rounded  # or else a block would write what others still read
+        multiply_and_activate(state, layer, read if takes_integers(matrices[0].format) else x, rounded=own)
+        if own:
+            return work.rounded
+    else:
+        for part in layer.gate_up:
+            product(device, copies, part.matrix, x, read, sizes.hidden, work.gate_up[part.offset :], sizes.gate_up, n)
+        activate_ffn(device, config, work.gate_up, sizes.gate_up, work.hidden, sizes.ffn, n)
+    if sub_norm is not None:
+        normalize(device, config, work, sub_norm, work.hidden, work.hidden, sizes.ffn, n, columns=config.ffn_size)
+    return rounded_rows(device, copies, [layer.down] if of_down else [], work.hidden, work.rounded, sizes.ffn, n)
+
+
+def _add_up(
+    state: State, layer: LayerWeights, parts: int, y: Array, n: int, factor: float, following: Following | None
+) -> bool:
+    """y += factor * (the parts in work.partial + down's bias), and the norm that follows; whether one did."""
+    device, config, work = state.device, state.model.config, state.work
+    if following is not None:
+        add_parts_and_normalize(device, config, work, parts, layer.down.bias, n, following)
+        return True
+    add_parts(device, work.partial, parts, layer.down.bias, y, config.hidden_size, work.sizes.hidden, n, factor)
+    return False
+
+
+def _first_is_rounded(state: State, layer: LayerWeights, shape: Shape) -> bool:
+    """Whether a layer's first norm leaves its rows rounded: where q, k or v read them so, or an FFN that shares it.
+
+    Where two norms are made before either is read, the one of the FFN has the place.
+    """
+    if layer.ffn_norm is None and _ffn_reads_rounded(state, layer, shape):
+        return True
+    alone = not (state.model.config.parallel and layer.ffn_norm is not None)
+    return alone and _rounds(state, [part.matrix for part in layer.qkv], shape.n)
+
+
+def _ffn_reads_rounded(state: State, layer: LayerWeights, shape: Shape) -> bool:
+    """Whether an FFN reads rounded rows: the predictor does, and matrices of some formats."""
+    return shape.ffn == "predict" or _rounds(state, [part.matrix for part in layer.gate_up], shape.n)
+
+
+def _rounds(state: State, matrices: list[Matrix], n: int) -> bool:
+    """Whether products of n rows with some of the matrices, by own kernels, take them rounded."""
+    return any(takes_rounded(matrix, n) for matrix in matrices if not uses_library(state.copies, matrix, n))

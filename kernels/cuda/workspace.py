@@ -21,7 +21,7 @@ from svdengine.models import ModelConfig
 Array = Any  # of the device: flat, see kernels/cuda/device.py
 
 LEAST_PARTS = 64  # blocks over which work on few rows is split, whose results are added afterwards
-PREDICTED, ACTIVE, TOTAL, COUNTS = range(4)  # of a row's counts
+PREDICTED, ACTIVE, TOTAL, COUNTS = range(4)  # of a layer's counts
 CHOICE_NUMBERS = 5  # float64 of a row that say how its token is chosen
 SLICES = 64  # of a vocabulary, which blocks survey side by side before a token is chosen
 BINS = 1024  # of the distance to the largest logit
@@ -42,6 +42,8 @@ class Sizes:
     z: int  # hidden values of a predictor, of which there may be one later
     logits: int
     partial: int  # items of `partial`
+    layers: int
+    heads: int  # of q, k and v
 
     @classmethod
     def of(cls, config: ModelConfig, rows: int, context: int) -> Sizes:
@@ -60,6 +62,8 @@ class Sizes:
             z=padded_columns(largest_rank(config.hidden_size, config.ffn_size, relu=True)),
             logits=padded_columns(config.vocab_size),
             partial=max(LEAST_PARTS, rows) * max(hidden, sums),
+            layers=config.layer_count,
+            heads=config.head_count + 2 * config.kv_head_count,
         )
 
 
@@ -93,7 +97,7 @@ class Workspace:
 
     # The FFN.
     gate_up: Array  # (rows, gate_up) float32
-    hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of the neurons that are listed, in order
+    hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of those neurons that are listed
     z_rounded: Array  # (rows, z) words: hidden values of the predictor, rounded as kernels/cuda/rounding.py says
     fine: Array  # (rows, hidden) words: the FFN's input rounded to 16 bits, likewise
     coarse: Array  # (rows, hidden) words: to 8 bits
@@ -101,8 +105,8 @@ class Workspace:
     neurons: Array  # (rows, ffn) int32: predicted active, ascending
     lengths: Array  # (rows,) int32 of `neurons`
     masks: Array  # (rows, ffn / 32) uint32: a bit for each neuron that is predicted active
-    tickets: Array  # (rows,) int32: blocks of a row that are done, while a kernel runs; zeros between kernels
-    counts: Array  # (rows, COUNTS) int64: predicted, active and all neurons of rows that took the sparse path
+    tickets: Array  # int32: blocks of a row or of a head that are done, while a kernel runs; zeros between kernels
+    counts: Array  # (layers, COUNTS) int64: predicted, active and all neurons of rows that took the sparse path
 
     logits: Array  # (rows, logits) float32
     chosen: Array  # (rows,) int32: tokens of those rows of logits that have a choice
@@ -137,8 +141,8 @@ def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
         "neurons": (rows * sizes.ffn, i32),
         "lengths": (rows, i32),
         "masks": (rows * (sizes.ffn // 32), np.uint32),
-        "tickets": (rows, i32),
-        "counts": (rows * COUNTS, np.int64),
+        "tickets": (max(rows, sizes.heads), i32),
+        "counts": (sizes.layers * COUNTS, np.int64),
         "logits": (rows * sizes.logits, f32),
         "chosen": (rows, i32),
         "tops": (rows * SLICES, np.int64),
@@ -195,10 +199,17 @@ def pack_inputs(sizes: Sizes, values: Mapping[str, NDArray], to: NDArray[np.int3
 
     It ends with the last item of the block tables. It is made at the beginning of `to`, where that is given.
     """
-    parts = input_parts(sizes)
-    size = parts["block_tables"][0] + values["block_tables"].size
-    packed = np.empty(size, np.int32) if to is None else to[:size]
-    packed[:] = 0
+    size = input_parts(sizes)["block_tables"][0] + values["block_tables"].size
+    return _packed(sizes, values, np.empty(size, np.int32) if to is None else to[:size])
+
+
+def pack_parts(sizes: Sizes, values: Mapping[str, NDArray], to: NDArray[np.int32]) -> NDArray[np.int32]:
+    """As `pack_inputs`, up to the end of the last of `values`, which begin with the first part."""
+    return _packed(sizes, values, to[: max(input_parts(sizes)[name][1] for name in values)])
+
+
+def _packed(sizes: Sizes, values: Mapping[str, NDArray], packed: NDArray[np.int32]) -> NDArray[np.int32]:
+    parts, packed[:] = input_parts(sizes), 0
     for name, value in values.items():
         start, _, dtype = parts[name]
         words = np.ascontiguousarray(value, dtype).reshape(-1).view(np.int32)

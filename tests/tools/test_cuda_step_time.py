@@ -11,7 +11,7 @@ pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'svdengi
 
 from svdengine.models import tensor_specs
 from svdengine.tools import cuda_step_time, machine_code
-from svdengine.tools.cuda_step_time import CARDS, Work, step_times, weight_share
+from svdengine.tools.cuda_step_time import CARDS, Work, prefill_time, step_times, weight_share
 from svdengine.tools.random_model import shape_config
 
 CONFIG = replace(
@@ -42,6 +42,8 @@ def test_loops_are_found_in_machine_code() -> None:
     found = [[one.name for one in loop] for loop in machine_code.loops(*code)]
     assert [len(loop) for loop in found] == [5, 2] and found[0][-1] == "BRA"
     assert machine_code.bytes_per_instruction(code) == 2 * 512 / 5
+    moved = SASS.replace(".L_x_3:", "        /*0098*/              @!P2 BRA `(.L_x_1) ;\n.L_x_3:")
+    assert machine_code.bytes_per_instruction(machine_code.parse(moved)) == 2 * 512 / 5  # what goes back is no loop
     assert machine_code.bytes_per_instruction(machine_code.parse("")) == 0
 
 
@@ -49,6 +51,8 @@ def test_weights_are_told_from_activations() -> None:
     assert weight_share("gemv_f16_4x1") == pytest.approx(4 * 16 / (4 * 16 + 32))
     assert weight_share("gemv_f16_1x1") == pytest.approx(1 / 3)
     assert weight_share("gemv_q8_1x1") == pytest.approx(1 / (1 + 2.25))  # activations are rounded to 16 bits
+    assert weight_share("heads_f16_f32") == weight_share("normed_f16") == weight_share("activated_f16")
+    assert weight_share("heads_f16_f32") == weight_share("predicted_q8_2_f16_split") == pytest.approx(1 / 3)
     assert weight_share("down_f16") == 1 and weight_share("survey") is None and weight_share("up_front") is None
 
 
@@ -61,23 +65,25 @@ def test_a_dense_step_reads_every_weight_once() -> None:
     times = times_of("dense")
     specs = [spec for spec in tensor_specs(CONFIG) if spec.matrix and spec.name != "embedding"]
     stored = sum(2 * (spec.shape[0] if spec.stacked else 1) * spec.shape[-2] * spec.shape[-1] for spec in specs)
-    read = sum(one.bytes for name, one in times.items() if name.startswith("gemv"))
+    products = ("gemv", "heads", "normed", "activated")
+    read = sum(one.bytes for name, one in times.items() if name.startswith(products))
     assert stored < read < 1.02 * stored  # and parts that the format lacks, which are one zero
     cached = sum(one.bytes for name, one in times.items() if name.startswith("attention"))
     assert cached == 3 * 2 * 2 * 64 * 2 * 32
-    assert times["place_f16"].launches == CONFIG.layer_count
+    assert times["heads_f16_f16"].launches == CONFIG.layer_count
 
 
 def test_a_sparse_step_reads_shares() -> None:
     half, all_of_it = (times_of("predict", predicted=share, active=share / 2) for share in (0.5, 1.0))
-    for name in ("gate_up_f16", "down_f16"):
-        assert half[name].bytes == all_of_it[name].bytes / 2 > 0
-    assert half["score_q8_0"].bytes == all_of_it["score_q8_0"].bytes > 0
-    assert half["score_q8_0"].launches == CONFIG.layer_count
+    assert half["down_f16"].bytes == all_of_it["down_f16"].bytes / 2 > 0
+    own, none = all_of_it["predicted_q8_0_f16"].bytes, times_of("predict", predicted=0, active=0)
+    scores = none["predicted_q8_0_f16"].bytes
+    assert half["predicted_q8_0_f16"].bytes - scores == (own - scores) / 2 > 0 < scores
+    assert half["predicted_q8_0_f16"].launches == CONFIG.layer_count
 
 
 def test_the_slower_of_bytes_and_instructions_counts() -> None:
-    few, many = (times_of("dense", {"gemv_f16_1x1": rate})["gemv_f16_1x1"] for rate in (1e9, 1e-3))
+    few, many = (times_of("dense", {"normed_f16": rate})["normed_f16"] for rate in (1e9, 1e-3))
     gaps = few.launches * cuda_step_time._GAP
     assert few.seconds == pytest.approx(few.reading + gaps) and few.issuing < few.reading
     assert many.seconds == pytest.approx(many.issuing + gaps) and many.issuing > many.reading
@@ -87,5 +93,18 @@ def test_the_command_says_that_it_is_a_model(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setattr(cuda_step_time, "shape_config", lambda shape, activation: CONFIG)
     cuda_step_time.main(["--bytes-only", "--card", "Orin", "--rank", "64"])
     out = capsys.readouterr().out
-    assert out.startswith("A model, not a measurement: Orin") and "| gate_up_f16 | 3 |" in out
+    assert out.startswith("A model, not a measurement: Orin") and "| predicted_q8_0_f16 | 3 |" in out
     assert "the sparse step is" in out
+
+
+def test_prefill_is_held_against_the_library(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    card = CARDS["H200"]
+    found = prefill_time(CONFIG, 8192, card, 8.0)
+    assert found.library == pytest.approx(2 * 8192**2 * 6 * 32 * 3 / (0.75 * card.tensor))
+    assert prefill_time(CONFIG, 8192, card, 0.1).seconds == found.library  # no faster than the library
+    assert found.issuing == pytest.approx(2 * 8192**2 * 6 * 32 * 3 / 512 / (2.5 * card.multiprocessors * card.clock))
+    assert prefill_time(CONFIG, 16384, card, 8.0).seconds == pytest.approx(4 * found.seconds)
+    monkeypatch.setattr(cuda_step_time, "instructions_an_mma", lambda config, card: 7.6)
+    cuda_step_time.main(["--prefill", "8192"])
+    out = capsys.readouterr().out
+    assert out.startswith("A model, not a measurement: H200, llama2-7b, attention of a prompt of 8192 tokens")

@@ -121,3 +121,21 @@ def test_the_command_names_its_parts(tmp_path: Path, capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["-o", str(tmp_path), "--only", "profile"])
     assert ended.value.code == 0 and "| profile | left out |" in capsys.readouterr().out
+
+
+def test_memory_cannot_be_looked_at_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_gpu_parts, "find_gpu", lambda: "no NVIDIA driver was found")
+    with pytest.raises(SvdEngineError, match="CUDA cannot be used: no NVIDIA driver was found"):
+        first_gpu_parts.memory(tmp_path, "cuda")
+
+
+def test_models_that_were_brought_along_are_not_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
+    def write(path: Path, *_: Any) -> None:
+        written.append(path.name)
+        path.write_bytes(b"12345")
+
+    monkeypatch.setattr(first_gpu_parts, "write_planted", write)
+    first_gpu_parts.measured_path(tmp_path, "q4").write_bytes(b"123")
+    assert first_gpu_parts.models(tmp_path, None) == {"f16": 5, "q4": 3} and written == ["planted-f16.svdp"]

@@ -143,7 +143,7 @@ export class Meter {
   }
 }
 
-/** A device that counts all layers together gives one share, which stands for each. */
+/** A share for each layer; the last one stands for those that are missing. */
 function spread(column, layers) {
   const fill = (values) => Array.from({ length: layers }, (_, i) => values[Math.min(i, values.length - 1)] ?? 1);
   return { active: fill(column.active), predicted: fill(column.predicted) };

@@ -17,6 +17,8 @@ from svdengine.kernels.cuda.catalogue import all_kernels
 PROCESSES = 2
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 FEW_TARGETS = ("sm_80", "sm_90a")  # of most kernels
+# Of decode steps of one row (kernels/cuda/single_row.py and predicted.py): names before and behind the format's.
+SINGLE_ROW = (("heads", "_f16"), ("normed", ""), ("activated", ""), ("predicted_q8_0", ""))
 # Kernels that a step's time goes to, with the least loads of weights that a lane has on their way at once.
 IN_FLIGHT = {
     "gemv_f16_1x1": 4,
@@ -31,6 +33,9 @@ IN_FLIGHT = {
     "down_f16": 4,
     "down_q8": 4,
     "down_q4": 2,
+    **{f"{name}_f16{cache}": 4 for name, cache in SINGLE_ROW},
+    **{f"{name}_q8{cache}": 4 for name, cache in SINGLE_ROW},
+    **{f"{name}_q4{cache}": 2 for name, cache in SINGLE_ROW},
     "gemv_transposed_f16_1": 4,
     "gemv_transposed_q8_1": 4,
     "gemv_transposed_q4_1": 2,

@@ -23,7 +23,7 @@ class Array(np.ndarray):
         assert not stream.captured_in_progress and values.dtype == self.dtype and values.shape == self.shape
         self[...] = values
 
-    def get(self, stream: Any, out: NDArray | None = None) -> NDArray:
+    def get(self, stream: Any, out: NDArray | None = None, blocking: bool = True) -> NDArray:
         """Copy to the host, and wait."""
         assert not stream.captured_in_progress
         if out is None:
@@ -66,6 +66,8 @@ class Stream:
 
 class Event:
     """An event, which notes on which stream it was recorded."""
+
+    def __init__(self, disable_timing: bool = False) -> None: ...
 
     def record(self, stream: Stream) -> None:
         assert stream is Stream.current and not stream.captured_in_progress

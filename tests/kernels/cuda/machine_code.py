@@ -14,6 +14,7 @@ _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\
 _TARGET = re.compile(r"`\((\.L_[\w.]+)\)")
 _REGISTER = re.compile(r"\bR(\d+)\b")
 _NO_RESULT = ("ST", "RED", "BRA", "EXIT", "BAR", "MEMBAR", "LDGSTS", "LDGDEPBAR", "DEPBAR", "WARPSYNC")
+_GLOBAL = ("LD", "LDG", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "LDGSTS", "CCTL", "BRA", "CALL")
 _WIDTHS = {"128": 4, "64": 2}
 WEIGHT_LOAD = re.compile(
     r"LDG\.E(?=.*\b(?:NA|EF)\b)(?=.*\b128\b)"
@@ -91,6 +92,14 @@ def inner_loops(text: str) -> list[Loop]:
             spans.append((labels[target[1]], at))
     inner = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
     return [Loop(tuple(instructions[first : last + 1])) for first, last in inner]
+
+
+def memory_before_wait(text: str) -> int:
+    """Instructions that use global memory before the kernel waits for the one before it; -1 where it never waits."""
+    kinds = [instruction.kind for instruction in parse(text)[0]]
+    if "ACQBULK" not in kinds:
+        return -1
+    return sum(kind in _GLOBAL for kind in kinds[: kinds.index("ACQBULK")])
 
 
 def loads_in_flight(loop: Loop) -> int:

@@ -15,7 +15,14 @@ from test_machine_code import turns_of
 
 _REGISTERS, _SHARED = 65536, 100 * 1024  # of a multiprocessor; of some more shared memory
 _MOST_WARPS = {"sm_86": 48, "sm_89": 48, "sm_120a": 48}  # of a multiprocessor; of others 64
-_WIDE_BLOCKS = ("gate_", "up_", "gemv_transposed_")  # of 256 threads; others have 128
+_WIDE_BLOCKS = (
+    "gate_",
+    "up_",
+    "gemv_transposed_",
+    "normed_",
+    "activated_",
+    "predicted_",
+)  # of 256 threads; others have 128
 HEADER = (
     "| kernel | for | registers | warps | loads in flight | bytes of weights an instruction | instructions |",
     "| --- | --- | ---: | ---: | ---: | ---: | --- |",

@@ -40,6 +40,7 @@ def inspect_cubin(cubin: bytes) -> dict[str, Any]:
     found: dict[str, Any] = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", used)}
     for name, pattern in (("wide_loads", r"\bLDG\.E\.(?:\w+\.)*128"), ("spills", r"\b(?:LDL|STL)\b")):
         found[name] = len(re.findall(pattern, text))
+    found["before_wait"] = machine_code.memory_before_wait(text)
     found["loops"] = [machine_code.summary(loop) for loop in machine_code.inner_loops(text)]
     return found
 

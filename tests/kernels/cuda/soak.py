@@ -19,6 +19,7 @@ from svdengine.scheduling.sampling import SamplingParams
 
 EACH = 2  # tokens of a request
 TOGETHER = 2  # of its requests run at once
+WARM = 2 * 2 * TOGETHER * EACH  # tokens: every kind of step is launched, then recorded, and the next one after it
 
 
 def decode(executor: CudaExecutor, count: int) -> int:
@@ -59,7 +60,7 @@ class Outcome:
 def run(device: Any, count: int) -> Outcome:
     """Decode at least `count` tokens, after some that do not count."""
     with executors(device, RELU, "q8", predictor=make_predictor(RELU, 8, 2, threshold=-0.05)) as (cuda, _):
-        decode(cuda, 1)
+        decode(cuda, WARM)
         device.synchronize()
         free, graphs = device.free_bytes(), len(cuda._graphs)
         tokens = decode(cuda, count)

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,12 +29,13 @@ from svdengine.files.model_file import read_model_file
 from svdengine.files.predictor_file import find_predictor
 from svdengine.kernels import brought_along
 from svdengine.kernels.cuda import compilation, cupy_device
-from svdengine.kernels.cuda.availability import Gpu
+from svdengine.kernels.cuda.availability import Driver, Gpu
 from svdengine.kernels.cuda.bandwidth import BLOCKS, THREADS, read_words
 from svdengine.kernels.cuda.cupy_device import CupyDevice
 from svdengine.kernels.cuda.description import measured_bandwidth
 from svdengine.kernels.cuda.device import Gemm, SimulatedDevice
-from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows
+from svdengine.kernels.cuda.early_launch import EarlyLauncher, why_not_early
+from svdengine.kernels.cuda.elementwise import add_parts, add_parts_to_rows, clear
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.planned_device import needed_kernels
 from svdengine.tools.first_gpu_parts import small_config
@@ -264,7 +265,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 
     def compile_kernel(kernel: Any, capabilities: list[Any]) -> tuple[str, list[bytes]]:
         found.append((kernel.name, capabilities))
-        return "entry", [b"\x7fELF\0code"]
+        return "entry", [b"\x7fELF\0code"] * len(capabilities)
 
     monkeypatch.setattr(compilation, "compile_kernel", compile_kernel)
     monkeypatch.setattr(compilation, "folder_name", lambda: "of-these-sources")
@@ -276,7 +277,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Any]:
 def test_machine_code_is_compiled_once(compiled: list[Any], capsys: Any) -> None:
     for _ in range(2):
         assert compilation.machine_code(add_parts_to_rows, (9, 0, "a")) == ("entry", b"\x7fELF\0code")
-    assert compiled == [("add_parts_to_rows", [(9, 0, "a")])]
+    assert compiled == [("add_parts_to_rows", ((9, 0, "a"),))]
     assert capsys.readouterr().err == "compiling 1 CUDA kernel for sm_90a, once on this machine ...\n"
     compilation.machine_code(add_parts_to_rows, (8, 0))
     assert len(compiled) == 2
@@ -316,9 +317,13 @@ def test_the_command_compiles_what_is_missing_for_a_gpu_that_is_not_there(
     kernels = {kernel.name: kernel for kernel in (add_parts_to_rows, read_words)}
     for _ in range(2):
         folder = compile_cuda_kernels(kernels, ["sm_87", "sm_90a"], tmp_path / "brought")
-    assert folder == tmp_path / "brought" / "of-these-sources" and len(compiled) == 4
-    assert capsys.readouterr().err.count("compiling 2 CUDA kernels for sm_") == 2
-    assert compilation.machine_codes(kernels.values(), (8, 7)).keys() == kernels.keys() and len(compiled) == 4
+    assert folder == tmp_path / "brought" / "of-these-sources"
+    assert [capabilities for _, capabilities in compiled] == [((8, 7), (9, 0, "a"))] * 2
+    assert capsys.readouterr().err.count("compiling 2 CUDA kernels for sm_87, sm_90a ...") == 1
+    assert compilation.machine_codes(kernels.values(), (8, 7)).keys() == kernels.keys() and len(compiled) == 2
+    (folder / "read_words-sm_87.cubin").unlink()
+    compile_cuda_kernels(kernels, ["sm_87", "sm_90a"], tmp_path / "brought")
+    assert compiled[2:] == [("read_words", ((8, 7),))]
     with pytest.raises(SvdEngineError, match="found the target sm_70, expected one of sm_80, sm_86"):
         compile_cuda_kernels(kernels, ["sm_70"], tmp_path)
     (tmp_path / "file").write_bytes(b"")
@@ -332,6 +337,58 @@ def test_kernels_of_a_model_are_known_without_a_gpu(tmp_path: Path) -> None:
     write_planted(path, small_config(), "q4", Sparsity(rank=64, predicted=0.4, active=0.2))
     with read_model_file(path) as file:
         found = needed_kernels(file.config, file.arrays, file.formats, find_predictor(file))
-    for name in ("gemv_q4_1x1", "gate_up_q4", "down_q4", "score_q8_0", "widen_q4", "list_every", "choose", "place_f16"):
+    for name in (
+        "heads_q4_f16",
+        "normed_q4",
+        "take_next",
+        "predicted_q8_0_q4",
+        "down_q4",
+        "gate_up_q4",
+        "widen_q4",
+        "list_every",
+        "choose",
+    ):
         assert name in found
     assert any(name.startswith("attention_32_") for name in found) and "gemv_q6_1x1" not in found
+
+
+def test_a_recording_may_let_kernels_start_early(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[Any] = []
+
+    class Launcher:
+        def launch(self, function: int, grid: Any, threads: int, arguments: list[Any], stream: int) -> None:
+            sizes = [argument.dtype.itemsize for argument in arguments]
+            launched.append((function, grid, threads, sizes, arguments[0][0], stream))
+
+    monkeypatch.setattr(cupy_device, "EarlyLauncher", Launcher)
+    monkeypatch.setattr(cupy_device, "find_driver", lambda: Driver(13000))
+    gpu = CupyDevice()
+    assert gpu.launches_early
+    array = gpu.zeros(300, np.float32)
+    gpu._functions["add_parts_to_rows"] = SimpleNamespace(ptr=77)
+    gpu._stream.ptr = 5
+
+    def step() -> None:
+        clear(gpu, array, 300, 300, 1)  # the first of a recording follows nothing
+        add_parts(gpu, array, 1, array, array, 300, 300, 1, 0.5)
+
+    graph = gpu.record(step, early=True)
+    assert launched == [(77, (2, 1), 256, [8, 8, 8, 4, 4, 4, 4, 4], array.data.ptr, 5)] and not cupy.calls
+    gpu.replay(graph)
+    assert len(cupy.calls) == 1 and cupy.calls[0][0].startswith("entry of clear_rows")
+    assert gpu._early is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "driver", "why"), [((8, 9), 13000, "older than compute"), ((9, 0), 12020, "older than CUDA 12.3")]
+)
+def test_kernels_start_early_only_where_it_is_known_to_work(capability: Any, driver: int, why: str) -> None:
+    assert why in why_not_early(capability, driver)
+    assert why_not_early((9, 0), 12030) == ""
+
+
+def test_attributes_of_a_launch_can_be_set_by_the_installed_bindings() -> None:
+    launcher = EarlyLauncher()
+    assert launcher._attributes[0].value.programmaticStreamSerializationAllowed == 1
+    with pytest.raises(Exception, match="cuda"):  # all is packed, and then there is no driver
+        launcher.launch(1, (2, 3), 64, [np.array([5], np.int32), np.array([9], np.uint64)], 7)

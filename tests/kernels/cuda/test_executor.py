@@ -28,6 +28,7 @@ from svdengine.kernels.cuda import (
     sample_weights,
     sample_whole,
     sampling,
+    single_row,
     sparse,
     workspace,
 )
@@ -84,7 +85,8 @@ LLAMA, RELU = MODELS["llama"], MODELS["llama_relu_tied"]
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the simulator idle threads cost as much as others. Kernels that any number of threads can run get few."""
     if SIMULATED:
-        for module in (norm, elementwise, embedding):
+        monkeypatch.setattr(single_row, "HEAD_THREADS", 32)
+        for module in (norm, elementwise, embedding, single_row):
             monkeypatch.setattr(module, "THREADS", 32)
         monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
         few_sampling_threads(monkeypatch)
@@ -250,12 +252,14 @@ def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
 
 
 def test_predicted_neurons_are_those_of_the_reference(device: Any) -> None:
-    predictor = make_predictor(RELU, 8, 2, threshold=-0.05)
-    tokens = random_tokens(RELU, 5)
-    with executors(device, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
+    config = replace(RELU, layer_count=2)
+    predictor = make_predictor(config, 8, 2, threshold=-0.05)
+    tokens = random_tokens(config, 5)
+    with executors(device, config, predictor=predictor, ffn="sparse") as (cuda, reference):
         expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
         assert relative_error(run_in_chunks(cuda, tokens, [2, 1, 1, 1]), expected) < BOUND
         assert cuda.neuron_counts() == reference.neuron_counts()
+        np.testing.assert_array_equal(cuda.layer_counts(), reference.layer_counts())
         assert 0 < cuda.neuron_counts().predicted < cuda.neuron_counts().total
         cuda.reset_neuron_counts()
         assert cuda.neuron_counts().total == 0
@@ -292,6 +296,43 @@ def test_a_replayed_step_launches_what_the_first_did(device: Any) -> None:
             counts.append(device.launches - before)
         assert counts[0] == counts[1] == counts[2]
         assert len(cuda._graphs) == 1
+
+
+class EarlyDevice(SimulatedDevice):
+    """A device that can let kernels start early, and notes which graphs it ran; `trouble`: what happens then."""
+
+    def __init__(self, trouble: str) -> None:
+        super().__init__()
+        self.launches_early, self.trouble, self.ran = True, trouble, list[bool]()
+
+    def record(self, step: Any, *, early: bool = False) -> Any:
+        if early and self.trouble == "refused":
+            raise DeviceError("the GPU refused an early launch: CUDA_ERROR_NOT_SUPPORTED")
+        return early, super().record(step)
+
+    def replay(self, graph: Any) -> None:
+        early, launches = graph
+        self.ran.append(early)
+        # A kernel that does not wait for the one before it, say.
+        super().replay(launches[:-1] if early and self.trouble == "wrong" else launches)
+
+    def prepare(self, steps: Any) -> None:
+        """Nothing is compiled."""
+
+
+@pytest.mark.skipif(not SIMULATED, reason="a GPU may start kernels early or not")
+@pytest.mark.parametrize("trouble", ["", "wrong", "refused"])
+def test_kernels_start_early_where_a_trial_gives_the_same_bits(device: Any, trouble: str) -> None:
+    one = EarlyDevice(trouble)
+    predictor = make_predictor(RELU, 8, 0, threshold=-0.05)
+    tokens = random_tokens(RELU, 5)
+    with executors(one, RELU, predictor=predictor, ffn="sparse") as (cuda, reference):
+        expected = run_in_chunks(reference, tokens, [2, 1, 1, 1])
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1, 1, 1]), expected) < BOUND
+        assert cuda.neuron_counts() == reference.neuron_counts()  # what was tried is not counted
+    # The second step is recorded, tried, and where the trial failed run again; the third is replayed.
+    ran = {"": [False, True, True], "wrong": [False, True, False, False], "refused": [False, False, False]}
+    assert one.ran == ran[trouble] and one.launches_early == (not trouble)
 
 
 def test_tokens_are_chosen_in_the_recorded_step(device: Any) -> None:

@@ -124,6 +124,13 @@ CODE = """
 """
 
 
+def test_a_wait_is_found_where_it_stands() -> None:
+    assert machine_code.memory_before_wait(CODE) == -1
+    first, last = "/*0000*/ ACQBULK ;", "/*00c0*/ ACQBULK ;"
+    assert machine_code.memory_before_wait(first + "\n" + CODE) == 0
+    assert machine_code.memory_before_wait(CODE + last) == 7  # loads, a store and branches
+
+
 def test_loops_and_loads_are_counted() -> None:
     (loop,) = machine_code.inner_loops(CODE)
     assert machine_code.summary(loop) == {
