@@ -52,8 +52,8 @@ def test_a_sparse_layer() -> None:
         ("silu", "f16", "dense", 1, 6),  # 10 before
         ("silu", "q8", "dense", 1, 7),
         ("silu", "q4", "dense", 1, 7),
-        ("relu", "f16", "predict", 4, 10),
-        ("relu", "f16", "dense", 4, 11),
+        ("relu", "f16", "predict", 4, 11),  # several rows are read rounded, in f16 too
+        ("relu", "f16", "dense", 4, 12),
         ("silu", "q8", "dense", 4, 12),
     ],
 )
