@@ -110,7 +110,7 @@ def measure_ffn_times(
     """
     layers = layers or min(layer_count, max(1, round(_BYTES / layer_bytes)))
     wanted = SIZES if share == 1 else (*SIZES, round(SIZES[-1] / share))
-    sizes = [n for n in wanted if n <= runner.max_batch_rows]
+    sizes = tuple(n for n in wanted if n <= runner.max_batch_rows)
     x = np.random.default_rng(0).standard_normal((sizes[-1], hidden_size), np.float32)
 
     def seconds(n: int, mode: FfnMode, bias: float) -> float:
@@ -139,10 +139,7 @@ def measure_ffn_times(
     first_use = max(listed[0], 0.0) / max(sum(_uses(neurons, share, 1, *shares[0], later)), 1.0)
     first, further = _uses(neurons, share, sizes[-1], *shares[1], later)
     further_use = min(max(listed[1] - first * first_use, 0.0) / max(further, 1.0), first_use)
-    count = len(wanted)
-    return FfnTimes(
-        neurons, _filled(dense, count), _filled(scoring, count), first_use, further_use, later, share, wanted
-    )
+    return FfnTimes(neurons, tuple(dense), tuple(scoring), first_use, further_use, later, share, sizes)
 
 
 def _uses(neurons: int, share: float, rows: int, predicted: float, active: float, later: int) -> tuple[float, float]:
@@ -171,14 +168,9 @@ def _least_seconds(run: Callable[[], object]) -> float:
     return min(found)
 
 
-def _filled(seconds: list[float], count: int) -> tuple[float, ...]:
-    """Seconds at all sizes; those beyond the executor's largest step are never asked for."""
-    return (*seconds, *[seconds[-1]] * (count - len(seconds)))
-
-
 def _at(sizes: tuple[int, ...], seconds: tuple[float, ...], rows: int) -> float:
     """Seconds between and beyond the sizes, linearly."""
-    if rows <= sizes[-1]:
+    if rows <= sizes[-1] or len(sizes) == 1:
         return float(np.interp(rows, sizes, seconds))
     slope = max(seconds[-1] - seconds[-2], 0.0) / (sizes[-1] - sizes[-2])
     return seconds[-1] + (rows - sizes[-1]) * slope

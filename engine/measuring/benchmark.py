@@ -117,7 +117,7 @@ def bytes_per_token(llm: LLM, neurons: NeuronCounts, tokens: int, steps_per_toke
         return dense * steps_per_token
     share = neurons.total / (tokens * config.token_neurons)  # of tokens that ran sparse
     around = sparse_weight_bytes(llm.model_file, None, 0.0, 0.0)  # attention, norms, embeddings
-    scored_with = llm.predictor if llm.executor.ffn_path(1) == "predict" else None
+    scored_with = llm.predictor if predicted < 1 else None  # steps that only skip zeros compute all gates, and no score
     rows = sparse_weight_bytes(llm.model_file, scored_with, predicted, active) - around
     return around * steps_per_token + share * rows + (1 - share) * (dense - around) * steps_per_token
 

@@ -317,6 +317,11 @@ def test_a_file_with_its_predictor_runs_sparse(file: ModelFile, executor: Refere
         active = exact.active_density
         assert active is not None and 0 < active < 1 and exact.predicted_density == 1
         weights = sparse_weight_bytes(file, None, 1.0, active)  # no predictor is read
+        scored = next(row for row in rows if row.test == "tg4" and row.ffn == "sparse")
+        assert scored.predicted_density is not None and scored.active_density is not None
+        shares = scored.predicted_density, scored.active_density
+        expected = sparse_weight_bytes(file, llm.predictor, *shares)  # whichever path was measured last
+        assert scored.bytes_per_token - kv_read_bytes(CONFIG, 2.5) == pytest.approx(expected, rel=1e-6)
         assert exact.bytes_per_token - kv_read_bytes(CONFIG, 2.5) == pytest.approx(weights, rel=1e-6)
         dense, sparse_row = (next(r for r in rows if r.test == "tg4" and r.ffn == ffn) for ffn in ("dense", "sparse"))
         assert sparse_row.predicted_density is not None and 0.2 < sparse_row.predicted_density < 1
