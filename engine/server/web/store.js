@@ -105,7 +105,14 @@ const done = (request) =>
     request.onerror = () => reject(request.error);
   });
 
-/** Records in IndexedDB. */
+/** Until what a transaction wrote is kept: before that a page which closes takes it back. */
+const kept = (transaction) =>
+  new Promise((resolve, reject) => {
+    transaction.oncomplete = () => resolve();
+    transaction.onerror = transaction.onabort = () => reject(transaction.error);
+  });
+
+/** Records in IndexedDB. A write is over once it outlives the page. */
 class Indexed {
   constructor(database) {
     this.database = database;
@@ -131,18 +138,22 @@ class Indexed {
   async merge(name, id, fields) {
     const table = this.#table(name, "readwrite");
     const before = await done(table.get(id));
-    await done(table.put({ ...before, ...fields, id }));
+    table.put({ ...before, ...fields, id });
+    await kept(table.transaction);
   }
 
-  drop(message) {
-    return done(this.#table("messages", "readwrite").delete(message));
+  async drop(message) {
+    const table = this.#table("messages", "readwrite");
+    table.delete(message);
+    await kept(table.transaction);
   }
 
   async forget(conversation) {
     const transaction = this.database.transaction(["conversations", "messages"], "readwrite");
     const messages = transaction.objectStore("messages");
     for (const id of await done(messages.index("conversation").getAllKeys(conversation))) messages.delete(id);
-    await done(transaction.objectStore("conversations").delete(conversation));
+    transaction.objectStore("conversations").delete(conversation);
+    await kept(transaction);
   }
 }
 

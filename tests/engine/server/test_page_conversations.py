@@ -85,6 +85,7 @@ def test_search_rename_and_delete_with_undo(page: Any) -> None:
     wait_until(page, f"document.querySelectorAll('{LISTED}').length === 3")
     assert page.locator(".user .text").inner_text() == "plums are blue"
     more(page, "apples are red", "Delete")
+    wait_until(page, f"document.querySelectorAll('{LISTED}').length === 2")
     page.reload()
     wait_until(page, f"document.querySelectorAll('{LISTED}').length === 2")
     assert titles(page) == ["plums are blue", "Fruit"]
