@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.formats.kernels import MATRIX_PARTS
 from svdengine.kernels.cuda.formats.table import kernels_of
+from svdengine.kernels.cuda.joined_predictors import joined_layers
 from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
 from svdengine.kernels.formats import (
     Parts,
@@ -53,6 +54,11 @@ class Matrix:
         """Whether some rows lie in host memory."""
         return self.hot < self.rows
 
+    @property
+    def parts(self) -> tuple[Array, Array, Array, Array]:
+        """It as kernels take it."""
+        return self.words, self.scale, self.low, self.row
+
     def pieces(self) -> tuple[tuple[int, Matrix], ...]:
         """The parts that lie in one place each, with their first rows. They share the memory."""
         if not self.is_split:
@@ -91,8 +97,18 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The FFN blocks of a layer of a mixture of experts, whose matrices lie one below the other."""
+
+    count: int
+    per_row: int  # that a token has
+    pitch: int  # rows of gate and of up from a block to the next: each block's gate and up are neighbours
+    router: Matrix | None  # None: all tokens have all of them
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights."""
+    """One layer's weights; of a mixture of experts gate, up and down of all blocks."""
 
     attention_norm: Norm
     ffn_norm: Norm | None  # None where attention and FFN share a norm
@@ -103,6 +119,7 @@ class LayerWeights:
     qkv: tuple[Projection, ...]  # into Workspace.qkv; one where q, k and v have the same format
     q_norm: Array  # (head_dim,) float32, one zero where there is none
     k_norm: Array
+    joint_norms: tuple[Norm, ...]  # of all heads of q together, and of k, where they are normed so
     o: Matrix
     gate_up: tuple[Projection, ...]  # into Workspace.gate_up
     gate: Matrix | None  # rows of gate_up
@@ -111,7 +128,9 @@ class LayerWeights:
     window: int  # a token sees itself and the window - 1 before it
     cos: Array  # (context, head_dim / 2) float32, one zero where there is no rope; layers share it
     sin: Array
+    rotated: bool  # whether there is rope
     order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
+    blocks: Blocks | None  # None: the layer has one FFN
 
 
 @dataclass(frozen=True)
@@ -133,7 +152,10 @@ class Model:
 
 @dataclass(frozen=True)
 class PlacedLayer:
-    """One layer of a predictor (kernels/predictor.py) on the device."""
+    """One layer of a predictor (kernels/predictor.py) on the device; of a mixture of experts those of all blocks.
+
+    They lie one below the other: ffn and rank stand for those of a block.
+    """
 
     rank: int  # 0: no factors
     factor_format: FactorFormat
@@ -188,7 +210,7 @@ def place_predictor(
     """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
     if predictor is None:
         return ()
-    layers = zip(predictor.layers, orders or [None] * config.layer_count, strict=True)
+    layers = zip(joined_layers(config, predictor), orders or [None] * config.layer_count, strict=True)
     return tuple(_place_layer(device, config, layer, order) for layer, order in layers)
 
 
@@ -238,8 +260,8 @@ class _Builder:
         """All weights of a layer."""
         config = self.config
         gate_up, down, order = self.ffn(index)
-        f = config.ffn_size
-        halves = [m for p in gate_up for m in _halves(p.matrix, f)]
+        blocks, f = self.blocks(index, gate_up), config.ffn_size
+        halves = [m for p in gate_up for m in _halves(p.matrix, blocks.count * f if blocks else f, f)]
         windowed = config.sliding_window and index in config.sliding_window_layers
         cos, sin = self.rope(config.rope_of(index))
         return LayerWeights(
@@ -252,6 +274,7 @@ class _Builder:
             qkv=self.projections(["q", "k", "v"], index),
             q_norm=self.vector("q_norm.weight", index),
             k_norm=self.vector("k_norm.weight", index),
+            joint_norms=tuple(self.norm(f"{n}_norm", index) for n in ("q", "k")) if config.qk_norm_joint else (),
             o=self.matrix(["o"], index),
             gate_up=gate_up,
             gate=halves[0] if config.gated else None,
@@ -260,13 +283,26 @@ class _Builder:
             window=config.sliding_window if windowed else _WINDOW,
             cos=cos,
             sin=sin,
+            rotated=config.rope_of(index) is not None,
             order=order,
+            blocks=blocks,
         )
+
+    def blocks(self, index: int, gate_up: Sequence[Projection]) -> Blocks | None:
+        """The FFN blocks of a layer, in a mixture of experts."""
+        config = self.config
+        if not config.expert_count:
+            return None
+        count, routed = len(config.blocks_of(index)), index in config.expert_layers
+        router = self.matrix(["router"], config.expert_layers.index(index)) if routed else None
+        return Blocks(count, config.chosen_blocks if routed else count, gate_up[0].matrix.rows // count, router)
 
     def ffn(self, index: int) -> tuple[tuple[Projection, ...], Matrix, NDArray[np.intp] | None]:
         """Gate and up, down, and the order of the neurons' rows."""
         config = self.config
         names, down = ["gate", "up"] if config.gated else ["up"], "down_T" if config.sparse_ffn else "down"
+        if config.expert_count:
+            return self.projections(names, config.blocks_of(index)), self.matrix([down], config.blocks_of(index)), None
         split = self.splits[index] if self.splits else None
         if split is None or split.hot == config.ffn_size:
             return self.projections(names, index), self.matrix([down], index), None
@@ -279,8 +315,11 @@ class _Builder:
         hot = split.hot if config.sparse_ffn else hot_outputs(config, split.hot)
         return gate_up, self.split_matrix(down, index, order, hot), order
 
-    def projections(self, names: Sequence[str], layer: int) -> tuple[Projection, ...]:
-        """Matrices that read the same rows, joined where neighbours have the same format: one launch for all."""
+    def projections(self, names: Sequence[str], layer: int | range) -> tuple[Projection, ...]:
+        """Matrices that read the same rows, joined where neighbours have the same format: one launch for all.
+
+        layer: or the numbers of FFN blocks, whose results lie one behind the other too.
+        """
         groups: list[list[str]] = []
         for name in names:
             if groups and self.formats[groups[-1][0]] == self.formats[name]:
@@ -290,13 +329,18 @@ class _Builder:
         made, offset = [], 0
         for group in groups:
             made.append(Projection(self.matrix(group, layer), offset))
-            offset += made[-1].matrix.rows
+            offset += made[-1].matrix.rows // (len(layer) if isinstance(layer, range) else 1)
         return tuple(made)
 
-    def matrix(self, names: Sequence[str], layer: int | None) -> Matrix:
-        """Matrices of one format and width, one below the other."""
-        parts = [self.parts(name, layer) for name in names]
+    def matrix(self, names: Sequence[str], layer: int | range | None) -> Matrix:
+        """Matrices of one format and width, one below the other; of FFN blocks those of the first, then of the next."""
         columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[names[0]]
+        if isinstance(layer, range):  # which have no biases
+            parts = [self.parts(name, block) for block in layer for name in names]
+            outputs = columns if names[0] == "down_T" else sum(len(p[""]) for p in parts)
+            bias = self.device.zeros(outputs, np.float32)
+            return _matrix(self.device, parts, self.formats[names[0]], columns, bias)
+        parts = [self.parts(name, layer) for name in names]
         # down.bias has an item for each output, and so has that of every other matrix but down_T one for each row.
         sizes = [columns if name == "down_T" else len(p[""]) for name, p in zip(names, parts, strict=True)]
         bias = np.zeros(sum(sizes), np.float32)
@@ -380,9 +424,14 @@ def _matrix(
     return Matrix(weight_format, rows, columns, stride, **arrays, bias=bias, hot=rows, cold=cold)
 
 
-def _halves(matrix: Matrix, rows: int) -> tuple[Matrix, ...]:
-    """Matrices of `rows` rows that lie one below the other."""
-    return (matrix,) if matrix.rows == rows else (matrix.rows_from(0, rows), matrix.rows_from(rows, rows))
+def _halves(matrix: Matrix, rows: int, f: int) -> tuple[Matrix, ...]:
+    """Gate and up of all blocks' `rows` neurons, f of a block, where they lie one below the other in each block.
+
+    They begin with those of the first one, and what is not theirs lies in between.
+    """
+    if matrix.rows == rows:
+        return (matrix,)
+    return matrix.rows_from(0, matrix.rows - f), matrix.rows_from(f, matrix.rows - f)
 
 
 def _words(array: NDArray) -> NDArray[np.uint32]:

@@ -109,7 +109,7 @@ def test_rounded_rows_hold_values_steps_and_sums(device: Any) -> None:
 def test_transposed_products_of_every_format(
     device: Any, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, n: int, sharers: int
 ) -> None:
-    monkeypatch.setattr(gemv, "_LEAST_NEURONS", 8)
+    monkeypatch.setattr(gemv, "LEAST_NEURONS", 8)
     monkeypatch.setattr(gemv, "SHARERS", sharers)  # one warp has seven neurons of a part, eight have one or none
     matrix, weights, _ = make_matrix(device, weight_format, COLUMNS)
     hidden = np.random.default_rng(1).standard_normal((n, ROWS), np.float32)
