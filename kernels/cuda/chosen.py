@@ -39,8 +39,8 @@ def suffix(split: bool, experts: bool) -> str:
     return "_experts" if experts else "_split" if split else ""
 
 
-# Where several rows are multiplied by the blocks that they have, pairs are sorted by block (kernels/cuda/pair_groups.py),
-# and those of a block cut into tiles. Of each tile there is a list of GROUP int32: its block, its first pair, and the
+# Where several rows are multiplied by the blocks that they have, pairs are sorted by block (pair_groups.py), and those
+# of a block cut into tiles. Of each tile there is a list of GROUP int32: its block, its first pair, and the
 # one behind its last. The parameters of a kernel that are such a list, and for how many tiles it has room:
 GROUPS = "int32* groups, int32 slots"
 GROUP = 3

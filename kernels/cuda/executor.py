@@ -23,7 +23,8 @@ from svdengine.kernels.cuda.gemm import OWN_ROWS, HalfCopies, first_library_rows
 from svdengine.kernels.cuda.half_copies import copy_items
 from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token, read_blocks, write_blocks
 from svdengine.kernels.cuda.memory_split import MemorySplit, split_memory
-from svdengine.kernels.cuda.model import build_model, place_predictor
+from svdengine.kernels.cuda.model import build_model
+from svdengine.kernels.cuda.placed_predictor import place_predictor
 from svdengine.kernels.cuda.router import route
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices, sample_tokens
 from svdengine.kernels.cuda.state import State

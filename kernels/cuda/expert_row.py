@@ -75,8 +75,8 @@ def activated_experts_kernel(weight_format: WeightFormat) -> Kernel:
 def joined_product(weight_format: WeightFormat) -> Any:
     """dot(words, scale, low, row, chosen, pairs, rows, r, stride, x, lane): one lane's share of a sum over pairs.
 
-    Row r of each pair's block, which has `rows` rows, times the pair's row of x, `stride` items each: as if all were one
-    long row, so that blocks with few columns have as many loads on their way as others.
+    Row r of each pair's block, which has `rows` rows, times the pair's row of x, `stride` items each: as if all were
+    one long row, so that blocks with few columns have as many loads on their way as others.
     """
     kernels = kernels_of(weight_format)
     load, chunk = kernels.load_chunk, kernels.dot_chunk
@@ -178,9 +178,9 @@ def add_experts(state: State, layer: LayerWeights, blocks: Blocks, x: Array, fol
     norm, out = (layer.attention_norm, work.normed) if following is None else (following.norm, following.out)
     rounded = following is not None and following.rounded
     state.device.launch(
-        normed_experts_kernel(down.format), (-(-rows // (THREADS // 32)),), THREADS, *down.parts, x, work.blocks, work.x,
-        work.tickets, norm.weight, norm.bias, out, work.fine, work.fine, work.coarse, work.coarse, blocks.per_row,
-        rows, down.stride, padded_columns(rows) if rounded else rows, config.norm_eps,
+        normed_experts_kernel(down.format), (-(-rows // (THREADS // 32)),), THREADS, *down.parts, x, work.blocks,
+        work.x, work.tickets, norm.weight, norm.bias, out, work.fine, work.fine, work.coarse, work.coarse,
+        blocks.per_row, rows, down.stride, padded_columns(rows) if rounded else rows, config.norm_eps,
         config.residual_scale, int(following is not None), int(config.norm == "layer"), int(rounded),
     )  # fmt: skip
 

@@ -2,9 +2,9 @@
 
 One row, which is what decoding waits for, takes few launches: products with all its blocks at once
 (kernels/cuda/expert_row.py). Of several rows the pairs of rows and blocks are sorted by block
-(kernels/cuda/pair_groups.py), and a block's weights are read for all its pairs by the kernels that multiply several rows
-of any model, all blocks in one launch. The vendor's library has no part in it: the host would have to know which rows
-chose what. No launch depends on that, so that steps of several rows are recorded too.
+(kernels/cuda/pair_groups.py), and a block's weights are read for all its pairs, by the kernels that multiply several
+rows of any model, all blocks in one launch. The vendor's library has no part in it: the host would have to know which
+rows chose what. No launch depends on that, so that steps of several rows are recorded too.
 
 What is skipped in experts of the ReLU family is the matter of kernels/cuda/sparse.py.
 """
@@ -29,6 +29,7 @@ from svdengine.kernels.cuda.pair_groups import Groups, activate_pairs, add_pairs
 from svdengine.kernels.cuda.rounding import round_rows_to, takes_integers
 from svdengine.kernels.cuda.state import State
 from svdengine.kernels.cuda.workspace import parts_of
+from svdengine.kernels.formats import WeightFormat
 
 _FEW, _MANY = 8, 16  # pairs of a tile on tensor cores
 
@@ -88,7 +89,7 @@ def _as_one_row(layer: LayerWeights, n: int) -> bool:
     return n == 1 and len({part.matrix.format for part in layer.gate_up}) == 1
 
 
-def _has_tiles(weight_format: str) -> bool:
+def _has_tiles(weight_format: WeightFormat) -> bool:
     return KERNELS[weight_format].tiles is not None
 
 
@@ -174,7 +175,10 @@ def _multiply(
 
 
 def _sum_rows(state: State, down: Matrix, groups: Groups, pairs: int, width: int) -> int:
-    """work.partial (pairs, parts, hidden) = hidden values of sorted pairs times their blocks' rows; returns the parts."""
+    """work.partial (pairs, parts, hidden) = hidden values of sorted pairs times rows of their blocks.
+
+    Returns the number of parts.
+    """
     work, neurons = state.work, state.model.config.ffn_size
     listed, slots = groups
     kernels, parts = kernels_of(down.format), parts_of(pairs)
@@ -196,7 +200,9 @@ def _sum_rows(state: State, down: Matrix, groups: Groups, pairs: int, width: int
 def every_kernel() -> Iterator[Kernel]:
     """The kernels of all formats, but for those of other files."""
     for name, kernels in KERNELS.items():
-        yield from (transposed_kernel(name, tile, True) for tile in (1, kernels.most_sums))
+        yield transposed_kernel(name, 1, True)
+        if kernels.tiles is None or kernels.tiles.levels is None:
+            yield transposed_kernel(name, kernels.most_sums, True)
         if kernels.tiles is None:
             yield gemv_kernel(name, 1, TILE, True)
             continue

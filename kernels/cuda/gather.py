@@ -41,6 +41,7 @@ WARPS = 8
 GATHER_THREADS = 32 * WARPS
 DOWN_THREADS = 128
 _ZERO = np.float32(0)
+_SOME: tuple[WeightFormat, ...] = ("f32", "q4")
 
 
 @jit(device=True)
@@ -71,8 +72,8 @@ def gate_kernel(name: WeightFormat, split: bool, experts: bool = False) -> Kerne
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
-        f"float32* hidden, {CHOSEN}, int32 pitch, int32 hot, int32 kind, float32 threshold, int32 stride, int32 x_stride,"
-        "int32 list_stride",
+        f"float32* hidden, {CHOSEN}, int32 pitch, int32 hot, int32 kind, float32 threshold, int32 stride,"
+        "int32 x_stride, int32 list_stride",
         f"gate_{name}{suffix(split, experts)}",
         launch_bounds=(GATHER_THREADS, 2),
     )
@@ -104,7 +105,8 @@ def up_kernel(name: WeightFormat, split: bool, experts: bool = False) -> Kernel:
 
     @kernel(
         f"{neuron_matrix_parameters(name)}, float32* bias, uint32* x, int32* neurons, int32* lengths, float32* gates,"
-        f"float32* hidden, {CHOSEN}, int32 pitch, int32 hot, int32 kind, int32 stride, int32 x_stride, int32 list_stride",
+        f"float32* hidden, {CHOSEN}, int32 pitch, int32 hot, int32 kind, int32 stride, int32 x_stride,"
+        "int32 list_stride",
         f"up_{name}{suffix(split, experts)}",
         launch_bounds=(GATHER_THREADS, 2),
     )
@@ -262,6 +264,11 @@ def down_kernel(name: WeightFormat, split: bool, experts: bool = False) -> Kerne
 
 
 def every_kernel() -> Iterator[Kernel]:
-    """The kernels of all formats, of layers that are split, of others, and of mixtures of experts."""
+    """The kernels of all formats, of layers that are split, of others, and of mixtures of experts.
+
+    Of these, gates and ups apart are rare, and some stand for all.
+    """
     for make in (gate_kernel, up_kernel, gate_up_kernel, down_kernel):
-        yield from (make(name, *kind) for name in KERNELS for kind in ((False,), (True,), (False, True)))
+        yield from (make(name, split) for name in KERNELS for split in (False, True))
+    yield from (make(name, False, True) for make in (gate_up_kernel, down_kernel) for name in KERNELS)
+    yield from (make(name, False, True) for make in (gate_kernel, up_kernel) for name in _SOME)

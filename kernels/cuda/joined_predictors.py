@@ -1,7 +1,8 @@
 """The predictors of a layer's FFN blocks as one, for mixtures of experts: one below the other, all of one shape.
 
 Calibration chooses rank and bits for each expert, and kernels want the same in all of a layer. So ranks are filled up
-with zeros, and residuals of fewer bits written in those of more, which have the same levels: scores stay what they were.
+with zeros, and residuals of fewer bits written in those of more, which have the same levels: scores stay what they
+were.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def joined(blocks: Sequence[LayerPredictor], hidden_size: int) -> LayerPredictor
     kinds = {(block.factor_format, block.relu) for block in blocks if block.rank}
     if len(kinds) > 1:
         raise ValueError(
-            f"its experts have factors of {len(kinds)} kinds, {_named(kinds)}; expected one. Calibrate them together, or"
-            " use --ffn exact"
+            f"its experts have factors of {len(kinds)} kinds, {_named(kinds)}; expected one. Calibrate them together,"
+            " or use --ffn exact"
         )
     factor_format, relu = next(iter(kinds), (blocks[0].factor_format, False))
     rank, bits = max(block.rank for block in blocks), max(block.residual_bits for block in blocks)

@@ -1,4 +1,4 @@
-"""The model on the device: matrices as their stored words, layer by layer, and the predictor's parts."""
+"""The model on the device: matrices as their stored words, layer by layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.formats.kernels import MATRIX_PARTS
 from svdengine.kernels.cuda.formats.table import kernels_of
-from svdengine.kernels.cuda.joined_predictors import joined_layers
 from svdengine.kernels.cuda.memory_split import LayerSplit, hot_outputs
 from svdengine.kernels.formats import (
     Parts,
@@ -23,7 +22,6 @@ from svdengine.kernels.formats import (
     gather_parts,
     padded_columns,
 )
-from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig, Rope, tensor_specs
 
@@ -150,27 +148,6 @@ class Model:
         return self.config.sparse_ffn
 
 
-@dataclass(frozen=True)
-class PlacedLayer:
-    """One layer of a predictor (kernels/predictor.py) on the device; of a mixture of experts those of all blocks.
-
-    They lie one below the other: ffn and rank stand for those of a block.
-    """
-
-    rank: int  # 0: no factors
-    factor_format: FactorFormat
-    residual_bits: int  # 0: no residual
-    a: Matrix | None  # (ffn, rank)
-    b: Matrix | None  # (rank, hidden)
-    q_words: Array  # uint32: (ffn, padded hidden * bits / 32), as kernels/lowbit.py packs them
-    q_scale: Array  # (ffn, padded hidden / 64) float16
-    minus_threshold: Array  # (ffn,) float32: where the kernels' sums start
-    unit: Array  # (ffn,) float32
-    relu: bool
-
-
-PlacedPredictor = tuple[PlacedLayer, ...]  # a predictor on the device, or nothing
-
 _WINDOW = 1 << 30  # wider than any context
 
 
@@ -201,41 +178,6 @@ def build_model(
         build.positions(),
         build.norm("output_norm", None),
         lm_head,
-    )
-
-
-def place_predictor(
-    device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
-) -> PlacedPredictor:
-    """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
-    if predictor is None:
-        return ()
-    layers = zip(joined_layers(config, predictor), orders or [None] * config.layer_count, strict=True)
-    return tuple(_place_layer(device, config, layer, order) for layer, order in layers)
-
-
-def _place_layer(
-    device: Device, config: ModelConfig, layer: LayerPredictor, order: NDArray[np.intp] | None
-) -> PlacedLayer:
-    rank, bits, nothing = layer.rank, layer.residual_bits, device.zeros(1, np.uint32)
-
-    def ordered(array: NDArray) -> NDArray:
-        return array if order is None else array[order]
-
-    def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
-        return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
-
-    return PlacedLayer(
-        rank,
-        layer.factor_format,
-        bits,
-        factor({suffix: ordered(part) for suffix, part in layer.a.items()}, rank) if rank else None,
-        factor(layer.b, config.hidden_size) if rank else None,
-        device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
-        device.upload(ordered(layer.q[".scale"])) if bits else nothing,
-        device.upload(ordered(-np.asarray(layer.threshold, np.float32))),
-        device.upload(ordered(np.asarray(layer.unit, np.float32))),
-        layer.relu,
     )
 
 
@@ -301,9 +243,11 @@ class _Builder:
         """Gate and up, down, and the order of the neurons' rows."""
         config = self.config
         names, down = ["gate", "up"] if config.gated else ["up"], "down_T" if config.sparse_ffn else "down"
-        if config.expert_count:
-            return self.projections(names, config.blocks_of(index)), self.matrix([down], config.blocks_of(index)), None
         split = self.splits[index] if self.splits else None
+        if config.expert_count:
+            blocks, on_host = config.blocks_of(index), split is not None and not split.hot
+            gates = self.projections(names, blocks, on_host=on_host)
+            return gates, self.matrix([down], blocks, on_host=on_host), None
         if split is None or split.hot == config.ffn_size:
             return self.projections(names, index), self.matrix([down], index), None
         # Where down's columns are the neurons, all stay in the model's order.
@@ -315,10 +259,10 @@ class _Builder:
         hot = split.hot if config.sparse_ffn else hot_outputs(config, split.hot)
         return gate_up, self.split_matrix(down, index, order, hot), order
 
-    def projections(self, names: Sequence[str], layer: int | range) -> tuple[Projection, ...]:
+    def projections(self, names: Sequence[str], layer: int | range, *, on_host: bool = False) -> tuple[Projection, ...]:
         """Matrices that read the same rows, joined where neighbours have the same format: one launch for all.
 
-        layer: or the numbers of FFN blocks, whose results lie one behind the other too.
+        layer: or the numbers of FFN blocks, each of which has its results where the others have theirs.
         """
         groups: list[list[str]] = []
         for name in names:
@@ -328,18 +272,21 @@ class _Builder:
                 groups.append([name])
         made, offset = [], 0
         for group in groups:
-            made.append(Projection(self.matrix(group, layer), offset))
+            made.append(Projection(self.matrix(group, layer, on_host=on_host), offset))
             offset += made[-1].matrix.rows // (len(layer) if isinstance(layer, range) else 1)
         return tuple(made)
 
-    def matrix(self, names: Sequence[str], layer: int | range | None) -> Matrix:
-        """Matrices of one format and width, one below the other; of FFN blocks those of the first, then of the next."""
+    def matrix(self, names: Sequence[str], layer: int | range | None, *, on_host: bool = False) -> Matrix:
+        """Matrices of one format and width, one below the other; of FFN blocks those of the first, then of the next.
+
+        on_host: the words of these stay in host memory.
+        """
         columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[names[0]]
         if isinstance(layer, range):  # which have no biases
             parts = [self.parts(name, block) for block in layer for name in names]
             outputs = columns if names[0] == "down_T" else sum(len(p[""]) for p in parts)
             bias = self.device.zeros(outputs, np.float32)
-            return _matrix(self.device, parts, self.formats[names[0]], columns, bias)
+            return place_matrix(self.device, parts, self.formats[names[0]], columns, bias, on_host=on_host)
         parts = [self.parts(name, layer) for name in names]
         # down.bias has an item for each output, and so has that of every other matrix but down_T one for each row.
         sizes = [columns if name == "down_T" else len(p[""]) for name, p in zip(names, parts, strict=True)]
@@ -348,7 +295,7 @@ class _Builder:
             source = f"{'down' if name == 'down_T' else name}.bias"
             if source in self.arrays:
                 bias[end - size : end] = self.part(source, layer)
-        return _matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
+        return place_matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
 
     def split_matrix(self, name: str, layer: int, order: NDArray[np.intp] | None, hot: int) -> Matrix:
         """A matrix with its rows in some order, of which the words of those from `hot` on stay in host memory."""
@@ -362,8 +309,8 @@ class _Builder:
             parts = {suffix: part[order] for suffix, part in parts.items()}
             bias = bias if name == "down_T" else bias[order]
         rows = {**parts, "": parts[""][:hot]}
-        matrix = _matrix(self.device, [rows], self.formats[name], columns, self.device.upload(bias))
-        cold = self.device.pin(_words(parts[""][hot:]))
+        matrix = place_matrix(self.device, [rows], self.formats[name], columns, self.device.upload(bias))
+        cold = self.device.pin(as_words(parts[""][hot:]))
         return replace(matrix, rows=len(parts[""]), cold=cold)
 
     def rope(self, rope: Rope | None) -> tuple[Array, Array]:
@@ -401,16 +348,27 @@ class _Builder:
         return self.arrays[name] if layer is None else self.arrays[name][layer]
 
 
-def _matrix(
-    device: Device, parts: Sequence[Mapping[str, NDArray]], weight_format: WeightFormat, columns: int, bias: Array
+def place_matrix(
+    device: Device,
+    parts: Sequence[Mapping[str, NDArray]],
+    weight_format: WeightFormat,
+    columns: int,
+    bias: Array,
+    *,
+    on_host: bool = False,
 ) -> Matrix:
-    """Stored parts of matrices, one below the other. Raises ValueError where CUDA has no kernels for the format."""
+    """Stored parts of matrices, one below the other. Raises ValueError where CUDA has no kernels for the format.
+
+    on_host: kernels read the words where they lie in host memory.
+    """
     kernels = kernels_of(weight_format)
 
     def joined(suffix: str, dtype: Any) -> Array:
         if suffix not in parts[0]:
             return device.zeros(1, dtype)
         sources = [_flat(p[suffix], dtype) for p in parts]
+        if on_host and not suffix:
+            return device.pin(np.concatenate(sources))
         to, end = device.zeros(max(1, sum(map(len, sources))), dtype), 0
         for source in sources:
             if len(source):
@@ -434,7 +392,7 @@ def _halves(matrix: Matrix, rows: int, f: int) -> tuple[Matrix, ...]:
     return matrix.rows_from(0, matrix.rows - f), matrix.rows_from(f, matrix.rows - f)
 
 
-def _words(array: NDArray) -> NDArray[np.uint32]:
+def as_words(array: NDArray) -> NDArray[np.uint32]:
     """The bytes of an array as 32-bit words, flat."""
     return _flat(array, np.uint32)
 

@@ -1,4 +1,4 @@
-"""Pairs of rows and FFN blocks (kernels/cuda/chosen.py), sorted by block: so that a block multiplies all its rows at once.
+"""Pairs of rows and FFN blocks (kernels/cuda/chosen.py), sorted by block, so that a block multiplies all its rows.
 
 A pair keeps its order among those of its block, and what a row gets is added up in the order of its blocks: neither
 depends on how threads are scheduled, nor on the rows beside it.
@@ -52,8 +52,8 @@ def cut_into_tiles(starts, groups, at, blocks, width, slots, lane):
 
 
 @kernel(
-    "int32* chosen, int32* order, int32* places, int32* starts, int32* groups, int32* tickets, int32 pairs, int32 width,"
-    "int32 slots, int32 second_width, int32 second_slots"
+    "int32* chosen, int32* order, int32* places, int32* starts, int32* groups, int32* tickets, int32 pairs,"
+    "int32 width, int32 slots, int32 second_width, int32 second_slots"
 )
 def group_pairs(chosen, order, places, starts, groups, tickets, pairs, width, slots, second_width, second_slots):
     """Sort the pairs by the block that each has `chosen`, and cut those of a block into tiles. Grid: (blocks,).

@@ -67,7 +67,8 @@ def predicted_kernel(
         f"{neuron_matrix_parameters(weight_format, 'g_')}, float32* g_bias,"
         f"{neuron_matrix_parameters(weight_format, 'u_')}, float32* u_bias,"
         "uint32* gate_x, uint32* masks, int32* tickets, int32* listed, int32* lengths, float32* gates, float32* hidden,"
-        f"int64* counts, {CHOSEN}, int32 pitch, int32 gated, int32 hot, int32 kind, float32 least, int32 neurons, int32 ranks, int32 columns,"
+        f"int64* counts, {CHOSEN}, int32 pitch, int32 gated, int32 hot, int32 kind, float32 least, int32 neurons,"
+        "int32 ranks, int32 columns,"
         "int32 z_stride, int32 x_stride, int32 stride, int32 list_stride, int32 mask_stride",
         f"predicted_{factors or 'none'}_{bits}_{weight_format}{suffix(split, experts)}",
         launch_bounds=(SCORE_THREADS, 2),

@@ -1,4 +1,4 @@
-"""Which FFN blocks the rows of a step have in a layer of a mixture of experts, chosen on the device (kernels/router.py).
+"""Which FFN blocks rows have in a layer of a mixture of experts (kernels/router.py), chosen on the device.
 
 Nothing of it comes to the host, so that steps of mixtures can be recorded and launched ahead like others.
 """
@@ -6,20 +6,32 @@ Nothing of it comes to the host, so that steps of mixtures can be recorded and l
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import cache
 
 import numpy as np
 from numba import cuda
 
+from svdengine.kernels.cuda.atomics import is_last_block
 from svdengine.kernels.cuda.chosen import GROUP
 from svdengine.kernels.cuda.compact import ballot, below
 from svdengine.kernels.cuda.device import Array
 from svdengine.kernels.cuda.elementwise import sigmoid
-from svdengine.kernels.cuda.gemm import product
-from svdengine.kernels.cuda.intrinsics import FULL, jit, kernel, lane_index, warp_sum
+from svdengine.kernels.cuda.gemm import product, rounded_rows
+from svdengine.kernels.cuda.intrinsics import FULL, Kernel, jit, kernel, lane_index, warp_index, warp_sum
 from svdengine.kernels.cuda.model import Blocks
+from svdengine.kernels.cuda.rounding import takes_integers
+from svdengine.kernels.cuda.rows import matrix_parameters, row_product
 from svdengine.kernels.cuda.state import State
+from svdengine.kernels.formats import WeightFormat
 
 CHOOSE_THREADS = 32  # a warp a row
+ROUTE_THREADS = 128
+# The parameters of a kernel that are what is chosen by, and where that goes.
+_CHOICE = (
+    "int32* chosen, float32* weights, int32* order, int32* places, int32* groups, int32 experts, int32 active,"
+    "int32 per_row, int32 stride, int32 router, float32 factor, int32 gated"
+)
 ROUTERS = ("softmax", "topk_softmax", "sigmoid")
 _SOFTMAX, _SIGMOID = ROUTERS.index("softmax"), ROUTERS.index("sigmoid")
 _NOBODY = np.int32(1 << 30)
@@ -59,21 +71,17 @@ def likeliest(products, at, experts, taken):
     return value, expert
 
 
-@kernel(
-    "float32* products, int32* chosen, float32* weights, int32* order, int32* places, int32* groups, int32 experts,"
-    "int32 active, int32 per_row, int32 stride, int32 router, float32 factor, int32 gated",
-    launch_bounds=CHOOSE_THREADS,
-)
-def choose_blocks(
-    products, chosen, weights, order, places, groups, experts, active, per_row, stride, router, factor, gated
+@jit(device=True)
+def choose_of_row(
+    row, products, chosen, weights, order, places, groups, experts, active, per_row, stride, router, factor, gated
 ):  # fmt: skip
-    """List the blocks that a row (blockIdx.x) has, ascending, and what each one's output is multiplied by.
+    """List the blocks that a row has, ascending, and what each one's output is multiplied by; by a warp.
 
     products: (n, stride), what the router makes of the rows; chosen, weights: (n, per_row). Behind the `active` experts
     come those blocks that all rows have, times the sigmoid of one more product where they are `gated`. The first row
     also notes how its pairs are sorted (pair_groups.py), which is how those of a step are that has no other row.
     """
-    row, lane = cuda.blockIdx.x, lane_index()
+    lane = lane_index()
     at, to, taken, largest = row * stride, row * per_row, np.uint32(0), _ZERO
     for k in range(active):
         value, expert = likeliest(products, at, experts, taken)
@@ -110,15 +118,68 @@ def choose_blocks(
             groups[GROUP * k + 2] = np.int32(k + 1)
 
 
+@kernel(f"float32* products, {_CHOICE}", launch_bounds=CHOOSE_THREADS)
+def choose_blocks(
+    products, chosen, weights, order, places, groups, experts, active, per_row, stride, router, factor, gated
+):  # fmt: skip
+    """The blocks of each row (blockIdx.x): see `choose_of_row`."""
+    choose_of_row(
+        cuda.blockIdx.x, products, chosen, weights, order, places, groups, experts, active, per_row, stride, router,
+        factor, gated,
+    )  # fmt: skip
+
+
+@cache
+def route_kernel(weight_format: WeightFormat) -> Kernel:
+    """What a router makes of a step's only row, and the blocks chosen by it. Grid: (blocks of the router's rows,)."""
+    dot = row_product(weight_format)
+
+    @kernel(
+        f"{matrix_parameters(weight_format)}, uint32* x, int32* tickets, float32* products, {_CHOICE}, int32 rows,"
+        "int32 columns",
+        name=f"route_{weight_format}",
+        launch_bounds=(ROUTE_THREADS, 4),
+    )
+    def route_row(
+        words, scale, low, row, x, tickets, products, chosen, weights, order, places, groups, experts, active, per_row,
+        stride, router, factor, gated, rows, columns,
+    ):  # fmt: skip
+        r, lane = cuda.blockIdx.x * (cuda.blockDim.x >> 5) + warp_index(), lane_index()
+        if r < rows:
+            total = warp_sum(dot(words, r, scale, low, row, r, columns, x, 0, lane))
+            if lane == 0:
+                products[r] = total
+        if is_last_block(tickets, 0, cuda.gridDim.x) and warp_index() == 0:
+            choose_of_row(
+                0, products, chosen, weights, order, places, groups, experts, active, per_row, stride, router, factor,
+                gated,
+            )  # fmt: skip
+
+    return route_row
+
+
 def route(state: State, blocks: Blocks, x: Array, n: int) -> None:
     """work.blocks and work.weights of n rows, for a router that reads x (n, hidden) float32."""
     device, work, config = state.device, state.work, state.model.config
     sizes, router = work.sizes, blocks.router
-    if router is not None:
-        product(device, state.copies, router, x, x, sizes.hidden, work.routed, sizes.routed, n)
-    experts = config.expert_count if router is not None else 0
-    device.launch(
-        choose_blocks, (n,), CHOOSE_THREADS, work.routed, work.blocks, work.weights, work.order,
-        work.places, work.groups, experts, config.active_experts if router is not None else 0, blocks.per_row, sizes.routed, ROUTERS.index(config.router),
-        config.expert_scale, int(config.shared_gate and router is not None),
+    routed = router is not None
+    choice = (
+        work.routed, work.blocks, work.weights, work.order, work.places, work.groups,
+        config.expert_count if routed else 0, config.active_experts if routed else 0, blocks.per_row, sizes.routed,
+        ROUTERS.index(config.router), config.expert_scale, int(config.shared_gate and routed),
     )  # fmt: skip
+    if router is not None and n == 1 and not takes_integers(router.format):
+        device.launch(
+            route_kernel(router.format), (-(-router.rows // (ROUTE_THREADS // 32)),), ROUTE_THREADS, *router.parts, x,
+            work.tickets, *choice, router.rows, router.stride,
+        )  # fmt: skip
+        return
+    if router is not None:
+        read = rounded_rows(device, state.copies, [router], x, work.rounded, sizes.hidden, n)
+        product(device, state.copies, router, x, read, sizes.hidden, work.routed, sizes.routed, n)
+    device.launch(choose_blocks, (n,), CHOOSE_THREADS, *choice)
+
+
+def every_kernel() -> Iterator[Kernel]:
+    """Routers are always stored in float32."""
+    yield route_kernel("f32")

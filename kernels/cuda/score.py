@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -16,6 +17,7 @@ from svdengine.kernels.cuda.integer_dot import dot_16, dot_bytes
 from svdengine.kernels.cuda.intrinsics import (
     FULL,
     MOST_WARPS,
+    Kernel,
     as_float,
     dp4a,
     jit,
@@ -233,7 +235,9 @@ def neuron_score(factors: str, bits: int) -> Any:
     return score_of
 
 
-def _score(name, bits, experts=False):
+@cache
+def score_kernel(name: str, bits: int, experts: bool = False) -> Kernel:
+    """Scores of neurons, and a list of those that are positive. Grid: (blocks of 32 neurons, rows)."""
     score_of, owner = neuron_score(name, bits), OWNER[experts]
 
     @kernel(
@@ -285,15 +289,15 @@ def predictor_parameters(factors: str) -> str:
     )
 
 
-# By format, and whether the model is a mixture of experts; scores by the bits of the residual too.
+# By format, and whether the model is a mixture of experts.
 PROJECT = {
     (name, experts): _project(name, dot, experts)
     for name, dot in (("q8", factor_q8), ("q4", factor_q4))
     for experts in (False, True)
 }
-SCORE = {
-    (name, bits, experts): _score(name, bits, experts)
-    for name in FACTORS
-    for bits in RESIDUALS
-    for experts in (False, True)
-}
+
+
+def every_kernel() -> Iterator[Kernel]:
+    """Every kind of predictor, and of mixtures of experts some."""
+    yield from (score_kernel(factors, bits) for factors in FACTORS for bits in RESIDUALS)
+    yield from (score_kernel("q8", 2, True), score_kernel("", 1, True))

@@ -140,7 +140,8 @@ def activated_kernel(weight_format: WeightFormat) -> Kernel:
 def multiply_heads(state: State, index: int, layer: LayerWeights, x: Array) -> None:
     """work.qkv of the first row, ready for attention, and its keys and values in the cache of layer `index`.
 
-    Not of models whose heads have a norm together. x: the normed row, rounded where the matrix takes it so. The three matrices are one (`LayerWeights.qkv`).
+    x: the normed row, rounded where the matrix takes it so. The three matrices are one (`LayerWeights.qkv`). Not of
+    models whose heads have a norm together.
     """
     config, work, cache = state.model.config, state.work, state.cache
     matrix, head_dim = layer.qkv[0].matrix, config.head_dim

@@ -22,19 +22,20 @@ from svdengine.kernels.cuda.gather import (
     gate_up_kernel,
     up_kernel,
 )
-from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model, PlacedLayer
+from svdengine.kernels.cuda.model import LayerWeights, Matrix, Model
 from svdengine.kernels.cuda.norm import THREADS as NORM_THREADS
 from svdengine.kernels.cuda.norm import normalize_listed
+from svdengine.kernels.cuda.placed_predictor import PlacedLayer
 from svdengine.kernels.cuda.predicted import predicted_kernel
 from svdengine.kernels.cuda.rounding import rounded_for, takes_integers
 from svdengine.kernels.cuda.score import (
     PROJECT,
     PROJECT_THREADS,
     ROUND_THREADS,
-    SCORE,
     SCORE_ROWS,
     SCORE_THREADS,
     round_rows,
+    score_kernel,
 )
 from svdengine.kernels.cuda.workspace import COUNTS, Workspace, parts_of
 from svdengine.kernels.formats import padded_columns
@@ -107,9 +108,9 @@ def predict_active(
         predicted_kernel(factors, predictor.residual_bits, up.format, up.is_split, experts),
         (-(-config.ffn_size // SCORE_ROWS), pairs), SCORE_THREADS, *scored, *_parts(gate), *_parts(up),
         work.fine if takes_integers(up.format) else x, work.masks, work.tickets, work.neurons, work.lengths,
-        work.scores, work.hidden, counts, *chosen, pitch, int(layer.gate is not None), up.hot, ACTIVATIONS.index(config.activation),
-        config.activation_threshold, config.ffn_size, padded_columns(predictor.rank), up.stride,
-        sizes.z, sizes.hidden, up.stride, sizes.ffn, sizes.ffn // 32,
+        work.scores, work.hidden, counts, *chosen, pitch, int(layer.gate is not None), up.hot,
+        ACTIVATIONS.index(config.activation), config.activation_threshold, config.ffn_size,
+        padded_columns(predictor.rank), up.stride, sizes.z, sizes.hidden, up.stride, sizes.ffn, sizes.ffn // 32,
     )  # fmt: skip
 
 
@@ -130,8 +131,8 @@ def score_rows(
     experts, pairs, chosen, _ = _pairs_of(work, layer, n)
     factors, scored = _hidden_values(device, model, work, layer, predictor, x, n, rounded=rounded)
     device.launch(
-        SCORE[factors, predictor.residual_bits, experts], (-(-config.ffn_size // SCORE_ROWS), pairs), SCORE_THREADS,
-        *scored, work.scores, work.masks, work.tickets, work.neurons, work.lengths, counts, *chosen, config.ffn_size,
+        score_kernel(factors, predictor.residual_bits, experts), (-(-config.ffn_size // SCORE_ROWS), pairs),
+        SCORE_THREADS, *scored, work.scores, work.masks, work.tickets, work.neurons, work.lengths, counts, *chosen, config.ffn_size,
         padded_columns(predictor.rank), padded_columns(config.hidden_size), sizes.z, sizes.hidden, sizes.ffn,
         sizes.ffn // 32,
     )  # fmt: skip
@@ -190,8 +191,8 @@ def gate_listed(
     up_x = rounded if takes_integers(layer.up.format) else x
     if layer.gate is not None and layer.gate.format == layer.up.format:
         device.launch(
-            gate_up_kernel(gate.format, split, experts), grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), gate_x, *lists,
-            *chosen, pitch, hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
+            gate_up_kernel(gate.format, split, experts), grid, GATHER_THREADS, *_parts(gate), *_parts(layer.up), gate_x,
+            *lists, *chosen, pitch, hot, kind, config.activation_threshold, gate.stride, sizes.hidden, sizes.ffn,
         )  # fmt: skip
         return
     device.launch(

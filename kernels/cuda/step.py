@@ -18,8 +18,9 @@ from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.gemm import add_transposed_product, product, rounded_rows, takes_rounded, uses_library
 from svdengine.kernels.cuda.gemv import multiply_transposed
 from svdengine.kernels.cuda.half_copies import slice_rows
-from svdengine.kernels.cuda.model import LayerWeights, Matrix, Norm, PlacedPredictor
+from svdengine.kernels.cuda.model import LayerWeights, Matrix, Norm
 from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
+from svdengine.kernels.cuda.placed_predictor import PlacedPredictor
 from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.rounding import takes_integers
 from svdengine.kernels.cuda.router import route

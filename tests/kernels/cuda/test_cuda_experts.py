@@ -2,71 +2,217 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 from expert_zoo import expert_zoo
-from model_zoo import MIXED, random_tokens, relative_error, run_in_chunks
+from model_zoo import MIXED, make_batch, random_tokens, relative_error, run_in_chunks, stored
+from numpy.typing import NDArray
 from random_predictors import make_predictor
 from test_executor import BOUND, INTEGER_BOUND, check, executors, small, small_blocks
 
+from svdengine.kernels.base_executor import ExecutorSetup
+from svdengine.kernels.cuda import expert_row, pair_groups, router
+from svdengine.kernels.cuda.device import SimulatedDevice
+from svdengine.kernels.cuda.executor import CudaExecutor
 from svdengine.kernels.cuda.intrinsics import SIMULATED
+from svdengine.kernels.executor import Choice
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.predictor import Predictor
+from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.models import ModelConfig
 
 __all__ = ["small_blocks"]  # a fixture
 
 
+@pytest.fixture(autouse=True)
+def few_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    if SIMULATED:
+        for module in (expert_row, pair_groups):
+            monkeypatch.setattr(module, "THREADS", 64 if module is pair_groups else 32)
+        monkeypatch.setattr(router, "ROUTE_THREADS", 32)
+
+
 def small_mixture(config: ModelConfig) -> ModelConfig:
-    """The same kind of mixture with a few dozen weights a matrix."""
-    layers = 2 if config.dense_layers or config.sliding_window else 1
-    dense = tuple(i for i in config.dense_layers if i < layers)
-    few = replace(config, layer_count=layers, dense_layers=dense, dense_blocks=config.dense_blocks if dense else 0)
-    unrotated = tuple(i for i in config.unrotated_layers if i < layers)
-    windows = (1,) if config.sliding_window else ()
-    made = replace(small(replace(few, sliding_window=0, sliding_window_layers=())), layer_count=layers)
+    """The same kind of mixture with a few dozen weights a matrix: two layers where these differ."""
+    two = config.dense_layers or config.sliding_window
+    dense = tuple(i for i in config.dense_layers if i < 2)
+    made = small(replace(config, dense_layers=(), dense_blocks=0, unrotated_layers=(), sliding_window_layers=()))
     return replace(
-        made, unrotated_layers=unrotated, sliding_window=3 if windows else 0, sliding_window_layers=windows
+        made,
+        layer_count=2 if two else 1,
+        dense_layers=dense,
+        dense_blocks=min(config.dense_blocks, 2) if dense else 0,
+        unrotated_layers=tuple(i for i in config.unrotated_layers if i < 2),
+        sliding_window_layers=(1,) if config.sliding_window else (),
+        shared_blocks=min(config.shared_blocks, 2),
     )
 
 
 ZOO = {name: small_mixture(config) if SIMULATED else config for name, config in expert_zoo().items()}
-FEW = {name: replace(config, layer_count=1, dense_layers=(), dense_blocks=0) for name, config in ZOO.items()}
+# One layer with experts, of each kind of activation.
+SILU, RELU = ZOO["mixtral"], replace(ZOO["mixtral_drelu"], expert_count=3)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_float32_agrees_with_the_reference(device: Any, name: str) -> None:
-    check(device, ZOO[name], [3, 1, 1, 1])
+    check(device, ZOO[name], [2, 1])
 
 
-@pytest.mark.parametrize("name", ["mixtral", "relu_dense"])
+@pytest.mark.parametrize("config", [SILU, RELU], ids=["silu", "relu"])
 @pytest.mark.parametrize("weight_format", ["f16", "q8", "q4"])
-def test_every_kind_of_format_agrees_with_its_dequantised_weights(
-    device: Any, name: str, weight_format: WeightFormat
+def test_formats_of_every_kind_agree_with_their_dequantised_weights(
+    device: Any, config: ModelConfig, weight_format: WeightFormat
 ) -> None:
-    check(device, FEW[name], [3, 1], INTEGER_BOUND, weight_format=weight_format)
+    check(device, config, [2, 1], INTEGER_BOUND, weight_format=weight_format)
 
 
-@pytest.mark.parametrize("name", ["mixtral", "relu_dense"])
-def test_gates_and_ups_may_have_several_formats(device: Any, name: str) -> None:
-    check(device, FEW[name], [2, 1], INTEGER_BOUND, weight_format="q4", others={**MIXED, "up": "f32"})
+@pytest.mark.parametrize("config", [SILU, RELU], ids=["silu", "relu"])
+def test_gates_and_ups_may_have_several_formats(device: Any, config: ModelConfig) -> None:
+    check(device, config, [2, 1], INTEGER_BOUND, weight_format="q4", others={**MIXED, "up": "f32"})
+
+
+def test_a_step_of_more_pairs_than_blocks_have_room_for(device: Any) -> None:
+    config = replace(SILU, expert_count=2, active_experts=2, ffn_size=5)
+    check(device, config, [19], INTEGER_BOUND, weight_format="q8")
+
+
+@contextmanager
+def routed_by(device: Any, config: ModelConfig, products: NDArray) -> Iterator[tuple[CudaExecutor, ReferenceExecutor]]:
+    """Executors of a model whose router has these rows."""
+    arrays, formats, exact = stored(config, "f32")
+    exact["router"] = products.astype(np.float32)
+    arrays["router"] = np.zeros_like(arrays["router"])
+    arrays["router"][..., : products.shape[-1]] = products
+    setup = ExecutorSetup(config, arrays, formats, block_count=8, max_batch_rows=40, kv_dtype="f32")
+    cuda = CudaExecutor(setup, device=device)
+    try:
+        yield cuda, ReferenceExecutor(config, exact, 8)
+    finally:
+        cuda.close()
+
+
+@pytest.mark.parametrize("kind", ["all to the first", "never the last"])
+def test_routers_of_few_experts(device: Any, kind: str) -> None:
+    shape = len(SILU.expert_layers), SILU.expert_count, SILU.hidden_size
+    rows = np.random.default_rng(3).standard_normal(shape)
+    if kind == "all to the first":
+        rows[:] = 0  # of equal products the first are chosen
+    else:
+        rows[:, : SILU.active_experts] = rows[:, :1]
+        rows[:, -1] = rows[:, 0]  # one more than can be chosen of those that are equal
+    tokens = random_tokens(SILU, 6)
+    with routed_by(device, SILU, rows) as (cuda, reference):
+        expected = run_in_chunks(reference, tokens, [6])
+        assert relative_error(run_in_chunks(cuda, tokens, [5, 1]), expected) < BOUND
+        inputs = cuda.ffn_inputs(make_batch([(tokens, 0)], [[0]]))
+        assert relative_error(inputs, reference.ffn_inputs(make_batch([(tokens, 0)], [[0]]))) < BOUND
+        assert cuda.kept_experts is not None and reference.kept_experts is not None
+        np.testing.assert_array_equal(cuda.kept_experts, reference.kept_experts)
+        assert not (cuda.kept_experts == SILU.expert_count - 1).any()
+
+
+def test_what_is_not_a_number_is_seen_in_the_logits(device: Any) -> None:
+    rows = np.ones((len(SILU.expert_layers), SILU.expert_count, SILU.hidden_size))
+    rows[:, 1] = np.nan
+    with routed_by(device, SILU, rows) as (cuda, _):
+        for sizes in ([2], [1]):
+            assert np.isnan(run_in_chunks(cuda, random_tokens(SILU, sum(sizes)), sizes)).any(1).all()
+
+
+def test_prefill_and_decode_in_one_step_are_those_alone(device: Any) -> None:
+    config = ZOO["smallthinker"]
+    a, b = random_tokens(config, 5, seed=1), random_tokens(config, 3, seed=2)
+    with executors(device, config) as (cuda, reference):
+        expected = [run_in_chunks(reference, tokens, [len(tokens)]) for tokens in (a, b)]
+        cuda.forward(make_batch([(a[:4], 0)], [[5]]))
+        mixed = cuda.forward(make_batch([(a[4:], 4), (b, 0)], [[5], [2]]))
+        assert relative_error(mixed, np.concatenate([expected[0][4:], expected[1]])) < BOUND
+
+
+def test_recorded_steps_and_steps_ahead_route_anew(device: Any) -> None:
+    """Greedy decoding: launched, recorded, replayed, and launched before it is asked for."""
+    config = replace(SILU, expert_count=7)
+    tables = [[0], [3]]
+    with executors(device, config) as (cuda, reference):
+        starts = [random_tokens(config, 3, seed=1), random_tokens(config, 2, seed=2)]
+        batch = make_batch([(tokens, 0) for tokens in starts], tables)
+        cuda.forward(batch)
+        reference.forward(batch)
+        tokens, positions = [1, 2], [3, 2]
+        for _ in range(4):
+            step = make_batch([([t], p) for t, p in zip(tokens, positions, strict=True)], tables)
+            found, _ = cuda.forward_and_sample(step, [Choice(0.0)] * 2)
+            expected = reference.forward(step).argmax(1)
+            np.testing.assert_array_equal(found, expected)
+            tokens, positions = list(map(int, found)), [p + 1 for p in positions]
+        assert cuda._ahead is not None
 
 
 def mixed_predictor(config: ModelConfig, threshold: float = -0.05) -> Predictor:
     """Experts with predictors of several ranks and bits, and some that calibration hardly reached."""
-    made = [make_predictor(config, rank, bits, threshold).layers for rank, bits in ((4, 2), (7, 1), (3, 0), (0, 0))]
-    return Predictor(tuple(made[i % 4][i] for i in range(config.ffn_blocks)), {"kind": "test"})
+    made = [make_predictor(config, rank, bits, threshold).layers for rank, bits in ((4, 2), (7, 1), (0, 0))]
+    return Predictor(tuple(made[i % 3][i] for i in range(config.ffn_blocks)), {"kind": "test"})
 
 
-@pytest.mark.parametrize("name", ["mixtral_drelu", "relu_dense", "shared"])
-def test_a_predictor_of_each_expert_lists_its_neurons(device: Any, name: str) -> None:
-    config = ZOO[name]
-    tokens = random_tokens(config, 6)
-    with executors(device, config, predictor=mixed_predictor(config), ffn="sparse") as (cuda, reference):
-        expected = run_in_chunks(reference, tokens, [3, 1, 1, 1])
-        assert relative_error(run_in_chunks(cuda, tokens, [3, 1, 1, 1]), expected) < BOUND
+def test_a_predictor_of_each_expert_lists_its_neurons(device: Any) -> None:
+    tokens = random_tokens(RELU, 4)
+    with executors(device, RELU, predictor=mixed_predictor(RELU), ffn="sparse") as (cuda, reference):
+        expected = run_in_chunks(reference, tokens, [2, 1, 1])
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1, 1]), expected) < BOUND
         np.testing.assert_array_equal(cuda.layer_counts(), reference.layer_counts())
         assert 0 < cuda.neuron_counts().active < cuda.neuron_counts().predicted < cuda.neuron_counts().total
+
+
+def test_predictors_without_factors_and_several_formats(device: Any) -> None:
+    config = replace(ZOO["shared"], expert_count=4, active_experts=1)
+    predictor = make_predictor(config, 0, 2, -0.05)
+    tokens = random_tokens(config, 3)
+    with executors(device, config, "q8", others={"up": "q4"}, predictor=predictor, ffn="sparse") as (cuda, reference):
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1]), run_in_chunks(reference, tokens, [2, 1])) < 5e-4
+        np.testing.assert_array_equal(cuda.layer_counts(), reference.layer_counts())
+
+
+@pytest.mark.parametrize("weight_format", ["f32", "q4"])
+def test_skipping_exact_zeros_is_dense_but_for_rounding_and_computes_less(
+    device: Any, weight_format: WeightFormat
+) -> None:
+    config, tokens = ZOO["relu_dense"], random_tokens(ZOO["relu_dense"], 3)
+    with executors(device, config, weight_format) as (cuda, _):
+        dense = run_in_chunks(cuda, tokens, [2, 1])
+        cuda.ffn = "exact"
+        assert relative_error(run_in_chunks(cuda, tokens, [2, 1]), dense) < INTEGER_BOUND
+        counts = cuda.neuron_counts()
+        assert counts.predicted == counts.total == len(tokens) * config.token_neurons
+        assert 0.1 < counts.active / counts.total < 0.8
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_ffns_alone_sum_up(device: Any, mode: Any) -> None:
+    config = replace(RELU, layer_count=2)
+    x = np.random.default_rng(0).standard_normal((2, 2, config.hidden_size), np.float32)
+    with executors(device, config, predictor=make_predictor(config, 0, 2, -0.05)) as (cuda, reference):
+        cuda.ffn = reference.ffn = mode
+        assert relative_error(cuda.run_ffns(x), reference.run_ffns(x)) < BOUND
+
+
+def test_experts_that_do_not_fit_are_read_in_host_memory(device: Any) -> None:
+    if not SIMULATED:
+        pytest.skip("needs a device with little memory")
+    config = replace(RELU, layer_count=3)
+    arrays, formats, _ = stored(config, "f32")
+    layer = sum(arrays[name].nbytes for name in ("gate", "up", "down_T")) // config.layer_count
+    setup = ExecutorSetup(config, arrays, formats, block_count=8, max_batch_rows=8, kv_dtype="f32")
+    whole = CudaExecutor(setup, device=SimulatedDevice())
+    assert whole.memory.splits == () and not whole.memory.host
+    unused = 1 << 20
+    needed = whole.memory.device + (256 << 20) + unused
+    found = CudaExecutor(setup, device=(one := SimulatedDevice(needed)), gpu_memory=needed - unused - layer)
+    assert [split.hot for split in found.memory.splits] == [config.ffn_size] * 2 + [0]
+    assert one.pinned == found.memory.host == layer
+    tokens = random_tokens(config, 3)
+    np.testing.assert_array_equal(run_in_chunks(found, tokens, [2, 1]), run_in_chunks(whole, tokens, [2, 1]))

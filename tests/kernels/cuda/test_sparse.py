@@ -17,7 +17,8 @@ from svdengine.kernels.cuda import sparse
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.memory_split import LayerSplit
-from svdengine.kernels.cuda.model import Model, build_model, place_predictor
+from svdengine.kernels.cuda.model import Model, build_model
+from svdengine.kernels.cuda.placed_predictor import place_predictor
 from svdengine.kernels.cuda.rounding import takes_integers
 from svdengine.kernels.cuda.score import SCORE, SCORE_ROWS, SCORE_THREADS
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
@@ -145,7 +146,7 @@ def test_scores_and_lists_are_the_definitions(
     bias = [0.0, 0.4]
     bench.set_bias(bias)
     placed = place_predictor(device, CONFIG, Predictor((layer,), {}), bench.orders)[0]
-    score_rows(device, bench.model, bench.work, placed, bench.work.counts, bench.source, ROWS)
+    score_rows(device, bench.model, bench.work, bench.model.layers[0], placed, bench.work.counts, bench.source, ROWS)
     found = device.download(bench.work.scores).reshape(ROWS, -1)[:, : CONFIG.ffn_size]
     expected = np.stack([scores(layer, bench.x[r : r + 1], bias[r])[0] for r in range(ROWS)])
     # Sums in another order may move a hidden value by one step of its rounding.
