@@ -19,6 +19,7 @@ from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig, tensor_specs
+from svdengine.models.tensors import ROUTER
 from svdengine.tools.first_gpu_parts import LONG, MEASURED, small_config
 from svdengine.tools.random_model import shape_config
 
@@ -39,8 +40,8 @@ def weightless(config: ModelConfig, dtype: WeightFormat) -> Weightless:
         if not spec.matrix:
             arrays[spec.name] = np.broadcast_to(np.float32(0), spec.shape)
             continue
-        formats[spec.name] = dtype
-        for suffix, part in quantize(np.zeros((1, spec.shape[-1]), np.float32), dtype).items():
+        formats[spec.name] = stored = "f32" if spec.name == ROUTER else dtype
+        for suffix, part in quantize(np.zeros((1, spec.shape[-1]), np.float32), stored).items():
             arrays[spec.name + suffix] = np.broadcast_to(part[0], (*spec.shape[:-1], *part.shape[1:]))
     return Weightless(arrays, formats)
 
@@ -54,7 +55,7 @@ def flat_predictor(config: ModelConfig, rank: int) -> Predictor:
 
     f, nothing = config.ffn_size, np.zeros(config.ffn_size, np.float32)
     layer = LayerPredictor(rank, "q8", 0, factor(f, rank), factor(rank, config.hidden_size), {}, nothing, nothing)
-    return Predictor((layer,) * config.layer_count, {})
+    return Predictor((layer,) * config.ffn_blocks, {})
 
 
 def step_launches(

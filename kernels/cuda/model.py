@@ -366,11 +366,10 @@ def place_matrix(
     def joined(suffix: str, dtype: Any) -> Array:
         if suffix not in parts[0]:
             return device.zeros(1, dtype)
-        sources = [_flat(p[suffix], dtype) for p in parts]
         if on_host and not suffix:
-            return device.pin(np.concatenate(sources))
-        to, end = device.zeros(max(1, sum(map(len, sources))), dtype), 0
-        for source in sources:
+            return device.pin(np.concatenate([_flat(p[suffix], dtype) for p in parts]))
+        to, end = device.zeros(max(1, sum(p[suffix].nbytes for p in parts) // dtype.itemsize), dtype), 0
+        for source in (_flat(p[suffix], dtype) for p in parts):
             if len(source):
                 device.write(to[end : end + len(source)], source)
             end += len(source)

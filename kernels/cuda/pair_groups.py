@@ -21,6 +21,7 @@ from svdengine.kernels.cuda.workspace import Workspace
 THREADS = 256
 Groups = tuple[Array, int]  # a list of tiles, and for how many it has room
 _NONE, _ZERO = np.int32(0), np.float32(0)
+_COUNTS = 2 * MOST_WARPS
 
 
 @jit(device=True)
@@ -61,7 +62,7 @@ def group_pairs(chosen, order, places, starts, groups, tickets, pairs, width, sl
     order: the pairs, sorted; places: where each of them is; groups: tiles of `width` pairs, and behind them others of
     `second_width`. The pairs of a row have different blocks.
     """
-    counts = cuda.shared.array(2 * MOST_WARPS, types.int32)
+    counts = cuda.shared.array(_COUNTS, types.int32)
     block, lane, warp, warps = cuda.blockIdx.x, lane_index(), warp_index(), cuda.blockDim.x >> 5
     stretch = (pairs + 32 * warps - 1) // (32 * warps) * 32  # pairs of a warp
     first, last = warp * stretch, min((warp + 1) * stretch, pairs)

@@ -138,7 +138,7 @@ def route_kernel(weight_format: WeightFormat) -> Kernel:
         f"{matrix_parameters(weight_format)}, uint32* x, int32* tickets, float32* products, {_CHOICE}, int32 rows,"
         "int32 columns",
         name=f"route_{weight_format}",
-        launch_bounds=(ROUTE_THREADS, 4),
+        launch_bounds=(ROUTE_THREADS, 3),
     )
     def route_row(
         words, scale, low, row, x, tickets, products, chosen, weights, order, places, groups, experts, active, per_row,

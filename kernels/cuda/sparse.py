@@ -132,9 +132,9 @@ def score_rows(
     factors, scored = _hidden_values(device, model, work, layer, predictor, x, n, rounded=rounded)
     device.launch(
         score_kernel(factors, predictor.residual_bits, experts), (-(-config.ffn_size // SCORE_ROWS), pairs),
-        SCORE_THREADS, *scored, work.scores, work.masks, work.tickets, work.neurons, work.lengths, counts, *chosen, config.ffn_size,
-        padded_columns(predictor.rank), padded_columns(config.hidden_size), sizes.z, sizes.hidden, sizes.ffn,
-        sizes.ffn // 32,
+        SCORE_THREADS, *scored, work.scores, work.masks, work.tickets, work.neurons, work.lengths, counts, *chosen,
+        config.ffn_size, padded_columns(predictor.rank), padded_columns(config.hidden_size), sizes.z, sizes.hidden,
+        sizes.ffn, sizes.ffn // 32,
     )  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def small_mixture(config: ModelConfig) -> ModelConfig:
     return replace(
         made,
         layer_count=2 if two else 1,
+        ffn_size=7,
         dense_layers=dense,
         dense_blocks=min(config.dense_blocks, 2) if dense else 0,
         unrotated_layers=tuple(i for i in config.unrotated_layers if i < 2),
@@ -54,8 +55,8 @@ def small_mixture(config: ModelConfig) -> ModelConfig:
 
 
 ZOO = {name: small_mixture(config) if SIMULATED else config for name, config in expert_zoo().items()}
-# One layer with experts, of each kind of activation.
-SILU, RELU = ZOO["mixtral"], replace(ZOO["mixtral_drelu"], expert_count=3)
+# One layer with experts, of each kind of activation; of the second enough neurons for tensor cores.
+SILU, RELU = ZOO["mixtral"], replace(ZOO["mixtral_drelu"], expert_count=3, ffn_size=18)
 
 
 @pytest.mark.parametrize("name", ZOO)
