@@ -20,7 +20,7 @@ from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig, tensor_specs
 from svdengine.models.tensors import ROUTER
-from svdengine.tools.first_gpu_parts import LONG, MEASURED, small_config
+from svdengine.tools.first_gpu_parts import LONG, MEASURED, small_config, small_mixtures
 from svdengine.tools.random_model import shape_config
 
 
@@ -78,10 +78,11 @@ def kernels_of_first_run() -> dict[str, Kernel]:
     """Every kernel that tools/first_gpu_run.py launches: those of the catalogue, and those of its models."""
     found = all_kernels()
     measured = replace(shape_config("llama2-7b", 1, "relu"), max_position=LONG)
-    plans: Sequence[tuple[ModelConfig, Sequence[WeightFormat], int, KvDtype]] = (
+    plans: tuple[tuple[ModelConfig, Sequence[WeightFormat], int, KvDtype], ...] = (
         (measured, tuple(MEASURED.values()), 256, "f16"),
         (small_config(), WEIGHT_FORMATS, 64, "f32"),
         (small_config(), ("q8",), 64, "f16"),
+        *((config, (dtype,), 64, "f32") for dtype, config in small_mixtures().items()),
     )
     for config, dtypes, rank, kv_dtype in plans:
         for dtype in dtypes:
