@@ -20,13 +20,19 @@ _NONE, _ONE = np.int32(0), np.float32(1)
 
 
 @jit(device=True)
+def row_of(pair, per_row):
+    """The row that a pair is of: a division of 32 bits, which is the cheaper one."""
+    return np.int32(np.uint32(pair) // np.uint32(per_row))
+
+
+@jit(device=True)
 def _of_row(chosen, weights, per_row, pair):
     return pair, _NONE, _ONE
 
 
 @jit(device=True)
 def _of_pair(chosen, weights, per_row, pair):
-    return pair // per_row, chosen[pair], weights[pair]
+    return row_of(pair, per_row), chosen[pair], weights[pair]
 
 
 # By whether the model is a mixture: owner(chosen, weights, per_row, pair), the pair's row, block, and weight. Of other

@@ -11,7 +11,7 @@ from numba import cuda
 from numba.cuda import types
 
 from svdengine.kernels.cuda.atomics import is_last_block
-from svdengine.kernels.cuda.chosen import GROUP
+from svdengine.kernels.cuda.chosen import GROUP, row_of
 from svdengine.kernels.cuda.compact import ballot, below
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.elementwise import DRELU, activate
@@ -104,7 +104,7 @@ def gather_rows(x, order, to, per_row, words, stride):
     """to: the row of x of each sorted pair (blockIdx.y), `words` of `stride` words, which both have."""
     i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if i < words:
-        to[cuda.blockIdx.y * stride + i] = x[order[cuda.blockIdx.y] // per_row * stride + i]
+        to[cuda.blockIdx.y * stride + i] = x[row_of(order[cuda.blockIdx.y], per_row) * stride + i]
 
 
 @kernel(

@@ -20,7 +20,7 @@ from svdengine.kernels.cuda.memory_split import LayerSplit
 from svdengine.kernels.cuda.model import Model, build_model
 from svdengine.kernels.cuda.placed_predictor import place_predictor
 from svdengine.kernels.cuda.rounding import takes_integers
-from svdengine.kernels.cuda.score import SCORE, SCORE_ROWS, SCORE_THREADS
+from svdengine.kernels.cuda.score import SCORE_ROWS, SCORE_THREADS, score_kernel
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
@@ -174,10 +174,11 @@ def listed_by_scores(device: Any, values: NDArray[np.float32], size: int) -> tup
     for row in range(rows):  # thresholds are shared by rows: one launch each
         part = slice(row * stride, (row + 1) * stride)
         device.launch(
-            SCORE["", 0], (blocks, 1), SCORE_THREADS, nothing, half, half, nothing.view(np.float32),
+            score_kernel("", 0), (blocks, 1), SCORE_THREADS, nothing, half, half, nothing.view(np.float32),
             nothing, half, device.upload(values[row]), device.zeros(stride, np.float32), nothing, nothing,
             nothing.view(np.float32), scores[part], masks[row * words : (row + 1) * words], tickets[row : row + 1],
-            neurons[part], lengths[row : row + 1], counts, size, 0, 0, 0, 0, stride, words,
+            neurons[part], lengths[row : row + 1], counts, tickets, nothing.view(np.float32), 1, size, 0, 0, 0, 0,
+            stride, words,
         )  # fmt: skip
     return device.download(neurons).reshape(rows, stride), *map(device.download, (lengths, counts, tickets))
 
