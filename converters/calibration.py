@@ -59,7 +59,7 @@ _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
 EXACT = "exact"  # the kind of an expert that hardly any token reaches
-_FEWEST_FIT, _FEWEST_HELD = 128, 32  # sampled tokens that reach an expert with a predictor
+FEWEST_FIT, FEWEST_HELD = 128, 32  # sampled tokens that reach an expert with a predictor
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ def _calibrate_layer(
     """An FFN block's predictor, with thresholds from at most `rows` tokens: a layer's, or an expert's."""
     place = place_of(model_file.config, "gate", index)
     x, held = layer_sample(statistics, place, held_out=False), layer_sample(statistics, place, held_out=True)
-    if len(x) < _FEWEST_FIT or len(held) < _FEWEST_HELD:
+    if len(x) < FEWEST_FIT or len(held) < FEWEST_HELD:
         return _exact_work(model_file.config)
     layer = read_ffn_layer(model_file, index)
     if options.thresholds == GREEDY and not isinstance(candidates, PowerInferFile | PredictorFolder):

@@ -88,9 +88,8 @@ def modelled_bytes(predictor: LayerPredictor, layer: FfnLayer, fit: Tokens, held
     samples = [make_sample(scores(predictor, x), truth) for x, truth in (fit, held_out)]
     table = calibrate_thresholds("error", samples[0], samples[1], layer.row_bytes)
     level, levels = table.level_of_error(error), np.arange(len(table.error))
-    gate, up, down = (len(layer.gate) * size for size in layer.row_bytes)
-    predicted, computed = (np.interp(level, levels, share) for share in (table.predicted, table.computed))
-    return layer_predictor_bytes(predictor) + float(predicted) * gate + float(computed) * (up + down)
+    predicted, computed = (float(np.interp(level, levels, share)) for share in (table.predicted, table.computed))
+    return layer_predictor_bytes(predictor) + layer.read_bytes(predicted, computed)
 
 
 def _ranks(shares: Sequence[float], config: ModelConfig) -> list[int]:
