@@ -71,7 +71,7 @@ def choose_shape(
     factor_format: FactorFormat,
 ) -> PredictorShape:
     """The shape with the fewest modelled bytes a token at the typical error, in this layer."""
-    fit, held_out = _first(fit), _first(held_out)
+    fit, held_out = first_rows(fit), first_rows(held_out)
     bases = {
         kind: find_basis(kind, layer.gate, statistics, max(s.rank for s in shapes if s.kind == kind))
         for kind in {s.kind for s in shapes if s.rank}
@@ -98,6 +98,7 @@ def _ranks(shares: Sequence[float], config: ModelConfig) -> list[int]:
     return sorted({min(max(64 * round(share * d / 64), 64), most) for share in shares})
 
 
-def _first(tokens: Tokens) -> Tokens:
+def first_rows(tokens: Tokens) -> Tokens:
+    """As many tokens as candidates are tried on."""
     x, truth = tokens
     return x[:_ROWS], Neurons(truth.gates[:_ROWS], truth.active[:_ROWS], truth.energy[:_ROWS])

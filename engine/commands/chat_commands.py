@@ -254,11 +254,17 @@ def _bias(conversation: Conversation, text: str) -> str:
 
 
 def _stats(conversation: Conversation, _: str) -> str:
+    from svdengine.measuring.expert_use import expert_line, expert_use
+
     stats, counts = conversation.llm.stats(), conversation.llm.executor.neuron_counts()
     shares = share_text(counts.predicted_density, counts.active_density)
     steps = ", ".join(f"{count} {path.replace('_', ' ')}" for path, count in stats.steps.items())
     lines = [conversation.session.totals(), f"steps: {steps or 'none'}"]
-    return "\n".join([*lines, f"of steps that ran sparse: {shares}"] if shares else lines)
+    lines += [f"of steps that ran sparse: {shares}"] if shares else []
+    config = conversation.llm.config
+    if (use := expert_use(config, stats.experts)) is not None:
+        lines.append(expert_line(config, use))
+    return "\n".join(lines)
 
 
 def _context(conversation: Conversation, _: str) -> str:

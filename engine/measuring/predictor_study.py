@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.converters.calibration import FEWEST_HELD, layer_sample
 from svdengine.converters.calibration_size import LARGE, calibration_size
 from svdengine.converters.ffn_layer import FfnLayer, read_ffn_layer, run_neurons
 from svdengine.converters.parallel import one_blas_thread, over_parts
@@ -26,7 +25,14 @@ from svdengine.converters.predictor_quality import (
     sign_scorer,
 )
 from svdengine.converters.predictors import build_predictor, find_basis
-from svdengine.converters.statistics import LayerStatistics, Statistics, StatisticsCollector, collect_statistics
+from svdengine.converters.statistics import (
+    FEWEST_HELD,
+    LayerStatistics,
+    Statistics,
+    StatisticsCollector,
+    collect_statistics,
+    layer_sample,
+)
 from svdengine.errors import RequestError
 from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import require_relu_family
