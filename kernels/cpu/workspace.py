@@ -14,8 +14,8 @@ DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate 
 # KEPT_EXPERTS: address for their numbers, or 0.
 N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, AHEAD, KEPT_EXPERTS, SIZES = range(11)
 # Columns of a thread's counters, in Inputs.counts: its lists of the FFN blocks at hand, SLOTS at most, and after them
-# numbers of each FFN block: neurons of sparse rows, and of an expert the rows that chose it, on any path (experts.py). A
-# thread's are on cache lines of their own.
+# numbers of each FFN block: neurons of sparse rows, and of an expert the rows that chose it on any path (experts.py).
+# A thread's are on cache lines of their own.
 SLOTS = 8  # FFN blocks of one row that run at once
 LISTED, FIRST_BLOCK = 0, SLOTS
 PREDICTED, ACTIVE, TOTAL, CHOSEN, BLOCK_COUNTS = range(5)

@@ -1,4 +1,4 @@
-"""Which experts tokens had: counted on every path and shown, on a mixture of which one is always chosen and one never."""
+"""Which experts tokens had, counted on every path and shown: of one mixture one always, and one never."""
 
 from __future__ import annotations
 
