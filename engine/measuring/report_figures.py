@@ -204,12 +204,14 @@ def cost_figure(study: PredictorStudy) -> Figure:
     series.append(line("exact: zeros skipped, no predictor", [x.exact_bytes for x in study.layers]))
     series.append(line("dense", [x.dense_bytes for x in study.layers], dashed=True))
     top = max(value for one in series for _, value in one.points)
-    rows = [(str(x.layer), *(x.read[name] for name in names), x.exact_bytes, x.dense_bytes) for x in study.layers]
-    totals = [sum(float(row[column]) for row in rows) for column in range(1, len(names) + 3)]
-    rows.append(("all", *totals))
+    sizes = [[*(x.read[name] for name in names), x.exact_bytes, x.dense_bytes] for x in study.layers]
+    totals = [sum(column) for column in zip(*sizes, strict=True)]
+    titles = [*(str(x.layer) for x in study.layers), "all"]
+    rows = tuple((title, *values) for title, values in zip(titles, [*sizes, totals], strict=True))
     paying = [name for name, total in zip(names, totals, strict=False) if total < totals[-2]]
-    told = {0: " Here no predictor reads less than that." if names else "", len(names): ""}
-    told = told.get(len(paying), f" Only {', '.join(paying)} reads less than that.")
+    told = (
+        "" if len(paying) == len(names) else f" Only {', '.join(paying)} reads less." if paying else " Here none does."
+    )
     return Figure(
         "bytes",
         "Bytes of the FFNs",
@@ -217,7 +219,7 @@ def cost_figure(study: PredictorStudy) -> Figure:
         f" where that is less than what exact zeros leave.{told}",
         line_chart(series, "layer", "KB a token", y_range=(0.0, 1.08 * top)),
         (Column("layer"), *(Column(f"{n} KB", "{:.1f}", 1e-3) for n in (*names, "exact", "dense"))),
-        tuple(rows),
+        rows,
     )
 
 

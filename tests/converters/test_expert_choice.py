@@ -71,7 +71,7 @@ def test_a_predictor_that_pays_is_made_for_all_experts(folder: Path) -> None:
 
 def test_nothing_pays_where_experts_are_narrow_and_the_file_says_why(folder: Path, tmp_path: Path) -> None:
     """A rank of 64 is all of a gate of 64 neurons: its factors are larger than the gate, which has 8.5 bits too."""
-    found, file = calibrated(folder / "narrow.svdp")
+    found, file = calibrated(folder / "narrow.svdp", rank=64)
     assert found.scores_nothing and found.about["choice"]["exact"] and not found.about["outcome"]
     assert {row["kind"] for row in found.about["table"]} == {EXACT}
     assert found.densities == pytest.approx((1.0, 0.1), abs=0.04)
@@ -86,6 +86,16 @@ def test_nothing_pays_where_experts_are_narrow_and_the_file_says_why(folder: Pat
         exact = llm.logits([5, 6, 7, 9])
         llm.ffn = "sparse"
         np.testing.assert_allclose(llm.logits([5, 6, 7, 9]), exact, rtol=1e-3, atol=1e-4)  # nothing is missed
+
+
+def test_nothing_pays_where_most_neurons_are_active(tmp_path: Path) -> None:
+    """With three quarters active a perfect predictor saves a quarter of the gate: less than a tenth of what is read."""
+    busy = Sparsity(rank=64, predicted=0.85, active=0.75)
+    found, file = calibrated(write_mixture(tmp_path / "m.svdp", NARROW, sparsity=busy, predictor=False))
+    file.close()
+    choice = found.about["choice"]
+    assert choice["exact"] and found.scores_nothing
+    assert choice["best"]["read"] >= choice["exact_bytes"] - 0.3 * choice["gate_bytes"] > PAYS * choice["exact_bytes"]
 
 
 def test_auto_asks_no_times_where_nothing_is_scored() -> None:
@@ -106,7 +116,8 @@ def test_densities_count_experts_as_often_as_tokens_reach_them() -> None:
         {"reached": 0.0},
     ]
     assert Predictor((), {"table": rows}).densities == pytest.approx((0.28, 0.12))
-    assert Predictor((), {"table": [{"predicted_density": 0.2}, {"predicted_density": 0.4}]}).densities[0] == 0.3 + 0.0
+    plain = Predictor((), {"table": [{"predicted_density": 0.2}, {"predicted_density": 0.4}]})
+    assert plain.densities[0] == pytest.approx(0.3)
     assert Predictor((), {"table": [{"reached": -1.0, "predicted_density": 0.5}]}).densities[0] == 0.25
 
 
