@@ -62,7 +62,7 @@ _USUAL_TRIALS = 3  # of the loss: for the time left, which nobody knows
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
-EXACT = "exact"  # the kind of an expert that hardly any token reaches
+EXACT = "exact"  # the kind of an expert that hardly any token reaches, or for which no predictor pays
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ def calibrate(
         for index, (w, level) in enumerate(zip(work, levels, strict=True))
     ]
     about = {
-        "kind": options.kind,
+        "kind": EXACT if choice is not None and choice.shape is None else options.kind,
         "thresholds": options.thresholds,
         **({"ablation": options.paper.ablation} if options.thresholds == GREEDY else {}),
         "budget": options.budget,

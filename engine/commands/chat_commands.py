@@ -247,7 +247,8 @@ def _auto(conversation: Conversation, _: str) -> str:
 
 
 def _bias(conversation: Conversation, text: str) -> str:
-    if conversation.llm.predictor is None:
+    predictor = conversation.llm.predictor
+    if predictor is None or predictor.scores_nothing:
         raise RequestError("/bias shifts the thresholds of a predictor, and this model has none")
     told = _set(conversation, f"sparsity_bias {text}".strip())
     return f"{told}; above 0, fewer neurons are computed"

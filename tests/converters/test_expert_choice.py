@@ -10,6 +10,7 @@ import pytest
 from planted_experts import ALWAYS, NEVER, mixture, write_mixture
 
 from svdengine import load
+from svdengine.commands.greeting import greeting
 from svdengine.converters.calibration import EXACT, CalibrationOptions, calibrate, find_shapes
 from svdengine.converters.calibration_size import default_kind
 from svdengine.converters.expert_choice import PAYS, choose_for_experts, expert_shapes, find_subjects
@@ -31,7 +32,7 @@ NARROW = replace(WIDE, ffn_size=64)
 RANK_64 = Sparsity(rank=64, predicted=0.12, active=0.1, noise=0.01)
 
 
-def windows(config: ModelConfig, count: int = 24) -> list[list[int]]:
+def windows(config: ModelConfig, count: int = 14) -> list[list[int]]:
     return [np.random.default_rng(n).integers(0, config.vocab_size, 64).tolist() for n in range(count)]
 
 
@@ -73,6 +74,7 @@ def test_nothing_pays_where_experts_are_narrow_and_the_file_says_why(folder: Pat
     """A rank of 64 is all of a gate of 64 neurons: its factors are larger than the gate, which has 8.5 bits too."""
     found, file = calibrated(folder / "narrow.svdp", rank=64)
     assert found.scores_nothing and found.about["choice"]["exact"] and not found.about["outcome"]
+    assert found.about["kind"] == EXACT
     assert {row["kind"] for row in found.about["table"]} == {EXACT}
     assert found.densities == pytest.approx((1.0, 0.1), abs=0.04)
     path = tmp_path / "m.svdp"
@@ -80,6 +82,7 @@ def test_nothing_pays_where_experts_are_narrow_and_the_file_says_why(folder: Pat
     file.close()
     with load(path, device="reference") as llm:
         report = predictor_report(llm.predictor, NARROW) if llm.predictor is not None else {}
+        assert "no predictor pays" in greeting(llm)
         assert "experts: no predictor pays. At best, with " in "\n".join(predictor_lines(report))
         assert report["totals"]["no_predictor"] == "12 of 12" and report["totals"]["recall"] == 1.0
     with load(path, device="cpu", threads=1, ffn="exact") as llm:
