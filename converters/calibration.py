@@ -189,8 +189,9 @@ def calibrate(
     )
     choice = None
     if config.expert_count and options.kind == AUTO and not isinstance(candidates, PowerInferFile | PredictorFolder):
-        choice = choose_for_experts(candidates, find_subjects(model_file, statistics), options.factor_format)
+        choice = choose_for_experts(candidates, find_subjects(model_file, statistics), _expert_factors(options))
         candidates = [choice.shape] if choice is not None and choice.shape is not None else []
+        options = replace(options, factor_format=choice.factors if choice is not None else options.factor_format)
     work = []
     for index in range(config.ffn_blocks):
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
@@ -298,6 +299,11 @@ def _calibrate_layer(
         held_sample = make_sample(scores(predictor, held), run_neurons(layer, held), estimates)
     calibrator = cast(Calibrator, options.thresholds)
     return _LayerWork(predictor, calibrate_thresholds(calibrator, sample, held_sample, layer.row_bytes), kind)
+
+
+def _expert_factors(options: CalibrationOptions) -> tuple[FactorFormat, ...]:
+    """The formats of factors that are tried for experts: of narrow ones the predictor's bytes count most."""
+    return ("q8", "q4") if options.factor_format == "q8" else (options.factor_format,)
 
 
 def _exact_work(config: ModelConfig) -> _LayerWork:

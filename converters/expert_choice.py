@@ -42,6 +42,7 @@ class Trial:
     kind: str
     rank: int
     bits: int
+    factors: FactorFormat  # of an SVD
     scoring: float  # bytes of the predictor
     read: float  # bytes of predictor and weights, at the typical error
 
@@ -51,6 +52,7 @@ class ExpertChoice:
     """What was tried, and what came of it."""
 
     shape: PredictorShape | None  # None: no predictor pays, and exact zeros alone are skipped
+    factors: FactorFormat
     trials: tuple[Trial, ...]
     experts: int  # that were tried
     exact: float  # bytes that a token reads of an expert where exact zeros are skipped
@@ -108,31 +110,33 @@ def find_subjects(model_file: ModelFile, statistics: Statistics) -> list[Subject
 
 
 def choose_for_experts(
-    shapes: Sequence[PredictorShape], subjects: Sequence[Subject], factor_format: FactorFormat
+    shapes: Sequence[PredictorShape], subjects: Sequence[Subject], factors: Sequence[FactorFormat]
 ) -> ExpertChoice | None:
     """The shape with the fewest bytes a token, where these are less than `PAYS` of what exact zeros leave.
 
-    None where there is nothing to try it on.
+    The factors of an SVD are tried in all formats of `factors`. None where there is nothing to try it on.
     """
     if not subjects:
         return None
-    scoring, read = np.zeros((2, len(subjects), len(shapes)))
+    tried = [(shape, one) for shape in shapes for one in (factors if shape.rank else factors[:1])]
+    scoring, read = np.zeros((2, len(subjects), len(tried)))
     exact, dense, gate = np.zeros((3, len(subjects)))
     most = max((shape.rank for shape in shapes), default=0)
     for number, subject in enumerate(subjects):
         layer, held_out = subject.layer, first_rows(subject.held_out)
         basis = find_basis("svd", layer.gate, subject.moments, most) if most else None
-        for at, shape in enumerate(shapes):
-            predictor = build_candidate(shape, layer, subject.moments, factor_format, basis if shape.rank else None)
+        for at, (shape, one) in enumerate(tried):
+            predictor = build_candidate(shape, layer, subject.moments, one, basis if shape.rank else None)
             scoring[number, at] = layer_predictor_bytes(predictor)
             read[number, at] = modelled_bytes(predictor, layer, first_rows(subject.fit), held_out, TYPICAL_ERROR)
         exact[number] = layer.read_bytes(1, float(held_out[1].active.mean()))
         dense[number], gate[number] = layer.read_bytes(1, 1), layer.read_bytes(1, 0)
     trials = tuple(
-        Trial(shape.kind, shape.rank, shape.bits, float(scoring[:, at].mean()), float(read[:, at].mean()))
-        for at, shape in enumerate(shapes)
+        Trial(shape.kind, shape.rank, shape.bits, one, float(scoring[:, at].mean()), float(read[:, at].mean()))
+        for at, (shape, one) in enumerate(tried)
     )
     best = int(np.argmin([trial.read for trial in trials]))
     pays = trials[best].read < PAYS * exact.mean()
     sizes = float(exact.mean()), float(dense.mean()), float(gate.mean())
-    return ExpertChoice(shapes[best] if pays else None, trials, len(subjects), *sizes)
+    shape, one = tried[best]
+    return ExpertChoice(shape if pays else None, one, trials, len(subjects), *sizes)

@@ -151,7 +151,11 @@ def _choice(choice: Mapping[str, Any]) -> dict[str, Any]:
     known = best if isinstance(best, dict) else {}
     return {
         "exact": choice.get("exact") is True,
-        "best": {"kind": _text(known.get("kind")), **{n: _number(known.get(n)) for n in _BEST}},
+        "best": {
+            "kind": _text(known.get("kind")),
+            "factors": _text(known.get("factors")),
+            **{n: _number(known.get(n)) for n in _BEST},
+        },
         **{name: _number(choice.get(name)) for name in ("tried", "exact_bytes", "dense_bytes", "gate_bytes")},
     }
 
@@ -162,7 +166,9 @@ def choice_line(choice: Mapping[str, Any]) -> str:
     if None in sizes or any(best[name] is None for name in _BEST):
         return ""
     exact, dense, gate, tried = sizes
-    shape = best["kind"] + (f" of rank {best['rank']}" if best["rank"] else f" of {best['bits']} bits")
+    shape = best["kind"] + (
+        f" of rank {best['rank']} in {best['factors']}" if best["rank"] else f" of {best['bits']} bits"
+    )
     found = (
         f"with {shape} a token reads {best['read'] / 1e3:.0f} KB of an expert, {exact / 1e3:.0f} where only exact zeros"
         f" are skipped, {dense / 1e3:.0f} dense (mean of {tried} experts)"

@@ -19,6 +19,7 @@ from svdengine.converters.statistics import StatisticsCollector, collect_statist
 from svdengine.files.model_file import ModelFile, read_model_file
 from svdengine.files.predictor_file import write_model_with_predictor
 from svdengine.kernels.ffn_times import choose_path
+from svdengine.kernels.formats import FORMATS
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.kernels.reference import ReferenceExecutor, float32_weights
 from svdengine.measuring.predictor_table import predictor_lines, predictor_report
@@ -30,6 +31,9 @@ from svdengine.tools.random_model import SHAPES
 WIDE = mixture(hidden_size=192, ffn_size=768, layer_count=2, head_dim=48)
 NARROW = replace(WIDE, ffn_size=64)
 RANK_64 = Sparsity(rank=64, predicted=0.12, active=0.1, noise=0.01)
+
+
+Q4_BITS = 8 * FORMATS["q4"].stored_bytes(1, 64) / 64
 
 
 def windows(config: ModelConfig, count: int = 14) -> list[list[int]]:
@@ -59,14 +63,16 @@ def test_a_predictor_that_pays_is_made_for_all_experts(folder: Path) -> None:
     found, file = calibrated(folder / "wide.svdp", max_error=0.01, rank=64)
     choice = found.about["choice"]
     assert not choice["exact"] and (choice["best"]["kind"], choice["best"]["rank"]) == ("svd", 64)
+    assert choice["best"]["factors"] == "q4"  # enough to find the neurons, in half the bytes
+    assert {layer.factor_format for layer in found.layers if layer.rank} == {"q4"}
     gate = 768 * 192 * 8.5 / 8
     assert choice["gate_bytes"] == pytest.approx(gate) and choice["dense_bytes"] == pytest.approx(3 * gate)
-    assert choice["best"]["scoring"] == pytest.approx(64 * (192 + 768) * 8.5 / 8 + 4 * 768)
+    assert choice["best"]["scoring"] == pytest.approx(64 * (192 + 768) * Q4_BITS / 8 + 4 * 768)
     assert choice["best"]["read"] < PAYS * choice["exact_bytes"]
     ranks = {row["rank"] for row in found.about["table"] if row["kind"] != EXACT}
     assert ranks == {64} and found.layers[NEVER].rank == 0
     lines = "\n".join(predictor_lines(predictor_report(found, file.config)))
-    assert "experts: with svd of rank 64 a token reads" in lines and "of 12" in lines
+    assert "experts: with svd of rank 64 in q4 a token reads" in lines and "of 12" in lines
     file.close()
 
 
@@ -133,13 +139,15 @@ def test_the_planted_rank_is_found_on_experts_that_tokens_reach(folder: Path) ->
         assert 2 <= len(subjects) <= 6
         assert len(subjects[0].fit[0]) == statistics.fit.shape[1]  # the expert that every token has comes first
         shapes = [PredictorShape("svd", rank, 0) for rank in (16, 64, 128, 192)]
-        found = choose_for_experts(shapes, subjects, "q8")
-        assert found is not None and found.shape == shapes[1]  # the planted rank: less misses it, more only costs
-        small = choose_for_experts(expert_shapes(config, None, None), subjects, "q8")
+        found = choose_for_experts(shapes, subjects, ["q8"])
+        assert (
+            found is not None and found.shape == shapes[1] and found.factors == "q8"
+        )  # the planted rank: less misses it, more only costs
+        small = choose_for_experts(expert_shapes(config, None, None), subjects, ["q8", "q4"])
         assert small is not None and len(small.trials) == len({t.read for t in small.trials})
         least = min(t.read for t in small.trials)
         assert small.record["best"]["read"] == round(least) <= min(t.read for t in found.trials)
-        assert choose_for_experts(expert_shapes(config, 64, None), [], "q8") is None
+        assert choose_for_experts(expert_shapes(config, 64, None), [], ["q8"]) is None
     assert ALWAYS == 0
 
 
