@@ -236,7 +236,7 @@ def expert_figure(study: PredictorStudy) -> Iterator[Figure]:
     never = sum(share == 0 for share in shares)
     text = (
         f"The share of {tokens} held-out tokens that each expert was chosen for: the darker, the more; at most"
-        f" {100 * shares[-1]:.0f} %, in the middle {100 * shares[len(shares) // 2]:.1f} %."
+        f" {100 * shares[-1]:.0f} %, the median {100 * shares[len(shares) // 2]:.1f} %."
         f" {never} of {len(shares)} were never chosen."
     )
     if any(exact for _, row in grid for _, exact in row):

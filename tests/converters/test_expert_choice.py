@@ -140,9 +140,8 @@ def test_the_planted_rank_is_found_on_experts_that_tokens_reach(folder: Path) ->
         assert len(subjects[0].fit[0]) == statistics.fit.shape[1]  # the expert that every token has comes first
         shapes = [PredictorShape("svd", rank, 0) for rank in (16, 64, 128, 192)]
         found = choose_for_experts(shapes, subjects, ["q8"])
-        assert (
-            found is not None and found.shape == shapes[1] and found.factors == "q8"
-        )  # the planted rank: less misses it, more only costs
+        assert found is not None and found.factors == "q8"
+        assert found.shape == shapes[1]  # the planted rank: less misses it, more only costs
         small = choose_for_experts(expert_shapes(config, None, None), subjects, ["q8", "q4"])
         assert small is not None and len(small.trials) == len({t.read for t in small.trials})
         least = min(t.read for t in small.trials)
