@@ -33,9 +33,6 @@ NARROW = replace(WIDE, ffn_size=64)
 RANK_64 = Sparsity(rank=64, predicted=0.12, active=0.1, noise=0.01)
 
 
-Q4_BITS = 8 * FORMATS["q4"].stored_bytes(1, 64) / 64
-
-
 def windows(config: ModelConfig, count: int = 14) -> list[list[int]]:
     return [np.random.default_rng(n).integers(0, config.vocab_size, 64).tolist() for n in range(count)]
 
@@ -67,7 +64,8 @@ def test_a_predictor_that_pays_is_made_for_all_experts(folder: Path) -> None:
     assert {layer.factor_format for layer in found.layers if layer.rank} == {"q4"}
     gate = 768 * 192 * 8.5 / 8
     assert choice["gate_bytes"] == pytest.approx(gate) and choice["dense_bytes"] == pytest.approx(3 * gate)
-    assert choice["best"]["scoring"] == pytest.approx(64 * (192 + 768) * Q4_BITS / 8 + 4 * 768)
+    factors = FORMATS["q4"].stored_bytes(768, 64) + FORMATS["q4"].stored_bytes(64, 192)
+    assert choice["best"]["scoring"] == factors + 4 * 768
     assert choice["best"]["read"] < PAYS * choice["exact_bytes"]
     ranks = {row["rank"] for row in found.about["table"] if row["kind"] != EXACT}
     assert ranks == {64} and found.layers[NEVER].rank == 0
@@ -98,13 +96,15 @@ def test_nothing_pays_where_experts_are_narrow_and_the_file_says_why(folder: Pat
 
 
 def test_nothing_pays_where_most_neurons_are_active(tmp_path: Path) -> None:
-    """With three quarters active a perfect predictor saves a quarter of the gate: less than a tenth of what is read."""
-    busy = Sparsity(rank=64, predicted=0.85, active=0.75)
+    """With four fifths active a perfect predictor saves a fifth of the gate: less than a tenth of what is read."""
+    busy = Sparsity(rank=64, predicted=0.9, active=0.8)
     found, file = calibrated(write_mixture(tmp_path / "m.svdp", NARROW, sparsity=busy, predictor=False))
     file.close()
     choice = found.about["choice"]
     assert choice["exact"] and found.scores_nothing
-    assert choice["best"]["read"] >= choice["exact_bytes"] - 0.3 * choice["gate_bytes"] > PAYS * choice["exact_bytes"]
+    active = (choice["exact_bytes"] / choice["gate_bytes"] - 1) / 2
+    assert active == pytest.approx(0.8, abs=0.05)
+    assert choice["best"]["read"] > choice["exact_bytes"] - (1 - active) * choice["gate_bytes"]
 
 
 def test_auto_asks_no_times_where_nothing_is_scored() -> None:
