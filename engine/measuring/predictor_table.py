@@ -108,7 +108,8 @@ def predictor_lines(report: Mapping[str, Any]) -> list[str]:
         lines += [_line(kind, _cells(row, _COSTS), 18) for kind, row in report["kinds"].items()]
     if "choice" in report and (told := choice_line(report["choice"])):
         lines += ["", told]
-    columns = _COLUMNS + (_EXACT if "no_predictor" in report["totals"] else ())
+    more = _EXACT if "no_predictor" in report["totals"] else ()
+    columns = (*_COLUMNS[:-1], *more, _COLUMNS[-1])
     lines += ["", _line("layer", [heading for heading, *_ in columns])]
     whole = {layer: _folded(list(rows)) for layer, rows in groupby(report["layers"], key=lambda row: row["layer"])}
     lines += [_line(str(layer), _cells(row, columns)) for layer, row in whole.items()]
