@@ -167,9 +167,8 @@ def choice_line(choice: Mapping[str, Any]) -> str:
     if None in sizes or any(best[name] is None for name in _BEST):
         return ""
     exact, dense, gate, tried = sizes
-    shape = best["kind"] + (
-        f" of rank {best['rank']} in {best['factors']}" if best["rank"] else f" of {best['bits']} bits"
-    )
+    bits = "1 bit" if best["bits"] == 1 else f"{best['bits']} bits"
+    shape = f"{best['kind']} of " + (f"rank {best['rank']} in {best['factors']}" if best["rank"] else bits)
     found = (
         f"with {shape} a token reads {best['read'] / 1e3:.0f} KB of an expert, {exact / 1e3:.0f} where only exact zeros"
         f" are skipped, {dense / 1e3:.0f} dense (mean of {tried} experts)"
@@ -177,8 +176,8 @@ def choice_line(choice: Mapping[str, Any]) -> str:
     if not choice["exact"]:
         return f"experts: {found}"
     return (
-        f"experts: no predictor pays. At best, {found}: its own {best['scoring'] / 1e3:.0f} KB are too many for a gate"
-        f" of {gate / 1e3:.0f} KB. All gates are computed, exact zeros are skipped, and nothing is lost"
+        f"experts: no predictor pays. At best, {found}: it reads {best['scoring'] / 1e3:.0f} KB itself, and saves too"
+        f" little of a gate of {gate / 1e3:.0f} KB. All gates are computed, exact zeros are skipped, and nothing is lost"
     )
 
 
