@@ -176,8 +176,8 @@ def choice_line(choice: Mapping[str, Any]) -> str:
     if not choice["exact"]:
         return f"experts: {found}"
     return (
-        f"experts: no predictor pays. At best, {found}: it reads {best['scoring'] / 1e3:.0f} KB itself, and saves too"
-        f" little of a gate of {gate / 1e3:.0f} KB. All gates are computed, exact zeros are skipped, and nothing is lost"
+        f"experts: no predictor pays. At best, {found}: it reads {best['scoring'] / 1e3:.0f} KB itself, and saves"
+        f" too little of a gate of {gate / 1e3:.0f} KB. All gates are computed, exact zeros skipped, and nothing is lost"
     )
 
 
