@@ -177,7 +177,7 @@ def choice_line(choice: Mapping[str, Any]) -> str:
         return f"experts: {found}"
     return (
         f"experts: no predictor pays. At best, {found}: it reads {best['scoring'] / 1e3:.0f} KB itself, and saves"
-        f" too little of a gate of {gate / 1e3:.0f} KB. All gates are computed, exact zeros skipped, and nothing is lost"
+        f" too little of a gate of {gate / 1e3:.0f} KB. Gates are all computed, exact zeros skipped; nothing is lost"
     )
 
 
