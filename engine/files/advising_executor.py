@@ -38,7 +38,7 @@ class AdvisingExecutor:
         self.block_size, self.block_count = inner.block_size, inner.block_count
         self.ffn_path, self.close = inner.ffn_path, inner.close
         self.neuron_counts, self.layer_counts = inner.neuron_counts, inner.layer_counts
-        self.reset_neuron_counts = inner.reset_neuron_counts
+        self.reset_neuron_counts, self.expert_counts = inner.reset_neuron_counts, inner.expert_counts
         self._file, self._rows = model_file, ffn_row_names(model_file)
         self._told: dict[str, Advice] = {}
 

@@ -10,9 +10,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, NeuronCounts, SamplingExecutor
+from svdengine.measuring.expert_use import expert_use
 from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
 from svdengine.measuring.page_faults import PageFaults, page_faults
 from svdengine.scheduling.block_pool import kv_read_bytes
@@ -48,6 +50,8 @@ class BenchRow:
     faults_per_token: float | None = None  # page faults of all kinds; None: not asked for
     major_faults_per_token: float | None = None  # of those, pages that were not in memory
     disk_bytes_per_token: float | None = None  # read from storage
+    busiest_expert: float | None = None  # share of tokens that have the expert which most have, mean of layers
+    unused_experts: int | None = None  # of all layers' experts those that no token of the test had
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Repetition:
     seconds: float
     neurons: NeuronCounts
     faults: PageFaults | None
+    experts: tuple[NDArray[np.int64], ...] = ()  # rows that chose each, by layer with experts
 
 
 def run_benchmark(
@@ -166,6 +171,9 @@ def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: lis
         predicted_density=neurons.predicted_density,
         active_density=neurons.active_density,
     )
+    use = expert_use(llm.config, _summed([repetition.experts for repetition in done]))
+    if use is not None:
+        row = replace(row, busiest_expert=use.busiest, unused_experts=use.unused)
     if dense is not None and dense is not done:
         row = replace(row, speedup=_median_seconds(dense) / _median_seconds(done))
     faults = [repetition.faults for repetition in done if repetition.faults is not None]
@@ -177,6 +185,11 @@ def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: lis
         major_faults_per_token=sum(found.major for found in faults) / count,
         disk_bytes_per_token=sum(found.disk_bytes for found in faults) / count,
     )
+
+
+def _summed(repetitions: Sequence[tuple[NDArray[np.int64], ...]]) -> list[list[int]]:
+    """Rows that chose each expert, by layer, of all repetitions."""
+    return [np.sum(layer, 0).tolist() for layer in zip(*repetitions, strict=True)]
 
 
 def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> float:
@@ -221,13 +234,19 @@ def _repeat(
 
 
 def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
-    neurons = executor.neuron_counts()
+    neurons, experts = executor.neuron_counts(), _expert_counts(executor)
     pages = page_faults() if faults else None
     begin = time.perf_counter()
     run()
     seconds = time.perf_counter() - begin
     found = page_faults().since(pages) if pages is not None else None
-    return Repetition(seconds, executor.neuron_counts() - neurons, found)
+    chosen = tuple(now - then for now, then in zip(_expert_counts(executor), experts, strict=True))
+    return Repetition(seconds, executor.neuron_counts() - neurons, found, chosen)
+
+
+def _expert_counts(executor: Executor) -> tuple[NDArray[np.int64], ...]:
+    counted = getattr(executor, "expert_counts", None)
+    return () if counted is None else counted()
 
 
 def _prompt(count: int, vocab_size: int) -> np.ndarray:

@@ -31,7 +31,18 @@ from svdengine.kernels.cpu.simd import (
     store_real,
 )
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import AHEAD, KEPT_EXPERTS, MODE, PREDICT, SLOTS, Inputs, Workspace
+from svdengine.kernels.cpu.workspace import (
+    AHEAD,
+    BLOCK_COUNTS,
+    CHOSEN,
+    FIRST_BLOCK,
+    KEPT_EXPERTS,
+    MODE,
+    PREDICT,
+    SLOTS,
+    Inputs,
+    Workspace,
+)
 
 workspace_at, inputs_at = record_at(Workspace), record_at(Inputs)
 _ZERO = np.float32(0)
@@ -67,6 +78,10 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
         products = work.router + (0 if n == 1 else row) * work.router_stride
         at = row * work.chosen_stride
         choose(model, products, work.chosen + at, work.weights + at, work.scratch + member * work.scratch_stride)
+        if n > 1 or member == 0:
+            for k in range(model.chosen_blocks):
+                block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+                inputs.counts[member, FIRST_BLOCK + block * BLOCK_COUNTS + CHOSEN] += 1
         if inputs.sizes[KEPT_EXPERTS] != 0 and n > 1:
             for k in range(model.chosen_blocks):
                 to = inputs.sizes[KEPT_EXPERTS] + 4 * ((layer * n + row) * model.chosen_blocks + k)
