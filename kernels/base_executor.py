@@ -155,6 +155,17 @@ class BaseExecutor(ABC):
         Of no effect where the weights are not read from the model file's memory map.
         """
 
+    def place_block(self, block: int, arrays: Mapping[str, NDArray]) -> None:  # noqa: B027
+        """Read the matrices of an FFN block in `arrays` from the next step on: stored parts by name, without layers.
+
+        They must be what the block had before, and outlive it there. Of no effect on an executor with weights of its
+        own.
+        """
+
+    def expert_counts(self) -> NDArray[np.int64] | None:
+        """How many rows have chosen each FFN block of a mixture, (ffn_blocks,); None: it is not counted."""
+        return None
+
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         return NeuronCounts(*map(int, self.layer_counts().sum(0)))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, NeuronCounts, SamplingExecutor
 from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
@@ -48,6 +49,9 @@ class BenchRow:
     faults_per_token: float | None = None  # page faults of all kinds; None: not asked for
     major_faults_per_token: float | None = None  # of those, pages that were not in memory
     disk_bytes_per_token: float | None = None  # read from storage
+    experts_per_token: float | None = None  # that were chosen, where experts are kept in memory
+    kept_experts: float | None = None  # share of them that are kept
+    read_experts: float | None = None  # share of them that came from storage, if nothing else did: an upper bound
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class Repetition:
     seconds: float
     neurons: NeuronCounts
     faults: PageFaults | None
+    experts: tuple[int, int] | None = None  # chosen, and kept of those
 
 
 def run_benchmark(
@@ -171,12 +176,19 @@ def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: lis
     faults = [repetition.faults for repetition in done if repetition.faults is not None]
     if not faults:
         return row
-    return replace(
+    row = replace(
         row,
         faults_per_token=sum(found.minor + found.major for found in faults) / count,
         major_faults_per_token=sum(found.major for found in faults) / count,
         disk_bytes_per_token=sum(found.disk_bytes for found in faults) / count,
     )
+    uses = [repetition.experts for repetition in done if repetition.experts is not None]
+    chosen, kept = sum(chosen for chosen, _ in uses), sum(found for _, found in uses)
+    if not chosen or not isinstance(llm.executor, AdvisingExecutor) or llm.executor.kept is None:
+        return row
+    size = llm.executor.kept.plan.expert_bytes
+    read = min(1.0, sum(found.disk_bytes for found in faults) / (size * chosen))
+    return replace(row, experts_per_token=chosen / count, kept_experts=kept / chosen, read_experts=read)
 
 
 def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> float:
@@ -222,12 +234,16 @@ def _repeat(
 
 def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
     neurons = executor.neuron_counts()
+    kept = executor.kept if faults and isinstance(executor, AdvisingExecutor) else None
+    used = kept.uses() if kept is not None else (0, 0)
     pages = page_faults() if faults else None
     begin = time.perf_counter()
     run()
     seconds = time.perf_counter() - begin
     found = page_faults().since(pages) if pages is not None else None
-    return Repetition(seconds, executor.neuron_counts() - neurons, found)
+    uses = kept.uses() if kept is not None else None
+    experts = (uses[0] - used[0], uses[1] - used[1]) if uses is not None else None
+    return Repetition(seconds, executor.neuron_counts() - neurons, found, experts)
 
 
 def _prompt(count: int, vocab_size: int) -> np.ndarray:
