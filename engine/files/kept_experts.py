@@ -68,7 +68,7 @@ class KeptExperts:
     def __init__(self, executor: BaseExecutor, model_file: ModelFile, plan: ExpertPlan) -> None:
         self.plan = plan
         self._executor, self._file, self._names = executor, model_file, block_arrays(model_file)
-        self._pool = large(plan.kept * plan.expert_bytes).reshape(plan.kept, -1)
+        self._pool = large(plan.kept * plan.expert_bytes).reshape(plan.kept, plan.expert_bytes)
         self._slots: dict[int, int] = {}  # FFN block -> row of the pool
         self._scores = np.zeros(plan.total)
         self._steps, self._rows = 0, 0

@@ -178,7 +178,8 @@ def test_memory_above_the_bound_is_let_go(path: Path, small: LLM, monkeypatch: p
 def test_it_says_what_it_does(path: Path, small: LLM) -> None:
     kept = CONFIG.ffn_blocks // 2
     assert memory_use(small.executor).startswith(f"{kept} of {CONFIG.ffn_blocks} experts are kept, 0.00 GB")
-    done = CliRunner().invoke(main, ["bench", str(path), "--memory", "8G", "-p", "0", "-n", "2", "-r", "1", "--device", "cpu"])
+    options = ["--memory", "8G", "-p", "0", "-n", "2", "-r", "1", "--device", "cpu"]
+    done = CliRunner().invoke(main, ["bench", str(path), *options])
     assert done.exit_code == 0 and "the model fits into that memory" in done.output
     with pytest.raises(svdengine.RequestError, match="memory"):
         svdengine.load(path, device="cpu", memory=0)
