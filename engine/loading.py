@@ -13,7 +13,7 @@ from svdengine.files.kept_experts import kept_experts
 from svdengine.files.model_file import read_model_file
 from svdengine.files.models_folder import kept_path
 from svdengine.files.predictor_file import find_predictor, require_predictor
-from svdengine.files.residency import read_by_every_token, room_for, settle
+from svdengine.files.residency import bounded_memory, read_by_every_token, room_for, settle
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import Executor, FfnMode
@@ -87,6 +87,7 @@ def load(
     model_file = read_model_file(path)
     if memory is not None:
         check_integer("memory", memory, 1, 1 << 60)
+        memory = bounded_memory(memory)
     watches: list[FileWatch] = []
     opened: BaseExecutor | None = None
     try:

@@ -46,7 +46,7 @@ class Sparsity:
     predicted: float = 0.15  # share of neurons whose gate is computed
     active: float = 0.10  # share of neurons computed in full: predicted, and their gate is positive
     noise: float = 0.05  # share of a gate's variance that the predictor does not see
-    skew: float = 0.0  # exponent of Zipf's law by which a token chooses its experts; 0: all equally often
+    skew: float = 0.0  # exponent of the law like Zipf's by which tokens choose experts; 0: all equally often
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 < self.noise < 1:
@@ -115,8 +115,8 @@ class PlantedWeights(RandomWeights):
     def _preference(self, layer: int) -> NDArray[np.float32]:
         """What a layer's router adds to the product of each expert, whose deviation is near 1.
 
-        With noise of Gumbel's distribution an expert would be drawn with a chance that is a power of its rank; Gaussian
-        noise, of the same deviation, comes close. Which experts come first differs from layer to layer.
+        With noise of Gumbel's distribution an expert would be drawn with a chance that is a power of its rank. Gaussian
+        noise of the same deviation favours the first ones somewhat more. Which these are differs from layer to layer.
         """
         random = np.random.default_rng((self._seed, layer, crc32(b"preference")))
         ranks = random.permutation(self._config.expert_count) + 1

@@ -1,8 +1,9 @@
 """Experts that are kept in memory, of a mixture that is larger: those that rows chose most often of late.
 
 The system's page cache keeps what was used last. That is the better rule where a token has experts of the tokens before
-it, and popularity the better one where it has not, so each has half of the memory. Kept experts are copies, in memory
-that the system cannot take back; steps read them there (BaseExecutor.place_block).
+it, and popularity the better one where it has not. With a third of the memory for the popular ones neither loses much
+(docs/tried.md). Kept experts are copies, in memory that the system cannot take back; steps read them there
+(BaseExecutor.place_block).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from svdengine.kernels.cpu.aligned import large
 if TYPE_CHECKING:
     from svdengine.files.model_file import ModelFile
 
-_SHARE = 0.5  # of the memory for experts: what is kept
+_SHARE = 1 / 3  # of the memory for experts: what is kept
 _CACHED = 1.5  # what the page cache is left at least, in experts of one token: with fewer it finds none of them again
 _PERIOD = 16  # steps from one choice to the next
 _HALF_LIFE = 256  # rows after which a use counts half

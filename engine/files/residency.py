@@ -45,8 +45,11 @@ def room_for(model_file: ModelFile, memory: int | None = None) -> Room:
 
 
 def read_by_every_token(model_file: ModelFile, room: Room) -> list[str]:
-    """The stored arrays that are worth locking and prefetching: all, but for FFN rows where there is no room."""
-    rows = ffn_row_names(model_file)
+    """The stored arrays that are worth locking and prefetching: all, but for FFN rows where there is no room.
+
+    Of experts, which a token has few of, nothing.
+    """
+    rows = block_arrays(model_file) if model_file.config.expert_count else ffn_row_names(model_file)
     return [name for name in model_file.arrays if room.whole or name not in rows]
 
 
@@ -103,6 +106,12 @@ def resident_bytes() -> int | None:
     with suppress(OSError, ValueError, IndexError, AttributeError):
         return int(_RESIDENT.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def bounded_memory(memory: int) -> int:
+    """`memory` bytes, or what a model may take where that is less."""
+    usable = usable_memory()
+    return memory if usable is None else min(memory, usable)
 
 
 def usable_memory() -> int | None:

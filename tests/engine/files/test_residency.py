@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expert_zoo import expert_zoo
 from model_zoo import zoo
 from tiny_model import write_tiny_model
 
@@ -194,3 +195,18 @@ def test_memory_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert 200 * mmap.PAGESIZE < residency.own_bytes() < 200 * mmap.PAGESIZE + (1 << 27)
     monkeypatch.setattr(residency, "_RESIDENT", tmp_path / "none")
     assert residency.resident_bytes() is None and residency.own_bytes() > 1 << 27
+
+
+def test_a_bound_does_not_make_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "usable_memory", lambda: 100)
+    assert residency.bounded_memory(70) == 70 and residency.bounded_memory(170) == 100
+    monkeypatch.setattr(residency, "usable_memory", lambda: None)
+    assert residency.bounded_memory(170) == 170
+
+
+def test_of_experts_nothing_is_locked(tmp_path: Path) -> None:
+    write_svdp(tmp_path / "m.svdp", expert_zoo()["mixtral"], "q4")
+    with read_model_file(tmp_path / "m.svdp") as file:
+        around = read_by_every_token(file, room_for(file, file.size_bytes // 2))
+        assert {"embedding", "q", "q.scale", "router"} <= set(around)
+        assert not {name for name in around if name.split(".")[0] in ("gate", "up", "down", "down_T")}
