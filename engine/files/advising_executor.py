@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.files.memory_advice import Advice
-from svdengine.files.residency import block_arrays, ffn_row_names, resident_bytes
+from svdengine.files.residency import block_arrays, ffn_row_names, resident_bytes, token_block_bytes
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnMode, HiddenStates, Logits
@@ -45,8 +45,9 @@ class AdvisingExecutor:
     def __init__(
         self, inner: BaseExecutor, model_file: ModelFile, memory: int | None = None, kept: KeptExperts | None = None
     ) -> None:
-        """`memory`: bytes that the process is to have after a step. `kept`: experts that are kept in memory."""
-        self.inner, self.kept, self._memory = inner, kept, memory
+        """`memory`: bytes that the process is to have. `kept`: experts that are kept in memory."""
+        self.inner, self.kept = inner, kept
+        self._limit = None if memory is None else memory - min(memory // 2, token_block_bytes(model_file))
         self.name, self.max_batch_rows = inner.name, inner.max_batch_rows
         self.block_size, self.block_count = inner.block_size, inner.block_count
         self.ffn_path, self.close = inner.ffn_path, inner.close
@@ -113,9 +114,9 @@ class AdvisingExecutor:
         return [name for name in self._rows if name != first]
 
     def _keep_within(self) -> None:
-        """Let go of the file's FFN rows where the process has more memory than it may take; they stay cached."""
-        resident = resident_bytes() if self._memory is not None else None
-        if resident is not None and self._memory is not None and resident > self._memory:
+        """Let go of the file's FFN rows where the next token might take more memory than there is; they stay cached."""
+        resident = resident_bytes() if self._limit is not None else None
+        if resident is not None and self._limit is not None and resident > self._limit:
             self._file.advise(block_arrays(self._file), "dontneed")
 
     def _advise(self, scattered: list[str]) -> None:

@@ -93,6 +93,12 @@ def block_arrays(model_file: ModelFile) -> list[str]:
     return [name for name in names if name in model_file.arrays]
 
 
+def token_block_bytes(model_file: ModelFile) -> int:
+    """Stored bytes of the FFN blocks that one token has, of all layers."""
+    config, blocks = model_file.config, sum(model_file.arrays[name].nbytes for name in block_arrays(model_file))
+    return round(blocks * config.token_neurons / (config.ffn_size * config.ffn_blocks))
+
+
 def own_bytes() -> int:
     """Bytes of memory that this process has but for mapped files of data; a guess where the system does not say."""
     with suppress(OSError, ValueError, IndexError, AttributeError):
