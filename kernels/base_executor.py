@@ -98,7 +98,7 @@ class BaseExecutor(ABC):
     def ffn_times(self) -> FfnTimes:
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
         if self._times is None:
-            config, counted, chosen = self.config, self.layer_counts(), self._block_rows()
+            config, counted, chosen = self.config, self.layer_counts(), self.block_rows()
             share = config.chosen_blocks / (config.expert_count + config.shared_blocks) if config.expert_count else 1.0
             self._times = measure_ffn_times(
                 self,
@@ -157,6 +157,17 @@ class BaseExecutor(ABC):
         Of no effect where the weights are not read from the model file's memory map.
         """
 
+    def place_block(self, block: int, arrays: Mapping[str, NDArray]) -> None:  # noqa: B027
+        """Read the matrices of an FFN block in `arrays` from the next step on: stored parts by name, without layers.
+
+        They must be what the block had before, and outlive it there. Of no effect on an executor with weights of its
+        own.
+        """
+
+    def block_rows(self) -> NDArray[np.int64]:
+        """How many rows of a mixture chose each FFN block since the model was loaded: (ffn_blocks,), a copy."""
+        return self._chosen.copy()
+
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         return NeuronCounts(*map(int, self.layer_counts().sum(0)))
@@ -167,7 +178,7 @@ class BaseExecutor(ABC):
 
     def expert_counts(self) -> tuple[NDArray[np.int64], ...]:
         """How many rows chose each expert since the model was loaded, on any path: an array a layer with experts."""
-        config, rows = self.config, self._block_rows()
+        config, rows = self.config, self.block_rows()
         firsts = [config.blocks_of(layer).start for layer in config.expert_layers]
         return tuple(rows[first : first + config.expert_count].copy() for first in firsts)
 
@@ -206,10 +217,6 @@ class BaseExecutor(ABC):
     def _set_layer_counts(self, counts: LayerCounts) -> None:
         """Count on from these."""
         self._counted = counts
-
-    def _block_rows(self) -> NDArray[np.int64]:
-        """Rows that chose each FFN block so far, a copy; see `expert_counts`."""
-        return self._chosen.copy()
 
     def _set_block_rows(self, rows: NDArray[np.int64]) -> None:
         """Count on from these."""

@@ -72,7 +72,8 @@ def command(
     --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
     what a token reads of weights, predictor and KV cache. On the sparse path it counts the neurons that the measured
     tokens listed. Where several sequences list the same neurons, it is an upper bound. Of a mixture of experts lines
-    below the table say how evenly the tokens of each test used them.
+    below the table say how evenly the tokens of each test used them. With --faults and --memory, experts that were
+    chosen are counted: those kept in memory, and at most how many came from storage.
     """
     from svdengine.measuring.benchmark import run_benchmark
     from svdengine.measuring.machine import usable_cores
@@ -191,6 +192,9 @@ def _cells(row: BenchRow, bandwidth: float | None) -> dict[str, str]:
         "faults/token": shown(row.faults_per_token, 1, ".1f"),
         "major": shown(row.major_faults_per_token, 1, ".1f"),
         "disk MB/token": shown(row.disk_bytes_per_token, 1e-6, ".2f"),
+        "experts/token": shown(row.experts_per_token, 1, ".1f"),
+        "kept %": shown(row.kept_experts, 100, ".1f"),
+        "read %": shown(row.read_experts, 100, ".1f"),
     }
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, NeuronCounts, SamplingExecutor
 from svdengine.measuring.expert_use import expert_use
@@ -52,6 +53,9 @@ class BenchRow:
     disk_bytes_per_token: float | None = None  # read from storage
     busiest_expert: float | None = None  # share of tokens that have the expert which most have, mean of layers
     unused_experts: int | None = None  # of all layers' experts those that no token of the test had
+    experts_per_token: float | None = None  # that were chosen, where experts are kept in memory
+    kept_experts: float | None = None  # share of them that are kept
+    read_experts: float | None = None  # share of them that came from storage, if nothing else did: an upper bound
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Repetition:
     neurons: NeuronCounts
     faults: PageFaults | None
     experts: tuple[NDArray[np.int64], ...] = ()  # rows that chose each, by layer with experts
+    uses: tuple[int, int] | None = None  # of experts by rows, and those that found it kept in memory
 
 
 def run_benchmark(
@@ -179,12 +184,19 @@ def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: lis
     faults = [repetition.faults for repetition in done if repetition.faults is not None]
     if not faults:
         return row
-    return replace(
+    row = replace(
         row,
         faults_per_token=sum(found.minor + found.major for found in faults) / count,
         major_faults_per_token=sum(found.major for found in faults) / count,
         disk_bytes_per_token=sum(found.disk_bytes for found in faults) / count,
     )
+    uses = [repetition.uses for repetition in done if repetition.uses is not None]
+    chosen, kept = sum(chosen for chosen, _ in uses), sum(found for _, found in uses)
+    if not chosen or not isinstance(llm.executor, AdvisingExecutor) or llm.executor.kept is None:
+        return row
+    size = llm.executor.kept.plan.expert_bytes
+    read = min(1.0, sum(found.disk_bytes for found in faults) / (size * chosen))
+    return replace(row, experts_per_token=chosen / count, kept_experts=kept / chosen, read_experts=read)
 
 
 def _summed(repetitions: Sequence[tuple[NDArray[np.int64], ...]]) -> list[list[int]]:
@@ -235,13 +247,17 @@ def _repeat(
 
 def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
     neurons, experts = executor.neuron_counts(), _expert_counts(executor)
+    kept = executor.kept if faults and isinstance(executor, AdvisingExecutor) else None
+    used = kept.uses() if kept is not None else (0, 0)
     pages = page_faults() if faults else None
     begin = time.perf_counter()
     run()
     seconds = time.perf_counter() - begin
     found = page_faults().since(pages) if pages is not None else None
+    uses = kept.uses() if kept is not None else None
     chosen = tuple(now - then for now, then in zip(_expert_counts(executor), experts, strict=True))
-    return Repetition(seconds, executor.neuron_counts() - neurons, found, chosen)
+    more = (uses[0] - used[0], uses[1] - used[1]) if uses is not None else None
+    return Repetition(seconds, executor.neuron_counts() - neurons, found, chosen, more)
 
 
 def _expert_counts(executor: Executor) -> tuple[NDArray[np.int64], ...]:

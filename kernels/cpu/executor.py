@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from svdengine.kernels.cpu.kv_blocks import allocate_kv
 from svdengine.kernels.cpu.library import loaded
 from svdengine.kernels.cpu.model import build_model, read_whole
 from svdengine.kernels.cpu.parts import needed_parts
-from svdengine.kernels.cpu.place import place_predictor
+from svdengine.kernels.cpu.place import place_block, place_predictor
 from svdengine.kernels.cpu.record import packed
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import (
@@ -113,6 +113,11 @@ class CpuExecutor(BaseExecutor):
         self._check_open()
         self._kv.write(blocks, data)
 
+    def place_block(self, block: int, arrays: Mapping[str, NDArray]) -> None:
+        """See `BaseExecutor`."""
+        self._check_open()
+        place_block(self._model, block, arrays)
+
     def layer_counts(self) -> LayerCounts:
         """See `Executor`."""
         counts: LayerCounts = np.add.reduceat(self._block_counters()[..., :CHOSEN].sum(0), self._first_blocks())
@@ -123,7 +128,8 @@ class CpuExecutor(BaseExecutor):
         neurons[:] = 0
         neurons[0, self._first_blocks()] = counts
 
-    def _block_rows(self) -> NDArray[np.int64]:
+    def block_rows(self) -> NDArray[np.int64]:
+        """See `BaseExecutor`."""
         return self._block_counters()[..., CHOSEN].sum(0)
 
     def _set_block_rows(self, rows: NDArray[np.int64]) -> None:

@@ -67,7 +67,7 @@ def route(model, work, layer, x, n, member, threads):
 
 @piece
 def choose_experts(model, work, inputs, layer, n, member, threads):
-    """Choose the experts of each row by work.router, and ask for their pages where these may lie on storage.
+    """Choose and count the experts of each row by work.router; ask for their pages where these may lie on storage.
 
     Complete after a barrier; in decode every thread has a copy.
     """
@@ -78,18 +78,15 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
         products = work.router + (0 if n == 1 else row) * work.router_stride
         at = row * work.chosen_stride
         choose(model, products, work.chosen + at, work.weights + at, work.scratch + member * work.scratch_stride)
-        if n > 1 or member == 0:
-            for k in range(model.chosen_blocks):
-                block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
-                inputs.counts[member, FIRST_BLOCK + block * BLOCK_COUNTS + CHOSEN] += 1
         if inputs.sizes[KEPT_EXPERTS] != 0 and n > 1:
             for k in range(model.chosen_blocks):
                 to = inputs.sizes[KEPT_EXPERTS] + 4 * ((layer * n + row) * model.chosen_blocks + k)
                 store_int(to, load_int(work.chosen + at + 4 * k))
-        if inputs.sizes[AHEAD] != 0:
-            for k in range(model.chosen_blocks):
-                if n > 1 or k % threads == member:
-                    block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+        for k in range(model.chosen_blocks):
+            block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+            if n > 1 or k % threads == member:
+                inputs.counts[member, FIRST_BLOCK + block * BLOCK_COUNTS + CHOSEN] += 1
+                if inputs.sizes[AHEAD] != 0:
                     ask_for_block(model, block, inputs.sizes[MODE])
 
 
