@@ -31,7 +31,18 @@ from svdengine.kernels.cpu.simd import (
     store_real,
 )
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import AHEAD, KEPT_EXPERTS, MODE, PREDICT, SLOTS, Inputs, Workspace
+from svdengine.kernels.cpu.workspace import (
+    AHEAD,
+    BLOCK_COUNTS,
+    CHOSEN,
+    FIRST_BLOCK,
+    KEPT_EXPERTS,
+    MODE,
+    PREDICT,
+    SLOTS,
+    Inputs,
+    Workspace,
+)
 
 workspace_at, inputs_at = record_at(Workspace), record_at(Inputs)
 _ZERO = np.float32(0)
@@ -56,7 +67,7 @@ def route(model, work, layer, x, n, member, threads):
 
 @piece
 def choose_experts(model, work, inputs, layer, n, member, threads):
-    """Choose the experts of each row by work.router, and ask for their pages where these may lie on storage.
+    """Choose and count the experts of each row by work.router; ask for their pages where these may lie on storage.
 
     Complete after a barrier; in decode every thread has a copy.
     """
@@ -71,10 +82,11 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
             for k in range(model.chosen_blocks):
                 to = inputs.sizes[KEPT_EXPERTS] + 4 * ((layer * n + row) * model.chosen_blocks + k)
                 store_int(to, load_int(work.chosen + at + 4 * k))
-        if inputs.sizes[AHEAD] != 0:
-            for k in range(model.chosen_blocks):
-                if n > 1 or k % threads == member:
-                    block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+        for k in range(model.chosen_blocks):
+            block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+            if n > 1 or k % threads == member:
+                inputs.counts[member, FIRST_BLOCK + block * BLOCK_COUNTS + CHOSEN] += 1
+                if inputs.sizes[AHEAD] != 0:
                     ask_for_block(model, block, inputs.sizes[MODE])
 
 
