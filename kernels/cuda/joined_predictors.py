@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from svdengine.errors import DeviceError
 from svdengine.kernels.formats import STORED_DTYPES, Parts, WeightFormat, padded_columns, stored_parts
 from svdengine.kernels.lowbit import BLOCK, pack_lowbit
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
@@ -21,7 +22,7 @@ from svdengine.models import ModelConfig
 def joined_layers(config: ModelConfig, predictor: Predictor) -> tuple[LayerPredictor, ...]:
     """One predictor a layer, with ffn_size neurons, and as many hidden values, for each of its blocks.
 
-    Raises ValueError where experts of a layer have predictors that cannot be written alike: with and without ReLU, or
+    Raises DeviceError where experts of a layer have predictors that cannot be written alike: with and without ReLU, or
     with factors of two formats.
     """
     if not config.expert_count:
@@ -32,17 +33,17 @@ def joined_layers(config: ModelConfig, predictor: Predictor) -> tuple[LayerPredi
         try:
             found.append(joined(predictor.layers[blocks.start : blocks.stop], config.hidden_size))
         except ValueError as error:
-            raise ValueError(f"layer {layer} of the predictor: {error}") from error
+            raise DeviceError(f"layer {layer} of the predictor: {error}") from error
     return tuple(found)
 
 
 def joined(blocks: Sequence[LayerPredictor], hidden_size: int) -> LayerPredictor:
-    """The predictors of blocks one below the other. Raises ValueError as `joined_layers`."""
+    """The predictors of blocks one below the other. Raises ValueError where they cannot be written alike."""
     kinds = {(block.factor_format, block.relu) for block in blocks if block.rank}
     if len(kinds) > 1:
         raise ValueError(
-            f"its experts have factors of {len(kinds)} kinds, {_named(kinds)}; expected one. Calibrate them together,"
-            " or use --ffn exact"
+            f"its experts have factors of {len(kinds)} kinds, {_named(kinds)}; expected one. Calibrate them together, or"
+            " use --device cpu"
         )
     factor_format, relu = next(iter(kinds), (blocks[0].factor_format, False))
     rank, bits = max(block.rank for block in blocks), max(block.residual_bits for block in blocks)

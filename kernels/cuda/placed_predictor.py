@@ -40,7 +40,10 @@ PlacedPredictor = tuple[PlacedLayer, ...]  # a predictor on the device, or nothi
 def place_predictor(
     device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
 ) -> PlacedPredictor:
-    """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
+    """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's.
+
+    Raises DeviceError for predictors of experts that are of several kinds (joined_predictors.py).
+    """
     if predictor is None:
         return ()
     layers = zip(joined_layers(config, predictor), orders or [None] * config.layer_count, strict=True)

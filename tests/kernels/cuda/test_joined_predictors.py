@@ -9,6 +9,7 @@ import pytest
 from expert_zoo import expert_zoo
 from random_predictors import make_network, make_predictor
 
+from svdengine.errors import DeviceError
 from svdengine.kernels.cuda.joined_predictors import joined, joined_bytes, joined_layers
 from svdengine.kernels.cuda.memory_split import split_mixture
 from svdengine.kernels.formats import Parts
@@ -60,6 +61,8 @@ def test_experts_of_two_kinds_of_factors_are_refused() -> None:
     network = make_network(CONFIG, 8, 0.0).layers[0]
     with pytest.raises(ValueError, match="q8 with ReLU and q8 without ReLU"):
         joined([one, network], CONFIG.hidden_size)
+    with pytest.raises(DeviceError, match="layer 0 of the predictor: its experts"):
+        joined_layers(CONFIG, Predictor((one, two) * CONFIG.ffn_blocks, {}))
     nothing = make_predictor(CONFIG, 0, 0, -1.0).layers[0]
     assert joined([nothing, network], CONFIG.hidden_size).relu
 
