@@ -42,8 +42,8 @@ def joined(blocks: Sequence[LayerPredictor], hidden_size: int) -> LayerPredictor
     kinds = {(block.factor_format, block.relu) for block in blocks if block.rank}
     if len(kinds) > 1:
         raise ValueError(
-            f"its experts have factors of {len(kinds)} kinds, {_named(kinds)}; expected one. Calibrate them together, or"
-            " use --device cpu"
+            f"its experts have factors of {len(kinds)} kinds, {_named(kinds)}; expected one. Calibrate them together,"
+            " or use --device cpu"
         )
     factor_format, relu = next(iter(kinds), (blocks[0].factor_format, False))
     rank, bits = max(block.rank for block in blocks), max(block.residual_bits for block in blocks)
