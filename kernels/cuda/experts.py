@@ -98,7 +98,7 @@ def _add_grouped(state: State, layer: LayerWeights, blocks: Blocks, x: Array, re
     device, work, config = state.device, state.work, state.model.config
     sizes, pairs, down = work.sizes, n * blocks.per_row, layer.down
     of_gates = min(_width(part.matrix, pairs, blocks) for part in layer.gate_up)
-    of_down = _sums_width(down, n, pairs, blocks) if config.sparse_ffn else _width(down, pairs, blocks)
+    of_down = _sums_width(state, down, n, pairs, blocks) if config.sparse_ffn else _width(down, pairs, blocks)
     first, second = group(device, work, n, blocks.per_row, blocks.count, (of_gates, of_down))
     gathered = None
     for part in layer.gate_up:
@@ -140,11 +140,16 @@ def _width(matrix: Matrix, pairs: int, blocks: Blocks) -> int:
     return _FEW if pairs <= _FEW * blocks.count else _MANY
 
 
-def _sums_width(down: Matrix, n: int, pairs: int, blocks: Blocks) -> int:
+def _sums_width(state: State, down: Matrix, n: int, pairs: int, blocks: Blocks) -> int:
     """The same where columns are outputs."""
-    if n == 1 or not takes_sums(down):
-        return 1 if n == 1 else kernels_of(down.format).most_sums
-    return _width(down, pairs, blocks)
+    if n == 1:
+        return 1
+    return _width(down, pairs, blocks) if _takes_sums(state, down) else kernels_of(down.format).most_sums
+
+
+def _takes_sums(state: State, down: Matrix) -> bool:
+    """Whether tensor cores add up the rows of a block, which has to have as many as a tile."""
+    return takes_sums(down) and state.model.config.ffn_size >= TILE_ROWS
 
 
 def _multiply(
@@ -182,7 +187,7 @@ def _sum_rows(state: State, down: Matrix, groups: Groups, pairs: int, width: int
     work, neurons = state.work, state.model.config.ffn_size
     listed, slots = groups
     kernels, parts = kernels_of(down.format), parts_of(pairs)
-    if width > kernels.most_sums or (width > 1 and takes_sums(down)):
+    if width > 1 and _takes_sums(state, down):
         parts = min(parts, -(-neurons // batch_sums.LEAST_NEURONS))
         kernel, threads = sums_kernel(down.format, -(-width // _FEW), True), batch_sums.THREADS
         columns = down.stride // TILE_COLUMNS
