@@ -46,7 +46,6 @@ BATCH = ("batch_q8_1", "batch_f16_1", "batch_q4_1", "batch_sums_q8_1", "batch_su
 # Kernels that do not fit into their registers on some target: most loads and stores of a thread's own memory there.
 # BENCHMARKS.md has them among the misses.
 SPILLS = {
-    "project_q8": 4,  # on sm_120a
     "gate_up_ternary": 4,  # on sm_80 and sm_100a
     "activated_f32": 4,  # but on sm_100a and sm_120a
 }
