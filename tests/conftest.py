@@ -8,6 +8,7 @@ import ctypes
 import os
 from typing import Any
 
+import hypothesis
 import pytest
 
 
@@ -25,10 +26,24 @@ def gpu_is_there() -> bool:
 if not gpu_is_there():
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 
+# A test must not fail by chance: no example is new, and none is timed, since the machine may be busy.
+UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.register_profile("explore", UNTIMED)  # pytest --hypothesis-profile explore: new ones each time
+hypothesis.settings.register_profile("tests", UNTIMED, derandomize=True)
+hypothesis.settings.load_profile("tests")
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Files are handed out whole."""
+    """Files are handed out whole, in order."""
     from xdist.scheduler import LoadFileScheduling
 
+    config.option.loadscopereorder = False
     return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests, files with slow ones come first: one at the end would be waited for."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)

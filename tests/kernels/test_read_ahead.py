@@ -6,13 +6,13 @@ import ctypes
 import mmap
 import os
 import sys
-import time
 from pathlib import Path
 
 import numba
 import numpy as np
 import pytest
 from model_zoo import block_table, make_batch, random_tokens, zoo
+from patience import eventually
 from random_predictors import make_predictor
 from test_cpu import executors
 
@@ -48,11 +48,7 @@ def test_only_the_pages_of_listed_rows_are_read(tmp_path: Path, gap: int, extra:
     matrix[DATA], matrix[ROW_BYTES] = address, mmap.PAGESIZE
     ask(matrix, neurons.ctypes.data, len(listed), gap)
     expected = sorted([*listed, *extra] if gap < 3 else range(2, 12))
-    for _ in range(200):
-        if resident(pages, address) == expected:
-            break
-        time.sleep(0.01)
-    assert resident(pages, address) == expected
+    eventually(lambda: resident(pages, address) == expected)
 
 
 def test_reading_ahead_changes_no_bit() -> None:

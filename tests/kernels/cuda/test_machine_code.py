@@ -14,6 +14,7 @@ from compiled import BATCH, DECODE, IN_FLIGHT, PREFILL, TARGETS, stays_in_regist
 from svdengine.kernels.cuda import batch_products, batch_sums
 from svdengine.kernels.formats import FORMATS
 
+pytestmark = pytest.mark.slow
 MOST_PER_MULTIPLY_ADD = 3.0  # instructions
 MOST_PER_MMA = 8.0
 
