@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from live_server import LiveServer, live_server
-from patience import PATIENCE, eventually
+from patience import eventually
 from test_server import CHAT, HELLO, PLAIN, ask
 
 from svdengine.server import work_pool
@@ -39,16 +39,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 def test_a_costly_grammar_is_refused_and_others_go_on(server: LiveServer, fields: dict[str, Any]) -> None:
     pytest.importorskip("llguidance")
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        begun = time.monotonic()
         costly = [pool.submit(ask, server, CHAT, {"messages": HELLO, **fields}) for _ in range(2)]
-        waits = []
+        others = 0
         while not all(future.done() for future in costly):
-            asked = time.monotonic()
             assert ask(server, "/health")[:1] == (200,)
             assert ask(server, CHAT, {"messages": HELLO, "max_tokens": 3})[0] == 200
-            waits.append(time.monotonic() - asked)
-            assert asked - begun < PATIENCE
-        assert max(waits) < PATIENCE / 2
+            others += 1
+        assert others > 1
         for future in costly:
             status, body, _ = future.result()
             assert status == 400 and "it takes more than 2 s or 256 MB" in body["error"]["message"]
