@@ -26,6 +26,11 @@ def gpu_is_there() -> bool:
 if not gpu_is_there():
     os.environ.setdefault("NUMBA_ENABLE_CUDASIM", "1")
 
+# Threads of BLAS and of PyTorch wait by spinning: with several processes, or on a busy machine, most of the time would
+# go there. Products of tests are small. Read when the libraries are loaded.
+for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
 # A test must not fail by chance: no example is new, and none is timed, since the machine may be busy.
 UNTIMED = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("explore", UNTIMED)  # pytest --hypothesis-profile explore: new ones each time
