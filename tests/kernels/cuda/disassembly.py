@@ -41,7 +41,7 @@ def disassembled(cubins: Sequence[bytes], target: str) -> list[str]:
         first, end = at, end + len(code)
         while at < len(instructions) and instructions[at][0] < end:
             at += 1
-        texts.append(_with_labels(instructions[first:at]))
+        texts.append(with_labels(instructions[first:at]))
     return texts
 
 
@@ -57,7 +57,7 @@ def instructions_of(cubin: bytes) -> bytes:
     return cubin[found[0][0] : sum(found[0])]
 
 
-def _with_labels(instructions: Sequence[tuple[int, str]]) -> str:
+def with_labels(instructions: Sequence[tuple[int, str]]) -> str:
     """The lines of instructions at addresses. Branches to addresses become branches to labels."""
     branches = [_BRANCH.search(line) for _, line in instructions]
     targets = {int(found[2], 16) for found in branches if found}
