@@ -19,8 +19,10 @@ from svdengine.kernels.cuda.device import Device
 from svdengine.kernels.cuda.intrinsics import Kernel, kernel, lane_index, warp_max, warp_sum
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype
 from svdengine.kernels.cuda.model import Model
+from svdengine.kernels.cuda.rounding import store_fine
 from svdengine.kernels.cuda.tensor_cores import exp2
 from svdengine.kernels.cuda.workspace import LEAST_PARTS, Workspace, parts_of
+from svdengine.kernels.formats import GROUP
 
 _LEAST_BLOCKS = 4  # of the context in a split: fewer would not be worth a block of threads
 _BLOCKS = 1024  # of threads, that keep every multiprocessor busy: more splits would only be more to join
@@ -39,12 +41,15 @@ def tile_rows(group: int, head_dim: int, dtype: KvDtype) -> int:
     return max(1, most // min(group, most))
 
 
-@kernel("float32* partial, float32* out, int32 head_dim, int32 splits, int32 out_stride", fastmath=True)
-def join(partial, out, head_dim, splits, out_stride):
-    """out = the attention of each row and head, from what its splits left. Grid: (rows, heads)."""
+@kernel(
+    "float32* partial, float32* out, uint8* codes, float32* values, int32 head_dim, int32 splits, int32 out_stride,"
+    "int32 rounded"
+)
+def join(partial, out, codes, values, head_dim, splits, out_stride, rounded):
+    """out = the attention of each row and head, from what its splits left; rounded too, if so. Grid: (rows, heads)."""
     factors = cuda.shared.array(LEAST_PARTS, types.float32)
     at = (cuda.blockIdx.x * cuda.gridDim.y + cuda.blockIdx.y) * splits
-    width, lane = head_dim + 2, lane_index()
+    row, width, lane = cuda.blockIdx.x * out_stride, head_dim + 2, lane_index()
     highest, total = attention_rows.UNSEEN, _ZERO
     for split in range(lane, splits, 32):
         highest = max(highest, partial[(at + split) * width + head_dim])
@@ -59,13 +64,28 @@ def join(partial, out, head_dim, splits, out_stride):
         mixed = _ZERO
         for split in range(splits):
             mixed += factors[split] * partial[(at + split) * width + d]
-        out[cuda.blockIdx.x * out_stride + cuda.blockIdx.y * head_dim + d] = mixed / total
+        value, column = mixed / total, cuda.blockIdx.y * head_dim + d
+        out[row + column] = value
+        if rounded:  # whole warps: head_dim is a multiple of 32
+            store_fine(value, codes, values, row, out_stride, column)
 
 
 def attend(
-    device: Device, model: Model, index: int, work: Workspace, cache: KvCache, n: int, tiles: int, rows: int
-) -> None:
-    """work.attention of n rows, in `tiles` tiles (work.tiles) of up to `rows` rows each, over layer `index`'s cache."""
+    device: Device,
+    model: Model,
+    index: int,
+    work: Workspace,
+    cache: KvCache,
+    n: int,
+    tiles: int,
+    rows: int,
+    *,
+    rounded: bool = False,
+) -> bool:
+    """work.attention of n rows, in `tiles` tiles (work.tiles) of up to `rows` rows each, over layer `index`'s cache.
+
+    `rounded`: it is wanted in work.rounded too, rounded to integers; returns whether it is there.
+    """
     config = model.config
     group, head_dim = config.head_count // config.kv_head_count, config.head_dim
     alone = rows == 1
@@ -83,11 +103,15 @@ def attend(
     else:
         chosen = attention_rows.rows_kernel(head_dim, rows, heads, cache.dtype)
         device.launch(chosen, grid, attention_rows.THREADS, *arguments)
-    if splits > 1:
-        device.launch(
-            join, (n, config.head_count), _JOIN_THREADS, work.partial, work.attention, head_dim, splits,
-            work.sizes.attention,
-        )  # fmt: skip
+    if splits == 1:
+        return False
+    # A group of 32 columns is one head's, and all columns of a row are some head's: no padding to be zeroed.
+    rounded = rounded and head_dim % GROUP == 0 and config.head_count * head_dim == work.sizes.attention
+    device.launch(
+        join, (n, config.head_count), _JOIN_THREADS, work.partial, work.attention, work.rounded, work.rounded, head_dim,
+        splits, work.sizes.attention, int(rounded),
+    )  # fmt: skip
+    return rounded
 
 
 def every_kernel() -> Iterator[Kernel]:

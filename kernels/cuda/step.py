@@ -146,14 +146,18 @@ def attention(
             to = work.qkv[part.offset :]
             product(device, copies, part.matrix, work.normed, read, sizes.hidden, to, sizes.qkv, n)
         place_keys(device, model, layer, index, work, state.cache, n)
-    attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows)
+    rounds = layer.attention_sub_norm is None and _rounds(state, [layer.o], n)
+    done = attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows, rounded=rounds)
     if layer.attention_sub_norm is not None:
         normalize(
             device, config, work, layer.attention_sub_norm, work.attention, work.attention, sizes.attention, n,
             columns=config.head_count * config.head_dim,
         )  # fmt: skip
     post, factor = layer.attention_post_norm, config.residual_scale
-    read = rounded_rows(device, copies, [layer.o], work.attention, work.rounded, sizes.attention, n)
+    if done:
+        read = work.rounded
+    else:
+        read = rounded_rows(device, copies, [layer.o], work.attention, work.rounded, sizes.attention, n)
     if n == 1 and post is None and following is not None:
         multiply_and_normalize(state, layer.o, read, following)
         return True

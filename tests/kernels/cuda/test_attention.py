@@ -15,11 +15,19 @@ from svdengine.kernels.cuda import attention
 from svdengine.kernels.cuda.batch_tiles import cut_tiles
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.kv_cache import KvCache, KvDtype, head_stride
+from svdengine.kernels.cuda.rounding import round_rows_to
 
 NO_WINDOW = 1 << 30
 
 
-def attend(
+def attend(device: Any, *shape: Any, alone: bool = False, **options: Any) -> tuple[NDArray, NDArray]:
+    """What the device computes, and what is right, for what `prepared` takes."""
+    arguments, expected = prepared(device, *shape, alone=alone, **options)
+    attention.attend(device, *arguments)
+    return device.download(arguments[2].attention).reshape(expected.shape), expected
+
+
+def prepared(
     device: Any,
     head_dim: int,
     kv_heads: int,
@@ -28,8 +36,8 @@ def attend(
     dtype: KvDtype = "f16",
     window: int = NO_WINDOW,
     alone: bool = False,
-) -> tuple[NDArray, NDArray]:
-    """What the device computes, and what is right, for sequences of (context, rows): the last rows attend.
+) -> tuple[Any, NDArray]:
+    """Arguments of `attention.attend`, and what is right, for sequences of (context, rows): the last rows attend.
 
     Blocks of a sequence lie anywhere, and what is behind its newest position is NaN.
     """
@@ -68,13 +76,13 @@ def attend(
         tiles=device.upload(tiles),
         partial=device.upload(np.full(max(64, n) * heads * (head_dim + 2), np.nan, np.float32)),
         attention=device.zeros(n * width, np.float32),
+        rounded=device.zeros(n * width, np.float32),
         sizes=sizes,
     )
     config = SimpleNamespace(head_count=heads, kv_head_count=kv_heads, head_dim=head_dim)
     model: Any = SimpleNamespace(config=config, layers=[SimpleNamespace(window=window)])
     cache = KvCache((device.upload(pools[0]),), (device.upload(pools[1]),), dtype, stride)
-    attention.attend(device, model, 0, work, cache, n, len(tiles), rows)  # type: ignore[arg-type]
-    return device.download(work.attention).reshape(n, heads, head_dim), np.array(expected)
+    return (model, 0, work, cache, n, len(tiles), rows), np.array(expected)
 
 
 @pytest.mark.parametrize("dtype", ["f16", "f32"])
@@ -106,6 +114,28 @@ def test_the_context_is_split_over_blocks(
     monkeypatch.setattr(attention, "_LEAST_BLOCKS", 1)
     found, expected = attend(device, 16, 1, 2, [(75, 9)], dtype, alone=alone)
     assert relative_error(found, expected) < (2e-6 if dtype == "f32" or alone else 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "heads", "least", "done"),
+    [
+        (32, 4, 1, True),
+        (160, 2, 1, True),  # more columns than threads
+        (16, 4, 1, False),  # two heads would share a group
+        (32, 4, 99, False),  # nothing is joined
+    ],
+)
+def test_what_is_joined_is_rounded_there(
+    device: Any, monkeypatch: pytest.MonkeyPatch, head_dim: int, heads: int, least: int, done: bool
+) -> None:
+    monkeypatch.setattr(attention, "_LEAST_BLOCKS", least)
+    arguments, expected = prepared(device, head_dim, heads, 1, [(75, 1), (40, 1)], alone=True)
+    assert attention.attend(device, *arguments, rounded=True) == done
+    work, width = arguments[2], heads * head_dim
+    assert relative_error(device.download(work.attention).reshape(expected.shape), expected) < 2e-6
+    alone = round_rows_to(device, work.attention, device.zeros(2 * width, np.float32), width, 2)
+    same = np.array_equal(device.download(work.rounded).view(np.uint32), device.download(alone).view(np.uint32))
+    assert same == done
 
 
 @pytest.mark.parametrize(
