@@ -39,6 +39,14 @@ hypothesis.settings.load_profile("tests")
 
 
 @pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """As many processes as cores, but four at most: each may need a gigabyte, and the engine itself uses all cores."""
+    from svdengine.kernels.cores import default_threads
+
+    return min(4, default_threads())
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files are handed out whole, in order."""
     from xdist.scheduler import LoadFileScheduling
