@@ -12,22 +12,26 @@ import numpy as np
 
 from svdengine.converters.calibration_size import CalibrationSize, calibration_size, paper_rank
 from svdengine.converters.end_to_end import LossMeter, SparseCost, SparseExecutor, latest_states, tells_hidden_states
-from svdengine.converters.ffn_layer import FfnLayer, Neurons, read_ffn_layer, require_sparse, run_neurons
+from svdengine.converters.expert_choice import choose_for_experts, expert_shapes, find_subjects
+from svdengine.converters.ffn_layer import Neurons, read_ffn_layer, require_sparse, run_neurons
 from svdengine.converters.loss_search import Scale, search_strictness
 from svdengine.converters.output_head import OutputHead, read_output_head
 from svdengine.converters.paper_predictor import SHARE, Ablation, PaperOptions, build_paper_predictor
 from svdengine.converters.powerinfer import POWERINFER, Network, PowerInferFile, build_network, open_powerinfer
-from svdengine.converters.predictor_choice import PredictorShape, build_candidate, candidate_shapes, choose_shape
+from svdengine.converters.predictor_choice import AUTO, PredictorShape, build_candidate, candidate_shapes, choose_shape
 from svdengine.converters.predictor_folder import PredictorFolder, open_predictor_folder
 from svdengine.converters.predictor_quality import mean_auroc, select
 from svdengine.converters.predictors import find_basis, sampled_deviation
 from svdengine.converters.split_text import SplitText, Windows, one_in_five
 from svdengine.converters.statistics import (
+    FEWEST_FIT,
+    FEWEST_HELD,
     FIT_ROWS,
     SampledMoments,
     Statistics,
     StatisticsCollector,
     collect_statistics,
+    layer_sample,
 )
 from svdengine.converters.thresholds import (
     CALIBRATORS,
@@ -44,7 +48,7 @@ from svdengine.files.model_file import ModelFile
 from svdengine.files.predictor_file import model_fingerprint
 from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor, layer_predictor_bytes, scores
 from svdengine.models.config import ModelConfig
-from svdengine.models.tensors import Place, place_of
+from svdengine.models.tensors import place_of
 
 TrainedPredictors = PowerInferFile | PredictorFolder
 
@@ -58,8 +62,7 @@ _USUAL_TRIALS = 3  # of the loss: for the time left, which nobody knows
 _NO_BUDGET = ("trained", GREEDY)  # thresholds that meet none
 _REPORT_ROWS = 1024  # held-out tokens that a layer's row of the report is measured on
 _PAPER_ROWS = 32_768  # tokens at most, of which each half has its use
-EXACT = "exact"  # the kind of an expert that hardly any token reaches
-_FEWEST_FIT, _FEWEST_HELD = 128, 32  # sampled tokens that reach an expert with a predictor
+EXACT = "exact"  # the kind of an expert that hardly any token reaches, or for which no predictor pays
 
 
 @dataclass(frozen=True)
@@ -184,6 +187,11 @@ def calibrate(
         progress=lambda done, total: report("statistics", done, total),
         look=dense.keep,
     )
+    choice = None
+    if config.expert_count and options.kind == AUTO and not isinstance(candidates, PowerInferFile | PredictorFolder):
+        choice = choose_for_experts(candidates, find_subjects(model_file, statistics), _expert_factors(options))
+        candidates = [choice.shape] if choice is not None and choice.shape is not None else []
+        options = replace(options, factor_format=choice.factors if choice is not None else options.factor_format)
     work = []
     for index in range(config.ffn_blocks):
         work.append(_calibrate_layer(model_file, statistics, index, candidates, options, size.threshold_rows))
@@ -195,10 +203,11 @@ def calibrate(
         for index, (w, level) in enumerate(zip(work, levels, strict=True))
     ]
     about = {
-        "kind": options.kind,
+        "kind": EXACT if choice is not None and choice.shape is None else options.kind,
         "thresholds": options.thresholds,
         **({"ablation": options.paper.ablation} if options.thresholds == GREEDY else {}),
         "budget": options.budget,
+        **({"choice": choice.record} if choice is not None else {}),
         "outcome": outcome,
         "kinds": {kind: _rounded(asdict(cost)) for kind, cost in kinds.items()},
         "fingerprint": fingerprint,
@@ -242,18 +251,11 @@ def find_shapes(
         paper = thresholds == GREEDY
         rank = paper_rank(config.hidden_size, config.ffn_size) if paper else calibration_size(config).rank
     try:
+        if kind == AUTO and config.expert_count:
+            return expert_shapes(config, rank, bits)
         return candidate_shapes(kind, rank, bits, config)
     except ValueError as error:
         raise ConversionError(str(error)) from error
-
-
-def layer_sample(statistics: Statistics, place: Place, *, held_out: bool) -> np.ndarray:
-    """FFN inputs (n, d) float32 of one layer, or of the tokens that reach one of its experts."""
-    rows = (statistics.held_out if held_out else statistics.fit)[place.layer]
-    if place.expert is not None:
-        chosen = (statistics.held_out_experts if held_out else statistics.fit_experts)[place.layer]
-        rows = rows[(chosen == place.expert).any(1)]
-    return rows.astype(np.float32)
 
 
 def _calibrate_layer(
@@ -267,7 +269,8 @@ def _calibrate_layer(
     """An FFN block's predictor, with thresholds from at most `rows` tokens: a layer's, or an expert's."""
     place = place_of(model_file.config, "gate", index)
     x, held = layer_sample(statistics, place, held_out=False), layer_sample(statistics, place, held_out=True)
-    if len(x) < _FEWEST_FIT or len(held) < _FEWEST_HELD:
+    none_pays = not isinstance(candidates, PowerInferFile | PredictorFolder) and not candidates
+    if none_pays or len(x) < FEWEST_FIT or len(held) < FEWEST_HELD:
         return _exact_work(model_file.config)
     layer = read_ffn_layer(model_file, index)
     if options.thresholds == GREEDY and not isinstance(candidates, PowerInferFile | PredictorFolder):
@@ -298,8 +301,13 @@ def _calibrate_layer(
     return _LayerWork(predictor, calibrate_thresholds(calibrator, sample, held_sample, layer.row_bytes), kind)
 
 
+def _expert_factors(options: CalibrationOptions) -> tuple[FactorFormat, ...]:
+    """The formats of factors that are tried for experts: of narrow ones the predictor's bytes count most."""
+    return ("q8", "q4") if options.factor_format == "q8" else (options.factor_format,)
+
+
 def _exact_work(config: ModelConfig) -> _LayerWork:
-    """Of an expert that too few tokens reach to tell which neurons are idle: all gates are computed, exactly."""
+    """Of an expert that too few tokens reach, or for which no predictor pays: all gates are computed."""
     always, nothing = np.full(config.ffn_size, -1, np.float32), np.zeros(config.ffn_size, np.float32)
     predictor = LayerPredictor(0, "q8", 0, {}, {}, {}, always, nothing)
     return _LayerWork(predictor, fixed_thresholds(nothing), EXACT)
@@ -340,7 +348,7 @@ def _meet_budget(
     dense: _DenseStates,
 ) -> tuple[list[float], dict[str, float], dict[str, SparseCost]]:
     """The level of each layer's thresholds, what the budget came to, and what that costs on each kind of text."""
-    if options.thresholds in _NO_BUDGET:
+    if options.thresholds in _NO_BUDGET or all(w.kind == EXACT for w in work):
         return [0.0] * len(work), {}, {}
     ((name, limit),) = options.budget.items()
     if name == "max_error":
@@ -391,11 +399,17 @@ def _measure_layer(
 ) -> tuple[LayerPredictor, dict[str, Any]]:
     """A layer with its neurons' frequencies, and its row of the report, measured on held-out tokens."""
     layer = read_ffn_layer(model_file, index)
-    if kind == EXACT:
-        sizes = {"rank": 0, "bits": 0, "bytes": layer_predictor_bytes(predictor), "dense_bytes": _dense_bytes(layer)}
-        return predictor, {"kind": kind, "recall": 1.0, "predicted_density": 1.0, **sizes}
     place = place_of(model_file.config, "gate", index)
-    held = layer_sample(statistics, place, held_out=True)[:_REPORT_ROWS]
+    held = layer_sample(statistics, place, held_out=True)
+    reached = round(len(held) / statistics.held_out.shape[1], 6)
+    held = held[:_REPORT_ROWS]
+    sizes = {
+        "reached": reached,
+        "bytes": layer_predictor_bytes(predictor),
+        "dense_bytes": round(layer.read_bytes(1, 1)),
+    }
+    if not len(held):
+        return predictor, {"kind": kind, "rank": predictor.rank, "bits": predictor.residual_bits, **sizes}
     truth = run_neurons(layer, held)
     found = scores(predictor, held)
     selection = {name: round(value, 6) for name, value in asdict(select(found > 0, truth)).items()}
@@ -403,11 +417,12 @@ def _measure_layer(
         "kind": kind,
         "rank": predictor.rank,
         "bits": predictor.residual_bits,
-        "auroc": _auroc(found, truth),
+        **({"auroc": _auroc(found, truth)} if kind != EXACT else {}),
         **selection,
-        "bytes": layer_predictor_bytes(predictor),
-        "dense_bytes": _dense_bytes(layer),
+        **sizes,
     }
+    if kind == EXACT:
+        return predictor, row
     return replace(predictor, frequency=(found > 0).mean(0, dtype=np.float32).astype(np.float16)), row
 
 
@@ -418,10 +433,6 @@ def _rounded(values: Mapping[str, float]) -> dict[str, float]:
 def _auroc(found: np.ndarray, truth: Neurons) -> float | None:
     area = mean_auroc(found, truth.active)
     return None if math.isnan(area) else round(area, 6)
-
-
-def _dense_bytes(layer: FfnLayer) -> int:
-    return len(layer.gate) * sum(layer.row_bytes)
 
 
 def _silent(stage: str, done: int, total: int) -> None:

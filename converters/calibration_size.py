@@ -43,7 +43,12 @@ def default_tokens(config: ModelConfig, thresholds: str = "error") -> int:
 
 
 def default_kind(config: ModelConfig, rank: int | None = None, thresholds: str = "error") -> str:
-    """The predictor that is made where none is named: an SVD where a rank or the paper's thresholds are asked for."""
+    """The predictor that is made where none is named: an SVD where a rank or the paper's thresholds are asked for.
+
+    Experts get what reads least of them, or none where none pays (expert_choice.py).
+    """
+    if config.expert_count and rank is None and thresholds != "greedy":
+        return "auto"
     return "svd" if rank is not None or thresholds == "greedy" else calibration_size(config).kind
 
 

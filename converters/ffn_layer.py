@@ -40,6 +40,11 @@ class FfnLayer:
         threshold = self.config.activation_threshold if self.config.activation == "fatrelu" else 0.0
         return self.gate_bias - np.float32(threshold)
 
+    def read_bytes(self, predicted: float, computed: float) -> float:
+        """Stored bytes that a token reads where gates of a share of the neurons, and the rest of another, are read."""
+        gate, up, down = self.row_bytes
+        return len(self.gate) * (predicted * gate + computed * (up + down))
+
 
 @dataclass(frozen=True)
 class Neurons:

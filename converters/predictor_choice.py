@@ -71,7 +71,7 @@ def choose_shape(
     factor_format: FactorFormat,
 ) -> PredictorShape:
     """The shape with the fewest modelled bytes a token at the typical error, in this layer."""
-    fit, held_out = _first(fit), _first(held_out)
+    fit, held_out = first_rows(fit), first_rows(held_out)
     bases = {
         kind: find_basis(kind, layer.gate, statistics, max(s.rank for s in shapes if s.kind == kind))
         for kind in {s.kind for s in shapes if s.rank}
@@ -88,9 +88,8 @@ def modelled_bytes(predictor: LayerPredictor, layer: FfnLayer, fit: Tokens, held
     samples = [make_sample(scores(predictor, x), truth) for x, truth in (fit, held_out)]
     table = calibrate_thresholds("error", samples[0], samples[1], layer.row_bytes)
     level, levels = table.level_of_error(error), np.arange(len(table.error))
-    gate, up, down = (len(layer.gate) * size for size in layer.row_bytes)
-    predicted, computed = (np.interp(level, levels, share) for share in (table.predicted, table.computed))
-    return layer_predictor_bytes(predictor) + float(predicted) * gate + float(computed) * (up + down)
+    predicted, computed = (float(np.interp(level, levels, share)) for share in (table.predicted, table.computed))
+    return layer_predictor_bytes(predictor) + layer.read_bytes(predicted, computed)
 
 
 def _ranks(shares: Sequence[float], config: ModelConfig) -> list[int]:
@@ -99,6 +98,7 @@ def _ranks(shares: Sequence[float], config: ModelConfig) -> list[int]:
     return sorted({min(max(64 * round(share * d / 64), 64), most) for share in shares})
 
 
-def _first(tokens: Tokens) -> Tokens:
+def first_rows(tokens: Tokens) -> Tokens:
+    """As many tokens as candidates are tried on."""
     x, truth = tokens
     return x[:_ROWS], Neurons(truth.gates[:_ROWS], truth.active[:_ROWS], truth.energy[:_ROWS])

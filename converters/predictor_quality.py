@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -86,6 +86,30 @@ def select(predicted: NDArray[np.bool_], neurons: Neurons) -> Selection:
         active_density=active / pairs,
         computed_density=hits / pairs,
         relative_error=missed / len(predicted),
+    )
+
+
+def pooled(parts: Sequence[tuple[int, Selection]]) -> Selection | None:
+    """One selection of those of several FFN blocks of the same size, each with how many tokens reached it.
+
+    It is what `select` would find for all their pairs of token and neuron together: what is reached often counts more.
+    None where no token reached any.
+    """
+    total = sum(rows for rows, _ in parts)
+    if not total:
+        return None
+
+    def mean(field: str) -> float:
+        return sum(rows * float(getattr(selection, field)) for rows, selection in parts) / total
+
+    predicted, active, computed = mean("predicted_density"), mean("active_density"), mean("computed_density")
+    return Selection(
+        recall=computed / active if active else 1.0,
+        precision=computed / predicted if predicted else 1.0,
+        predicted_density=predicted,
+        active_density=active,
+        computed_density=computed,
+        relative_error=mean("relative_error"),
     )
 
 

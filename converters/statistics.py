@@ -24,10 +24,12 @@ from svdengine.errors import ConversionError
 from svdengine.files.tensor_file import TensorFile
 from svdengine.files.tensor_writer import TensorWriter
 from svdengine.kernels.batch import Batch
+from svdengine.models.tensors import Place
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 
 FIT_ROWS = 8192
+FEWEST_FIT, FEWEST_HELD = 128, 32  # sampled tokens that must reach an expert for it to have a predictor
 HELD_OUT_ROWS = 2048
 _SUMMED_ROWS = 1024
 _SAVE_SECONDS = 60.0
@@ -68,6 +70,15 @@ class Statistics:
     # (layers, rows, active experts) numbers of the experts that each sampled row has; no rows without experts
     fit_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
     held_out_experts: NDArray[np.int16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.int16))
+
+
+def layer_sample(statistics: Statistics, place: Place, *, held_out: bool) -> np.ndarray:
+    """FFN inputs (n, d) float32 of one layer, or of the tokens that reach one of its experts."""
+    rows = (statistics.held_out if held_out else statistics.fit)[place.layer]
+    if place.expert is not None:
+        chosen = (statistics.held_out_experts if held_out else statistics.fit_experts)[place.layer]
+        rows = rows[(chosen == place.expert).any(1)]
+    return rows.astype(np.float32)
 
 
 class SampledMoments(Sequence[LayerStatistics]):

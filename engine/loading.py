@@ -9,10 +9,11 @@ from svdengine.executors import Device, KvDtype, check_ffn, create_executor
 from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.files.file_watch import FileWatch
 from svdengine.files.hub_name import HubName, parse_model
+from svdengine.files.kept_experts import kept_experts
 from svdengine.files.model_file import read_model_file
 from svdengine.files.models_folder import kept_path
 from svdengine.files.predictor_file import find_predictor, require_predictor
-from svdengine.files.residency import read_by_every_token, room_for, settle
+from svdengine.files.residency import bounded_memory, read_by_every_token, room_for, settle
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import BLOCK_SIZE
 from svdengine.kernels.executor import Executor, FfnMode
@@ -41,6 +42,7 @@ def load(
     prefill_rows: int = PREFILL_ROWS,
     speculative: bool = False,
     gpu_memory: int | None = None,
+    memory: int | None = None,
     mlock: bool = False,
     prefetch: bool = False,
     deterministic: bool = False,
@@ -66,6 +68,8 @@ def load(
         where that is measured to be faster. Those are kept that are sampled anyway.
     gpu_memory: bytes of a GPU's memory for weights and KV cache; by default what is free. FFN weights that do not fit
         stay in the host's memory.
+    memory: bytes that the process is to take of this machine's memory; by default what others leave. Weights that do
+        not fit are read from the file when they are needed. Of a mixture of experts those that are used most are kept.
     mlock: keep the weights in memory.
     prefetch: read the weights into memory before anything runs.
     deterministic: the same request gets the same bits whatever runs beside it, is cached, or was read in which pieces,
@@ -81,6 +85,9 @@ def load(
     named = parse_model(str(path))
     path = kept_path(named) if isinstance(named, HubName) else path
     model_file = read_model_file(path)
+    if memory is not None:
+        check_integer("memory", memory, 1, 1 << 60)
+        memory = bounded_memory(memory)
     watches: list[FileWatch] = []
     opened: BaseExecutor | None = None
     try:
@@ -96,7 +103,7 @@ def load(
         if not given:
             kv_tokens = sequences * blocks_for(limit) * BLOCK_SIZE
         blocks = pool_blocks(limit, kv_tokens, kv_memory, token_bytes)
-        room = room_for(model_file)
+        room = room_for(model_file, memory)
         if prefetch:
             model_file.prefetch(read_by_every_token(model_file, room))
         opened = create_executor(
@@ -113,13 +120,18 @@ def load(
             deterministic=deterministic,
             interleave=room.copies,
         )
+        if memory is not None and opened.name not in _READ_THE_MAP:
+            raise DeviceError(
+                f"memory bounds a model that runs on the CPU, found the device {opened.name}; leave memory out"
+            )
         settle(model_file, room, opened.copied, opened.copies, mlock=mlock)
         if opened.name not in _READ_THE_MAP:
             _close(watches)
             watches = []
         executor: Executor = opened
         if not room.whole and opened.name != "cuda":  # a GPU has its own copy of the weights
-            executor = AdvisingExecutor(opened, model_file)
+            kv_bytes = opened.block_count * BLOCK_SIZE * token_bytes
+            executor = AdvisingExecutor(opened, model_file, memory, kept_experts(opened, model_file, memory, kv_bytes))
         return LLM(
             model_file,
             executor,

@@ -70,6 +70,7 @@ class BaseExecutor(ABC):
         norm = {name: array for name, array in setup.arrays.items() if name.startswith("output_norm.")}
         self._output_norm = {name: np.array(array, np.float32) for name, array in norm.items()}
         self._counted: LayerCounts = np.zeros((config.layer_count, 3), np.int64)
+        self._chosen: NDArray[np.int64] = np.zeros(config.ffn_blocks, np.int64)  # rows that chose each FFN block
         self._closed = False
         self.copied: tuple[str, ...] = ()  # matrices that steps read as copies, not where they were given
         self.copies: tuple[NDArray, ...] = ()  # what is read in their place
@@ -97,7 +98,7 @@ class BaseExecutor(ABC):
     def ffn_times(self) -> FfnTimes:
         """What "auto" chooses by where there is a predictor: measured with it, when they are first asked for."""
         if self._times is None:
-            config, counted = self.config, self.layer_counts()
+            config, counted, chosen = self.config, self.layer_counts(), self.block_rows()
             share = config.chosen_blocks / (config.expert_count + config.shared_blocks) if config.expert_count else 1.0
             self._times = measure_ffn_times(
                 self,
@@ -110,6 +111,7 @@ class BaseExecutor(ABC):
                 share=share,
             )
             self._set_layer_counts(counted)
+            self._set_block_rows(chosen)
         return self._times
 
     def ffn_path(self, n: int) -> FfnPath:
@@ -155,6 +157,17 @@ class BaseExecutor(ABC):
         Of no effect where the weights are not read from the model file's memory map.
         """
 
+    def place_block(self, block: int, arrays: Mapping[str, NDArray]) -> None:  # noqa: B027
+        """Read the matrices of an FFN block in `arrays` from the next step on: stored parts by name, without layers.
+
+        They must be what the block had before, and outlive it there. Of no effect on an executor with weights of its
+        own.
+        """
+
+    def block_rows(self) -> NDArray[np.int64]:
+        """How many rows of a mixture chose each FFN block since the model was loaded: (ffn_blocks,), a copy."""
+        return self._chosen.copy()
+
     def neuron_counts(self) -> NeuronCounts:
         """Neurons of rows that took the sparse path since the last reset."""
         return NeuronCounts(*map(int, self.layer_counts().sum(0)))
@@ -162,6 +175,12 @@ class BaseExecutor(ABC):
     def layer_counts(self) -> LayerCounts:
         """See `Executor`."""
         return self._counted.copy()
+
+    def expert_counts(self) -> tuple[NDArray[np.int64], ...]:
+        """How many rows chose each expert since the model was loaded, on any path: an array a layer with experts."""
+        config, rows = self.config, self.block_rows()
+        firsts = [config.blocks_of(layer).start for layer in config.expert_layers]
+        return tuple(rows[first : first + config.expert_count].copy() for first in firsts)
 
     def reset_neuron_counts(self) -> None:
         """Start counting anew."""
@@ -198,6 +217,10 @@ class BaseExecutor(ABC):
     def _set_layer_counts(self, counts: LayerCounts) -> None:
         """Count on from these."""
         self._counted = counts
+
+    def _set_block_rows(self, rows: NDArray[np.int64]) -> None:
+        """Count on from these."""
+        self._chosen = rows
 
     def _check(self, batch: Batch) -> None:
         """Raise ValueError for a closed executor and for a batch that breaks the rules: kernels check nothing."""

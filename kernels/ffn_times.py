@@ -71,7 +71,7 @@ def choose_path(ffn: FfnMode, rows: int, predictor: Predictor | None, times: Cal
     """
     if ffn == "dense":
         return "dense"
-    if predictor is None or ffn == "exact":
+    if predictor is None or ffn == "exact" or (ffn == "auto" and predictor.scores_nothing):
         return "skip_zeros" if rows == 1 or ffn == "sparse" else "dense"
     return "predict" if ffn == "sparse" else times().fastest(rows, *predictor.densities)
 

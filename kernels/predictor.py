@@ -58,7 +58,10 @@ class LayerPredictor:
 
 @dataclass(frozen=True)
 class Predictor:
-    """The predictor of a model, and how it was made."""
+    """The predictor of a model, and how it was made.
+
+    A row of the table in `about` may say which share of tokens reach its block: of experts these count as often.
+    """
 
     layers: tuple[LayerPredictor, ...]  # of each FFN block (ModelConfig.ffn_blocks)
     about: Mapping[str, Any]  # JSON: kind, calibrator, budget, fingerprint of the model, statistics of each layer
@@ -74,8 +77,19 @@ class Predictor:
     def _mean(self, name: str, otherwise: float) -> float:
         table = self.about.get("table")
         rows = [row for row in table if isinstance(row, dict)] if isinstance(table, list) else []
-        shares = [row[name] for row in rows if isinstance(row.get(name), float) and 0 <= row[name] <= 1]
-        return sum(shares) / len(shares) if shares else otherwise
+        known = [(_share(row.get("reached", 1.0)), _share(row.get(name))) for row in rows]
+        weights = [(weight, share) for weight, share in known if weight is not None and share is not None]
+        total = sum(weight for weight, _ in weights)
+        return sum(weight * share for weight, share in weights) / total if total else otherwise
+
+    @property
+    def scores_nothing(self) -> bool:
+        """Whether every gate of every block is computed: only exact zeros are skipped, and nothing is missed."""
+        return not any(layer.rank or layer.residual_bits for layer in self.layers)
+
+
+def _share(value: Any) -> float | None:
+    return value if isinstance(value, float) and 0 <= value <= 1 else None
 
 
 def largest_rank(hidden_size: int, ffn_size: int, relu: bool) -> int:

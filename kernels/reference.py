@@ -173,6 +173,7 @@ class ReferenceExecutor(BaseExecutor):
         for expert, block in enumerate(blocks):
             rows, place = np.nonzero(chosen == expert)
             if len(rows):
+                self._chosen[block] += len(rows)
                 bias = sparsity_bias[rows] if isinstance(sparsity_bias, np.ndarray) else sparsity_bias
                 y[rows] += weights[rows, place, None] * self._block(layer, block, x[rows], bias)
         return y

@@ -35,6 +35,7 @@ from svdengine.tools.random_model import RandomWeights, announced, shape_config,
 _CONSTANT = 2.0  # what the residual stream holds in its first GROUP columns; the others hold numbers near 1
 _ADDED = 0.125  # size of what all layers add to the residual stream, which else is the embedding
 _STEPS = 4096  # of an integral
+_GUMBEL = np.pi / 6**0.5  # standard deviation of Gumbel's distribution
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ class Sparsity:
     predicted: float = 0.15  # share of neurons whose gate is computed
     active: float = 0.10  # share of neurons computed in full: predicted, and their gate is positive
     noise: float = 0.05  # share of a gate's variance that the predictor does not see
+    skew: float = 0.0  # exponent of the law like Zipf's by which tokens choose experts; 0: all equally often
 
     def __post_init__(self) -> None:
         if self.rank < 1 or not 0 < self.noise < 1:
             raise ValueError(f"found rank {self.rank} and noise {self.noise}, expected 1 or more, and between 0 and 1")
+        if self.skew < 0:
+            raise ValueError(f"found a skew of {self.skew}, expected 0 or more")
         if not 0 < self.active < self.predicted < 1:
             raise ValueError(
                 f"found {self.predicted} predicted and {self.active} active, expected shares 0 < active < predicted < 1"
@@ -105,7 +109,19 @@ class PlantedWeights(RandomWeights):
             self._plant(w, layer)
         elif name == "router":
             w[:, :GROUP] = 0  # or some experts would always be chosen before others
+            w[: self._config.expert_count, :GROUP] = self._preference(layer)[:, None] / (GROUP * _CONSTANT)
         return w
+
+    def _preference(self, layer: int) -> NDArray[np.float32]:
+        """What a layer's router adds to the product of each expert, whose deviation is near 1.
+
+        With noise of Gumbel's distribution an expert would be drawn with a chance that is a power of its rank. Gaussian
+        noise of the same deviation favours the first ones somewhat more. Which these are differs from layer to layer.
+        """
+        random = np.random.default_rng((self._seed, layer, crc32(b"preference")))
+        ranks = random.permutation(self._config.expert_count) + 1
+        preference: NDArray[np.float32] = (-self._sparsity.skew / _GUMBEL * np.log(ranks)).astype(np.float32)
+        return preference
 
     def layer_predictor(self, layer: int) -> LayerPredictor:
         """The predictor of one layer, or one expert: the planted factors in int8."""
@@ -153,12 +169,12 @@ def write_planted(path: Path, config: ModelConfig, dtype: WeightFormat, sparsity
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = shape_parser("svdengine.tools.planted_model", "Write a model of random weights with sparse FFNs.")
-    for name, kind in (("rank", int), ("predicted", float), ("active", float), ("noise", float)):
+    for name, kind in (("rank", int), ("predicted", float), ("active", float), ("noise", float), ("skew", float)):
         default = getattr(Sparsity, name)
         parser.add_argument(f"--{name}", type=kind, default=default, metavar="X", help=f"(default: {default})")
     options = parser.parse_args(arguments)
     try:
-        sparsity = Sparsity(options.rank, options.predicted, options.active, options.noise)
+        sparsity = Sparsity(options.rank, options.predicted, options.active, options.noise, options.skew)
         config = shape_config(options.shape, options.layers, "relu", options.experts, options.active_experts)
         announced(options.output, lambda: write_planted(options.output, config, options.dtype, sparsity, options.seed))
     except (SvdEngineError, ValueError, OSError) as error:

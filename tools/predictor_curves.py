@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from svdengine.converters.calibration import layer_sample
 from svdengine.converters.default_text import default_text
 from svdengine.converters.end_to_end import LossMeter, SparseCost
 from svdengine.converters.ffn_layer import read_ffn_layer, require_sparse, run_neurons
 from svdengine.converters.paper_predictor import PaperOptions, build_paper_predictor
 from svdengine.converters.predictors import build_predictor
-from svdengine.converters.statistics import Statistics, StatisticsCollector, collect_statistics
+from svdengine.converters.statistics import Statistics, StatisticsCollector, collect_statistics, layer_sample
 from svdengine.converters.thresholds import SLACK, error_thresholds, make_sample
 from svdengine.files.model_file import ModelFile
 from svdengine.kernels.predictor import LayerPredictor, Predictor, scores

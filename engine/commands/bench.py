@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from svdengine.commands.options import measuring_options, open_model, predictor_
 if TYPE_CHECKING:
     from svdengine.llm import LLM
     from svdengine.measuring.benchmark import BenchRow
+    from svdengine.models.config import ModelConfig
 
 
 EXAMPLES = (
@@ -69,7 +71,9 @@ def command(
 
     --ffn both measures the dense and the sparse path in turn, and also the FFNs of all layers alone (ffn). MB/token is
     what a token reads of weights, predictor and KV cache. On the sparse path it counts the neurons that the measured
-    tokens listed. Where several sequences list the same neurons, it is an upper bound.
+    tokens listed. Where several sequences list the same neurons, it is an upper bound. Of a mixture of experts lines
+    below the table say how evenly the tokens of each test used them. With --faults and --memory, experts that were
+    chosen are counted: those kept in memory, and at most how many came from storage.
     """
     from svdengine.measuring.benchmark import run_benchmark
     from svdengine.measuring.machine import usable_cores
@@ -90,12 +94,12 @@ def command(
             faults=faults,
             depth=depth,
         )
-        facts = _facts(llm, threads)
+        facts, config = _facts(llm, threads), llm.config
     bandwidth = _bandwidth(facts)  # the model has given its memory back
     if as_json:
         click.echo(json.dumps([{**facts, **asdict(row), "read_bandwidth": bandwidth} for row in rows], indent=2))
     else:
-        click.echo(_table(facts, rows, bandwidth))
+        click.echo("\n".join([_table(facts, rows, bandwidth), *_expert_lines(config, rows)]))
 
 
 def _facts(llm: LLM, threads: int) -> dict[str, Any]:
@@ -144,6 +148,22 @@ def _table(facts: dict[str, Any], rows: list[BenchRow], bandwidth: float | None)
     return "\n".join(table)
 
 
+def _expert_lines(config: ModelConfig, rows: list[BenchRow]) -> Iterator[str]:
+    """How evenly the tests used the experts of a mixture: the first of each name, since paths choose alike."""
+    first = {row.test: row for row in reversed(rows) if row.busiest_expert is not None}
+    if not first:
+        return
+    experts = len(config.expert_layers) * config.expert_count
+    yield (
+        f"\nA token has {config.active_experts} of {config.expert_count} experts in a layer; an even choice gives each"
+        f" {100 * config.active_experts / config.expert_count:.0f} % of the tokens."
+    )
+    for name in dict.fromkeys(row.test for row in rows if row.test in first):
+        row = first[name]
+        unused = f", and {row.unused_experts:,} of {experts:,} are unused" if row.unused_experts else ""
+        yield f"{name}: the busiest expert of a layer has {100 * (row.busiest_expert or 0):.0f} %{unused}."
+
+
 def _bandwidth(facts: dict[str, Any]) -> float | None:
     """Read bandwidth of the memory that the weights were in, in GB/s."""
     from svdengine.measuring.machine import gpu_bandwidth, measured_bandwidth
@@ -172,6 +192,9 @@ def _cells(row: BenchRow, bandwidth: float | None) -> dict[str, str]:
         "faults/token": shown(row.faults_per_token, 1, ".1f"),
         "major": shown(row.major_faults_per_token, 1, ".1f"),
         "disk MB/token": shown(row.disk_bytes_per_token, 1e-6, ".2f"),
+        "experts/token": shown(row.experts_per_token, 1, ".1f"),
+        "kept %": shown(row.kept_experts, 100, ".1f"),
+        "read %": shown(row.read_experts, 100, ".1f"),
     }
 
 

@@ -89,8 +89,9 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "powerinfer"]),
-    help="Kind of the predictor; by default svd for a large model, lowbit for one with a hidden size below 2048."
-    " powerinfer: trained ones, PowerInfer's or the paper's own, out of files.",
+    help="Kind of the predictor; by default svd for a large model, lowbit for one with a hidden size below 2048, and"
+    " auto, what reads least, for a mixture of experts. powerinfer: trained ones, PowerInfer's or the paper's own, out"
+    " of files.",
 )
 @click.option(
     "--from",
@@ -103,10 +104,8 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--bits",
     type=click.IntRange(1, 2),
-    default=2,
-    show_default=True,
     metavar="1|2",
-    help="Bits a weight of the low-bit part.",
+    help="Bits a weight of the low-bit part.  [default: 2; of experts both are tried]",
 )
 @click.option(
     "--factors",
@@ -180,7 +179,7 @@ def calibrate_file(
     kind: str | None = None,
     source: Path | None = None,
     rank: int | None = None,
-    bits: int | None = 2,
+    bits: int | None = None,
     factors: str = "q8",
     thresholds: str = "error",
     share: float | None = None,
@@ -197,6 +196,7 @@ def calibrate_file(
     from svdengine.converters.calibration_size import calibration_size, default_kind, default_tokens
     from svdengine.converters.calibration_text import WINDOW, split_files
     from svdengine.converters.default_text import default_text, written_tokens
+    from svdengine.converters.predictor_choice import AUTO
     from svdengine.files.model_file import read_model_file
     from svdengine.files.predictor_file import require_relu_family, write_model_with_predictor, write_predictor
     from svdengine.loading import load
@@ -206,6 +206,8 @@ def calibrate_file(
     with read_model_file(model) as file:
         require_relu_family(file)
         kind = kind or default_kind(file.config, rank, thresholds)
+        if bits is None and not (kind == AUTO and file.config.expert_count):
+            shape["bits"] = 2
         wanted = CalibrationOptions(kind=kind, **{**shape, **paper, **budget})
         _check_candidates(file, wanted)
         context = min(WINDOW, file.config.max_position)

@@ -247,18 +247,25 @@ def _auto(conversation: Conversation, _: str) -> str:
 
 
 def _bias(conversation: Conversation, text: str) -> str:
-    if conversation.llm.predictor is None:
+    predictor = conversation.llm.predictor
+    if predictor is None or predictor.scores_nothing:
         raise RequestError("/bias shifts the thresholds of a predictor, and this model has none")
     told = _set(conversation, f"sparsity_bias {text}".strip())
     return f"{told}; above 0, fewer neurons are computed"
 
 
 def _stats(conversation: Conversation, _: str) -> str:
+    from svdengine.measuring.expert_use import expert_line, expert_use
+
     stats, counts = conversation.llm.stats(), conversation.llm.executor.neuron_counts()
     shares = share_text(counts.predicted_density, counts.active_density)
     steps = ", ".join(f"{count} {path.replace('_', ' ')}" for path, count in stats.steps.items())
     lines = [conversation.session.totals(), f"steps: {steps or 'none'}"]
-    return "\n".join([*lines, f"of steps that ran sparse: {shares}"] if shares else lines)
+    lines += [f"of steps that ran sparse: {shares}"] if shares else []
+    config = conversation.llm.config
+    if (use := expert_use(config, stats.experts)) is not None:
+        lines.append(expert_line(config, use))
+    return "\n".join(lines)
 
 
 def _context(conversation: Conversation, _: str) -> str:

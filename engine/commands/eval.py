@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -122,8 +121,7 @@ def command(
         if predictors or report is not None:
             require_relu_family(llm.model_file)
         named = _predictors(llm, predictor_files)
-        studied = predictors or (report is not None and not llm.config.expert_count)
-        found = _measure(llm, text, window, tasks, options, named if studied else None)
+        found = _measure(llm, text, window, tasks, options, named if predictors or report is not None else None)
         if report is not None:
             _measure_curve(llm, text, window, named, found)
             _write_report(llm, report, found, named, (text_file.name if text_file is not None else "", text))
@@ -201,7 +199,7 @@ def _measure(
 def _predictors(llm: LLM, files: Sequence[Path]) -> dict[str, Predictor]:
     """What is compared, by name: the files that were given, or the model's own. Raises RequestError, ModelFileError."""
     from svdengine.files.predictor_file import find_predictor
-    from svdengine.measuring.predictor_study import OWN
+    from svdengine.measuring.study_results import OWN
 
     if len(files) < 2:
         return {} if llm.predictor is None else {OWN if not files else files[0].stem: llm.predictor}
@@ -244,7 +242,7 @@ def _write_report(
 
 def _record(found: Measurements) -> dict[str, Any]:
     """What is printed, in plain JSON types."""
-    from svdengine.measuring.predictor_study import mean_aurocs
+    from svdengine.measuring.study_table import study_record
 
     record: dict[str, Any] = {"ffn": found.ffn}
     if found.perplexity is not None:
@@ -256,17 +254,8 @@ def _record(found: Measurements) -> dict[str, Any]:
     if found.tasks:
         record |= {"tasks": [asdict(score) for score in found.tasks], "paired": [asdict(pair) for pair in found.pairs]}
     if found.study is not None:
-        layers = [
-            {"layer": x.layer, "active_density": x.active_density, "auroc": _finite(x.auroc)}
-            for x in found.study.layers
-        ]
-        record["predictors"] = {"layers": layers, "mean": _finite(mean_aurocs(found.study))}
+        record["predictors"] = study_record(found.study)
     return record
-
-
-def _finite(values: dict[str, float]) -> dict[str, float | None]:
-    """JSON has no NaN."""
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _lines(record: dict[str, Any]) -> Iterator[str]:
@@ -298,17 +287,9 @@ def _lines(record: dict[str, Any]) -> Iterator[str]:
             f"{pair['only_second']} only {pair['second']}, {pair['neither']} in neither; McNemar p = {pair['p']:.3g}"
         )
     if "predictors" in record:
-        yield from _study_lines(record["predictors"])
+        from svdengine.measuring.study_table import study_lines
 
-
-def _study_lines(study: dict[str, Any]) -> Iterator[str]:
-    """AUROC of each predictor in each layer."""
-    names = list(study["mean"])
-    for number, name in enumerate(names, 1):
-        yield f"[{number}] {name}"
-    yield f"{'AUROC':<7}" + "".join(f"{f'[{number}]':>8}" for number in range(1, len(names) + 1))
-    for title, row in [*((str(x["layer"]), x["auroc"]) for x in study["layers"]), ("mean", study["mean"])]:
-        yield f"{title:<7}" + "".join("       -" if row.get(name) is None else f"{row[name]:>8.3f}" for name in names)
+        yield from study_lines(record["predictors"])
 
 
 def _perplexity_line(score: dict[str, Any]) -> str:

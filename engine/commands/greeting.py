@@ -40,6 +40,8 @@ def _sparsity(llm: LLM) -> str:
         if llm.config.sparse_ffn:
             return "no predictor: all FFN neurons are computed; `svdengine calibrate` makes one"
         return f"dense: {why_not_sparse(llm.config)}"
+    if llm.predictor.scores_nothing:
+        return "no predictor pays for these experts: only neurons that are exactly zero are skipped; `inspect` says why"
     kind = f"predictor {predictor_report(llm.predictor)['kind']}, {_size(predictor_bytes(llm.predictor))}"
     if llm.ffn in ("dense", "exact"):
         return f"{kind}, not used with --ffn {llm.ffn}"

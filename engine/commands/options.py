@@ -114,6 +114,14 @@ _EXECUTION: tuple[Decorator, ...] = (
         " in the host's memory.",
     ),
     option(
+        "--memory",
+        group=SPEED,
+        type=Size(),
+        metavar="SIZE",
+        help="What the process may take of memory, such as 8G; by default what others leave. A larger model is read"
+        " from its file as needed; of a mixture of experts those that are used most are kept. CPU only.",
+    ),
+    option(
         "--deterministic",
         group=SPEED,
         is_flag=True,
@@ -209,6 +217,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
     With --ffn both, the model is one that can run sparse.
     """
     from svdengine.errors import RequestError
+    from svdengine.files.advising_executor import memory_use
     from svdengine.loading import load
     from svdengine.scheduling.sampling import check_sparsity_bias, merge_params
     from svdengine.scheduling.scheduler import PREFILL_ROWS
@@ -225,6 +234,7 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         kv_memory=options["kv_memory"],
         sequences=sequences,
         gpu_memory=options["gpu_memory"],
+        memory=options["memory"],
         kv_dtype=options["kv_dtype"],
         speculative=options.get("speculative", False),
         prefill_rows=options.get("prefill_rows") or PREFILL_ROWS,
@@ -232,6 +242,8 @@ def open_model(options: dict[str, Any], context: int | None = None, sequences: i
         prefetch=options["prefetch"],
         deterministic=options["deterministic"],
     )
+    if options["memory"] is not None:
+        click.echo(memory_use(llm.executor), err=True)
     if options["model"] is None:
         from svdengine.commands.demo_model import SAMPLING
 

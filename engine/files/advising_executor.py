@@ -13,17 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.files.memory_advice import Advice
-from svdengine.files.residency import ffn_row_names
+from svdengine.files.residency import block_arrays, ffn_row_names, resident_bytes, token_block_bytes
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnMode, HiddenStates, Logits
 
 if TYPE_CHECKING:
+    from svdengine.files.kept_experts import KeptExperts
     from svdengine.files.model_file import ModelFile
     from svdengine.kernels.predictor import Predictor
 
 _GAP = 1  # neurons: only neighbours are asked for together; wider gaps read more and were not faster
 _FEW = 4  # rows of a step whose lists of neurons together still leave most of the FFN out
+
+
+def memory_use(executor: object) -> str:
+    """One line for people: how a model that was loaded with a bound of memory lies in it."""
+    if not isinstance(executor, AdvisingExecutor):
+        return "the model fits into that memory"
+    if executor.kept is None:
+        return "the model is larger than that memory: FFN rows are read from its file when they are needed"
+    return executor.kept.describe()
 
 
 class AdvisingExecutor:
@@ -32,13 +42,17 @@ class AdvisingExecutor:
     `inner` runs the step, and does all else that an executor does.
     """
 
-    def __init__(self, inner: BaseExecutor, model_file: ModelFile) -> None:
-        self.inner = inner
+    def __init__(
+        self, inner: BaseExecutor, model_file: ModelFile, memory: int | None = None, kept: KeptExperts | None = None
+    ) -> None:
+        """`memory`: bytes that the process is to have. `kept`: experts that are kept in memory."""
+        self.inner, self.kept = inner, kept
+        self._limit = None if memory is None else memory - min(memory // 2, token_block_bytes(model_file))
         self.name, self.max_batch_rows = inner.name, inner.max_batch_rows
         self.block_size, self.block_count = inner.block_size, inner.block_count
         self.ffn_path, self.close = inner.ffn_path, inner.close
         self.neuron_counts, self.layer_counts = inner.neuron_counts, inner.layer_counts
-        self.reset_neuron_counts = inner.reset_neuron_counts
+        self.reset_neuron_counts, self.expert_counts = inner.reset_neuron_counts, inner.expert_counts
         self._file, self._rows = model_file, ffn_row_names(model_file)
         self._told: dict[str, Advice] = {}
 
@@ -65,7 +79,11 @@ class AdvisingExecutor:
         scattered = self._scattered(len(batch.tokens))
         self._advise(scattered)
         self.inner.read_ahead(_GAP if scattered else 0)
-        return self.inner.forward(batch)
+        logits = self.inner.forward(batch)
+        if self.kept is not None:
+            self.kept.after_step(len(batch.tokens))
+        self._keep_within()
+        return logits
 
     def hidden_states(self) -> NDArray[np.float32]:
         """See HiddenStates. Raises ValueError where the executor inside has none."""
@@ -94,6 +112,12 @@ class AdvisingExecutor:
             return []
         first = "gate" if self._file.config.gated else "up"  # without prediction it is read whole
         return [name for name in self._rows if name != first]
+
+    def _keep_within(self) -> None:
+        """Let go of the file's FFN rows where the next token might take more memory than there is; they stay cached."""
+        resident = resident_bytes() if self._limit is not None else None
+        if resident is not None and self._limit is not None and resident > self._limit:
+            self._file.advise(block_arrays(self._file), "dontneed")
 
     def _advise(self, scattered: list[str]) -> None:
         for advice in ("random", "normal"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +25,16 @@ def advise(pages: mmap.mmap, start: int, end: int, advice: Advice) -> None:
         return
     begin = start // mmap.PAGESIZE * mmap.PAGESIZE
     pages.madvise(option, begin, end - begin)
+
+
+def forget(pages: mmap.mmap, path: Path, ranges: Sequence[tuple[int, int]]) -> None:
+    """Have the system take back what it holds of ranges (start, end) of a mapped file: from the map, and its cache."""
+    for start, end in ranges:
+        advise(pages, start, end, "dontneed")
+    if hasattr(os, "posix_fadvise"):
+        with suppress(OSError), path.open("rb") as file:
+            for start, end in ranges:
+                os.posix_fadvise(file.fileno(), start, end - start, os.POSIX_FADV_DONTNEED)
 
 
 def prefetch(pages: mmap.mmap, start: int, end: int) -> None:

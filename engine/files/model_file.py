@@ -67,6 +67,10 @@ class ModelFile:
         """Say how arrays will be read; see TensorFile. Those that are not the file's own are left out."""
         self._file.advise([name for name in names if name in self._file.header.entries], advice)
 
+    def forget_block(self, names: Iterable[str], block: int) -> None:
+        """Have the system take the memory back that one FFN block's parts of arrays have; see TensorFile."""
+        self._file.forget_item(names, block)
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Read arrays into memory, and wait for them."""
         self._file.prefetch(names)

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _FFN_ROWS = ("gate", "up", "down_T", "down")
 _MEMORY = Path("/proc/meminfo")
+_RESIDENT = Path("/proc/self/statm")
+_PROGRAM = 96 << 20  # bytes of code of Python and its libraries that are mapped
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,11 @@ def room_for(model_file: ModelFile, memory: int | None = None) -> Room:
 
 
 def read_by_every_token(model_file: ModelFile, room: Room) -> list[str]:
-    """The stored arrays that are worth locking and prefetching: all, but for FFN rows where there is no room."""
-    rows = ffn_row_names(model_file)
+    """The stored arrays that are worth locking and prefetching: all, but for FFN rows where there is no room.
+
+    Of experts, which a token has few of, nothing.
+    """
+    rows = block_arrays(model_file) if model_file.config.expert_count else ffn_row_names(model_file)
     return [name for name in model_file.arrays if room.whole or name not in rows]
 
 
@@ -80,6 +85,39 @@ def ffn_row_names(model_file: ModelFile) -> list[str]:
     if not model_file.config.sparse_ffn and not model_file.config.expert_count:
         return []
     return [name for name in _FFN_ROWS if name in model_file.arrays]
+
+
+def block_arrays(model_file: ModelFile) -> list[str]:
+    """The stored arrays of FFN matrices, of which each FFN block, as of an expert, has a part of its own."""
+    names = (row + suffix for row in _FFN_ROWS for suffix in PART_SUFFIXES)
+    return [name for name in names if name in model_file.arrays]
+
+
+def token_block_bytes(model_file: ModelFile) -> int:
+    """Stored bytes of the FFN blocks that one token has, of all layers."""
+    config, blocks = model_file.config, sum(model_file.arrays[name].nbytes for name in block_arrays(model_file))
+    return round(blocks * config.token_neurons / (config.ffn_size * config.ffn_blocks))
+
+
+def own_bytes() -> int:
+    """Bytes of memory that this process has but for mapped files of data; a guess where the system does not say."""
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        _, resident, mapped = map(int, _RESIDENT.read_text(encoding="ascii").split()[:3])
+        return _PROGRAM + (resident - mapped) * os.sysconf("SC_PAGE_SIZE")
+    return 3 * _PROGRAM
+
+
+def resident_bytes() -> int | None:
+    """Bytes of memory that this process has, mapped files included; None where the system does not say."""
+    with suppress(OSError, ValueError, IndexError, AttributeError):
+        return int(_RESIDENT.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def bounded_memory(memory: int) -> int:
+    """`memory` bytes, or what a model may take where that is less."""
+    usable = usable_memory()
+    return memory if usable is None else min(memory, usable)
 
 
 def usable_memory() -> int | None:

@@ -93,6 +93,17 @@ class TensorFile:
         for start, end in self._ranges(names):
             memory_advice.advise(self._map, start, end, advice)
 
+    def forget_item(self, names: Iterable[str], index: int) -> None:
+        """Have the system take back the memory of what each tensor has at this index of its first axis.
+
+        It is read from storage again when it is used. A hint, as `advise` is.
+        """
+        ranges = []
+        for entry in (self.header.entries[name] for name in names):
+            size = (entry.end - entry.start) // entry.shape[0]
+            ranges.append((entry.start + index * size, entry.start + (index + 1) * size))
+        memory_advice.forget(self._map, self.path, ranges)
+
     def prefetch(self, names: Iterable[str]) -> None:
         """Read tensors into memory, and wait for them."""
         for start, end in self._ranges(names):

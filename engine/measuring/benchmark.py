@@ -10,9 +10,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
+from svdengine.files.advising_executor import AdvisingExecutor
 from svdengine.kernels.batch import BLOCK_SIZE, Batch
 from svdengine.kernels.executor import NO_NEURONS, Choice, Executor, FfnMode, NeuronCounts, SamplingExecutor
+from svdengine.measuring.expert_use import expert_use
 from svdengine.measuring.memory_traffic import sparse_weight_bytes, weight_bytes
 from svdengine.measuring.page_faults import PageFaults, page_faults
 from svdengine.scheduling.block_pool import kv_read_bytes
@@ -48,6 +51,11 @@ class BenchRow:
     faults_per_token: float | None = None  # page faults of all kinds; None: not asked for
     major_faults_per_token: float | None = None  # of those, pages that were not in memory
     disk_bytes_per_token: float | None = None  # read from storage
+    busiest_expert: float | None = None  # share of tokens that have the expert which most have, mean of layers
+    unused_experts: int | None = None  # of all layers' experts those that no token of the test had
+    experts_per_token: float | None = None  # that were chosen, where experts are kept in memory
+    kept_experts: float | None = None  # share of them that are kept
+    read_experts: float | None = None  # share of them that came from storage, if nothing else did: an upper bound
 
 
 @dataclass(frozen=True)
@@ -69,6 +77,8 @@ class Repetition:
     seconds: float
     neurons: NeuronCounts
     faults: PageFaults | None
+    experts: tuple[NDArray[np.int64], ...] = ()  # rows that chose each, by layer with experts
+    uses: tuple[int, int] | None = None  # of experts by rows, and those that found it kept in memory
 
 
 def run_benchmark(
@@ -166,17 +176,32 @@ def _row(llm: LLM, test: Workload, path: str, done: list[Repetition], dense: lis
         predicted_density=neurons.predicted_density,
         active_density=neurons.active_density,
     )
+    use = expert_use(llm.config, _summed([repetition.experts for repetition in done]))
+    if use is not None:
+        row = replace(row, busiest_expert=use.busiest, unused_experts=use.unused)
     if dense is not None and dense is not done:
         row = replace(row, speedup=_median_seconds(dense) / _median_seconds(done))
     faults = [repetition.faults for repetition in done if repetition.faults is not None]
     if not faults:
         return row
-    return replace(
+    row = replace(
         row,
         faults_per_token=sum(found.minor + found.major for found in faults) / count,
         major_faults_per_token=sum(found.major for found in faults) / count,
         disk_bytes_per_token=sum(found.disk_bytes for found in faults) / count,
     )
+    uses = [repetition.uses for repetition in done if repetition.uses is not None]
+    chosen, kept = sum(chosen for chosen, _ in uses), sum(found for _, found in uses)
+    if not chosen or not isinstance(llm.executor, AdvisingExecutor) or llm.executor.kept is None:
+        return row
+    size = llm.executor.kept.plan.expert_bytes
+    read = min(1.0, sum(found.disk_bytes for found in faults) / (size * chosen))
+    return replace(row, experts_per_token=chosen / count, kept_experts=kept / chosen, read_experts=read)
+
+
+def _summed(repetitions: Sequence[tuple[NDArray[np.int64], ...]]) -> list[list[int]]:
+    """Rows that chose each expert, by layer, of all repetitions."""
+    return [np.sum(layer, 0).tolist() for layer in zip(*repetitions, strict=True)]
 
 
 def _size_of(llm: LLM, test: Workload, neurons: NeuronCounts, count: int) -> float:
@@ -221,13 +246,23 @@ def _repeat(
 
 
 def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
-    neurons = executor.neuron_counts()
+    neurons, experts = executor.neuron_counts(), _expert_counts(executor)
+    kept = executor.kept if faults and isinstance(executor, AdvisingExecutor) else None
+    used = kept.uses() if kept is not None else (0, 0)
     pages = page_faults() if faults else None
     begin = time.perf_counter()
     run()
     seconds = time.perf_counter() - begin
     found = page_faults().since(pages) if pages is not None else None
-    return Repetition(seconds, executor.neuron_counts() - neurons, found)
+    uses = kept.uses() if kept is not None else None
+    chosen = tuple(now - then for now, then in zip(_expert_counts(executor), experts, strict=True))
+    more = (uses[0] - used[0], uses[1] - used[1]) if uses is not None else None
+    return Repetition(seconds, executor.neuron_counts() - neurons, found, chosen, more)
+
+
+def _expert_counts(executor: Executor) -> tuple[NDArray[np.int64], ...]:
+    counted = getattr(executor, "expert_counts", None)
+    return () if counted is None else counted()
 
 
 def _prompt(count: int, vocab_size: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from svdengine.measuring.perplexity import Perplexity, ScoredText, split_text
 if TYPE_CHECKING:
     from svdengine.kernels.predictor import Predictor
     from svdengine.llm import LLM
-    from svdengine.measuring.predictor_study import PredictorStudy
+    from svdengine.measuring.study_results import PredictorStudy
     from svdengine.measuring.task_scores import Outcome, PairedScore, TaskScore
 
 Progress = Callable[[int, int, float], None]  # windows run on either path, all there are, dense perplexity so far

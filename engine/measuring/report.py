@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -18,14 +19,18 @@ from svdengine import __version__
 from svdengine.kernels.predictor import Predictor
 from svdengine.measuring.evaluation import Measurements
 from svdengine.measuring.memory_traffic import ffn_bytes, parameter_count
-from svdengine.measuring.predictor_study import mean_aurocs
 from svdengine.measuring.predictor_table import predictor_report
 from svdengine.measuring.report_figures import Figure, figures, unshifted
+from svdengine.measuring.study_results import mean_aurocs
 from svdengine.measuring.task_scores import TaskScore
 
 if TYPE_CHECKING:
     from svdengine.llm import LLM
     from svdengine.models.config import ModelConfig
+
+
+_TABLES_ELSEWHERE = ("neuron", "recall", "error")  # figures whose numbers another one shows, or that are too many
+_MOST_ROWS = 400  # of a table in the page; longer ones are only in the files beside it
 
 
 @dataclass(frozen=True)
@@ -139,7 +144,9 @@ def _tiles(report: Measurements) -> str:
             tiles.append((f"{times:.2f}", "times the speed of dense"))
     if report.study is not None and report.study.layers[0].selections:
         first = next(iter(report.study.layers[0].selections))
-        tiles.append((f"{mean_aurocs(report.study)[first]:.3f}", "AUROC, mean of layers"))
+        area = mean_aurocs(report.study).get(first)
+        if area is not None and math.isfinite(area):
+            tiles.append((f"{area:.3f}", "AUROC, mean of layers"))
     items = "".join(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in tiles)
     return f'<section class="tiles">{items}</section>' if tiles else ""
 
@@ -168,7 +175,7 @@ def _task_section(tasks: Sequence[TaskScore]) -> str:
 def _section(figure: Figure) -> str:
     """A chart, and a table that opens on demand, where the numbers are few and no other figure has them."""
     table = ""
-    if figure.rows and figure.name not in ("neuron", "recall", "error"):
+    if figure.rows and figure.name not in _TABLES_ELSEWHERE and len(figure.rows) <= _MOST_ROWS:
         rows = _rows([column.name for column in figure.columns], figure.cells())
         table = f'<details><summary>Table</summary><div class="scroll">{rows}</div></details>'
     return (

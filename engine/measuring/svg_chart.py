@@ -95,6 +95,33 @@ def histogram(groups: Sequence[tuple[str, Sequence[float]]], x_label: str, mark:
     return _picture(body, f"histogram of {x_label}") + _legend([(name, False) for name, _ in groups])
 
 
+def share_map(rows: Sequence[tuple[int, Sequence[tuple[float, bool]]]], x_label: str, y_label: str) -> str:
+    """Squares of shares, a line a row: the darker, the larger; each row is a number, and its shares, marked or not."""
+    columns = max(len(cells) for _, cells in rows)
+    axes = Axes((-0.5, columns - 0.5), (len(rows) - 0.5, -0.5))  # the first row on top
+    most = max((share for _, cells in rows for share, _ in cells), default=0.0) or 1.0
+    body = _labels_of_axes(x_label, y_label)
+    for index in _some(columns):
+        x, _ = axes.place((index, 0.0))
+        body += f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{index}</text>'
+    shown = set(_some(len(rows)))
+    for line, (number, cells) in enumerate(rows):
+        left, top = axes.place((-0.5, line - 0.5))
+        right, bottom = axes.place((0.5, line + 0.5))
+        width, height = right - left, bottom - top
+        if line in shown:
+            body += f'<text x="{LEFT - 7}" y="{top + height / 2 + 4:.1f}" text-anchor="end">{number}</text>'
+        for column, (share, marked) in enumerate(cells):
+            x, wide, high = left + column * width, 0.94 * width, 0.94 * height
+            title = f"{y_label} {number}, {x_label} {column}: {100 * share:.2f} %"
+            body += f'<rect class="bar c0" x="{x:.1f}" y="{top:.1f}" width="{wide:.1f}" height="{high:.1f}"'
+            body += f' style="opacity:{0.04 + 0.96 * share / most:.2f}"><title>{escape(title)}</title></rect>'
+            if marked:
+                middle = f'cx="{x + wide / 2:.1f}" cy="{top + high / 2:.1f}"'
+                body += f'<circle class="dot" {middle} r="{max(1.0, min(3.0, width / 5, height / 5)):.1f}"/>'
+    return _picture(body, f"{y_label} by {x_label}")
+
+
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
     """Round numbers within a range."""
     rough = (high - low) / most
@@ -130,8 +157,17 @@ def _frame(axes: Axes, x_label: str, y_label: str, x_format: Format, y_format: F
         body += f'<line class="axis" x1="{x:.1f}" y1="{HEIGHT - BOTTOM}" x2="{x:.1f}" y2="{HEIGHT - BOTTOM + 4}"/>'
         body += f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{escape(x_format(value))}</text>'
     body += f'<line class="axis" x1="{LEFT}" y1="{HEIGHT - BOTTOM}" x2="{WIDTH - RIGHT}" y2="{HEIGHT - BOTTOM}"/>'
+    return body + _labels_of_axes(x_label, y_label)
+
+
+def _some(count: int) -> list[int]:
+    """Numbers below `count` that have room at an axis."""
+    return [int(tick) for tick in ticks(0, max(count - 1, 1), 8) if tick == int(tick) and tick < count]
+
+
+def _labels_of_axes(x_label: str, y_label: str) -> str:
     middle, height = (LEFT + WIDTH - RIGHT) / 2, (TOP + HEIGHT - BOTTOM) / 2
-    body += f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
+    body = f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
     turned = f'transform="rotate(-90 13 {height})"'
     return body + f'<text class="label" x="13" y="{height}" text-anchor="middle" {turned}>{escape(y_label)}</text>'
 

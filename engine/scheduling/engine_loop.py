@@ -48,6 +48,7 @@ class EngineStats:
     blocks_used: KV blocks of running sequences, 16 tokens each.
     blocks_cached: of sequences that ended; given out again when no free ones are left.
     blocks_free: KV blocks that hold nothing.
+    experts: of a mixture, an entry for each layer with experts: how many rows chose each of these.
     """
 
     steps: Mapping[FfnPath, int]
@@ -63,6 +64,7 @@ class EngineStats:
     blocks_used: int
     blocks_cached: int
     blocks_free: int
+    experts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,12 @@ class Engine:
             blocks_used=pool.block_count - pool.free_count,
             blocks_cached=pool.idle_count,
             blocks_free=pool.blank_count,
+            experts=tuple(tuple(layer.tolist()) for layer in self._expert_counts()),
         )
+
+    def _expert_counts(self) -> tuple[NDArray[np.int64], ...]:
+        counted = getattr(self.executor, "expert_counts", None)
+        return () if counted is None else counted()
 
     def set_ffn(self, ffn: FfnMode) -> None:
         """Choose the FFN's path from the next step on. What the other path cached is computed anew."""

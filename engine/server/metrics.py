@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from svdengine.scheduling.completion import Stats
@@ -95,11 +95,24 @@ class Metrics:
                 "kv_blocks", "gauge", "Blocks of the KV cache.", {_labels(state=k): n for k, n in blocks.items()}
             ),
         ]
+        lines += _expert_lines(engine.experts)
         memory = resident_bytes()
         if memory is not None:
             name = "process_resident_memory_bytes"
             lines += [f"# HELP {name} Memory in use.", f"# TYPE {name} gauge", f"{name} {memory}"]
         return "\n".join(lines) + "\n"
+
+
+def _expert_lines(layers: Sequence[Sequence[int]]) -> Iterator[str]:
+    """Of a mixture, a line a layer: each expert's own would be thousands."""
+    if not layers:
+        return
+    chosen = {_labels(layer=str(i)): sum(layer) for i, layer in enumerate(layers)}
+    used = {_labels(layer=str(i)): sum(map(bool, layer)) for i, layer in enumerate(layers)}
+    busiest = {_labels(layer=str(i)): max(layer) for i, layer in enumerate(layers)}
+    yield from _samples("expert_choices_total", "counter", "Experts chosen for tokens, by layer with experts.", chosen)
+    yield from _samples("busiest_expert_choices_total", "counter", "Of these, the expert chosen most.", busiest)
+    yield from _samples("experts_used", "gauge", "Experts that some token had.", used)
 
 
 def resident_bytes() -> int | None:

@@ -26,6 +26,8 @@ def model_info(llm: LLM) -> Object:
         "layers": config.layer_count,
         "hidden_size": config.hidden_size,
         "ffn_size": config.ffn_size,
+        "experts": config.expert_count or None,
+        "active_experts": config.active_experts or None,
         "activation": config.activation,
         "context": llm.context,
         "trained_context": config.max_position,

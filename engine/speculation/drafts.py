@@ -52,7 +52,7 @@ _LIKELIEST = Choice(temperature=0.0)
 
 def can_draft(executor: Executor) -> bool:
     """Whether the executor has a sparse path for single rows that lists neurons by a predictor."""
-    if executor.predictor is None:
+    if executor.predictor is None or executor.predictor.scores_nothing:
         return False
     with _sparse(executor):
         return executor.ffn_path(1) == "predict"

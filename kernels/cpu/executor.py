@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,13 @@ from svdengine.kernels.cpu.kv_blocks import allocate_kv
 from svdengine.kernels.cpu.library import loaded
 from svdengine.kernels.cpu.model import build_model, read_whole
 from svdengine.kernels.cpu.parts import needed_parts
-from svdengine.kernels.cpu.place import place_predictor
+from svdengine.kernels.cpu.place import place_block, place_predictor
 from svdengine.kernels.cpu.record import packed
 from svdengine.kernels.cpu.team import Team
 from svdengine.kernels.cpu.workspace import (
     AHEAD,
     BLOCK_COUNTS,
+    CHOSEN,
     DENSE,
     FIRST_BLOCK,
     GAP,
@@ -112,20 +113,34 @@ class CpuExecutor(BaseExecutor):
         self._check_open()
         self._kv.write(blocks, data)
 
+    def place_block(self, block: int, arrays: Mapping[str, NDArray]) -> None:
+        """See `BaseExecutor`."""
+        self._check_open()
+        place_block(self._model, block, arrays)
+
     def layer_counts(self) -> LayerCounts:
         """See `Executor`."""
-        counts: LayerCounts = np.add.reduceat(self._block_counters().sum(0), self._first_blocks())
+        counts: LayerCounts = np.add.reduceat(self._block_counters()[..., :CHOSEN].sum(0), self._first_blocks())
         return counts
 
     def _set_layer_counts(self, counts: LayerCounts) -> None:
-        self._block_counters()[:] = 0
-        self._block_counters()[0, self._first_blocks()] = counts
+        neurons = self._block_counters()[..., :CHOSEN]
+        neurons[:] = 0
+        neurons[0, self._first_blocks()] = counts
+
+    def block_rows(self) -> NDArray[np.int64]:
+        """See `BaseExecutor`."""
+        return self._block_counters()[..., CHOSEN].sum(0)
+
+    def _set_block_rows(self, rows: NDArray[np.int64]) -> None:
+        self._block_counters()[..., CHOSEN] = 0
+        self._block_counters()[0, :, CHOSEN] = rows
 
     def _first_blocks(self) -> list[int]:
         return [self.config.blocks_of(layer).start for layer in range(self.config.layer_count)]
 
     def _block_counters(self) -> NDArray[np.int64]:
-        """A view of what the threads count: (threads, FFN blocks, 3)."""
+        """A view of what the threads count: (threads, FFN blocks, BLOCK_COUNTS)."""
         columns = slice(FIRST_BLOCK, FIRST_BLOCK + BLOCK_COUNTS * self.config.ffn_blocks)
         return self._inputs.counts[:, columns].reshape(self.threads, -1, BLOCK_COUNTS)
 

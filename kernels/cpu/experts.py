@@ -17,7 +17,7 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ROWS
 from svdengine.kernels.cpu.model import DOWN, GATE, LAYER_MATRICES, ROUTER, SIGMOID, SOFTMAX
 from svdengine.kernels.cpu.pieces import piece
-from svdengine.kernels.cpu.read_ahead import ask_for_matrix
+from svdengine.kernels.cpu.read_ahead import ask_for_matrix, ask_for_scales
 from svdengine.kernels.cpu.record_type import record_at
 from svdengine.kernels.cpu.sharing import matmul, ready, rows_of, share
 from svdengine.kernels.cpu.simd import (
@@ -31,7 +31,18 @@ from svdengine.kernels.cpu.simd import (
     store_real,
 )
 from svdengine.kernels.cpu.sync import barrier
-from svdengine.kernels.cpu.workspace import AHEAD, KEPT_EXPERTS, MODE, PREDICT, SLOTS, Inputs, Workspace
+from svdengine.kernels.cpu.workspace import (
+    AHEAD,
+    BLOCK_COUNTS,
+    CHOSEN,
+    FIRST_BLOCK,
+    KEPT_EXPERTS,
+    MODE,
+    PREDICT,
+    SLOTS,
+    Inputs,
+    Workspace,
+)
 
 workspace_at, inputs_at = record_at(Workspace), record_at(Inputs)
 _ZERO = np.float32(0)
@@ -56,7 +67,7 @@ def route(model, work, layer, x, n, member, threads):
 
 @piece
 def choose_experts(model, work, inputs, layer, n, member, threads):
-    """Choose the experts of each row by work.router, and ask for their pages where these may lie on storage.
+    """Choose and count the experts of each row by work.router; ask for their pages where these may lie on storage.
 
     Complete after a barrier; in decode every thread has a copy.
     """
@@ -71,23 +82,26 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
             for k in range(model.chosen_blocks):
                 to = inputs.sizes[KEPT_EXPERTS] + 4 * ((layer * n + row) * model.chosen_blocks + k)
                 store_int(to, load_int(work.chosen + at + 4 * k))
-        if inputs.sizes[AHEAD] != 0:
-            for k in range(model.chosen_blocks):
-                if n > 1 or k % threads == member:
-                    block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+        for k in range(model.chosen_blocks):
+            block = model.first_blocks[layer] + load_int(work.chosen + at + 4 * k)
+            if n > 1 or k % threads == member:
+                inputs.counts[member, FIRST_BLOCK + block * BLOCK_COUNTS + CHOSEN] += 1
+                if inputs.sizes[AHEAD] != 0:
                     ask_for_block(model, block, inputs.sizes[MODE])
 
 
 @jit
 def ask_for_block(model, block, mode):
-    """Ask for an FFN block, unless a predictor is to say what is read of it.
+    """Ask for an FFN block; for its scales alone where a predictor is to say which rows are read.
 
-    Where only exact zeros are skipped, too: a page holds several rows, of which seldom none is needed.
+    Where only exact zeros are skipped, for all: a page holds several rows, of which seldom none is needed.
     """
-    if mode != PREDICT:
-        for kind in range(GATE, DOWN + 1):
-            matrix = model.matrices[block * LAYER_MATRICES + kind]
-            if matrix[ROWS] != 0:
+    for kind in range(GATE, DOWN + 1):
+        matrix = model.matrices[block * LAYER_MATRICES + kind]
+        if matrix[ROWS] != 0:
+            if mode == PREDICT:
+                ask_for_scales(matrix)
+            else:
                 ask_for_matrix(matrix)
 
 

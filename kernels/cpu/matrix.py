@@ -12,8 +12,11 @@ from svdengine.kernels.formats import FORMATS, WeightFormat, padded_columns
 # DATA, SCALE, MIN, ROW: addresses of the parts that the format has. ROW_BYTES: of one row's values. ACTIVATION_BITS: of
 # what it is multiplied with. BOUNDS: of a matrix whose weighted rows are summed in integers, the address of what
 # row_bounds.py has of them. BIAS_VECTOR: the address of what is added to the product.
-DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BOUNDS, BIAS_VECTOR, MATRIX_FIELDS = range(12)
+# SCALE_BYTES, MIN_BYTES, ROW_PART_BYTES: sizes of those parts.
+DATA, SCALE, MIN, ROW, FORMAT, ROWS, COLUMNS, ROW_BYTES, ACTIVATION_BITS, BOUNDS = range(10)
+SCALE_BYTES, MIN_BYTES, ROW_PART_BYTES, BIAS_VECTOR, MATRIX_FIELDS = range(10, 15)
 PART_FIELDS = {"": DATA, ".scale": SCALE, ".min": MIN, ".row": ROW}
+_SIZES = {".scale": SCALE_BYTES, ".min": MIN_BYTES, ".row": ROW_PART_BYTES}
 RESIDUALS = {2: 102, 1: 101}  # codes of a predictor's low-bit residual (kernels/lowbit.py), by its bits
 Q2, Q1 = RESIDUALS[2], RESIDUALS[1]
 PANEL_CODES: dict[WeightFormat, int] = {"q8": 208, "q6": 206, "q4": 204}  # of interleaved matrices (panels.py)
@@ -40,7 +43,10 @@ def fields_of(parts: Mapping[str, NDArray], code: int, rows: int, columns: int, 
     fields = np.zeros((layers, BIAS_VECTOR), np.int64)
     fields[:, FORMAT], fields[:, ROWS], fields[:, COLUMNS] = code, rows, padded_columns(columns)
     for suffix, array in parts.items():
-        fields[:, PART_FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * (array.nbytes // layers)
+        size = array.nbytes // layers
+        fields[:, PART_FIELDS[suffix]] = array.ctypes.data + np.arange(layers) * size
+        if suffix in _SIZES:
+            fields[:, _SIZES[suffix]] = size
     return fields
 
 

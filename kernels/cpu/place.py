@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.kernels.cpu.matrix import BIAS_VECTOR, RESIDUALS, check_codes, fields_of, matrix_fields
-from svdengine.kernels.cpu.model import FACTOR_A, FACTOR_B, LAYER_MATRICES, RESIDUAL, Model
+from svdengine.kernels.cpu.matrix import BIAS_VECTOR, PART_FIELDS, RESIDUALS, check_codes, fields_of, matrix_fields
+from svdengine.kernels.cpu.model import DOWN, FACTOR_A, FACTOR_B, GATE, LAYER_MATRICES, RESIDUAL, UP, Model
 from svdengine.kernels.cpu.score_panels import factor_panels, residual_panels
 from svdengine.kernels.formats import Parts
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 
+_BLOCK = {"gate": GATE, "up": UP, "down": DOWN, "down_T": DOWN}
 _NEVER = np.float32(1e30)  # the threshold of neurons that only fill up a panel
 
 
@@ -26,6 +27,13 @@ def place_predictor(model: Model, predictor: Predictor | None) -> list[NDArray]:
             _place_layer(model, layer, matrices, predictor.layers[layer], keep)
             check_codes(matrices)
     return keep
+
+
+def place_block(model: Model, block: int, arrays: Mapping[str, NDArray]) -> None:
+    """Read the matrices of an FFN block in other arrays, stored parts by name, which hold the same and outlive it."""
+    for name, array in arrays.items():
+        matrix, dot, part = name.partition(".")
+        model.matrices[block * LAYER_MATRICES + _BLOCK[matrix], PART_FIELDS[dot + part]] = array.ctypes.data
 
 
 def _place_layer(

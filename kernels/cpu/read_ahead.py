@@ -12,7 +12,7 @@ from llvmlite import ir
 from numba.core import types
 
 from svdengine.kernels.cpu.jit import jit
-from svdengine.kernels.cpu.matrix import DATA, ROW_BYTES, ROWS
+from svdengine.kernels.cpu.matrix import DATA, MIN, MIN_BYTES, ROW, ROW_BYTES, ROW_PART_BYTES, ROWS, SCALE, SCALE_BYTES
 from svdengine.kernels.cpu.simd import I8, I32, address, call, load_int, operation
 
 _PAGE = mmap.PAGESIZE
@@ -29,9 +29,25 @@ def will_need(builder, at, size):
 
 @jit
 def ask_for_matrix(matrix):
-    """Ask for all rows of a matrix."""
-    start = matrix[DATA] // _PAGE * _PAGE
-    will_need(start, matrix[DATA] + matrix[ROWS] * matrix[ROW_BYTES] - start)
+    """Ask for all parts of a matrix."""
+    ask_for(matrix[DATA], matrix[ROWS] * matrix[ROW_BYTES])
+    ask_for_scales(matrix)
+
+
+@jit
+def ask_for_scales(matrix):
+    """Ask for all parts of a matrix but its rows: a page has those of so many rows that few pages are not needed."""
+    ask_for(matrix[SCALE], matrix[SCALE_BYTES])
+    ask_for(matrix[MIN], matrix[MIN_BYTES])
+    ask_for(matrix[ROW], matrix[ROW_PART_BYTES])
+
+
+@jit
+def ask_for(at, size):
+    """Ask for `size` bytes."""
+    if size > 0:
+        start = at // _PAGE * _PAGE
+        will_need(start, at + size - start)
 
 
 @jit

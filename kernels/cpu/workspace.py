@@ -14,10 +14,11 @@ DENSE, PREDICT, SKIP_ZEROS = 0, 1, 2  # FFN modes; the last computes every gate 
 # KEPT_EXPERTS: address for their numbers, or 0.
 N_ROWS, WANTED, MODE, KEPT, GAP, ONLY_FFNS, SOURCE, SOURCE_LAYER, AHEAD, KEPT_EXPERTS, SIZES = range(11)
 # Columns of a thread's counters, in Inputs.counts: its lists of the FFN blocks at hand, SLOTS at most, and after them
-# three numbers of each FFN block (experts.py). A thread's are on cache lines of their own.
+# numbers of each FFN block: neurons of sparse rows, and of an expert the rows that chose it on any path (experts.py).
+# A thread's are on cache lines of their own.
 SLOTS = 8  # FFN blocks of one row that run at once
 LISTED, FIRST_BLOCK = 0, SLOTS
-PREDICTED, ACTIVE, TOTAL, BLOCK_COUNTS = range(4)
+PREDICTED, ACTIVE, TOTAL, CHOSEN, BLOCK_COUNTS = range(5)
 KV_F32, KV_F16, KV_Q8 = range(3)  # how keys and values are stored
 # Fields of a team's synchronisation array, 8 int64 apart.
 ARRIVED, EPOCH, CALLED, ASLEEP, CROWDED, PARKED = range(0, 48, 8)  # the parked flags of the members follow, 8 apart
@@ -106,4 +107,4 @@ class Inputs(NamedTuple):
     logit_rows: Annotated[NDArray[np.int32], 1]
     sparsity_bias: Annotated[NDArray[np.float32], 1]  # of each sequence
     claims: Annotated[NDArray[np.int64], 1]  # (blocks * STAGES + 1,) zeros when a step begins
-    counts: Annotated[NDArray[np.int64], 2]  # (threads, columns) neurons of sparse rows, by FFN block
+    counts: Annotated[NDArray[np.int64], 2]  # (threads, columns) by FFN block

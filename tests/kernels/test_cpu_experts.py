@@ -18,6 +18,7 @@ from random_predictors import make_predictor
 
 from svdengine.kernels.base_executor import ExecutorSetup
 from svdengine.kernels.cpu.executor import CpuExecutor
+from svdengine.kernels.cpu.matrix import MIN_BYTES, ROW_BYTES, ROW_PART_BYTES, ROWS, SCALE_BYTES, matrix_fields
 from svdengine.kernels.formats import WeightFormat
 from svdengine.kernels.reference import ReferenceExecutor
 from svdengine.kernels.router import route
@@ -223,3 +224,50 @@ def test_what_routers_promise(router: Any, sizes: tuple[int, int], seed: int) ->
         assert (total <= 1 + 1e-6).all() and (active < count or np.allclose(total, 1))
     else:
         assert np.allclose(total, 1)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "smallthinker", "relu_dense"])
+def test_every_choice_of_an_expert_is_counted(name: str) -> None:
+    config, tokens = ZOO[name], random_tokens(ZOO[name], LENGTH)
+    with executors(config, threads=3) as (cpu, _):
+        cpu.ffn_inputs(make_batch([(tokens, 0)], [[0, 1, 2]]))
+        expected = np.zeros(config.ffn_blocks, np.int64)
+        assert cpu.kept_experts is not None
+        for layer in config.expert_layers:
+            np.add.at(expected, config.blocks_of(layer).start + cpu.kept_experts[layer].reshape(-1), 1)
+        np.testing.assert_array_equal(cpu.block_rows(), expected)
+        run_in_chunks(cpu, tokens, [1] * LENGTH)
+        np.testing.assert_array_equal(cpu.block_rows(), 2 * expected)
+        cpu.reset_neuron_counts()
+        np.testing.assert_array_equal(cpu.block_rows(), 2 * expected)
+
+
+def test_a_block_is_read_where_it_was_put() -> None:
+    config, tokens = ZOO["mixtral"], random_tokens(ZOO["mixtral"], LENGTH)
+    arrays, formats, _ = stored(config, "q4")
+    parts = [name for name in arrays if name.split(".")[0] in ("gate", "up", "down", "down_T")]
+    cpu = CpuExecutor(ExecutorSetup(config, arrays, formats, block_count=16, max_batch_rows=64), threads=2)
+    try:
+        before = run_in_chunks(cpu, tokens, [20, *[1] * 17])
+        copies = [{name: arrays[name][block].copy() for name in parts} for block in range(config.ffn_blocks)]
+        for block, copy in enumerate(copies):
+            cpu.place_block(block, copy)
+        np.testing.assert_array_equal(run_in_chunks(cpu, tokens, [20, *[1] * 17]), before)
+        for name in parts:
+            copies[1][name][...] = 0
+        assert np.any(run_in_chunks(cpu, tokens, [20, *[1] * 17]) != before)
+        cpu.place_block(1, {name: arrays[name][1] for name in parts})
+        np.testing.assert_array_equal(run_in_chunks(cpu, tokens, [20, *[1] * 17]), before)
+    finally:
+        cpu.close()
+
+
+@pytest.mark.parametrize("weight_format", ["f16", "q8", "q6", "q4"])
+def test_all_bytes_of_an_expert_can_be_asked_for(weight_format: WeightFormat) -> None:
+    """Sizes of its parts, beside their addresses: with rows alone, pages of scales would be waited for one by one."""
+    config = ZOO["mixtral"]
+    arrays, formats, _ = stored(config, weight_format)
+    parts = {name[len("up") :]: array for name, array in arrays.items() if name.split(".")[0] == "up"}
+    fields = matrix_fields(parts, formats["up"], config.ffn_size, config.hidden_size, config.ffn_blocks)
+    sizes = fields[:, ROWS] * fields[:, ROW_BYTES] + fields[:, [SCALE_BYTES, MIN_BYTES, ROW_PART_BYTES]].sum(1)
+    assert set(sizes) == {sum(array[0].nbytes for array in parts.values())}

@@ -78,6 +78,22 @@ def test_the_router_of_a_planted_model_has_no_favourites(tmp_path: Path) -> None
         executor.close()
 
 
+def test_a_skewed_router_has_favourites_of_each_layer() -> None:
+    """A token's first expert is the most popular one somewhat more often than by Zipf's law, which says 30 %."""
+    config = replace(EXPERTS, expert_count=16, active_experts=2)
+    weights = PlantedWeights(config, Sparsity(rank=64, skew=1.0))
+    tokens = weights.tensor("embedding")
+    assert not np.any(PlantedWeights(config, Sparsity(rank=64)).tensor("router", 0)[:, :32])
+    favourites = []
+    for layer in range(config.layer_count):
+        first = (tokens @ weights.tensor("router", layer).T).argmax(1)
+        shares = np.sort(np.bincount(first, minlength=16) / len(first))[::-1]
+        favourites.append(np.bincount(first).argmax())
+        assert 0.3 < shares[0] < 0.5
+        assert shares[8:].sum() < 0.25
+    assert len(set(favourites)) > 1
+
+
 def test_shapes_of_experts() -> None:
     small, large = (
         random_model.shape_config("smallthinker-4b", None, "relu"),
@@ -112,7 +128,9 @@ def test_the_threshold_of_gates_meets_the_share_that_is_active() -> None:
     assert both.mean() == pytest.approx(0.1, abs=0.002)
 
 
-@pytest.mark.parametrize("fields", [{"rank": 0}, {"noise": 0.0}, {"active": 0.2}, {"active": 0.0}, {"predicted": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"rank": 0}, {"noise": 0.0}, {"active": 0.2}, {"active": 0.0}, {"predicted": 1.0}, {"skew": -0.1}]
+)
 def test_shares_that_cannot_be_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Sparsity(**fields)  # type: ignore[arg-type]

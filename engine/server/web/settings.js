@@ -92,7 +92,7 @@ export function showModel(model, version) {
     ["Parameters", info.parameters && short(info.parameters)],
     ["Size", info.size_bytes && `${(info.size_bytes / 1e6).toFixed(0)} MB`],
     ["Weights", info.formats?.join(", ")],
-    ["Layers", info.layers && `${info.layers}, with ${info.ffn_size.toLocaleString("en")} neurons each`],
+    ["Layers", info.layers && layersText(info)],
     ["Activation", info.activation],
     ["Context", `${model.max_model_len.toLocaleString("en")} tokens`],
     ["Keys and values", info.kv_dtype],
@@ -102,6 +102,11 @@ export function showModel(model, version) {
     ["svdengine", version],
   ];
   $("model-rows").replaceChildren(...rows.filter(([, value]) => value).flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, String(value))]));
+}
+
+function layersText({ layers, ffn_size: size, experts, active_experts: active }) {
+  const neurons = `${size.toLocaleString("en")} neurons each`;
+  return experts ? `${layers}, with ${experts} experts of ${neurons}, of which a token has ${active}` : `${layers}, with ${neurons}`;
 }
 
 function predictorText({ kind, predicted_density: predicted, active_density: active }) {

@@ -260,8 +260,8 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     assert record["predictors"]["mean"]["oracle"] == 1.0 and record["perplexity"] > 1
     assert next(iter(record["predictors"]["mean"])) == "this model's"
     report = read_report(tmp_path / "report.html")
-    assert report.count["svg"] == 5 and report.count["table"] == 3  # nothing is missed: there is no error to draw
-    for name in ("speed", "ranking", "neuron", "density", "recall"):
+    assert report.count["svg"] == 6 and report.count["table"] == 4  # nothing is missed: there is no error to draw
+    for name in ("speed", "ranking", "neuron", "density", "recall", "bytes"):
         rows = list(csv.reader((tmp_path / f"report.{name}.csv").read_text(encoding="utf-8").splitlines()))
         assert len(rows) > 2 and len(set(map(len, rows))) == 1
     numbers = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
@@ -277,7 +277,7 @@ def test_the_report(folder: Path, tmp_path: Path) -> None:
     )
     lines = done(*arguments).stdout.splitlines()
     assert lines[0].startswith("perplexity") and lines[-1].startswith("mean")
-    assert read_report(tmp_path / "two.html").count["svg"] == 1
+    assert read_report(tmp_path / "two.html").count["svg"] == 2
     assert "no folder" in error_of(*common, "--report", tmp_path / "no" / "report.html")
     assert "ReLU-family" in error_of(
         "eval", folder / "silu.svdp", "--perplexity", folder / "text.txt", "--window", 64, "--predictors"
@@ -294,7 +294,7 @@ def test_a_report_of_two_predictors(folder: Path, tmp_path: Path) -> None:
     common = ("eval", folder / "sparse.svdp", "--perplexity", tmp_path / "text.txt", *given)
     done(*common, "--report", tmp_path / "both.html")
     report = read_report(tmp_path / "both.html")
-    assert report.count["svg"] == 6 and report.count["table"] == 3
+    assert report.count["svg"] == 7 and report.count["table"] == 4
     page = (tmp_path / "both.html").read_text(encoding="utf-8")
     assert "predictor all" in page and "predictor few" in page and page.count(">+0.4<") == 4
     with (tmp_path / "both.error.csv").open(encoding="utf-8") as lines:

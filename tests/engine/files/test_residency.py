@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from expert_zoo import expert_zoo
 from model_zoo import zoo
 from tiny_model import write_tiny_model
 
@@ -175,3 +176,37 @@ def test_limits_of_control_groups_and_what_others_leave(
     monkeypatch.setattr(control_groups, "CGROUPS", tmp_path / "groups")
     monkeypatch.setattr(residency, "_MEMORY", tmp_path / "meminfo")
     assert usable_memory() == expected
+
+
+def test_what_is_forgotten_is_read_again(file: ModelFile, calls: list[tuple[str, int]]) -> None:
+    before = {name: array.copy() for name, array in file.arrays.items()}
+    names = residency.block_arrays(file)
+    assert {"gate", "up", "down_T"} <= set(names)
+    file.forget_block(names, 1)
+    assert calls == [("dontneed", file.arrays[name][1].nbytes) for name in names]
+    for name, array in file.arrays.items():
+        np.testing.assert_array_equal(array, before[name])
+
+
+def test_memory_of_this_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "statm").write_text("1000 300 100 1 0 700 0\n")
+    monkeypatch.setattr(residency, "_RESIDENT", tmp_path / "statm")
+    assert residency.resident_bytes() == 300 * mmap.PAGESIZE
+    assert 200 * mmap.PAGESIZE < residency.own_bytes() < 200 * mmap.PAGESIZE + (1 << 27)
+    monkeypatch.setattr(residency, "_RESIDENT", tmp_path / "none")
+    assert residency.resident_bytes() is None and residency.own_bytes() > 1 << 27
+
+
+def test_a_bound_does_not_make_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "usable_memory", lambda: 100)
+    assert residency.bounded_memory(70) == 70 and residency.bounded_memory(170) == 100
+    monkeypatch.setattr(residency, "usable_memory", lambda: None)
+    assert residency.bounded_memory(170) == 170
+
+
+def test_of_experts_nothing_is_locked(tmp_path: Path) -> None:
+    write_svdp(tmp_path / "m.svdp", expert_zoo()["mixtral"], "q4")
+    with read_model_file(tmp_path / "m.svdp") as file:
+        around = read_by_every_token(file, room_for(file, file.size_bytes // 2))
+        assert {"embedding", "q", "q.scale", "router"} <= set(around)
+        assert not {name for name in around if name.split(".")[0] in ("gate", "up", "down", "down_T")}

@@ -6,6 +6,7 @@ The executor's logits depend on every token in the slots that it is told of, so 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -126,7 +127,7 @@ class Drafter(FakeExecutor):
 
     def __init__(self, block_count: int, max_batch_rows: int, block_size: int = BLOCK_SIZE) -> None:
         super().__init__(block_count, max_batch_rows, block_size=block_size)
-        self.predictor = object()
+        self.predictor = SimpleNamespace(scores_nothing=False)
 
     def forward(self, batch: Batch) -> Logits:
         shift = 0 if batch.sparsity_bias is None else int(1000 * batch.sparsity_bias[0]) % 500

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,7 +112,7 @@ class Drafting(FakeExecutor):
 
     def __init__(self, fail_at: int = 10**9) -> None:
         super().__init__(8, 64)
-        self.predictor = object()
+        self.predictor = SimpleNamespace(scores_nothing=False)
         self.sparse_steps = 0  # so far
         self.fail_at = fail_at
 
@@ -156,8 +157,9 @@ def test_a_draft_ends_where_logits_are_damaged() -> None:
 def test_only_a_predictor_can_draft() -> None:
     executor = Drafting()
     assert can_draft(executor) and executor.ffn == "dense"
-    executor.predictor = None
-    assert not can_draft(executor)
+    for nothing in (None, SimpleNamespace(scores_nothing=True)):  # of the latter every gate is computed: no faster
+        executor.predictor = nothing
+        assert not can_draft(executor)
 
 
 def measured(rows_seconds: float, draft_seconds: float) -> DraftGain:
