@@ -91,8 +91,8 @@ def create_executor(
     )
     if chosen in ("cuda", "ascend"):
         try:
-            if setup.config.expert_count:
-                raise DeviceError(f"mixtures of experts do not run on the device {chosen} yet; use the device cpu")
+            if setup.config.expert_count and chosen == "ascend":
+                raise DeviceError("mixtures of experts do not run on the device ascend yet; use the device cpu")
             return _ascend_executor(setup) if chosen == "ascend" else _cuda_executor(setup, gpu_memory)
         except DeviceError as error:
             if device != "auto" or os.environ.get(DEVICE_VARIABLE):

@@ -21,7 +21,8 @@ from svdengine.kernels.cuda.device import Device, Gemm
 from svdengine.kernels.cuda.gemm import narrow
 from svdengine.kernels.cuda.gemv import multiply, multiply_transposed
 from svdengine.kernels.cuda.kv_cache import allocate_cache
-from svdengine.kernels.cuda.model import Model, PlacedPredictor, build_model, place_predictor
+from svdengine.kernels.cuda.model import Model, build_model
+from svdengine.kernels.cuda.placed_predictor import PlacedPredictor, place_predictor
 from svdengine.kernels.cuda.rounding import rounded_for
 from svdengine.kernels.cuda.sparse import gate_listed
 from svdengine.kernels.cuda.state import State

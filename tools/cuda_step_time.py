@@ -46,10 +46,11 @@ _KV_BYTES = 2  # of a float16
 _ROUNDED_BYTES = 2.25  # of an activation of 16 bits, with its share of a group's scale and sum
 _PREDICTOR = 11  # arguments that are a layer of a predictor, and what it reads
 _MATRIX = 4  # arguments that are a matrix: words, scale, low and row
+_EXPERTS = "_experts"  # how kernels are called that read FFN blocks of a mixture of experts
 # Kernels that read weights: what they do, the format, and rows of weights and of activations that a warp has at once.
 _NAMED = re.compile(
-    r"(gemv_transposed|gemv|gate_up|gate|up|down|heads|normed|activated|predicted(?:_[a-z]+\d*_\d))_([a-z]+\d*)"
-    r"(?:_f16|_f32|_(\d+)(?:x(\d+))?)?(?:_split)?"
+    r"(gemv_transposed|gemv|gate_up|gate|up|down|heads|normed|activated|route|predicted(?:_[a-z]+\d*_\d))_([a-z]+\d*)"
+    r"(?:_f16|_f32|_(\d+)(?:x(\d+))?)?(?:_split|_experts)?"
 )
 
 
@@ -174,7 +175,9 @@ def _bytes_of(launch: Launch, work: Work) -> float:
     def matrix(first: int) -> float:
         return float(sum(array.nbytes for array in launch.arguments[first : first + _MATRIX]))
 
-    if name.startswith(("gemv", "project", "score", "heads", "normed")):
+    if name.endswith(_EXPERTS):
+        return config.chosen_blocks * _block_bytes(name, work)
+    if name.startswith(("gemv", "project", "score", "heads", "normed", "route")):
         return matrix(0)
     if name.startswith("activated"):  # a matrix and a bias, twice where there is a gate
         return matrix(0) + (matrix(_MATRIX + 1) if config.gated else 0)
@@ -189,6 +192,24 @@ def _bytes_of(launch: Launch, work: Work) -> float:
     if name.startswith("embed"):
         return float(FORMATS[work.dtype].row_bytes(padded_columns(config.hidden_size)))
     return 0.0
+
+
+def _block_bytes(name: str, work: Work) -> float:
+    """Bytes that a kernel for mixtures of experts reads of a block that a token has."""
+    config, stored = work.config, FORMATS[work.dtype]
+    row = stored.stored_bytes(config.ffn_size, config.hidden_size)  # gate, up, or down with a row a neuron
+    listed = _listed(work, row, row)
+    factors = FORMATS["q8"]
+    found = {
+        "activated": (1 + config.gated) * row,
+        "normed": stored.stored_bytes(config.hidden_size, config.ffn_size),
+        "gemv_transposed": row,
+        "project": factors.stored_bytes(work.rank, config.hidden_size),
+        "predicted": factors.stored_bytes(config.ffn_size, work.rank) + listed,
+        "gate_up": listed,
+        "down": work.active * row,
+    }
+    return float(next((read for kind, read in found.items() if name.startswith(kind)), 0))
 
 
 def _residual(launch: Launch) -> float:

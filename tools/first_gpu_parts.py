@@ -49,6 +49,18 @@ def small_config(activation: str = "relu") -> ModelConfig:
     return replace(config, vocab_size=320, hidden_size=192, ffn_size=448, head_count=6, kv_head_count=2, head_dim=32)
 
 
+def small_mixtures() -> dict[WeightFormat, ModelConfig]:
+    """Mixtures of experts, by the format to store them in.
+
+    Where activations are rounded all experts are chosen: a choice between nearly equal ones shows in every logit.
+    """
+    mixture = replace(small_config(), family="smallthinker", router="sigmoid", early_router=True)
+    return {
+        "f32": replace(mixture, expert_count=6, active_experts=2),
+        "q8": replace(mixture, expert_count=3, active_experts=3),
+    }
+
+
 def models(work: Path, device: Any) -> dict[str, Any]:
     """Write the models that are measured, but for those that are there."""
     config = replace(shape_config("llama2-7b", LAYERS, "relu"), max_position=LONG)
@@ -61,9 +73,11 @@ def models(work: Path, device: Any) -> dict[str, Any]:
 def formats(work: Path, device: Any, names: Sequence[WeightFormat] = tuple(WEIGHT_FORMATS)) -> dict[str, Any]:
     """The largest errors of logits, relative to the largest logit. Raises SvdEngineError where they are wrong."""
     found: dict[str, Any] = {}
-    for name in names:
-        path = work / f"small-{name}.svdp"
-        write_planted(path, small_config(), name, Sparsity(rank=64, predicted=0.4, active=0.2))
+    cases: dict[str, tuple[ModelConfig, WeightFormat]] = {name: (small_config(), name) for name in names}
+    cases |= {f"mixture {dtype}": (config, dtype) for dtype, config in small_mixtures().items() if dtype in names}
+    for name, (config, dtype) in cases.items():
+        path = work / f"small-{name.replace(' ', '-')}.svdp"
+        write_planted(path, config, dtype, Sparsity(rank=64, predicted=0.4, active=0.2))
         for ffn in ("dense", "sparse"):
             one, other = (_logits(path, kind, ffn) for kind in (device, "reference"))
             for part in _BOUNDS:

@@ -19,7 +19,8 @@ from svdengine.kernels.executor import FfnMode, FfnPath, KvDtype
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, quantize
 from svdengine.kernels.predictor import LayerPredictor, Predictor
 from svdengine.models import ModelConfig, tensor_specs
-from svdengine.tools.first_gpu_parts import LONG, MEASURED, small_config
+from svdengine.models.tensors import ROUTER
+from svdengine.tools.first_gpu_parts import LONG, MEASURED, small_config, small_mixtures
 from svdengine.tools.random_model import shape_config
 
 
@@ -39,8 +40,8 @@ def weightless(config: ModelConfig, dtype: WeightFormat) -> Weightless:
         if not spec.matrix:
             arrays[spec.name] = np.broadcast_to(np.float32(0), spec.shape)
             continue
-        formats[spec.name] = dtype
-        for suffix, part in quantize(np.zeros((1, spec.shape[-1]), np.float32), dtype).items():
+        formats[spec.name] = stored = "f32" if spec.name == ROUTER else dtype
+        for suffix, part in quantize(np.zeros((1, spec.shape[-1]), np.float32), stored).items():
             arrays[spec.name + suffix] = np.broadcast_to(part[0], (*spec.shape[:-1], *part.shape[1:]))
     return Weightless(arrays, formats)
 
@@ -54,7 +55,7 @@ def flat_predictor(config: ModelConfig, rank: int) -> Predictor:
 
     f, nothing = config.ffn_size, np.zeros(config.ffn_size, np.float32)
     layer = LayerPredictor(rank, "q8", 0, factor(f, rank), factor(rank, config.hidden_size), {}, nothing, nothing)
-    return Predictor((layer,) * config.layer_count, {})
+    return Predictor((layer,) * config.ffn_blocks, {})
 
 
 def step_launches(
@@ -77,10 +78,11 @@ def kernels_of_first_run() -> dict[str, Kernel]:
     """Every kernel that tools/first_gpu_run.py launches: those of the catalogue, and those of its models."""
     found = all_kernels()
     measured = replace(shape_config("llama2-7b", 1, "relu"), max_position=LONG)
-    plans: Sequence[tuple[ModelConfig, Sequence[WeightFormat], int, KvDtype]] = (
+    plans: tuple[tuple[ModelConfig, Sequence[WeightFormat], int, KvDtype], ...] = (
         (measured, tuple(MEASURED.values()), 256, "f16"),
         (small_config(), WEIGHT_FORMATS, 64, "f32"),
         (small_config(), ("q8",), 64, "f16"),
+        *((config, (dtype,), 64, "f32") for dtype, config in small_mixtures().items()),
     )
     for config, dtypes, rank, kv_dtype in plans:
         for dtype in dtypes:

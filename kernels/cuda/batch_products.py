@@ -18,6 +18,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from svdengine.kernels.cuda.chosen import GROUPS, TILE_OF, suffix
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.formats.tiles import TILE_COLUMNS, TILE_ROWS, TileKernels, piece_place
@@ -185,13 +186,14 @@ def _sums(made: TileKernels, room: Room) -> Any:
 
 
 @cache
-def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
+def batch_kernel(weight_format: WeightFormat, tiles: int, experts: bool = False) -> Kernel:
     """y (n, ...) = or += factor * (W x + bias) for x (n, ...), rounded; `tiles` * 8 rows of x and some of W a block.
 
     Grid: (blocks of rows of W * tiles of x,). The tiles that read the same weights are neighbours, so that all but the
-    first find them in the GPU's cache.
+    first find them in the GPU's cache. experts: rows of x are sorted pairs (kernels/cuda/chosen.py), and `rows` those
+    of an FFN block.
     """
-    made, room = kernels_of(weight_format).tiles, room_of(weight_format, tiles)
+    made, room, tile_of = kernels_of(weight_format).tiles, room_of(weight_format, tiles), TILE_OF[experts]
     assert made is not None
     fetch, multiply = _copies(weight_format, room), _sums(made, room)
     load_tile, scaled, units_of, scales_of = made.load, made.scaled, made.units, made.scales
@@ -257,23 +259,26 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride, int32 n,"
-        " int32 x_stride, int32 y_stride, float32 factor, int32 add",
-        name=f"batch_{weight_format}_{tiles}",
+        f" int32 x_stride, int32 y_stride, float32 factor, int32 add, {GROUPS}",
+        name=f"batch_{weight_format}_{tiles}{suffix(False, experts)}",
         launch_bounds=(THREADS, 4 if tiles == 1 else 3),
         fastmath=True,
     )
-    def batch(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add):
+    def batch(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add, groups, slots):
         ring = cuda.shared.array(all_words, types.uint32, alignment=16)
         a, sums = cuda.local.array(operand_items, types.uint32), cuda.local.array(sum_items, types.float32)
         held = cuda.local.array(held_items, types.float32)
         for i in range(sum_items):
             sums[i] = _ZERO
         lane, warp = lane_index(), warp_index()
-        shares, block = np.uint32((n + columns - 1) // columns), np.uint32(cuda.blockIdx.x)
-        first, b = np.int32(block // shares * held_rows), np.int32(block % shares * columns)
+        which, block, b, end = tile_of(groups, slots, n, columns, np.uint32(cuda.blockIdx.x))
+        if experts and b >= end:
+            return
+        base = np.int32(block * rows)
+        first, rows = np.int32(base + which * held_rows), np.int32(base + rows)
         chunks = np.int32(stride // TILE_COLUMNS)
         row_words, start = chunks * tile_words, np.int32(warp * warp_words)
-        source = words, x, first, rows, row_words, b, n, x_stride, stride
+        source = words, x, first, rows, row_words, b, end, x_stride, stride
         r = min(first + lane, rows - 1)
         own = scale, low, units_of(row, r), r * (2 * chunks)  # the row whose steps and leasts this lane fetches
         first_turns(0, start, ring, warp, chunks, source)
@@ -295,8 +300,8 @@ def batch_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
             of_x, of_w, total = i // held_rows, i % held_rows, _ZERO
             for w in range(_WARPS):
                 total += as_float(ring[w * columns * held_rows + i])
-            if b + of_x < n and first + of_w < rows:
-                out = (b + of_x) * y_stride + first + of_w
+            if b + of_x < end and first + of_w < rows:
+                out = (b + of_x) * y_stride + first - base + of_w
                 total = factor * (unit * total + bias[first + of_w])
                 y[out] = y[out] + total if add else total
 
@@ -323,7 +328,7 @@ def multiply_batch(
     device.launch(
         batch_kernel(matrix.format, tiles), (blocks * -(-n // (tiles * _X_ROWS)),), THREADS,
         matrix.words, matrix.scale, matrix.low, matrix.row, matrix.bias, x, y, matrix.rows, matrix.stride,
-        n, x_stride, y_stride, factor, int(add),
+        n, x_stride, y_stride, factor, int(add), y, 0,
     )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from numba import cuda
 from numba.cuda import types
 
 from svdengine.kernels.cuda.byte_pairs import split_pair
+from svdengine.kernels.cuda.chosen import GROUPS, TILE_OF, suffix
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.formats.tiles import TILE_COLUMNS, TILE_ROWS, TileKernels, piece_place
@@ -57,7 +58,7 @@ _X_ROWS = 8
 TURNS = 4  # for which there is room: all but the one that is computed are on their way
 _HIDDEN_PITCH = 24  # words of a row of activations, of which 16 are copied: four rows' 8 bytes are in different banks
 _SCALES = 4  # step and least of a neuron's two groups
-_LEAST_NEURONS = 64  # of a part
+LEAST_NEURONS = 64  # of a part
 _ZERO = np.float32(0)
 
 
@@ -101,7 +102,10 @@ def room_of(weight_format: WeightFormat, tiles: int) -> Room:
 
 
 def _copies(room: Room) -> Any:
-    """fetch(to, ring, first, source): begin to copy 16 neurons from `first`, or the last 16, and what they weigh."""
+    """fetch(to, ring, first, source): begin to copy 16 neurons from `first`, or the last 16, and what they weigh.
+
+    Neurons are numbered by rows of the matrix; `base` in source is the first of those that hidden has.
+    """
     pitch, columns, codes = room.pitch, room.columns, room.hidden
     pieces = pitch // 4
     at_once = 1 << (32 // pieces).bit_length() - 1  # neurons of which a warp copies all pieces at once
@@ -126,11 +130,11 @@ def _copies(room: Room) -> Any:
 
     @jit(device=True, forceinline=True)
     def fetch(to, ring, first, source):
-        words, hidden, most, row_words, column_words, b, n, hidden_stride = source
+        words, hidden, most, row_words, column_words, b, n, hidden_stride, base = source
         first = min(np.int32(first), most)
         if some_lanes == 32 or lane_index() < some_lanes:
             copy_all_weights(0, to, ring, words, first, row_words, column_words)
-        copy_all_hidden(0, to, ring, hidden, first, b, n, hidden_stride)
+        copy_all_hidden(0, to, ring, hidden, np.int32(first - base), b, n, hidden_stride)
 
     return fetch
 
@@ -202,13 +206,14 @@ def _sums(made: TileKernels, room: Room) -> Any:
 
 
 @cache
-def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
+def sums_kernel(weight_format: WeightFormat, tiles: int, experts: bool = False) -> Kernel:
     """partial (n, parts, stride) of sums over neurons of hidden (n, ...) times their rows.
 
     There are 16 neurons or more. `tiles` * 8 rows of n a block. Grid: (blocks of 64 columns * tiles of n, parts). The
-    tiles that read the same weights are neighbours.
+    tiles that read the same weights are neighbours. experts: rows of hidden are sorted pairs (kernels/cuda/chosen.py),
+    and `neurons` those of an FFN block.
     """
-    made, room = kernels_of(weight_format).tiles, room_of(weight_format, tiles)
+    made, room, tile_of = kernels_of(weight_format).tiles, room_of(weight_format, tiles), TILE_OF[experts]
     assert made is not None
     fetch, add = _copies(room), _sums(made, room)
     units_of, scales_of, second_unit = made.units, made.scales, np.float32(made.second_unit)
@@ -257,12 +262,14 @@ def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
 
     @kernel(
         matrix_parameters(weight_format) + ", uint32* hidden, float32* partial, int32 neurons, int32 columns_used,"
-        " int32 stride, int32 n, int32 hidden_stride",
-        name=f"batch_sums_{weight_format}_{tiles}",
+        f" int32 stride, int32 n, int32 hidden_stride, {GROUPS}",
+        name=f"batch_sums_{weight_format}_{tiles}{suffix(False, experts)}",
         launch_bounds=(THREADS, 4 if tiles == 1 else 3),
         fastmath=True,
     )
-    def batch_sums(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
+    def batch_sums(
+        words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride, groups, slots
+    ):  # fmt: skip
         ring = cuda.shared.array(all_words, types.uint32, alignment=16)
         u, a = cuda.local.array(8, types.uint32), cuda.local.array(16, types.uint32)
         sums, lows = cuda.local.array(sum_items, types.float32), cuda.local.array(low_items, types.float32)
@@ -272,14 +279,16 @@ def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
         for i in range(low_items):
             lows[i] = _ZERO
         lane, warp = lane_index(), warp_index()
-        shares, block = np.uint32((n + columns - 1) // columns), np.uint32(cuda.blockIdx.x)
-        chunk, b = np.int32(block // shares), np.int32(block % shares * columns)
+        chunk, block, b, end = tile_of(groups, slots, n, columns, np.uint32(cuda.blockIdx.x))
+        if experts and b >= end:
+            return
+        base = np.int32(block * neurons)
         part, parts = np.int32(cuda.blockIdx.y), np.int32(cuda.gridDim.y)
         share = np.int32((neurons + parts * TILE_ROWS - 1) // (parts * TILE_ROWS) * TILE_ROWS)
-        last = np.int32(min(neurons, (part + 1) * share))
-        first, start = np.int32(part * share + warp * TILE_ROWS), np.int32(warp * warp_words)
-        most, chunks = np.int32(neurons - TILE_ROWS), np.int32(stride // TILE_COLUMNS)
-        source = words, hidden, most, np.int32(chunks * tile_words), chunk * tile_words, b, n, hidden_stride
+        last = np.int32(base + min(neurons, (part + 1) * share))
+        first, start = np.int32(base + part * share + warp * TILE_ROWS), np.int32(warp * warp_words)
+        most, chunks = np.int32(base + neurons - TILE_ROWS), np.int32(stride // TILE_COLUMNS)
+        source = words, hidden, most, np.int32(chunks * tile_words), chunk * tile_words, b, end, hidden_stride, base
         own = row, scale, low, most, np.int32(2 * chunks), 2 * chunk
         first_turns(0, start, ring, first, last, source)
         if first < last:
@@ -307,7 +316,7 @@ def sums_kernel(weight_format: WeightFormat, tiles: int) -> Kernel:
             for w in range(_WARPS):
                 at = w * warp_words + of_x * wide
                 total += as_float(ring[at + column]) - as_float(ring[at + TILE_COLUMNS + column // 32])
-            if b + of_x < n and TILE_COLUMNS * chunk + column < columns_used:
+            if b + of_x < end and TILE_COLUMNS * chunk + column < columns_used:
                 partial[((b + of_x) * parts + part) * stride + TILE_COLUMNS * chunk + column] = total
 
     return batch_sums
@@ -319,12 +328,12 @@ def sum_batch(device: Device, matrix: Matrix, hidden: Array, hidden_stride: int,
     Returns the number of parts, whose sum is the product without a bias.
     """
     tiles = next((tiles for tiles in TILES if n <= tiles * _X_ROWS), TILES[-1])
-    parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
+    parts = min(parts_of(n), -(-matrix.rows // LEAST_NEURONS))
     blocks = matrix.stride // TILE_COLUMNS * -(-n // (tiles * _X_ROWS))
     device.launch(
         sums_kernel(matrix.format, tiles), (blocks, parts), THREADS,
         matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
-        n, hidden_stride,
+        n, hidden_stride, partial, 0,
     )  # fmt: skip
     return parts
 

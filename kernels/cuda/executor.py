@@ -23,7 +23,9 @@ from svdengine.kernels.cuda.gemm import OWN_ROWS, HalfCopies, first_library_rows
 from svdengine.kernels.cuda.half_copies import copy_items
 from svdengine.kernels.cuda.kv_cache import allocate_cache, kv_bytes_per_token, read_blocks, write_blocks
 from svdengine.kernels.cuda.memory_split import MemorySplit, split_memory
-from svdengine.kernels.cuda.model import build_model, place_predictor
+from svdengine.kernels.cuda.model import build_model
+from svdengine.kernels.cuda.placed_predictor import place_predictor
+from svdengine.kernels.cuda.router import route
 from svdengine.kernels.cuda.sampling import MOST_TOKENS, pack_choices, sample_tokens
 from svdengine.kernels.cuda.state import State
 from svdengine.kernels.cuda.step import Keep, Sample, Shape, ffn, run_step
@@ -229,10 +231,15 @@ class CudaExecutor(BaseExecutor):
     def _keep_ffn_inputs(self, batch: Batch) -> NDArray[np.float32]:
         shape = self._load(batch)
         stride, kept = self._state.work.sizes.hidden, []
+        chosen = np.zeros((self.config.layer_count, shape.n, self.config.chosen_blocks), np.int32)
+        self.kept_experts = chosen if self.config.expert_count else None
 
         def keep(index: int, x: NDArray) -> None:
             rows = self._state.device.download(x[: shape.n * stride]).reshape(shape.n, stride)
             kept.append(rows[:, : self.config.hidden_size])
+            if index in self.config.expert_layers:
+                blocks = self._state.work.blocks[: chosen[index].size]
+                chosen[index] = self._state.device.download(blocks).reshape(shape.n, -1)
 
         self._run(shape, keep)
         return np.stack(kept)
@@ -250,6 +257,8 @@ class CudaExecutor(BaseExecutor):
         for index in range(layers):
             if inputs.ndim == 3 or index == 0:
                 device.write(work.normed, rows[index] if inputs.ndim == 3 else rows)
+            if (blocks := model.layers[index].blocks) is not None:
+                route(self._state, blocks, work.normed, n)
             ffn(self._state, self._placed, index, model.layers[index], work.normed, n, path)
         found: NDArray[np.float32] = device.download(work.x[: n * stride]).reshape(n, stride)[:, :hidden]
         return found

@@ -93,7 +93,8 @@ def first_library_rows(config: ModelConfig, formats: Mapping[str, WeightFormat],
     """Rows from which some product of a model is the library's. `split`: whether FFN matrices are."""
     found = [_OTHERS]
     for name, stored in formats.items():
-        if name != "position_embedding" and (name != "embedding" or config.tied_embeddings):
+        of_experts = config.expert_count and name in _FFN  # which are no work of the library
+        if not of_experts and name != "position_embedding" and (name != "embedding" or config.tied_embeddings):
             found.append(library_rows(stored, split and name in _FFN, transposed=name == "down_T"))
     return min(found)
 

@@ -15,6 +15,7 @@ import numpy as np
 from numba import cuda
 from numba.cuda import types
 
+from svdengine.kernels.cuda.chosen import GROUPS, TILE_OF, suffix
 from svdengine.kernels.cuda.device import Array, Device
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, warp_index, warp_sum
@@ -28,18 +29,19 @@ TILE = 4  # rows of activations that share a read of the weights
 _WARPS = THREADS // 32
 SHARERS = 8  # warps of a block that share the neurons of a part
 _MOST_SHARERS = 8
-_LEAST_NEURONS = 32  # of a part: four for each of its warps, whose loads are on their way at once
+LEAST_NEURONS = 32  # of a part: four for each of its warps, whose loads are on their way at once
 _MANY = 8192  # rows of a matrix from which warps take several each, and there is still work for all
 
 
 @cache
-def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel:
+def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int, experts: bool = False) -> Kernel:
     """y (n, ...) = or += factor * (W x + bias), for x (n, ...); `per_warp` rows of W and `tile` rows of x a warp.
 
     Grid: (blocks of rows of W * tiles of x,). The tiles that read the same weights are neighbours, so that all but the
-    first find them in the GPU's cache.
+    first find them in the GPU's cache. experts: rows of x are sorted pairs (kernels/cuda/chosen.py), and `rows` those
+    of an FFN block.
     """
-    kernels, count = kernels_of(weight_format), per_warp * tile
+    kernels, count, tile_of = kernels_of(weight_format), per_warp * tile, TILE_OF[experts]
     load, chunk = kernels.load_chunk, kernels.dot_chunk
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
     blocks = 3 if weight_format == "f32" else 4  # of a multiprocessor; the compiler unrolls short chunks further
@@ -48,68 +50,71 @@ def gemv_kernel(weight_format: WeightFormat, per_warp: int, tile: int) -> Kernel
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* bias, uint32* x, float32* y, int32 rows, int32 stride,"
-        " int32 n, int32 x_stride, int32 y_stride, float32 factor, int32 add",
-        name=f"gemv_{weight_format}_{per_warp}x{tile}",
+        f" int32 n, int32 x_stride, int32 y_stride, float32 factor, int32 add, {GROUPS}",
+        name=f"gemv_{weight_format}_{per_warp}x{tile}{suffix(False, experts)}",
         launch_bounds=(THREADS, blocks),
         fastmath=True,
     )
-    def gemv(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add):
+    def gemv(words, scale, low, row, bias, x, y, rows, stride, n, x_stride, y_stride, factor, add, groups, slots):
         sums = cuda.local.array(count, types.float32)
         for k in range(count):
             sums[k] = np.float32(0)
-        tiles, chunks = (n + tile - 1) // tile, stride // columns
-        first = (cuda.blockIdx.x // tiles * _WARPS + warp_index()) * per_warp
-        b = cuda.blockIdx.x % tiles * tile
-        if first >= rows:
+        chunks = stride // columns
+        which, block, b, end = tile_of(groups, slots, n, tile, np.uint32(cuda.blockIdx.x))
+        first = (which * _WARPS + warp_index()) * per_warp
+        if first >= rows or (experts and b >= end):
             return
-        base, j = first * (chunk_words * chunks), lane_index()
+        of_block = block * rows
+        r, j = of_block + first, lane_index()
+        base = r * (chunk_words * chunks)
         while four and j + 96 < chunks:
             w0 = load(words, base, j)
             w1 = load(words, base, j + 32)
             w2 = load(words, base, j + 64)
             w3 = load(words, base, j + 96)
             for t in range(tile):
-                at = min(b + t, n - 1) * x_stride  # past the end the last row again, whose product is not written
-                sums[t] += chunk(w0, scale, low, row, first, stride, x, at, j)
-                sums[t] += chunk(w1, scale, low, row, first, stride, x, at, j + 32)
-                sums[t] += chunk(w2, scale, low, row, first, stride, x, at, j + 64)
-                sums[t] += chunk(w3, scale, low, row, first, stride, x, at, j + 96)
+                at = min(b + t, end - 1) * x_stride  # past the end the last row again, whose product is not written
+                sums[t] += chunk(w0, scale, low, row, r, stride, x, at, j)
+                sums[t] += chunk(w1, scale, low, row, r, stride, x, at, j + 32)
+                sums[t] += chunk(w2, scale, low, row, r, stride, x, at, j + 64)
+                sums[t] += chunk(w3, scale, low, row, r, stride, x, at, j + 96)
             j += 128
         while two and j + 32 < chunks:
             w0 = load(words, base, j)
             w1 = load(words, base, j + 32)
             for t in range(tile):
-                at = min(b + t, n - 1) * x_stride
-                sums[t] += chunk(w0, scale, low, row, first, stride, x, at, j)
-                sums[t] += chunk(w1, scale, low, row, first, stride, x, at, j + 32)
+                at = min(b + t, end - 1) * x_stride
+                sums[t] += chunk(w0, scale, low, row, r, stride, x, at, j)
+                sums[t] += chunk(w1, scale, low, row, r, stride, x, at, j + 32)
             j += 64
         while j < chunks:
             for k in range(per_warp):
-                r = min(first + k, rows - 1)
+                r = of_block + min(first + k, rows - 1)
                 w = load(words, r * (chunk_words * chunks), j)
                 for t in range(tile):
-                    at = min(b + t, n - 1) * x_stride
+                    at = min(b + t, end - 1) * x_stride
                     sums[k * tile + t] += chunk(w, scale, low, row, r, stride, x, at, j)
             j += 32
         for k in range(per_warp):
             for t in range(tile):
                 total = warp_sum(sums[k * tile + t])
-                if lane_index() == 0 and first + k < rows and b + t < n:
+                if lane_index() == 0 and first + k < rows and b + t < end:
                     at = (b + t) * y_stride + first + k
-                    total = factor * (total + bias[first + k])
+                    total = factor * (total + bias[of_block + first + k])
                     y[at] = y[at] + total if add else total
 
     return gemv
 
 
 @cache
-def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
+def transposed_kernel(weight_format: WeightFormat, tile: int, experts: bool = False) -> Kernel:
     """partial (n, parts, stride) of sums over neurons of hidden (n, ...) times their rows; `tile` rows of n a thread.
 
     The warps of a block read the same 32 chunks of columns of different neurons, and add up what they have in the end.
     Grid: (blocks of chunks of columns * tiles of n, parts). The tiles that read the same weights are neighbours.
+    experts: as in `gemv_kernel`, with `neurons` of a block.
     """
-    kernels = kernels_of(weight_format)
+    kernels, tile_of = kernels_of(weight_format), TILE_OF[experts]
     load, add, column_of, nothing = kernels.load_chunk, kernels.add_chunk, kernels.column_of, kernels.nothing
     columns, chunk_words = kernels.chunk_columns, kernels.chunk_words
     finish, fours, width = kernels.finish, columns // 4, columns + 1  # odd, against bank conflicts
@@ -118,60 +123,66 @@ def transposed_kernel(weight_format: WeightFormat, tile: int) -> Kernel:
     four, two = columns <= 16 and tile * columns <= 32, columns <= 16 or tile == 1
 
     @jit(device=True)
-    def add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j):
-        """Add neuron r, whose chunk j is w, to the sums of each row of the tile."""
-        s0 = add(sums[0], hidden[b * hidden_stride + r], w, scale, low, row, r, stride, j)
+    def add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, base, r, stride, j):
+        """Add neuron r, whose chunk j is w, to the sums of each row of the tile; base: the matrix's row of neuron 0."""
+        of_w = base + r
+        s0 = add(sums[0], hidden[b * hidden_stride + r], w, scale, low, row, of_w, stride, j)
         # Past the end the last row is added again, and its sum not written.
         s1, s2, s3 = sums[1], sums[2], sums[3]
         if tile > 1:
-            s1 = add(s1, hidden[min(b + 1, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+            s1 = add(s1, hidden[min(b + 1, n - 1) * hidden_stride + r], w, scale, low, row, of_w, stride, j)
         if tile > 2:
-            s2 = add(s2, hidden[min(b + 2, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
-            s3 = add(s3, hidden[min(b + 3, n - 1) * hidden_stride + r], w, scale, low, row, r, stride, j)
+            s2 = add(s2, hidden[min(b + 2, n - 1) * hidden_stride + r], w, scale, low, row, of_w, stride, j)
+            s3 = add(s3, hidden[min(b + 3, n - 1) * hidden_stride + r], w, scale, low, row, of_w, stride, j)
         return s0, s1, s2, s3
 
     @kernel(
         matrix_parameters(weight_format) + ", float32* hidden, float32* partial, int32 neurons, int32 columns_used,"
-        " int32 stride, int32 n, int32 hidden_stride",
-        name=f"gemv_transposed_{weight_format}_{tile}",
+        f" int32 stride, int32 n, int32 hidden_stride, {GROUPS}",
+        name=f"gemv_transposed_{weight_format}_{tile}{suffix(False, experts)}",
         launch_bounds=(32 * _MOST_SHARERS, 2),
         fastmath=True,
     )
-    def transposed(words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride):
+    def transposed(
+        words, scale, low, row, hidden, partial, neurons, columns_used, stride, n, hidden_stride, groups, slots
+    ):  # fmt: skip
         shared = cuda.shared.array(room, types.float32)
         lane, warp, warps, chunks = lane_index(), warp_index(), cuda.blockDim.x >> 5, stride // columns
-        shares, block = np.uint32((n + tile - 1) // tile), np.uint32(cuda.blockIdx.x)
-        first_chunk, b = np.int32(block // shares * 32), np.int32(block % shares * tile)
+        which, block, b, end = tile_of(groups, slots, n, tile, np.uint32(cuda.blockIdx.x))
+        if experts and b >= end:
+            return
+        first_chunk, base = which * 32, block * neurons
         j = min(first_chunk + lane, chunks - 1)  # past the end the last chunk is read again
         part, parts = cuda.blockIdx.y, cuda.gridDim.y
         share = (neurons + parts - 1) // parts
         r, last = part * share + warp, min(neurons, (part + 1) * share)
         row_words = chunk_words * chunks
+        start = base * row_words
         sums = nothing, nothing, nothing, nothing
         while four and r + 3 * warps < last:
             r1, r2, r3 = r + warps, r + 2 * warps, r + 3 * warps
-            w0 = load(words, r * row_words, j)
-            w1 = load(words, r1 * row_words, j)
-            w2 = load(words, r2 * row_words, j)
-            w3 = load(words, r3 * row_words, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w1, scale, low, row, r1, stride, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w2, scale, low, row, r2, stride, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w3, scale, low, row, r3, stride, j)
+            w0 = load(words, start + r * row_words, j)
+            w1 = load(words, start + r1 * row_words, j)
+            w2 = load(words, start + r2 * row_words, j)
+            w3 = load(words, start + r3 * row_words, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w0, scale, low, row, base, r, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w1, scale, low, row, base, r1, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w2, scale, low, row, base, r2, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w3, scale, low, row, base, r3, stride, j)
             r += 4 * warps
         while two and r + warps < last:
-            w0 = load(words, r * row_words, j)
-            w1 = load(words, (r + warps) * row_words, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w0, scale, low, row, r, stride, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w1, scale, low, row, r + warps, stride, j)
+            w0 = load(words, start + r * row_words, j)
+            w1 = load(words, start + (r + warps) * row_words, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w0, scale, low, row, base, r, stride, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w1, scale, low, row, base, r + warps, stride, j)
             r += 2 * warps
         while r < last:
-            w = load(words, r * row_words, j)
-            sums = add_row(sums, hidden, hidden_stride, n, b, w, scale, low, row, r, stride, j)
+            w = load(words, start + r * row_words, j)
+            sums = add_row(sums, hidden, hidden_stride, end, b, w, scale, low, row, base, r, stride, j)
             r += warps
 
         whole = finish(sums[0]), finish(sums[1]), finish(sums[2]), finish(sums[3])
-        for t in range(min(tile, n - b)):
+        for t in range(min(tile, end - b)):
             cuda.syncthreads()  # so that the row before has been read
             for k in range(fours):
                 for i in range(4):
@@ -213,7 +224,7 @@ def multiply(
     device.launch(
         gemv_kernel(matrix.format, per_warp, tile), grid, THREADS,
         matrix.words, matrix.scale, matrix.low, matrix.row, matrix.bias, x, y, matrix.rows, matrix.stride,
-        n, x_stride, y_stride, factor, int(add),
+        n, x_stride, y_stride, factor, int(add), y, 0,
     )  # fmt: skip
 
 
@@ -226,12 +237,12 @@ def multiply_transposed(
     """
     kernels = kernels_of(matrix.format)
     tile = 1 if n == 1 else kernels.most_sums
-    parts = min(parts_of(n), -(-matrix.rows // _LEAST_NEURONS))
+    parts = min(parts_of(n), -(-matrix.rows // LEAST_NEURONS))
     chunks = matrix.stride // kernels.chunk_columns
     device.launch(
         transposed_kernel(matrix.format, tile), (-(-chunks // 32) * -(-n // tile), parts), 32 * SHARERS,
         matrix.words, matrix.scale, matrix.low, matrix.row, hidden, partial, matrix.rows, matrix.columns, matrix.stride,
-        n, hidden_stride,
+        n, hidden_stride, partial, 0,
     )  # fmt: skip
     return parts
 

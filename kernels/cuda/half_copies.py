@@ -31,6 +31,8 @@ def copy_items(
     types = {name: kernels_of(stored).library_type for name, stored in formats.items()}
     shapes = {spec.name: spec.shape[-2:] for spec in tensor_specs(config) if spec.matrix}
     layer = {name: shape[0] * padded_columns(shape[1]) for name, shape in shapes.items() if name not in _HEAD}
+    if config.expert_count:  # which kernels/cuda/experts.py multiplies
+        layer = {name: items for name, items in layer.items() if name not in _FFN}
     copied = {name: items for name, items in layer.items() if types[name] is None or (split and name in _FFN)}
     weights = max(copied.values(), default=0)
     for names in _JOINED:

@@ -4,6 +4,8 @@ Everything lies on the GPU where it fits. Where it does not, the words of some F
 host memory, which kernels read over the bus where they lie: those of the neurons that are predicted least often, so
 that a token reads as little over the bus as the GPU's memory allows (the split of PowerInfer, arXiv:2312.12456).
 Scales, biases and the predictor are small, are read in small pieces, and stay on the GPU.
+
+Of a mixture of experts it is the experts of whole layers: a token reads only those of them that it has.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.errors import DeviceError
+from svdengine.kernels.cuda.joined_predictors import joined_bytes
 from svdengine.kernels.formats import PART_SUFFIXES
 from svdengine.kernels.predictor import Predictor, layer_arrays
 from svdengine.models import ModelConfig, tensor_specs
@@ -27,7 +30,10 @@ _GIB = 2.0**30
 
 @dataclass(frozen=True)
 class LayerSplit:
-    """Where the neurons of a layer lie: the first `hot` in this order on the GPU, the others in host memory."""
+    """Where the neurons of a layer lie: the first `hot` in this order on the GPU, the others in host memory.
+
+    Of a mixture of experts they are those of each expert, and lie all in one place.
+    """
 
     order: NDArray[np.intp]  # (f,) the model's neurons, the most frequent first
     hot: int
@@ -75,7 +81,7 @@ def split_memory(
     host_available: bytes of host memory that may be used; None: any. Raises DeviceError, with how much is missing.
     """
     names = [spec.name + suffix for spec in tensor_specs(config) for suffix in PART_SUFFIXES]
-    weights = sum(arrays[name].nbytes for name in names if name in arrays) + _predictor_bytes(predictor)
+    weights = sum(arrays[name].nbytes for name in names if name in arrays) + _predictor_bytes(config, predictor)
     rows = sum(arrays[name].nbytes for name in _FFN if name in arrays)
     beside = buffers + RESERVE + _unused(config, arrays, predictor, cache)
     room = available - (weights - rows) - cache - beside
@@ -88,15 +94,28 @@ def split_memory(
         )
     if rows <= room:
         return MemorySplit(weights, cache, buffers, 0, ())
-    layer = rows // config.layer_count
-    splits = split_layers(_frequencies(config, predictor), room * config.ffn_size // layer)
-    held = sum(_hot_bytes(config, arrays, split.hot) for split in splits)
+    if config.expert_count:
+        splits = split_mixture(config, rows, room)
+        held = sum(len(config.blocks_of(i)) * rows // config.ffn_blocks for i, split in enumerate(splits) if split.hot)
+    else:
+        layer = rows // config.layer_count
+        splits = split_layers(_frequencies(config, predictor), room * config.ffn_size // layer)
+        held = sum(_hot_bytes(config, arrays, split.hot) for split in splits)
     if host_available is not None and rows - held > host_available:
         raise DeviceError(
             f"{(rows - held) / _GIB:.2f} GiB of weights do not fit into the GPU's memory, and the host's has"
             f" {host_available / _GIB:.2f} GiB; use a smaller weight format or --device cpu"
         )
     return MemorySplit(weights - (rows - held), cache, buffers, rows - held, splits)
+
+
+def split_mixture(config: ModelConfig, rows: int, room: int) -> tuple[LayerSplit, ...]:
+    """The first layers' experts on the GPU, as far as there is room for those of `rows` bytes in all layers."""
+    order, splits = np.arange(config.ffn_size), []
+    for layer in range(config.layer_count):
+        room -= len(config.blocks_of(layer)) * rows // config.ffn_blocks
+        splits.append(LayerSplit(order, config.ffn_size if room >= 0 else 0))
+    return tuple(splits)
 
 
 def split_layers(frequencies: NDArray[np.float32], count: int) -> tuple[LayerSplit, ...]:
@@ -148,11 +167,16 @@ def _unused(config: ModelConfig, arrays: Mapping[str, NDArray], predictor: Predi
                 any_size += count if size > _GRANULE // 2 else 0
             else:
                 sizes += [size] * count
-    for index, layer in enumerate(predictor.layers if predictor is not None else ()):
-        sizes += [array.nbytes for array in layer_arrays(index, layer).values()]
+    if config.expert_count:  # which lie together, a layer's in a dozen arrays
+        sizes += [_GRANULE + 1] * (12 * config.layer_count if predictor is not None else 0)
+    else:
+        for index, layer in enumerate(predictor.layers if predictor is not None else ()):
+            sizes += [array.nbytes for array in layer_arrays(index, layer).values()]
     return any_size * _GRANULE + sum(-size % _GRANULE for size in sizes if size > _GRANULE // 2)
 
 
-def _predictor_bytes(predictor: Predictor | None) -> int:
+def _predictor_bytes(config: ModelConfig, predictor: Predictor | None) -> int:
+    if predictor is not None and config.expert_count:
+        return joined_bytes(config, predictor)
     layers = enumerate(predictor.layers) if predictor is not None else ()
     return sum(array.nbytes for index, layer in layers for array in layer_arrays(index, layer).values())

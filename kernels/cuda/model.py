@@ -1,4 +1,4 @@
-"""The model on the device: matrices as their stored words, layer by layer, and the predictor's parts."""
+"""The model on the device: matrices as their stored words, layer by layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from svdengine.kernels.formats import (
     gather_parts,
     padded_columns,
 )
-from svdengine.kernels.predictor import FactorFormat, LayerPredictor, Predictor
 from svdengine.kernels.rope import rope_tables
 from svdengine.models import ModelConfig, Rope, tensor_specs
 
@@ -52,6 +51,11 @@ class Matrix:
     def is_split(self) -> bool:
         """Whether some rows lie in host memory."""
         return self.hot < self.rows
+
+    @property
+    def parts(self) -> tuple[Array, Array, Array, Array]:
+        """It as kernels take it."""
+        return self.words, self.scale, self.low, self.row
 
     def pieces(self) -> tuple[tuple[int, Matrix], ...]:
         """The parts that lie in one place each, with their first rows. They share the memory."""
@@ -91,8 +95,18 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The FFN blocks of a layer of a mixture of experts, whose matrices lie one below the other."""
+
+    count: int
+    per_row: int  # that a token has
+    pitch: int  # rows of gate and of up from a block to the next: each block's gate and up are neighbours
+    router: Matrix | None  # None: all tokens have all of them
+
+
+@dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights."""
+    """One layer's weights; of a mixture of experts gate, up and down of all blocks."""
 
     attention_norm: Norm
     ffn_norm: Norm | None  # None where attention and FFN share a norm
@@ -103,6 +117,7 @@ class LayerWeights:
     qkv: tuple[Projection, ...]  # into Workspace.qkv; one where q, k and v have the same format
     q_norm: Array  # (head_dim,) float32, one zero where there is none
     k_norm: Array
+    joint_norms: tuple[Norm, ...]  # of all heads of q together, and of k, where they are normed so
     o: Matrix
     gate_up: tuple[Projection, ...]  # into Workspace.gate_up
     gate: Matrix | None  # rows of gate_up
@@ -111,7 +126,9 @@ class LayerWeights:
     window: int  # a token sees itself and the window - 1 before it
     cos: Array  # (context, head_dim / 2) float32, one zero where there is no rope; layers share it
     sin: Array
+    rotated: bool  # whether there is rope
     order: NDArray[np.intp] | None  # the model's neuron of each row, on the host; None: rows are in the model's order
+    blocks: Blocks | None  # None: the layer has one FFN
 
 
 @dataclass(frozen=True)
@@ -130,24 +147,6 @@ class Model:
         """Whether down is stored as one row a neuron."""
         return self.config.sparse_ffn
 
-
-@dataclass(frozen=True)
-class PlacedLayer:
-    """One layer of a predictor (kernels/predictor.py) on the device."""
-
-    rank: int  # 0: no factors
-    factor_format: FactorFormat
-    residual_bits: int  # 0: no residual
-    a: Matrix | None  # (ffn, rank)
-    b: Matrix | None  # (rank, hidden)
-    q_words: Array  # uint32: (ffn, padded hidden * bits / 32), as kernels/lowbit.py packs them
-    q_scale: Array  # (ffn, padded hidden / 64) float16
-    minus_threshold: Array  # (ffn,) float32: where the kernels' sums start
-    unit: Array  # (ffn,) float32
-    relu: bool
-
-
-PlacedPredictor = tuple[PlacedLayer, ...]  # a predictor on the device, or nothing
 
 _WINDOW = 1 << 30  # wider than any context
 
@@ -182,41 +181,6 @@ def build_model(
     )
 
 
-def place_predictor(
-    device: Device, config: ModelConfig, predictor: Predictor | None, orders: Sequence[NDArray[np.intp] | None] = ()
-) -> PlacedPredictor:
-    """Copy a predictor that fits to the device, its neurons in the `orders` of the layers' rows, or in the model's."""
-    if predictor is None:
-        return ()
-    layers = zip(predictor.layers, orders or [None] * config.layer_count, strict=True)
-    return tuple(_place_layer(device, config, layer, order) for layer, order in layers)
-
-
-def _place_layer(
-    device: Device, config: ModelConfig, layer: LayerPredictor, order: NDArray[np.intp] | None
-) -> PlacedLayer:
-    rank, bits, nothing = layer.rank, layer.residual_bits, device.zeros(1, np.uint32)
-
-    def ordered(array: NDArray) -> NDArray:
-        return array if order is None else array[order]
-
-    def factor(parts: Mapping[str, NDArray], columns: int) -> Matrix:
-        return _matrix(device, [parts], layer.factor_format, columns, device.zeros(len(parts[""]), np.float32))
-
-    return PlacedLayer(
-        rank,
-        layer.factor_format,
-        bits,
-        factor({suffix: ordered(part) for suffix, part in layer.a.items()}, rank) if rank else None,
-        factor(layer.b, config.hidden_size) if rank else None,
-        device.upload(_words(ordered(layer.q[""]))) if bits else nothing,
-        device.upload(ordered(layer.q[".scale"])) if bits else nothing,
-        device.upload(ordered(-np.asarray(layer.threshold, np.float32))),
-        device.upload(ordered(np.asarray(layer.unit, np.float32))),
-        layer.relu,
-    )
-
-
 class _Builder:
     """Copies tensors of a model to the device."""
 
@@ -238,8 +202,8 @@ class _Builder:
         """All weights of a layer."""
         config = self.config
         gate_up, down, order = self.ffn(index)
-        f = config.ffn_size
-        halves = [m for p in gate_up for m in _halves(p.matrix, f)]
+        blocks, f = self.blocks(index, gate_up), config.ffn_size
+        halves = [m for p in gate_up for m in _halves(p.matrix, blocks.count * f if blocks else f, f)]
         windowed = config.sliding_window and index in config.sliding_window_layers
         cos, sin = self.rope(config.rope_of(index))
         return LayerWeights(
@@ -252,6 +216,7 @@ class _Builder:
             qkv=self.projections(["q", "k", "v"], index),
             q_norm=self.vector("q_norm.weight", index),
             k_norm=self.vector("k_norm.weight", index),
+            joint_norms=tuple(self.norm(f"{n}_norm", index) for n in ("q", "k")) if config.qk_norm_joint else (),
             o=self.matrix(["o"], index),
             gate_up=gate_up,
             gate=halves[0] if config.gated else None,
@@ -260,14 +225,29 @@ class _Builder:
             window=config.sliding_window if windowed else _WINDOW,
             cos=cos,
             sin=sin,
+            rotated=config.rope_of(index) is not None,
             order=order,
+            blocks=blocks,
         )
+
+    def blocks(self, index: int, gate_up: Sequence[Projection]) -> Blocks | None:
+        """The FFN blocks of a layer, in a mixture of experts."""
+        config = self.config
+        if not config.expert_count:
+            return None
+        count, routed = len(config.blocks_of(index)), index in config.expert_layers
+        router = self.matrix(["router"], config.expert_layers.index(index)) if routed else None
+        return Blocks(count, config.chosen_blocks if routed else count, gate_up[0].matrix.rows // count, router)
 
     def ffn(self, index: int) -> tuple[tuple[Projection, ...], Matrix, NDArray[np.intp] | None]:
         """Gate and up, down, and the order of the neurons' rows."""
         config = self.config
         names, down = ["gate", "up"] if config.gated else ["up"], "down_T" if config.sparse_ffn else "down"
         split = self.splits[index] if self.splits else None
+        if config.expert_count:
+            blocks, on_host = config.blocks_of(index), split is not None and not split.hot
+            gates = self.projections(names, blocks, on_host=on_host)
+            return gates, self.matrix([down], blocks, on_host=on_host), None
         if split is None or split.hot == config.ffn_size:
             return self.projections(names, index), self.matrix([down], index), None
         # Where down's columns are the neurons, all stay in the model's order.
@@ -279,8 +259,11 @@ class _Builder:
         hot = split.hot if config.sparse_ffn else hot_outputs(config, split.hot)
         return gate_up, self.split_matrix(down, index, order, hot), order
 
-    def projections(self, names: Sequence[str], layer: int) -> tuple[Projection, ...]:
-        """Matrices that read the same rows, joined where neighbours have the same format: one launch for all."""
+    def projections(self, names: Sequence[str], layer: int | range, *, on_host: bool = False) -> tuple[Projection, ...]:
+        """Matrices that read the same rows, joined where neighbours have the same format: one launch for all.
+
+        layer: or the numbers of FFN blocks, each of which has its results where the others have theirs.
+        """
         groups: list[list[str]] = []
         for name in names:
             if groups and self.formats[groups[-1][0]] == self.formats[name]:
@@ -289,14 +272,22 @@ class _Builder:
                 groups.append([name])
         made, offset = [], 0
         for group in groups:
-            made.append(Projection(self.matrix(group, layer), offset))
-            offset += made[-1].matrix.rows
+            made.append(Projection(self.matrix(group, layer, on_host=on_host), offset))
+            offset += made[-1].matrix.rows // (len(layer) if isinstance(layer, range) else 1)
         return tuple(made)
 
-    def matrix(self, names: Sequence[str], layer: int | None) -> Matrix:
-        """Matrices of one format and width, one below the other."""
-        parts = [self.parts(name, layer) for name in names]
+    def matrix(self, names: Sequence[str], layer: int | range | None, *, on_host: bool = False) -> Matrix:
+        """Matrices of one format and width, one below the other; of FFN blocks those of the first, then of the next.
+
+        on_host: the words of these stay in host memory.
+        """
         columns = {spec.name: spec.shape[-1] for spec in tensor_specs(self.config)}[names[0]]
+        if isinstance(layer, range):  # which have no biases
+            parts = [self.parts(name, block) for block in layer for name in names]
+            outputs = columns if names[0] == "down_T" else sum(len(p[""]) for p in parts)
+            bias = self.device.zeros(outputs, np.float32)
+            return place_matrix(self.device, parts, self.formats[names[0]], columns, bias, on_host=on_host)
+        parts = [self.parts(name, layer) for name in names]
         # down.bias has an item for each output, and so has that of every other matrix but down_T one for each row.
         sizes = [columns if name == "down_T" else len(p[""]) for name, p in zip(names, parts, strict=True)]
         bias = np.zeros(sum(sizes), np.float32)
@@ -304,7 +295,7 @@ class _Builder:
             source = f"{'down' if name == 'down_T' else name}.bias"
             if source in self.arrays:
                 bias[end - size : end] = self.part(source, layer)
-        return _matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
+        return place_matrix(self.device, parts, self.formats[names[0]], columns, self.device.upload(bias))
 
     def split_matrix(self, name: str, layer: int, order: NDArray[np.intp] | None, hot: int) -> Matrix:
         """A matrix with its rows in some order, of which the words of those from `hot` on stay in host memory."""
@@ -318,8 +309,8 @@ class _Builder:
             parts = {suffix: part[order] for suffix, part in parts.items()}
             bias = bias if name == "down_T" else bias[order]
         rows = {**parts, "": parts[""][:hot]}
-        matrix = _matrix(self.device, [rows], self.formats[name], columns, self.device.upload(bias))
-        cold = self.device.pin(_words(parts[""][hot:]))
+        matrix = place_matrix(self.device, [rows], self.formats[name], columns, self.device.upload(bias))
+        cold = self.device.pin(as_words(parts[""][hot:]))
         return replace(matrix, rows=len(parts[""]), cold=cold)
 
     def rope(self, rope: Rope | None) -> tuple[Array, Array]:
@@ -357,18 +348,28 @@ class _Builder:
         return self.arrays[name] if layer is None else self.arrays[name][layer]
 
 
-def _matrix(
-    device: Device, parts: Sequence[Mapping[str, NDArray]], weight_format: WeightFormat, columns: int, bias: Array
+def place_matrix(
+    device: Device,
+    parts: Sequence[Mapping[str, NDArray]],
+    weight_format: WeightFormat,
+    columns: int,
+    bias: Array,
+    *,
+    on_host: bool = False,
 ) -> Matrix:
-    """Stored parts of matrices, one below the other. Raises ValueError where CUDA has no kernels for the format."""
+    """Stored parts of matrices, one below the other. Raises ValueError where CUDA has no kernels for the format.
+
+    on_host: kernels read the words where they lie in host memory.
+    """
     kernels = kernels_of(weight_format)
 
     def joined(suffix: str, dtype: Any) -> Array:
         if suffix not in parts[0]:
             return device.zeros(1, dtype)
-        sources = [_flat(p[suffix], dtype) for p in parts]
-        to, end = device.zeros(max(1, sum(map(len, sources))), dtype), 0
-        for source in sources:
+        if on_host and not suffix:
+            return device.pin(np.concatenate([_flat(p[suffix], dtype) for p in parts]))
+        to, end = device.zeros(max(1, sum(p[suffix].nbytes for p in parts) // dtype.itemsize), dtype), 0
+        for source in (_flat(p[suffix], dtype) for p in parts):
             if len(source):
                 device.write(to[end : end + len(source)], source)
             end += len(source)
@@ -380,12 +381,17 @@ def _matrix(
     return Matrix(weight_format, rows, columns, stride, **arrays, bias=bias, hot=rows, cold=cold)
 
 
-def _halves(matrix: Matrix, rows: int) -> tuple[Matrix, ...]:
-    """Matrices of `rows` rows that lie one below the other."""
-    return (matrix,) if matrix.rows == rows else (matrix.rows_from(0, rows), matrix.rows_from(rows, rows))
+def _halves(matrix: Matrix, rows: int, f: int) -> tuple[Matrix, ...]:
+    """Gate and up of all blocks' `rows` neurons, f of a block, where they lie one below the other in each block.
+
+    They begin with those of the first one, and what is not theirs lies in between.
+    """
+    if matrix.rows == rows:
+        return (matrix,)
+    return matrix.rows_from(0, matrix.rows - f), matrix.rows_from(f, matrix.rows - f)
 
 
-def _words(array: NDArray) -> NDArray[np.uint32]:
+def as_words(array: NDArray) -> NDArray[np.uint32]:
     """The bytes of an array as 32-bit words, flat."""
     return _flat(array, np.uint32)
 

@@ -154,18 +154,20 @@ def normalize(
     add: bool = False,
     columns: int | None = None,
     rounded: bool = False,
+    centred: bool | None = None,
 ) -> None:
     """out (n, stride) = factor * the model's norm of x (rows, stride), or of the n rows whose numbers are `chosen`.
 
     With `add`, out += that. `columns` of a row are normed, by default as many as the residual stream has. out may be x.
-    `rounded`: leave it in work.fine and work.coarse too, for which it has the residual stream's size.
+    `rounded`: leave it in work.fine and work.coarse too, for which it has the residual stream's size. `centred`: for a
+    norm that is not of the model's kind.
     """
-    columns = columns or config.hidden_size
+    columns, centred = columns or config.hidden_size, config.norm == "layer" if centred is None else centred
     device.launch(
         normalize_rows, (n,), THREADS, x, norm.bias.view(np.int32) if chosen is None else chosen,
         norm.weight, norm.bias, out, work.fine, work.fine, work.coarse, work.coarse,
         columns, padded_columns(columns) if rounded else columns, stride, config.norm_eps, factor,
-        int(config.norm == "layer"), int(chosen is not None), int(add), int(rounded),
+        int(centred), int(chosen is not None), int(add), int(rounded),
     )  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def place_keys(
         work.qkv, cache.keys[index], cache.values[index], work.positions, work.sequences, work.block_tables,
         layer.cos, layer.sin, layer.q_norm, layer.k_norm, config.head_count, config.kv_head_count, config.head_dim,
         work.sizes.qkv, cache.head_stride, work.sizes.blocks, config.norm_eps, config.attention_scale,
-        int(config.qk_norm), int(config.rope is not None),
+        int(config.qk_norm and not config.qk_norm_joint), int(layer.rotated),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -10,11 +11,13 @@ from numba import cuda
 from numba.cuda import types
 
 from svdengine.kernels.cuda.atomics import is_last_block
+from svdengine.kernels.cuda.chosen import CHOSEN, OWNER, suffix
 from svdengine.kernels.cuda.compact import ballot, count_neurons, list_masked
 from svdengine.kernels.cuda.integer_dot import dot_16, dot_bytes
 from svdengine.kernels.cuda.intrinsics import (
     FULL,
     MOST_WARPS,
+    Kernel,
     as_float,
     dp4a,
     jit,
@@ -158,23 +161,28 @@ FACTORS = {"": no_factor, "q8": factor_q8, "q4": factor_q4}
 RESIDUALS = {0: no_residual, 1: residual_1, 2: residual_2}
 
 
-def _project(name, dot):
+def _project(name, dot, experts=False):
+    owner = OWNER[experts]
+
     @kernel(
-        f"{matrix_parameters(name)}, uint32* x, uint8* codes, float32* values,"
+        f"{matrix_parameters(name)}, uint32* x, uint8* codes, float32* values, {CHOSEN},"
         "int32 rank, int32 relu, int32 padded, int32 stride, int32 z_stride",
-        f"project_{name}",
+        f"project_{name}{suffix(False, experts)}",
         launch_bounds=PROJECT_THREADS,
     )
-    def project(words, scale, low, row, x, codes, values, rank, relu, padded, stride, z_stride):
+    def project(
+        words, scale, low, row, x, codes, values, chosen, weights, per_row, rank, relu, padded, stride, z_stride
+    ):  # fmt: skip
         """z = B x of 32 hidden values (blockIdx.x) of a row (blockIdx.y), or its ReLU, rounded for the second factor.
 
         x: rows of `stride` words, rounded, of `padded` columns; codes, values: the same rows of z, of `z_stride` words.
         """
         group = cuda.shared.array(32, types.float32)
+        of_x, block, _ = owner(chosen, weights, per_row, cuda.blockIdx.y)
         r, lane = cuda.blockIdx.x * 32 + warp_index(), lane_index()
         z = _ZERO  # of rows that only fill up a group
         if r < rank:
-            z = warp_sum(dot(words, scale, low, row, r, padded, x, cuda.blockIdx.y * stride, lane, 32))
+            z = warp_sum(dot(words, scale, low, row, block * rank + r, padded, x, of_x * stride, lane, 32))
         if lane == 0:
             group[warp_index()] = max(z, _ZERO) if relu != 0 else z
         cuda.syncthreads()
@@ -227,18 +235,21 @@ def neuron_score(factors: str, bits: int) -> Any:
     return score_of
 
 
-def _score(name, bits):
-    score_of = neuron_score(name, bits)
+@cache
+def score_kernel(name: str, bits: int, experts: bool = False) -> Kernel:
+    """Scores of neurons, and a list of those that are positive. Grid: (blocks of 32 neurons, rows)."""
+    score_of, owner = neuron_score(name, bits), OWNER[experts]
 
     @kernel(
         f"{predictor_parameters(name)}, float32* scores, uint32* masks, int32* tickets,"
-        "int32* listed, int32* lengths, int64* counts, int32 neurons, int32 ranks, int32 columns, int32 z_stride,"
-        "int32 x_stride, int32 score_stride, int32 mask_stride",
-        f"score_{name or 'none'}_{bits}",
+        f"int32* listed, int32* lengths, int64* counts, {CHOSEN}, int32 neurons, int32 ranks, int32 columns,"
+        "int32 z_stride, int32 x_stride, int32 score_stride, int32 mask_stride",
+        f"score_{name or 'none'}_{bits}{suffix(False, experts)}",
     )
     def score(
         a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift, scores, masks, tickets,
-        listed, lengths, counts, neurons, ranks, columns, z_stride, x_stride, score_stride, mask_stride,
+        listed, lengths, counts, chosen, weights, per_row, neurons, ranks, columns, z_stride, x_stride, score_stride,
+        mask_stride,
     ):  # fmt: skip
         """Scores of 32 neurons (blockIdx.x) of a row (blockIdx.y).
 
@@ -247,9 +258,11 @@ def _score(name, bits):
         """
         found = cuda.shared.array(MOST_WARPS, types.int32)
         r, batch_row = cuda.blockIdx.x * SCORE_ROWS + (cuda.threadIdx.x >> 3), cuda.blockIdx.y
+        of_x, block, _ = owner(chosen, weights, per_row, batch_row)
+        base = block * neurons
         value = score_of(
-            a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift[batch_row],
-            r, neurons, ranks, columns, batch_row * z_stride, batch_row * x_stride,
+            a_words, a_scale, a_low, a_row, q_words, q_scale, minus_threshold, unit, z, x, shift[of_x],
+            base + r, base + neurons, ranks, columns, batch_row * z_stride, of_x * x_stride,
         )  # fmt: skip
         if cuda.threadIdx.x & 7 == 0 and r < neurons:
             scores[batch_row * score_stride + r] = value
@@ -276,5 +289,15 @@ def predictor_parameters(factors: str) -> str:
     )
 
 
-PROJECT = {"q8": _project("q8", factor_q8), "q4": _project("q4", factor_q4)}
-SCORE = {(name, bits): _score(name, bits) for name in FACTORS for bits in RESIDUALS}
+# By format, and whether the model is a mixture of experts.
+PROJECT = {
+    (name, experts): _project(name, dot, experts)
+    for name, dot in (("q8", factor_q8), ("q4", factor_q4))
+    for experts in (False, True)
+}
+
+
+def every_kernel() -> Iterator[Kernel]:
+    """Every kind of predictor, and of mixtures of experts some."""
+    yield from (score_kernel(factors, bits) for factors in FACTORS for bits in RESIDUALS)
+    yield from (score_kernel("q8", 2, True), score_kernel("", 1, True))

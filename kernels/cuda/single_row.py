@@ -140,7 +140,8 @@ def activated_kernel(weight_format: WeightFormat) -> Kernel:
 def multiply_heads(state: State, index: int, layer: LayerWeights, x: Array) -> None:
     """work.qkv of the first row, ready for attention, and its keys and values in the cache of layer `index`.
 
-    x: the normed row, rounded where the matrix takes it so. The three matrices are one (`LayerWeights.qkv`).
+    x: the normed row, rounded where the matrix takes it so. The three matrices are one (`LayerWeights.qkv`). Not of
+    models whose heads have a norm together.
     """
     config, work, cache = state.model.config, state.work, state.cache
     matrix, head_dim = layer.qkv[0].matrix, config.head_dim
@@ -150,7 +151,7 @@ def multiply_heads(state: State, index: int, layer: LayerWeights, x: Array) -> N
         cache.keys[index], cache.values[index], work.positions, work.sequences, work.block_tables,
         layer.cos, layer.sin, layer.q_norm, layer.k_norm, config.head_count, config.kv_head_count, head_dim,
         matrix.stride, cache.head_stride, work.sizes.blocks, config.norm_eps, config.attention_scale,
-        int(config.qk_norm), int(config.rope is not None),
+        int(config.qk_norm), int(layer.rotated),
     )  # fmt: skip
 
 

@@ -13,14 +13,17 @@ from svdengine.kernels.cuda.attention import attend
 from svdengine.kernels.cuda.device import Array
 from svdengine.kernels.cuda.elementwise import activate_ffn, add_parts, clear
 from svdengine.kernels.cuda.embedding import embed_tokens
+from svdengine.kernels.cuda.experts import dense_experts, reads_rounded
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.gemm import add_transposed_product, product, rounded_rows, takes_rounded, uses_library
 from svdengine.kernels.cuda.gemv import multiply_transposed
 from svdengine.kernels.cuda.half_copies import slice_rows
-from svdengine.kernels.cuda.model import LayerWeights, Matrix, Norm, PlacedPredictor
+from svdengine.kernels.cuda.model import LayerWeights, Matrix, Norm
 from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
+from svdengine.kernels.cuda.placed_predictor import PlacedPredictor
 from svdengine.kernels.cuda.rope import place_keys
 from svdengine.kernels.cuda.rounding import takes_integers
+from svdengine.kernels.cuda.router import route
 from svdengine.kernels.cuda.sampling import sample_tokens
 from svdengine.kernels.cuda.single_row import multiply_and_activate, multiply_and_normalize, multiply_heads
 from svdengine.kernels.cuda.sparse import sparse_ffn
@@ -96,7 +99,9 @@ def run_layer(
     whether it did.
     """
     device, config, work, n = state.device, state.model.config, state.work, shape.n
-    stride, x = work.sizes.hidden, work.normed
+    stride, x, blocks = work.sizes.hidden, work.normed, layer.blocks
+    if blocks is not None and config.early_router:
+        route(state, blocks, work.x, n)
     first, rounded = _first_is_rounded(state, layer, shape), _ffn_reads_rounded(state, layer, shape)
     if not normed:
         normalize(device, config, work, layer.attention_norm, work.x, x, stride, n, rounded=first)
@@ -107,6 +112,8 @@ def run_layer(
     done = attention(state, index, layer, shape, rounded=first, following=then)
     if then is not None and not done:
         normalize(device, config, work, then.norm, work.x, x, stride, n, rounded=rounded)
+    if blocks is not None and not config.early_router:
+        route(state, blocks, x, n)
     if keep is not None:
         keep(index, x)
     if layer.ffn_post_norm is None:
@@ -139,12 +146,14 @@ def attention(
     config, sizes, copies = model.config, work.sizes, state.copies
     matrices = [part.matrix for part in layer.qkv]
     read = work.fine if rounded else rounded_rows(device, copies, matrices, work.normed, work.rounded, sizes.hidden, n)
-    if n == 1 and len(layer.qkv) == 1:
+    if n == 1 and len(layer.qkv) == 1 and not layer.joint_norms:
         multiply_heads(state, index, layer, read if takes_integers(matrices[0].format) else work.normed)
     else:
         for part in layer.qkv:
             to = work.qkv[part.offset :]
             product(device, copies, part.matrix, work.normed, read, sizes.hidden, to, sizes.qkv, n)
+        if layer.joint_norms:
+            normalize_joint(state, layer, n)
         place_keys(device, model, layer, index, work, state.cache, n)
     rounds = layer.attention_sub_norm is None and _rounds(state, [layer.o], n)
     done = attend(device, model, index, work, state.cache, n, shape.tiles, shape.tile_rows, rounded=rounds)
@@ -171,6 +180,15 @@ def attention(
     return False
 
 
+def normalize_joint(state: State, layer: LayerWeights, n: int) -> None:
+    """The norms that all heads of q have together, and all of k, in work.qkv of n rows."""
+    work, config, first = state.work, state.model.config, 0
+    for norm, heads in zip(layer.joint_norms, (config.head_count, config.kv_head_count), strict=True):
+        rows, columns = work.qkv[first:], heads * config.head_dim
+        normalize(state.device, config, work, norm, rows, rows, work.sizes.qkv, n, columns=columns, centred=False)
+        first += columns
+
+
 def ffn(
     state: State,
     predictor: PlacedPredictor,
@@ -187,7 +205,7 @@ def ffn(
     """to += FFN(x) of n rows; work.x, which takes it times the model's residual_scale, where `to` is not given.
 
     `rounded`: x lies in work.fine and work.coarse too. `following`: a norm of work.x that may be made in the same
-    launch as the last sum; returns whether it was.
+    launch as the last sum; returns whether it was. In a mixture of experts the rows have been routed.
     """
     device, model, work = state.device, state.model, state.work
     sizes, factor = work.sizes, model.config.residual_scale if to is None else 1.0
@@ -196,6 +214,8 @@ def ffn(
         placed = predictor[index] if path == "predict" else None
         parts = sparse_ffn(device, model, work, index, placed, x, n, rounded=rounded)
         return _add_up(state, layer, parts, y, n, factor, following)
+    if layer.blocks is not None:
+        return dense_experts(state, layer, layer.blocks, x, n, rounded=rounded, following=following)
     read = activated(state, layer, x, n, rounded=rounded)
     if model.transposed_down:
         if n == 1 and following is not None and not layer.down.is_split:
@@ -258,6 +278,8 @@ def _first_is_rounded(state: State, layer: LayerWeights, shape: Shape) -> bool:
 
 def _ffn_reads_rounded(state: State, layer: LayerWeights, shape: Shape) -> bool:
     """Whether an FFN reads rounded rows: the predictor does, and matrices of some formats."""
+    if layer.blocks is not None and shape.ffn == "dense":
+        return reads_rounded(layer, shape.n)
     return shape.ffn == "predict" or _rounds(state, [part.matrix for part in layer.gate_up], shape.n)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.kernels.batch import BLOCK_SIZE
+from svdengine.kernels.cuda.chosen import GROUP
 from svdengine.kernels.formats import padded_columns
 from svdengine.kernels.predictor import largest_rank
 from svdengine.models import ModelConfig
@@ -33,7 +34,9 @@ class Sizes:
     """How large a workspace is: its most rows, and the strides of its buffers in items."""
 
     rows: int
+    pairs: int  # of a row and an FFN block that it has; as many as rows, unless the model is a mixture of experts
     blocks: int  # in a block table
+    ffn_blocks: int  # of a layer, at most
     hidden: int
     qkv: int  # q heads, k heads and v heads of a row, one after another
     attention: int
@@ -44,6 +47,7 @@ class Sizes:
     partial: int  # items of `partial`
     layers: int
     heads: int  # of q, k and v
+    routed: int  # what a router makes of a row
 
     @classmethod
     def of(cls, config: ModelConfig, rows: int, context: int) -> Sizes:
@@ -51,8 +55,11 @@ class Sizes:
         heads, kv = config.head_count * config.head_dim, config.kv_head_count * config.head_dim
         hidden = padded_columns(config.hidden_size)
         sums = config.head_count * (config.head_dim + 2)  # of attention: a running sum, a maximum and a total a head
+        pairs = rows * (max(config.chosen_blocks, config.dense_blocks) if config.expert_count else 1)
         return cls(
             rows=rows,
+            pairs=pairs,
+            ffn_blocks=max(len(config.blocks_of(layer)) for layer in range(config.layer_count)),
             blocks=-(-context // BLOCK_SIZE),
             hidden=hidden,
             qkv=padded_columns(heads + 2 * kv),
@@ -61,9 +68,10 @@ class Sizes:
             ffn=padded_columns(config.ffn_size),
             z=padded_columns(largest_rank(config.hidden_size, config.ffn_size, relu=True)),
             logits=padded_columns(config.vocab_size),
-            partial=max(LEAST_PARTS, rows) * max(hidden, sums),
+            partial=max(max(LEAST_PARTS, rows) * max(hidden, sums), max(LEAST_PARTS, pairs) * hidden),
             layers=config.layer_count,
             heads=config.head_count + 2 * config.kv_head_count,
+            routed=padded_columns(max(1, config.router_rows)),
         )
 
 
@@ -88,14 +96,24 @@ class Workspace:
     # The residual stream and attention.
     x: Array  # (rows, hidden) float32: the residual stream
     normed: Array  # (rows, hidden) float32
-    second: Array  # (rows, hidden) float32: read by a parallel FFN with its own norm; or normed and added
+    second: Array  # (rows, hidden) float32: read by a parallel FFN with its own norm; or normed and added. In a mixture
+    # of experts (pairs, hidden) words: what FFN blocks read, sorted by block
     qkv: Array  # (rows, qkv) float32
     attention: Array  # (rows, attention) float32
     partial: Array  # (rows, parts, hidden) float32 to be added, where rows * parts <= max(LEAST_PARTS, rows)
 
     rounded: Array  # (rows, hidden, attention or ffn) words: what a product reads, rounded (kernels/cuda/rounding.py)
 
-    # The FFN.
+    # The FFN blocks that rows have in a mixture of experts: kernels/cuda/chosen.py and pair_groups.py.
+    routed: Array  # (rows, routed) float32: what the router makes of rows
+    blocks: Array  # (pairs,) int32: the block of each pair
+    weights: Array  # (pairs,) float32: what the block's output is multiplied by
+    order: Array  # (pairs,) int32: pairs, sorted by block
+    places: Array  # (pairs,) int32: where in `order` each pair is
+    starts: Array  # (ffn_blocks + 1,) int32: where in `order` those of each block begin
+    groups: Array  # two lists of tiles of sorted pairs, GROUP int32 each
+
+    # The FFN. In a mixture of experts rows are pairs here, but for those of `fine` and `coarse`.
     gate_up: Array  # (rows, gate_up) float32
     hidden: Array  # (rows, ffn) float32: act(gate) * up; on the sparse path of those neurons that are listed
     z_rounded: Array  # (rows, z) words: hidden values of the predictor, rounded as kernels/cuda/rounding.py says
@@ -122,26 +140,33 @@ class Workspace:
 
 def buffer_shapes(sizes: Sizes) -> dict[str, tuple[int, type]]:
     """Items and type of each buffer."""
-    rows, f32, i32 = sizes.rows, np.float32, np.int32
+    rows, pairs, f32, i32 = sizes.rows, sizes.pairs, np.float32, np.int32
     return {
         "inputs": (inputs_size(sizes), i32),
         "x": (rows * sizes.hidden, f32),
         "normed": (rows * sizes.hidden, f32),
-        "second": (rows * sizes.hidden, f32),
+        "second": (pairs * sizes.hidden, f32),
         "qkv": (rows * sizes.qkv, f32),
         "attention": (rows * sizes.attention, f32),
         "partial": (sizes.partial, f32),
-        "rounded": (rows * max(sizes.hidden, sizes.attention, sizes.ffn), f32),
-        "gate_up": (rows * sizes.gate_up, f32),
-        "hidden": (rows * sizes.ffn, f32),
-        "z_rounded": (rows * sizes.z, f32),
+        "rounded": (max(rows * max(sizes.hidden, sizes.attention), pairs * sizes.ffn), f32),
+        "routed": (rows * sizes.routed, f32),
+        "blocks": (pairs, i32),
+        "weights": (pairs, f32),
+        "order": (pairs, i32),
+        "places": (pairs, i32),
+        "starts": (sizes.ffn_blocks + 1, i32),
+        "groups": (2 * 2 * pairs * GROUP, i32),  # of two lists, each at most two tiles for a pair
+        "gate_up": (pairs * sizes.gate_up, f32),
+        "hidden": (pairs * sizes.ffn, f32),
+        "z_rounded": (pairs * sizes.z, f32),
         "fine": (rows * sizes.hidden, f32),
         "coarse": (rows * sizes.hidden, f32),
-        "scores": (rows * sizes.ffn, f32),
-        "neurons": (rows * sizes.ffn, i32),
-        "lengths": (rows, i32),
-        "masks": (rows * (sizes.ffn // 32), np.uint32),
-        "tickets": (max(rows, sizes.heads), i32),
+        "scores": (pairs * sizes.ffn, f32),
+        "neurons": (pairs * sizes.ffn, i32),
+        "lengths": (pairs, i32),
+        "masks": (pairs * (sizes.ffn // 32), np.uint32),
+        "tickets": (max(pairs, sizes.heads), i32),
         "counts": (sizes.layers * COUNTS, np.int64),
         "logits": (rows * sizes.logits, f32),
         "chosen": (rows, i32),

@@ -73,6 +73,19 @@ def test_a_dense_step_reads_every_weight_once() -> None:
     assert times["heads_f16_f16"].launches == CONFIG.layer_count
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_of_experts_those_are_read_that_a_token_has(activation: str) -> None:
+    config = replace(shape_config("smallthinker-4b", 2), vocab_size=320, hidden_size=192, activation=activation)
+    for path in ("dense", "predict") if activation == "relu" else ("dense",):
+        times = step_times(Work(config, "q8", 64, path, rank=32, predicted=1.0, active=1.0), CARDS["H200"], {})  # type: ignore[arg-type]
+        own = {one.name: one for one in times if one.name.endswith("_experts")}
+        stored = 2 * 4 * 3 * 768 * 192  # layers, experts of a token, matrices
+        scores = 2 * 4 * (768 * 64 + 32 * 192) if path == "predict" else 0
+        scales = 1 + 2 / 32
+        assert sum(one.bytes for one in own.values()) == pytest.approx(scales * (stored + scores))
+        assert all(weight_share(name) for name in own if not name.startswith("project"))
+
+
 def test_a_sparse_step_reads_shares() -> None:
     half, all_of_it = (times_of("predict", predicted=share, active=share / 2) for share in (0.5, 1.0))
     assert half["down_f16"].bytes == all_of_it["down_f16"].bytes / 2 > 0

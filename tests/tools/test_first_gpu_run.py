@@ -96,7 +96,7 @@ def _commands(part: Part, setting: Setting) -> Sequence[tuple[str, ...]]:
 
 def test_formats_are_compared_with_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = first_gpu_parts.formats(tmp_path, "reference", ["q8"])
-    assert found["largest"] == 0 and len(found) == 5
+    assert found["largest"] == 0 and len(found) == 9
     logits = first_gpu_parts._logits
 
     def wrong(path: Path, device: Any, ffn: Any) -> Any:

@@ -12,7 +12,7 @@ from test_products import padded
 
 from svdengine.kernels.cuda import batch_products
 from svdengine.kernels.cuda.formats.table import KERNELS
-from svdengine.kernels.cuda.model import Matrix, _matrix
+from svdengine.kernels.cuda.model import Matrix, place_matrix
 from svdengine.kernels.cuda.rounding import round_rows_to
 from svdengine.kernels.formats import WeightFormat, dequantize, padded_columns, quantize
 
@@ -25,7 +25,7 @@ def make(device: Any, weight_format: WeightFormat, rows: int, columns: int) -> t
     random = np.random.default_rng(0)
     weights, bias = random.standard_normal((rows, columns), np.float32), random.standard_normal(rows, np.float32)
     parts = quantize(weights, weight_format)
-    matrix = _matrix(device, [parts], weight_format, columns, device.upload(bias))
+    matrix = place_matrix(device, [parts], weight_format, columns, device.upload(bias))
     return matrix, dequantize(parts, weight_format, columns), bias
 
 

@@ -37,7 +37,7 @@ def test_sums(device: Any, weight_format: WeightFormat, neurons: int, columns: i
 
 
 def test_parts_share_out_the_neurons(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch_sums, "_LEAST_NEURONS", 16)
+    monkeypatch.setattr(batch_sums, "LEAST_NEURONS", 16)
     matrix, weights, _ = make(device, "q8", 100, 64)  # seven turns for five parts: the last has nothing
     hidden = np.random.default_rng(1).standard_normal((12, 100), np.float32)
     partial = device.upload(np.full(12 * 64 * 64, np.nan, np.float32))

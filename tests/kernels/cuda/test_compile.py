@@ -16,13 +16,13 @@ pytestmark = pytest.mark.slow
 KERNELS = all_kernels()
 REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
 ATTENTION_REGISTERS = 255  # two blocks of 128 fit
-SMALL_BLOCKS, SMALL_BLOCK_REGISTERS = ("batch_", "gemv_f32"), 168  # of 128 threads: three fit
+SMALL_BLOCKS, SMALL_BLOCK_REGISTERS = ("batch_", "gemv_f32", "route_"), 168  # of 128 threads: three fit
 FULL_BLOCKS = ("list_every", "project_")  # of 1024 threads, which have half as many
 MOST_SHARED = 48 * 1024
 # Kernels that read weights or the KV cache: their loads must be of 16 bytes.
 ATTENTION = ("attention_128", "attention_64", "attention_80", "attention_256")  # without tensor cores
 WIDE = (*ATTENTION, "gemv_", "gate_", "up_", "down_", "project_", "score_q8", "score_q4", "score_none_2")
-WIDE += ("heads_", "normed_", "activated_", "predicted_")
+WIDE += ("heads_", "normed_", "activated_", "predicted_", "route_")
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -33,7 +33,7 @@ def little_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sparse, "COMPACT_THREADS", 64)
         monkeypatch.setattr(attention_rows, "THREADS", 64)
         monkeypatch.setattr(attention_rows, "_WARPS", 2)
-        monkeypatch.setattr(gemv, "_LEAST_NEURONS", 20)
+        monkeypatch.setattr(gemv, "LEAST_NEURONS", 20)
 
 
 def test_dense_and_sparse_ffns_are_the_same_function_at_the_shares_asked_for(device: Any) -> None:

@@ -60,3 +60,30 @@ def test_a_sparse_layer() -> None:
 def test_launches_of_a_layer(activation: str, dtype: WeightFormat, path: FfnPath, rows: int, expected: int) -> None:
     found = of_a_layer(activation, dtype, path, rows)
     assert len(found) == expected, found
+
+
+@pytest.mark.parametrize(
+    ("shape", "activation", "dtype", "path", "rows", "expected"),
+    [
+        ("mixtral-8x7b", "silu", "f16", "dense", 1, 7),  # as a dense layer, and the router
+        ("mixtral-8x7b", "silu", "q4", "dense", 1, 7),
+        ("smallthinker-4b", "relu", "q8", "dense", 1, 8),
+        ("smallthinker-4b", "relu", "q8", "predict", 1, 9),
+        ("mixtral-8x7b", "silu", "q8", "dense", 4, 16),
+        ("smallthinker-4b", "relu", "q8", "predict", 4, 12),
+    ],
+)
+def test_launches_of_a_layer_of_experts(
+    shape: str, activation: str, dtype: WeightFormat, path: FfnPath, rows: int, expected: int
+) -> None:
+    config = replace(shape_config(shape, 1, activation), hidden_size=128, ffn_size=64, vocab_size=320)
+    one, two = (
+        Counter(
+            launch.kernel.name
+            for launch in step_launches(
+                replace(config, layer_count=layers), dtype, context=512, rank=32, path=path, rows=rows
+            )
+        )
+        for layers in (1, 2)
+    )
+    assert (two - one).total() == expected, sorted((two - one).elements())

@@ -17,7 +17,7 @@ from svdengine.kernels import reference
 from svdengine.kernels.cuda import gemm, gemv
 from svdengine.kernels.cuda.elementwise import ACTIVATIONS, activate_ffn, add_parts
 from svdengine.kernels.cuda.intrinsics import SIMULATED
-from svdengine.kernels.cuda.model import Matrix, Norm, _matrix
+from svdengine.kernels.cuda.model import Matrix, Norm, place_matrix
 from svdengine.kernels.cuda.norm import Following, add_parts_and_normalize, normalize
 from svdengine.kernels.cuda.rounding import ROUND_THREADS, rounded_for, takes_integers
 from svdengine.kernels.cuda.score import round_rows
@@ -32,7 +32,7 @@ def make_matrix(device: Any, weight_format: WeightFormat, bias_size: int) -> tup
     random = np.random.default_rng(0)
     weights, bias = random.standard_normal((ROWS, COLUMNS), np.float32), random.standard_normal(bias_size, np.float32)
     parts = quantize(weights, weight_format)
-    matrix = _matrix(device, [parts], weight_format, COLUMNS, device.upload(bias))
+    matrix = place_matrix(device, [parts], weight_format, COLUMNS, device.upload(bias))
     return matrix, dequantize(parts, weight_format, COLUMNS), bias
 
 
@@ -109,7 +109,7 @@ def test_rounded_rows_hold_values_steps_and_sums(device: Any) -> None:
 def test_transposed_products_of_every_format(
     device: Any, monkeypatch: pytest.MonkeyPatch, weight_format: WeightFormat, n: int, sharers: int
 ) -> None:
-    monkeypatch.setattr(gemv, "_LEAST_NEURONS", 8)
+    monkeypatch.setattr(gemv, "LEAST_NEURONS", 8)
     monkeypatch.setattr(gemv, "SHARERS", sharers)  # one warp has seven neurons of a part, eight have one or none
     matrix, weights, _ = make_matrix(device, weight_format, COLUMNS)
     hidden = np.random.default_rng(1).standard_normal((n, ROWS), np.float32)

@@ -17,9 +17,10 @@ from svdengine.kernels.cuda import sparse
 from svdengine.kernels.cuda.formats.table import kernels_of
 from svdengine.kernels.cuda.intrinsics import SIMULATED
 from svdengine.kernels.cuda.memory_split import LayerSplit
-from svdengine.kernels.cuda.model import Model, build_model, place_predictor
+from svdengine.kernels.cuda.model import Model, build_model
+from svdengine.kernels.cuda.placed_predictor import place_predictor
 from svdengine.kernels.cuda.rounding import takes_integers
-from svdengine.kernels.cuda.score import SCORE, SCORE_ROWS, SCORE_THREADS
+from svdengine.kernels.cuda.score import SCORE_ROWS, SCORE_THREADS, score_kernel
 from svdengine.kernels.cuda.sparse import score_rows, sparse_ffn
 from svdengine.kernels.cuda.workspace import Sizes, Workspace, allocate_workspace
 from svdengine.kernels.formats import WEIGHT_FORMATS, WeightFormat, dequantize, quantize
@@ -145,7 +146,7 @@ def test_scores_and_lists_are_the_definitions(
     bias = [0.0, 0.4]
     bench.set_bias(bias)
     placed = place_predictor(device, CONFIG, Predictor((layer,), {}), bench.orders)[0]
-    score_rows(device, bench.model, bench.work, placed, bench.work.counts, bench.source, ROWS)
+    score_rows(device, bench.model, bench.work, bench.model.layers[0], placed, bench.work.counts, bench.source, ROWS)
     found = device.download(bench.work.scores).reshape(ROWS, -1)[:, : CONFIG.ffn_size]
     expected = np.stack([scores(layer, bench.x[r : r + 1], bias[r])[0] for r in range(ROWS)])
     # Sums in another order may move a hidden value by one step of its rounding.
@@ -173,10 +174,11 @@ def listed_by_scores(device: Any, values: NDArray[np.float32], size: int) -> tup
     for row in range(rows):  # thresholds are shared by rows: one launch each
         part = slice(row * stride, (row + 1) * stride)
         device.launch(
-            SCORE["", 0], (blocks, 1), SCORE_THREADS, nothing, half, half, nothing.view(np.float32),
+            score_kernel("", 0), (blocks, 1), SCORE_THREADS, nothing, half, half, nothing.view(np.float32),
             nothing, half, device.upload(values[row]), device.zeros(stride, np.float32), nothing, nothing,
             nothing.view(np.float32), scores[part], masks[row * words : (row + 1) * words], tickets[row : row + 1],
-            neurons[part], lengths[row : row + 1], counts, size, 0, 0, 0, 0, stride, words,
+            neurons[part], lengths[row : row + 1], counts, tickets, nothing.view(np.float32), 1, size, 0, 0, 0, 0,
+            stride, words,
         )  # fmt: skip
     return device.download(neurons).reshape(rows, stride), *map(device.download, (lengths, counts, tickets))
 
