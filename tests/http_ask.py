@@ -7,6 +7,7 @@ from typing import Any
 
 from live_server import LiveServer
 from openai import OpenAI
+from patience import PATIENCE
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HELLO: list[Any] = [{"role": "user", "content": "hello world"}]
@@ -21,7 +22,7 @@ def ask(
     names = {name.replace("_", "-"): value for name, value in headers.items()}
     request = urllib.request.Request(server.url + path, data, names, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=PATIENCE) as response:
             status, text, found = response.status, response.read(), response.headers
     except urllib.error.HTTPError as error:
         status, text, found = error.code, error.read(), error.headers
@@ -30,4 +31,4 @@ def ask(
 
 def client_of(server: LiveServer, key: str = "none") -> OpenAI:
     """OpenAI's own client."""
-    return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=60)
+    return OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0, timeout=PATIENCE)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from patience import PATIENCE
 from tiny_model import write_tiny_model
 from tiny_predictor import write_sparse_model
 
@@ -80,7 +81,7 @@ class LiveServer:
     def close(self) -> None:
         self.gate.let_go()
         self.http.stop()
-        self.thread.join(30)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
         self._listening.close()
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from live_server import LiveServer
+from patience import PATIENCE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -27,7 +28,7 @@ def opened(browser: Any, size: str = "desktop", **options: Any) -> Iterator[Any]
     phone = size != "desktop"
     viewport = {"width": width, "height": height}
     context = browser.new_context(viewport=viewport, is_mobile=phone, has_touch=phone, **options)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(1000 * PATIENCE)
     try:
         yield watched(context.new_page())
     finally:
@@ -44,10 +45,20 @@ def watched(page: Any) -> Any:
 
 def wait_until(page: Any, condition: str) -> None:
     """Playwright's own way is what the page's policy forbids."""
-    last = time.monotonic() + 20
+    last = time.monotonic() + PATIENCE
     while not page.evaluate(condition):
         assert time.monotonic() < last, condition
         page.wait_for_timeout(20)
+
+
+def wait_for_speed(page: Any, server: LiveServer, shown: str, tokens: int = 60) -> None:
+    """Wait until an answer's speed is shown, which tokens that all come at once do not have: they come one by one."""
+    for _ in range(tokens):
+        if page.evaluate(shown):
+            return
+        server.gate.allow(1)
+        page.wait_for_timeout(100)
+    wait_until(page, shown)
 
 
 def open_page(page: Any, server: LiveServer) -> None:

@@ -89,8 +89,9 @@ def paper_options(function: Callable[..., Any]) -> Callable[..., Any]:
     "--predictor",
     "kind",
     type=click.Choice([*KINDS, "powerinfer"]),
-    help="Kind of the predictor; by default svd for a large model, lowbit for one with a hidden size below 2048."
-    " powerinfer: trained ones, PowerInfer's or the paper's own, out of files.",
+    help="Kind of the predictor; by default svd for a large model, lowbit for one with a hidden size below 2048, and"
+    " auto, what reads least, for a mixture of experts. powerinfer: trained ones, PowerInfer's or the paper's own, out"
+    " of files.",
 )
 @click.option(
     "--from",

@@ -70,7 +70,7 @@ DTYPES = ("f32", "f16", "bf16", "q8", "q6", "q4", "ternary")  # WEIGHT_FORMATS, 
     "kind",
     type=click.Choice([*KINDS, "none"]),
     help="The predictor's kind; by default svd for a large model and with --rank, lowbit for one with a hidden size"
-    " below 2048, and none for a model outside the ReLU family.",
+    " below 2048, auto for a mixture of experts: what reads least; and none for a model outside the ReLU family.",
 )
 @click.option(
     "--rank", type=RankOrAuto(), default="auto", show_default=True, metavar="N", help="Rank of the predictor's SVD."

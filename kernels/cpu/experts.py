@@ -17,7 +17,7 @@ from svdengine.kernels.cpu.jit import jit
 from svdengine.kernels.cpu.matrix import ROWS
 from svdengine.kernels.cpu.model import DOWN, GATE, LAYER_MATRICES, ROUTER, SIGMOID, SOFTMAX
 from svdengine.kernels.cpu.pieces import piece
-from svdengine.kernels.cpu.read_ahead import ask_for_matrix
+from svdengine.kernels.cpu.read_ahead import ask_for_matrix, ask_for_scales
 from svdengine.kernels.cpu.record_type import record_at
 from svdengine.kernels.cpu.sharing import matmul, ready, rows_of, share
 from svdengine.kernels.cpu.simd import (
@@ -92,14 +92,16 @@ def choose_experts(model, work, inputs, layer, n, member, threads):
 
 @jit
 def ask_for_block(model, block, mode):
-    """Ask for an FFN block, unless a predictor is to say what is read of it.
+    """Ask for an FFN block; for its scales alone where a predictor is to say which rows are read.
 
-    Where only exact zeros are skipped, too: a page holds several rows, of which seldom none is needed.
+    Where only exact zeros are skipped, for all: a page holds several rows, of which seldom none is needed.
     """
-    if mode != PREDICT:
-        for kind in range(GATE, DOWN + 1):
-            matrix = model.matrices[block * LAYER_MATRICES + kind]
-            if matrix[ROWS] != 0:
+    for kind in range(GATE, DOWN + 1):
+        matrix = model.matrices[block * LAYER_MATRICES + kind]
+        if matrix[ROWS] != 0:
+            if mode == PREDICT:
+                ask_for_scales(matrix)
+            else:
                 ask_for_matrix(matrix)
 
 

@@ -31,6 +31,12 @@ def will_need(builder, at, size):
 def ask_for_matrix(matrix):
     """Ask for all parts of a matrix."""
     ask_for(matrix[DATA], matrix[ROWS] * matrix[ROW_BYTES])
+    ask_for_scales(matrix)
+
+
+@jit
+def ask_for_scales(matrix):
+    """Ask for all parts of a matrix but its rows: a page has those of so many rows that few pages are not needed."""
     ask_for(matrix[SCALE], matrix[SCALE_BYTES])
     ask_for(matrix[MIN], matrix[MIN_BYTES])
     ask_for(matrix[ROW], matrix[ROW_PART_BYTES])

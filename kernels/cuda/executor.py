@@ -217,6 +217,10 @@ class CudaExecutor(BaseExecutor):
         self.neuron_counts()
         return self._known_layers.copy()
 
+    def expert_counts(self) -> tuple[NDArray[np.int64], ...]:
+        """See `BaseExecutor`: nothing, since the device keeps its choices of experts to itself."""
+        return ()
+
     def _set_layer_counts(self, counts: LayerCounts) -> None:
         self._ahead = None
         self._note_counts(np.array(counts, np.int64))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from fake_cann import Npu
-from host_kernels import HERE, compile_library, compiled, need_compiler
+from host_kernels import compiled, compiled_library
 from kernel_library import KernelLibrary
 
 
@@ -25,16 +25,13 @@ def host_kernels_310p(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def launches_310p(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[..., None]]:
     """For Npu.launches of a 310P."""
-    need_compiler()
-    folder = tmp_path_factory.mktemp("library_310p")
-    return KernelLibrary(compile_library(HERE / "kernel_library.cpp", folder, "-DSVD_310P")).launches()
+    return KernelLibrary(compiled_library("kernel_library.cpp", tmp_path_factory, "-DSVD_310P")).launches()
 
 
 @pytest.fixture(scope="session")
 def kernel_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels as CANN would build them, but for the host."""
-    need_compiler()
-    return compile_library(HERE / "kernel_library.cpp", tmp_path_factory.mktemp("library"))
+    return compiled_library("kernel_library.cpp", tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import DTypeLike, NDArray
+from shared_once import made_once
 
 HERE = Path(__file__).parent
 OPS = HERE.parents[1] / "kernels" / "ascend" / "ops"
@@ -50,14 +51,29 @@ def need_compiler() -> None:
 
 
 def compiled(name: str, factory: pytest.TempPathFactory, *options: str) -> Path:
-    """The executable of a source of this folder. Skips the test when there is no compiler."""
-    folder = factory.mktemp("ascend")
+    """The executable of a source of this folder, made once a run. Skips the test when there is no compiler."""
     need_compiler()
-    (folder / "empty.cpp").write_text("int main() {}\n")
-    command = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
-    if subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("g++ has no address and undefined-behaviour sanitizers")
-    return compile_host(HERE / name, folder, *options)
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "empty.cpp").write_text("int main() {}\n")
+        command = ["g++", *SANITIZERS, str(folder / "empty.cpp"), "-o", str(folder / "empty")]
+        if subprocess.run(command, capture_output=True).returncode != 0:
+            pytest.skip("g++ has no address and undefined-behaviour sanitizers")
+        compile_host(HERE / name, folder, *options)
+
+    return made_once(factory, f"{name}{''.join(options)}", make) / Path(name).stem
+
+
+def compiled_library(name: str, factory: pytest.TempPathFactory, *options: str) -> Path:
+    """The shared library of a source of this folder, likewise."""
+    need_compiler()
+
+    def make(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        compile_library(HERE / name, folder, *options)
+
+    return made_once(factory, f"lib{name}{''.join(options)}", make) / f"lib{Path(name).stem}.so"
 
 
 @dataclass

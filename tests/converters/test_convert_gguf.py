@@ -232,7 +232,7 @@ def test_without_the_gguf_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         convert(tmp_path / "m.gguf", tmp_path / "m.svdp")
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(data=st.data())
 def test_random_damage(tmp_path: Path, tensors: dict[str, Any], data: st.DataObject) -> None:
     path = tmp_path / "m.gguf"

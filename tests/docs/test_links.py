@@ -214,7 +214,7 @@ def test_the_first_ten_minutes_stay_short_and_say_how_to_test() -> None:
     text = read("README.md")
     assert len(text.splitlines()) < 170
     marked = text.partition("<!-- test commands -->\n```sh\n")[2].partition("\n```")[0].splitlines()
-    assert marked[0].startswith("pip install '.[test]'") and marked[-1] == "pytest"
+    assert marked[0].startswith("pip install '.[test]'") and marked[-1] == "pytest -n auto"
 
 
 def test_the_checks_find_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

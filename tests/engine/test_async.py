@@ -3,13 +3,13 @@
 import asyncio
 import gc
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import eventually
 from tiny_model import write_tiny_model
 
 import svdengine
@@ -36,13 +36,6 @@ def llm(path: Path) -> Iterator[LLM]:
 def no_thread_is_left() -> Iterator[None]:
     yield
     eventually(lambda: not [t for t in threading.enumerate() if t.name == "svdengine-async"])
-
-
-def eventually(true: Callable[[], bool]) -> None:
-    end = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 async def texts(stream: AsyncTextStream) -> str:
@@ -92,7 +85,7 @@ def test_other_tasks_run_meanwhile(llm: LLM) -> None:
         await answering
         return ticks
 
-    assert asyncio.run(main()) > 10
+    assert asyncio.run(main()) > 2  # a loop that is held up ticks once
 
 
 def test_many_tasks_at_once(llm: LLM) -> None:

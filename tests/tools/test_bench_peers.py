@@ -202,10 +202,10 @@ def test_llama_cpp_python_runs_the_same_work(pair: Pair) -> None:
 
 
 def test_a_start_is_the_time_to_the_first_output(tmp_path: Path) -> None:
-    code = "import time; time.sleep(0.1); print(flush=True); print('a', flush=True); time.sleep(0.4); print('b')"
+    code = "import time; time.sleep(0.1); print(flush=True); print('a', flush=True); time.sleep(2); print('b')"
     began = time.perf_counter()
     start = measure_start([sys.executable, "-c", code], "python failed")
-    assert 0.1 <= start.seconds < time.perf_counter() - began - 0.3
+    assert 0.1 <= start.seconds < time.perf_counter() - began - 0.5
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 << 20 if sys.platform == "darwin" else 1 << 10)
     assert 2 < start.mebibytes < 200 + own
     for command, message in (

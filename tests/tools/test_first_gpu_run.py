@@ -25,7 +25,7 @@ def program(text: str) -> tuple[str, ...]:
     return sys.executable, "-c", text
 
 
-def part(name: str, *programs: str, limit: float = 60) -> Part:
+def part(name: str, *programs: str, limit: float = 600) -> Part:
     return Part(name, limit, "something", lambda setting: [program(text) for text in programs])
 
 
@@ -42,11 +42,11 @@ def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path) -> 
         tmp_path,
         part("machine", f"print('a warning'); print({json.dumps(DEVICES)!r})"),
         part("fails", "raise SystemExit('error: no | luck')", "print('[1]')"),
-        part("hangs", "print('begun', flush=True); import time; time.sleep(60)", "print(1)", limit=2),
+        part("hangs", "print('begun', flush=True); import time; time.sleep(600)", "print(1)", limit=5),
         left_out,
         part("bench", f"print({json.dumps(ROWS)!r})"),
     )
-    assert time.monotonic() - begin < 50
+    assert time.monotonic() - begin < 500
     assert [one["result"] for one in found["parts"]] == ["done", "failed", "out of time", "left out", "done"]
     assert found["device"] == "a card, CUDA 13.0 of the driver" and found["date"].startswith("20")
     assert found["parts"][1]["said"] == ["error: no | luck\n", [1]] and found["parts"][2]["said"] == ["begun\n"]

@@ -30,7 +30,7 @@ from svdengine.tools.relufy.run import Interrupted, Run  # noqa: E402
 from svdengine.tools.relufy.saved_run import SavedRun  # noqa: E402
 from svdengine.tools.relufy.settings import Settings  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize("activation", ["fatrelu", "relu"])

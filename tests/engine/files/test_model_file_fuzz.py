@@ -14,7 +14,7 @@ from svdengine.files.model_writer import ModelWriter, StoredTokenizer
 from svdengine.models.tensors import tensor_specs
 from svdengine.text.tokenizer_info import TokenizerInfo
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 
 
 @pytest.fixture(scope="module")

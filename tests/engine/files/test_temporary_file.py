@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from patience import PATIENCE
 
 from svdengine.files.temporary_file import alone_in, create_temporary, put_in_place
 from svdengine.files.tensor_file import TensorFile
@@ -164,7 +165,7 @@ def test_who_waits_for_a_folder_is_told(tmp_path: Path) -> None:
         assert alone
         thread = threading.Thread(target=wait)
         thread.start()
-        assert told.wait(30)
+        assert told.wait(PATIENCE)
         order.append("first")
-    thread.join(30)
+    thread.join(PATIENCE)
     assert order == ["first", "second"]

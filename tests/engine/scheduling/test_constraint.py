@@ -207,7 +207,7 @@ def test_the_work_of_a_grammar_is_bounded(name: str) -> None:
             constraint.accept(int(random.choice(allowed)))
     except RequestError as error:
         assert "grammar" in str(error) or "nested" in str(error)
-    assert time.process_time() - begin < 8
+    assert time.process_time() - begin < 20
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 500_000  # kB
 
 

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LiveServer]:
-    with live_server(folder, capacity=16, max_body=20_000, body_seconds=1.0) as server:
+    with live_server(folder, capacity=16, max_body=20_000, body_seconds=3.0) as server:
         yield server
         assert server.service.loop.request_count == 0
         assert server.blocks_in_use() == 0

@@ -1,13 +1,25 @@
 """The chat page in Chromium, where it is installed: asking, stopping, errors, keys, a full context."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from live_server import LiveServer, live_server
-from page_browser import answered, ask, done, fits, open_page, opened, show, violations, wait_until, watched
+from page_browser import (
+    answered,
+    ask,
+    done,
+    fits,
+    open_page,
+    opened,
+    show,
+    violations,
+    wait_for_speed,
+    wait_until,
+    watched,
+)
+from patience import eventually
 
 from svdengine import SamplingParams
 from svdengine.server.web_files import WEB_FILES
@@ -36,10 +48,7 @@ def page(browser: Any, request: pytest.FixtureRequest, server: LiveServer) -> It
 
 
 def wait_until_idle(server: LiveServer) -> None:
-    last = time.monotonic() + 20
-    while server.service.loop.request_count:
-        assert time.monotonic() < last
-        time.sleep(0.01)
+    eventually(lambda: not server.service.loop.request_count)
 
 
 def short(page: Any, tokens: int) -> None:
@@ -75,13 +84,7 @@ def test_stopping_keeps_what_was_counted(page: Any, server: LiveServer) -> None:
     server.gate.hold()
     page.click("#suggestions button >> nth=0")
     server.gate.allow(20)
-    shown = "document.querySelector('.assistant .figures')?.textContent.includes('tokens/s')"
-    for _ in range(60):  # tokens that all come at once have no speed to show
-        if page.evaluate(shown):
-            break
-        server.gate.allow(1)
-        page.wait_for_timeout(100)
-    wait_until(page, shown)
+    wait_for_speed(page, server, "document.querySelector('.assistant .figures')?.textContent.includes('tokens/s')")
     page.click("#send")
     done(page)
     figures = page.inner_text(".assistant .figures")
@@ -135,8 +138,7 @@ def test_errors_are_shown(page: Any, server: LiveServer) -> None:
     ask(page, "hello")
     other = watched(page.context.new_page())
     open_page(other, server)
-    while not server.service.loop.request_count:
-        time.sleep(0.01)
+    eventually(lambda: server.service.loop.request_count)
     ask(other, "hello")
     assert "try again later" in other.inner_text("[role=alert]")
     server.gate.let_go()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from live_server import LiveServer, live_server
+from patience import PATIENCE, eventually
 from test_server import HELLO, ask
 
 HEAD = b"GET /health HTTP/1.1\r\nHost: localhost\r\n"
@@ -20,17 +21,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[LiveServer]:
-    with live_server(folder, max_connections=12, address_connections=6, head_seconds=1.0, body_seconds=1.0) as server:
+    with live_server(folder, max_connections=12, address_connections=6, head_seconds=2.0, body_seconds=2.0) as server:
         yield server
-        last = time.monotonic() + 5
-        while server.http._connections.count:
-            assert time.monotonic() < last
-            time.sleep(0.01)
+        eventually(lambda: not server.http._connections.count)
 
 
 def connect(server: LiveServer, address: str = "127.0.0.1") -> socket.socket:
     found = socket.create_connection(server.address, source_address=(address, 0))
-    found.settimeout(20)
+    found.settimeout(PATIENCE)
     return found
 
 
@@ -58,7 +56,7 @@ def test_a_head_in_drops_is_cut(server: LiveServer) -> None:
             for byte in (HEAD + b"x: " + b"y" * 1000)[:200]:
                 slow.sendall(bytes([byte]))
                 time.sleep(0.05)
-        assert 0.5 < time.monotonic() - begun < 5
+        assert time.monotonic() - begun > 1
 
 
 def test_the_second_request_has_a_deadline_too(server: LiveServer) -> None:
@@ -102,10 +100,7 @@ def test_busy_connections_are_kept_and_more_are_told(server: LiveServer) -> None
     try:
         for each in busy:
             each.sendall(head.encode() + body)
-        last = time.monotonic() + 10
-        while server.service.loop.request_count < 6:
-            assert time.monotonic() < last
-            time.sleep(0.01)
+        eventually(lambda: server.service.loop.request_count == 6)
         with connect(server) as more:
             answer = b"".join(iter(lambda: more.recv(1 << 16), b""))
         head_part, _, rest = answer.partition(b"\r\n\r\n")

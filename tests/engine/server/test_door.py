@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 
 pytest.importorskip("starlette")
 from starlette.applications import Starlette
@@ -165,7 +166,7 @@ def test_a_client_that_goes_ends_the_answer() -> None:
         await news.put({"type": "http.request", "body": b"{}", "more_body": False})
         await Door(ask, SETTINGS, (LostError,))(scope, news.get, send)
         assert sent == [start(EVENTS)]
-        await asyncio.wait_for(ended.wait(), 10)
+        await asyncio.wait_for(ended.wait(), PATIENCE)
 
     asyncio.run(leave())
 

@@ -8,6 +8,7 @@ import schemathesis
 from http_ask import ask
 from hypothesis import HealthCheck, Phase, given, settings
 from live_server import LiveServer, live_server
+from patience import PATIENCE
 from schemathesis import GenerationMode
 from schemathesis.checks import (
     content_type_conformance,
@@ -62,7 +63,7 @@ def attempt(server: LiveServer, examples: int, seeded: bool) -> None:
             )
             @given(case=operation.as_strategy(generation_mode=mode))
             def check(case: schemathesis.Case) -> None:
-                case.call_and_validate(checks=CHECKS, timeout=60)
+                case.call_and_validate(checks=CHECKS, timeout=PATIENCE)
 
             check()
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from live_server import LiveServer, live_server
-from page_browser import answered, ask, fits, open_page, opened, wait_until
+from page_browser import answered, ask, fits, open_page, opened, wait_for_speed, wait_until
 
 from svdengine import SamplingParams
 
@@ -50,9 +50,7 @@ def test_the_meter_shows_each_token_and_then_the_means(page: Any, server: LiveSe
     ask(page, "hello")
     server.gate.allow(4)
     wait_until(page, "document.getElementById('share').textContent !== '\u2013'")
-    page.wait_for_timeout(60)
-    server.gate.allow(4)
-    wait_until(page, "document.getElementById('speed').textContent !== '\u2013'")
+    wait_for_speed(page, server, "document.getElementById('speed').textContent !== '\u2013'", tokens=12)
     during = percent(page, "#share")
     server.gate.let_go()
     page.wait_for_selector("#messages[aria-busy=false] .assistant .figures:has-text('20 tokens')")

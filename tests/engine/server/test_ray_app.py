@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from patience import PATIENCE
 from tiny_model import write_tiny_model
 
 from svdengine.errors import RequestError
@@ -40,7 +41,7 @@ def url(model: Path) -> Iterator[str]:
 
 def ask(url: str, body: Any = None) -> str:
     data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=60) as response:
+    with urllib.request.urlopen(urllib.request.Request(url, data), timeout=PATIENCE) as response:
         return str(response.read().decode())
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from live_server import GatedExecutor
+from patience import PATIENCE
 from tiny_model import write_tiny_model
 
 import svdengine
@@ -52,7 +53,7 @@ class Updates:
         self.push = self._queue.put
 
     def next(self) -> Update:
-        return self._queue.get(timeout=30)
+        return self._queue.get(timeout=PATIENCE)
 
     def all(self) -> Update:
         found = self.next()
@@ -125,11 +126,11 @@ def test_time_limits(llm: LLM, loop: RequestLoop) -> None:
     loop.submit([(llm.prepare("hello", GREEDY), waiting.push)], seconds=0.0)
     assert isinstance(waiting.all().error, QueueFullError)
     gate_of(llm).hold()
-    loop.submit([(llm.prepare("hello", GREEDY, max_tokens=None), running.push)], seconds=0.2)
+    loop.submit([(llm.prepare("hello", GREEDY, max_tokens=None), running.push)], seconds=1.0)
     gate_of(llm).allow(3)
     first = running.next()
     assert first.tokens
-    threading.Event().wait(0.25)
+    threading.Event().wait(1.05)
     gate_of(llm).let_go()
     found = first.joined(running.all())
     assert found.completion is not None and found.completion.finish_reason == "length"

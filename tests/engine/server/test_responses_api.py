@@ -9,6 +9,7 @@ import pytest
 from http_ask import ask
 from live_server import LiveServer, live_server
 from openai import OpenAI
+from patience import PATIENCE
 from pydantic import BaseModel
 from tiny_model import write_tiny_model
 
@@ -46,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def client(server: LiveServer) -> OpenAI:
-    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=PATIENCE)
 
 
 def test_a_response_is_the_chat_answer(client: OpenAI) -> None:

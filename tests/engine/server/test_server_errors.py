@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from http_ask import CHAT, HELLO, PLAIN, ask
 from live_server import LiveServer
+from patience import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -128,7 +129,7 @@ def test_bodies_that_are_no_request(server: LiveServer, data: bytes, status: int
 def test_a_body_that_does_not_come(server: LiveServer) -> None:
     with socket.create_connection(server.address) as slow:
         slow.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-        slow.settimeout(30)
+        slow.settimeout(PATIENCE)
         assert slow.recv(1000).startswith(b"HTTP/1.1 408")
 
 

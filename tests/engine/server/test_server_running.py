@@ -17,6 +17,7 @@ import pytest
 from http_ask import CHAT, GREEDY, HELLO, ask, client_of
 from live_server import LiveServer, live_server
 from openai import OpenAI
+from patience import PATIENCE, eventually
 from tiny_model import write_tiny_model
 
 import svdengine
@@ -26,10 +27,7 @@ from svdengine.server.settings import Settings, is_loopback, read_api_keys
 
 
 def wait_until_idle(server: LiveServer) -> None:
-    last = time.monotonic() + 30
-    while server.service.loop.request_count or server.service.open_responses:
-        assert time.monotonic() < last
-        time.sleep(0.01)
+    eventually(lambda: not (server.service.loop.request_count or server.service.open_responses))
 
 
 def test_health_and_metrics(server: LiveServer, client: OpenAI) -> None:
@@ -66,8 +64,7 @@ def test_clients_that_leave_free_what_they_held(server: LiveServer) -> None:
             if data is body:
                 assert b"200 OK" in client.recv(4096)
             else:
-                while not server.service.loop.request_count:
-                    time.sleep(0.01)
+                eventually(lambda: server.service.loop.request_count)
     server.gate.let_go()
     before = server.llm.stats().generated_tokens
     wait_until_idle(server)
@@ -96,8 +93,7 @@ def test_a_full_queue(folder: Path) -> None:
             pool.submit(client_of(server).chat.completions.create, model="tiny", messages=HELLO, **GREEDY)
             for _ in range(2)
         ]
-        while server.service.loop.request_count < 2:
-            time.sleep(0.01)
+        eventually(lambda: server.service.loop.request_count == 2)
         with pytest.raises(openai.RateLimitError, match="try again later") as raised:
             client_of(server).chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
         assert int(raised.value.response.headers["retry-after"]) >= 1
@@ -156,8 +152,7 @@ def test_ending_lets_answers_end_and_refuses_new_ones(folder: Path) -> None:
         server.gate.allow(3)
         next(stream)
         server.http.stop()
-        while not server.service.draining:
-            time.sleep(0.01)
+        eventually(lambda: server.service.draining)
         with pytest.raises(openai.InternalServerError, match="takes no more requests") as raised:
             client_of(server).chat.completions.create(model="tiny", messages=HELLO, **GREEDY)
         assert raised.value.status_code == 503
@@ -173,11 +168,9 @@ def test_ending_tells_those_whose_answer_is_cut(folder: Path) -> None:
         whole = pool.submit(client.chat.completions.create, model="tiny", messages=HELLO, **GREEDY)
         stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True, **GREEDY)
         next(stream)
-        while server.service.loop.request_count < 2:
-            time.sleep(0.01)
+        eventually(lambda: server.service.loop.request_count == 2)
         server.http.stop()
-        while not server.service.draining:
-            time.sleep(0.01)
+        eventually(lambda: server.service.draining)
         server.gate.let_go()
         with pytest.raises(openai.APIError, match="cut short"):
             list(stream)
@@ -201,7 +194,7 @@ def test_the_command_ends_on_sigterm(folder: Path, server: LiveServer) -> None:
         process.send_signal(signal.SIGTERM)
         assert list(stream)[-1].choices[0].finish_reason == "length"
         client.close()
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
         ending, *logged = process.stderr.read().strip().splitlines()
         assert ending == "ending; a second signal ends at once"
         assert any("POST /v1/chat/completions 200" in line for line in logged), logged
@@ -228,7 +221,7 @@ def test_a_terminal_that_closes_lets_the_answers_end_and_the_kv_cache_be_written
             time.sleep(0.05)
         assert list(stream)[-1].choices[0].finish_reason == "length"
         client.close()
-        assert p.wait(60) == 0
+        assert p.wait(PATIENCE) == 0
     assert kept.stat().st_size > empty
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from live_server import LiveServer, live_server
+from patience import eventually
 from test_server import CHAT, HELLO, PLAIN, ask
 
 from svdengine.server import work_pool
@@ -38,16 +39,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
 def test_a_costly_grammar_is_refused_and_others_go_on(server: LiveServer, fields: dict[str, Any]) -> None:
     pytest.importorskip("llguidance")
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        begun = time.monotonic()
         costly = [pool.submit(ask, server, CHAT, {"messages": HELLO, **fields}) for _ in range(2)]
-        waits = []
+        others = 0
         while not all(future.done() for future in costly):
-            asked = time.monotonic()
             assert ask(server, "/health")[:1] == (200,)
             assert ask(server, CHAT, {"messages": HELLO, "max_tokens": 3})[0] == 200
-            waits.append(time.monotonic() - asked)
-            assert asked - begun < 90
-        assert max(waits) < 10
+            others += 1
+            time.sleep(0.05)
+        assert others > 1
         for future in costly:
             status, body, _ = future.result()
             assert status == 400 and "it takes more than 2 s or 256 MB" in body["error"]["message"]
@@ -73,20 +72,17 @@ def test_long_texts_are_read_elsewhere_with_the_same_result(server: LiveServer) 
     assert ask(server, PLAIN, {"prompt": [LONG[:5000]] * 16})[1]["error"]["param"] == "prompt"
 
 
-def test_a_client_that_leaves_ends_its_work(server: LiveServer) -> None:
+def test_a_client_that_leaves_ends_its_work(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llguidance")
+    stopped, stop = [], work_pool._Child.stop
+    monkeypatch.setattr(work_pool._Child, "stop", lambda child: stopped.append(child) or stop(child))
     body = json.dumps({"messages": HELLO, "response_format": FORMAT, "n": 2}).encode()
     with socket.create_connection(server.address) as leaving:
         head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         leaving.sendall(head.encode() + body)
-        last = time.monotonic() + 30
-        while not server.service._pool._owners:
-            assert time.monotonic() < last
-            time.sleep(0.01)
-    left = time.monotonic()
-    while server.service._pool._owners:
-        assert time.monotonic() < left + 2
-        time.sleep(0.01)
+        eventually(lambda: server.service._pool._owners)
+    eventually(lambda: not server.service._pool._owners)
+    assert stopped
 
 
 def test_a_client_has_one_child_at_a_time(server: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import signal
 import time
 
 import pytest
+from patience import PATIENCE
 from tiny_model import CHATML, make_tokenizer
 
 from svdengine.errors import ModelFileError, SvdEngineError
@@ -123,7 +124,7 @@ def test_the_sandbox_sees_it_coming(source: str, message: str, place: str) -> No
     begin, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ModelFileError, match=f"was stopped: .*({message}|loops too often|it (took|needs) more than)"):
         ChatTemplate(source, TOKENIZER).render(HELLO)
-    assert time.process_time() - begin < 5
+    assert time.process_time() - begin < 15
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 450_000  # kB: characters of four bytes
 
 
@@ -133,7 +134,7 @@ def test_the_process_ends_what_the_sandbox_does_not_see(source: str) -> None:
     template = ChatTemplate(source, TOKENIZER)
     with pytest.raises(ModelFileError, match=r"was stopped: it (took|needs) more than"):
         template.render(HELLO)
-    assert time.monotonic() - begin < 60
+    assert time.monotonic() - begin < PATIENCE
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # kB
 
 

@@ -6,13 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
 
 from svdengine.kernels.cuda.catalogue import all_kernels
+from svdengine.kernels.cuda.compact import COMPACT_THREADS
+from svdengine.kernels.cuda.compilation import TARGETS as EVERY_TARGET
+from svdengine.kernels.cuda.score import PROJECT_THREADS
 
 PROCESSES = 2
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
@@ -50,34 +55,59 @@ SPILLS = {
     "activated_f32": 4,  # but on sm_100a and sm_120a
 }
 HOT = (*IN_FLIGHT, *DECODE, *PREFILL, *BATCH)
+# Kernels by the threads of their blocks: a multiprocessor has 65,536 registers.
+THREADS = {"list_every": COMPACT_THREADS, "project_q8": PROJECT_THREADS, "project_q4": PROJECT_THREADS}
+FLOAT32 = ("spread",)  # that goes over a whole vocabulary
+NEAR_A_LIMIT = tuple(dict.fromkeys([*THREADS, *FLOAT32, *SPILLS]))
 
 
 def compile_everything() -> dict[str, dict[str, Any]]:
-    """What `compile_all` says of every kernel, for all targets of those in HOT."""
-    names = all_kernels()
-    return compile_all(HOT, TARGETS) | compile_all([name for name in names if name not in HOT], FEW_TARGETS)
+    """What `compile_all` says of every kernel, for all targets of those that a target may make a difference to."""
+    return compile_all({name: targets_of(name) for name in all_kernels()})
 
 
-def compile_all(names: Sequence[str], targets: Sequence[str]) -> dict[str, dict[str, Any]]:
+def targets_of(name: str) -> Sequence[str]:
+    """What a kernel is compiled for. Tests marked `long` compile all for all."""
+    if name in NEAR_A_LIMIT:
+        return tuple(EVERY_TARGET)
+    return TARGETS if name in HOT else FEW_TARGETS
+
+
+def compile_all(wanted: Mapping[str, Sequence[str]]) -> dict[str, dict[str, Any]]:
     """What offline.py says of kernels for targets. Skips the test where there is nothing to read machine code with."""
     pathfinder = pytest.importorskip("cuda.pathfinder", reason="needs cuda-pathfinder: pip install 'svdengine[test]'")
     for tool in ("cuobjdump", "nvdisasm"):
         if pathfinder.find_nvidia_binary_utility(tool) is None:
             pytest.skip(f"needs {tool}: pip install 'svdengine[test]'")
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    program = str(Path(__file__).parent / "offline.py")
-    started = [
-        subprocess.Popen(
-            [sys.executable, program, *names[i::PROCESSES], "--for", *targets], env=environment, stdout=subprocess.PIPE
-        )
-        for i in range(min(PROCESSES, len(names)))
-    ]
+    command = [sys.executable, str(Path(__file__).parent / "offline.py")]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        asked = [
+            pool.submit(subprocess.run, command, input=json.dumps(share), env=environment, stdout=PIPE, text=True)
+            for share in _shares(wanted)
+        ]
     found: dict[str, dict[str, Any]] = {}
-    for process in started:
-        out, _ = process.communicate(timeout=1800)
-        assert process.returncode == 0
-        found |= json.loads(out)
+    for done in (each.result() for each in asked):
+        assert done.returncode == 0
+        found |= json.loads(done.stdout)
     return found
+
+
+def _shares(wanted: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[str]]]:
+    """What each process compiles, of about the same work: kernels of a module share functions and stay together."""
+    modules: dict[str, dict[str, Sequence[str]]] = {}
+    for name, kernel in all_kernels().items():
+        if name in wanted:
+            modules.setdefault(kernel.module, {})[name] = wanted[name]
+    shares: list[dict[str, Sequence[str]]] = [{} for _ in range(PROCESSES)]
+    for kernels in sorted(modules.values(), key=_work, reverse=True):
+        min(shares, key=_work).update(kernels)
+    return [share for share in shares if share]
+
+
+def _work(kernels: Mapping[str, Sequence[str]]) -> int:
+    """About how long kernels take: what comes before the targets is as much as two of them."""
+    return sum(2 + len(targets) for targets in kernels.values())
 
 
 def stays_in_registers(name: str, used: dict[str, Any]) -> bool:

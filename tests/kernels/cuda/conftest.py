@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from shared_once import made_once
 
 NEEDED = {"numba_cuda": "test", "greenlet": "test"}  # package -> extra
 if os.environ.get("NUMBA_ENABLE_CUDASIM") != "1":  # there is a GPU
@@ -47,8 +49,12 @@ def device() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def machine_code_report() -> dict[str, dict[str, Any]]:
+def machine_code_report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """{kernel: {target: figures}}, or {kernel: {"error": text}}: what all kernels are compiled to (offline.py)."""
     import compiled
 
-    return compiled.compile_everything()
+    def make(path: Path) -> None:
+        path.write_text(json.dumps(compiled.compile_everything()))
+
+    report: dict[str, dict[str, Any]] = json.loads(made_once(tmp_path_factory, "machine_code.json", make).read_text())
+    return report

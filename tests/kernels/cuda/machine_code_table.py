@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--for", dest="targets", nargs="+", choices=TARGETS, default=["sm_86", "sm_90a"])
     asked = parser.parse_args()
-    report = compile_all(HOT, asked.targets)
+    report = compile_all(dict.fromkeys(HOT, asked.targets))
     print(*HEADER, sep="\n")
     for name in HOT:
         for target, used in report.get(name, {}).items():

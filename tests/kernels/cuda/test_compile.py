@@ -12,6 +12,7 @@ from compiled import stays_in_registers
 from svdengine.kernels import cuda as package
 from svdengine.kernels.cuda.catalogue import all_kernels
 
+pytestmark = pytest.mark.slow
 KERNELS = all_kernels()
 REGISTERS = 128  # of a thread: a block of 512 fits, and two of 256
 ATTENTION_REGISTERS = 255  # two blocks of 128 fit

@@ -110,7 +110,7 @@ def test_tokens_are_the_definitions(device: Any, fields: dict[str, Any], ties: b
     assert choose(device, logits, [choice_of(params, draw) for draw in draws]) == expected
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(
     st.lists(st.sampled_from([-1e30, -80.0, -3.0, -0.5, 0.0, 0.25, 0.3, 2.0]), min_size=SIZE, max_size=SIZE),
     st.fixed_dictionaries(

@@ -14,6 +14,7 @@ from compiled import BATCH, DECODE, IN_FLIGHT, PREFILL, TARGETS, stays_in_regist
 from svdengine.kernels.cuda import batch_products, batch_sums
 from svdengine.kernels.formats import FORMATS
 
+pytestmark = pytest.mark.slow
 MOST_PER_MULTIPLY_ADD = 3.0  # instructions
 MOST_PER_MMA = 8.0
 
@@ -136,3 +137,14 @@ def test_loops_and_loads_are_counted() -> None:
     assert machine_code.summary(loop) == {
         "instructions": 8, "weight_loads": 3, "in_flight": 2, "ffma": 3, "mma": 0, "copies": 0, "dp4a": 0
     }  # fmt: skip
+
+
+def test_branches_to_addresses_are_loops_too() -> None:
+    """Of the second of two kernels that were disassembled together; the last instruction stands still."""
+    pytest.importorskip("cuda.pathfinder", reason="needs cuda-pathfinder: pip install 'svdengine[test]'")
+    from disassembly import with_labels
+
+    lines = ["S2R R2, SR_TID.X ;", "FFMA R0, R5, R12, R0 ;", "@!P1 BRA P2, 0x110 ;", "BRA 0x130;"]
+    instructions = [(0x100 + 16 * i, f"        /*{0x100 + 16 * i:04x}*/    {line}") for i, line in enumerate(lines)]
+    (loop,) = machine_code.inner_loops(with_labels(instructions))
+    assert [instruction.name for instruction in loop.instructions] == ["FFMA", "BRA"]

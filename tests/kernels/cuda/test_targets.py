@@ -5,43 +5,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-from compiled import SPILLS, stays_in_registers
+from compiled import FLOAT32, NEAR_A_LIMIT, SPILLS, THREADS, compile_all, stays_in_registers
 from test_compile import most_registers
 
 from svdengine.commands.compile import CUDA_TARGETS
 from svdengine.kernels.cuda.catalogue import all_kernels
-from svdengine.kernels.cuda.compact import COMPACT_THREADS
 from svdengine.kernels.cuda.compilation import TARGETS
-from svdengine.kernels.cuda.score import PROJECT_THREADS
-
-# Kernels by the threads of their blocks: a multiprocessor has 65,536 registers.
-THREADS = {"list_every": COMPACT_THREADS, "project_q8": PROJECT_THREADS, "project_q4": PROJECT_THREADS}
-FLOAT32 = ("spread",)  # that goes over a whole vocabulary
 
 
-def inspect(names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """What offline_targets.py says of these kernels; of all where none is named."""
-    pathfinder = pytest.importorskip("cuda.pathfinder", reason="needs cuda-pathfinder: pip install 'svdengine[test]'")
-    for tool in ("cuobjdump", "nvdisasm"):
-        if pathfinder.find_nvidia_binary_utility(tool) is None:
-            pytest.skip(f"needs {tool}: pip install 'svdengine[test]'")
-    environment = {name: value for name, value in os.environ.items() if name != "NUMBA_ENABLE_CUDASIM"}
-    program = str(Path(__file__).parent / "offline_targets.py")
-    done = subprocess.run([sys.executable, program, *names], env=environment, stdout=subprocess.PIPE, check=True)
-    found: dict[str, dict[str, dict[str, Any]]] = json.loads(done.stdout)
-    return found
-
-
-def test_blocks_of_1024_threads_can_start_on_every_target() -> None:
-    found = inspect(list(dict.fromkeys([*THREADS, *FLOAT32, *SPILLS])))
+@pytest.mark.slow
+def test_blocks_of_1024_threads_can_start_on_every_target(machine_code_report: Any) -> None:
+    found = {name: machine_code_report[name] for name in NEAR_A_LIMIT}
     for name in SPILLS:
         assert any(used["spills"] for used in found[name].values()), f"{name} fits now: take it out of the list"
     for name, targets in found.items():
@@ -63,7 +40,7 @@ def test_kernels_that_need_it_say_how_large_their_blocks_are() -> None:
 
 @pytest.mark.long
 def test_every_kernel_stays_in_registers_on_every_target() -> None:
-    for name, targets in inspect([]).items():
+    for name, targets in compile_all(dict.fromkeys(all_kernels(), tuple(TARGETS))).items():
         for target, used in targets.items():
             assert stays_in_registers(name, used), f"{name} {target}: {used}"
             assert used["REG"] <= most_registers(name), f"{name} {target}: {used['REG']} registers"
