@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import tempfile
@@ -63,8 +64,9 @@ def main() -> None:
         texts = disassembled(list(of_kernel.values()), target)
         for (name, cubin), text in zip(of_kernel.items(), texts, strict=True):
             report[name][target] = figures(cubin, text)
-    print(json.dumps(report))
+    print(json.dumps(report), flush=True)
 
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # to take apart what the compiler leaves can take minutes
