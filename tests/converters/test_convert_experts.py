@@ -359,10 +359,9 @@ def test_experts_of_a_model_that_is_larger_than_memory_are_asked_for(tmp_path: P
             np.testing.assert_array_equal(found[0], found[2])
 
 
-@pytest.mark.parametrize("device", ["cuda", "ascend"])
-def test_other_devices_say_that_they_do_not_run_experts(tmp_path: Path, device: Any) -> None:
+def test_ascend_says_that_it_does_not_run_experts(tmp_path: Path) -> None:
     with (
         write_model(tmp_path / "m.svdp", CONFIG),
-        pytest.raises(DeviceError, match=f"experts do not run on .* {device}"),
+        pytest.raises(DeviceError, match=r"experts do not run on .* ascend"),
     ):
-        svdengine.load(tmp_path / "m.svdp", device=device)
+        svdengine.load(tmp_path / "m.svdp", device="ascend")

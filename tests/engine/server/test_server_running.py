@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +180,20 @@ def test_ending_tells_those_whose_answer_is_cut(folder: Path) -> None:
             whole.result()
 
 
+@contextmanager
+def ended(process: subprocess.Popen[str]) -> Iterator[None]:
+    """A process that a failed test leaves behind is not waited for."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_the_command_ends_on_sigterm(folder: Path, server: LiveServer) -> None:
     command = [sys.executable, "-m", "svdengine", "serve", str(folder / "tiny.svdp"), "--port", "0", "--name", "small"]
     environment = {**os.environ, "SVDENGINE_DEVICE": "reference", "SVDENGINE_API_KEY": "secret"}
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process, ended(process):
         assert process.stderr is not None
         line = process.stderr.readline()
         assert line.startswith("small on reference at http://127.0.0.1:"), line
@@ -207,7 +218,11 @@ def test_a_terminal_that_closes_lets_the_answers_end_and_the_kv_cache_be_written
     kept = tmp_path / "kept.kv"
     command = [sys.executable, "-m", "svdengine", "serve", str(folder / "tiny.svdp"), "--port", "0", "--name", "small"]
     environment = {**os.environ, "SVDENGINE_DEVICE": "cpu"}
-    with subprocess.Popen([*command, "--kv-save", str(kept)], stderr=subprocess.PIPE, text=True, env=environment) as p:
+    command += ["--kv-save", str(kept)]
+    heeding = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731  # with nohup the tests do not
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeding
+    ) as p, ended(p):  # fmt: skip
         assert p.stderr is not None
         url = p.stderr.readline().split()[-1]
         empty = kept.stat().st_size

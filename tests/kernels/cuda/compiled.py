@@ -53,6 +53,7 @@ BATCH = ("batch_q8_1", "batch_f16_1", "batch_q4_1", "batch_sums_q8_1", "batch_su
 SPILLS = {
     "gate_up_ternary": 4,  # on sm_80 and sm_100a
     "activated_f32": 4,  # but on sm_100a and sm_120a
+    "gemv_ternary_1x1": 2,  # on sm_80
 }
 HOT = (*IN_FLIGHT, *DECODE, *PREFILL, *BATCH)
 # Kernels by the threads of their blocks: a multiprocessor has 65,536 registers.
