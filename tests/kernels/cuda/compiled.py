@@ -19,7 +19,7 @@ from svdengine.kernels.cuda.compact import COMPACT_THREADS
 from svdengine.kernels.cuda.compilation import TARGETS as EVERY_TARGET
 from svdengine.kernels.cuda.score import PROJECT_THREADS
 
-PROCESSES = 2
+PROCESSES, SHARES = 2, 8  # that compile at once; one after the other: a compiler gets slower with what it has compiled
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 FEW_TARGETS = ("sm_80", "sm_90a")  # of most kernels
 # Of decode steps of one row (kernels/cuda/single_row.py and predicted.py): names before and behind the format's.
@@ -100,7 +100,7 @@ def _shares(wanted: Mapping[str, Sequence[str]]) -> list[dict[str, Sequence[str]
     for name, kernel in all_kernels().items():
         if name in wanted:
             modules.setdefault(kernel.module, {})[name] = wanted[name]
-    shares: list[dict[str, Sequence[str]]] = [{} for _ in range(PROCESSES)]
+    shares: list[dict[str, Sequence[str]]] = [{} for _ in range(SHARES)]
     for kernels in sorted(modules.values(), key=_work, reverse=True):
         min(shares, key=_work).update(kernels)
     return [share for share in shares if share]
