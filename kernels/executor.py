@@ -95,6 +95,10 @@ class Executor(Protocol):
         """The same by layer."""
         ...
 
+    def expert_counts(self) -> tuple[NDArray[np.int64], ...]:
+        """Of a mixture how many rows chose each expert: an array a layer with experts; none where it is not counted."""
+        ...
+
     def reset_neuron_counts(self) -> None:
         """Start counting anew."""
         ...

@@ -169,6 +169,9 @@ class FakeExecutor:
     def neuron_counts(self) -> NeuronCounts:
         return self.counts
 
+    def expert_counts(self) -> tuple[Any, ...]:
+        return ()
+
     def layer_counts(self) -> LayerCounts:
         return np.array([[self.counts.predicted, self.counts.active, self.counts.total]], np.int64)
 

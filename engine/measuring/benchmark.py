@@ -246,7 +246,7 @@ def _repeat(
 
 
 def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repetition:
-    neurons, experts = executor.neuron_counts(), _expert_counts(executor)
+    neurons, experts = executor.neuron_counts(), executor.expert_counts()
     kept = executor.kept if faults and isinstance(executor, AdvisingExecutor) else None
     used = kept.uses() if kept is not None else (0, 0)
     pages = page_faults() if faults else None
@@ -255,14 +255,9 @@ def _measured(executor: Executor, run: Callable[[], None], faults: bool) -> Repe
     seconds = time.perf_counter() - begin
     found = page_faults().since(pages) if pages is not None else None
     uses = kept.uses() if kept is not None else None
-    chosen = tuple(now - then for now, then in zip(_expert_counts(executor), experts, strict=True))
+    chosen = tuple(now - then for now, then in zip(executor.expert_counts(), experts, strict=True))
     more = (uses[0] - used[0], uses[1] - used[1]) if uses is not None else None
     return Repetition(seconds, executor.neuron_counts() - neurons, found, chosen, more)
-
-
-def _expert_counts(executor: Executor) -> tuple[NDArray[np.int64], ...]:
-    counted = getattr(executor, "expert_counts", None)
-    return () if counted is None else counted()
 
 
 def _prompt(count: int, vocab_size: int) -> np.ndarray:

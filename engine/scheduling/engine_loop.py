@@ -195,12 +195,8 @@ class Engine:
             blocks_used=pool.block_count - pool.free_count,
             blocks_cached=pool.idle_count,
             blocks_free=pool.blank_count,
-            experts=tuple(tuple(layer.tolist()) for layer in self._expert_counts()),
+            experts=tuple(tuple(layer.tolist()) for layer in self.executor.expert_counts()),
         )
-
-    def _expert_counts(self) -> tuple[NDArray[np.int64], ...]:
-        counted = getattr(self.executor, "expert_counts", None)
-        return () if counted is None else counted()
 
     def set_ffn(self, ffn: FfnMode) -> None:
         """Choose the FFN's path from the next step on. What the other path cached is computed anew."""

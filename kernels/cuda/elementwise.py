@@ -45,6 +45,19 @@ def activate(x, kind, threshold):
     return v * v if kind == RELU2 else v
 
 
+@jit(device=True)
+def up_product(gate, up, kind):
+    """gate * up, or gate * ReLU(up) for dReLU; gate: activated."""
+    return gate * (max(up, np.float32(0)) if kind == DRELU else up)
+
+
+@jit(device=True)
+def activated(gate_up, at, ffn, kind, gated, threshold):
+    """act(gate) * up of a neuron, or act(up) where there is no gate; at: its gate in gate_up, `ffn` before its up."""
+    value = activate(gate_up[at], kind, threshold)
+    return up_product(value, gate_up[at + ffn], kind) if gated else value
+
+
 @kernel(
     "float32* gate_up, float32* hidden, int32 ffn, int32 from_stride, int32 to_stride, int32 kind, int32 gated,"
     " float32 threshold"
@@ -55,12 +68,7 @@ def activate_rows(gate_up, hidden, ffn, from_stride, to_stride, kind, gated, thr
     if i >= ffn:
         return
     row = cuda.blockIdx.y
-    first = gate_up[row * from_stride + i]
-    value = activate(first, kind, threshold)
-    if gated:
-        up = gate_up[row * from_stride + ffn + i]
-        value *= max(up, np.float32(0)) if kind == DRELU else up
-    hidden[row * to_stride + i] = value
+    hidden[row * to_stride + i] = activated(gate_up, row * from_stride + i, ffn, kind, gated, threshold)
 
 
 @kernel(

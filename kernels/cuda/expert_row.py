@@ -16,7 +16,7 @@ from numba.cuda import types
 
 from svdengine.kernels.cuda.atomics import is_last_block
 from svdengine.kernels.cuda.device import Array
-from svdengine.kernels.cuda.elementwise import ACTIVATIONS, DRELU, activate
+from svdengine.kernels.cuda.elementwise import ACTIVATIONS, activate, up_product
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.intrinsics import Kernel, jit, kernel, lane_index, warp_index, warp_sum
 from svdengine.kernels.cuda.model import Blocks, LayerWeights
@@ -59,7 +59,7 @@ def activated_experts_kernel(weight_format: WeightFormat) -> Kernel:
                 value = activate(value, kind, threshold) * weight
                 if gated != 0:
                     up = warp_sum(dot(u_words, r, u_scale, u_low, u_row, r, stride, x, 0, lane))
-                    value *= max(up, _ZERO) if kind == DRELU else up
+                    value = up_product(value, up, kind)
             if lane == 0:
                 group[k] = value
         cuda.syncthreads()

@@ -21,7 +21,7 @@ from numba.cuda import types
 
 from svdengine.kernels.cuda.chosen import CHOSEN, OWNER, suffix
 from svdengine.kernels.cuda.compact import ballot, below
-from svdengine.kernels.cuda.elementwise import DRELU, FATRELU, RELU2
+from svdengine.kernels.cuda.elementwise import FATRELU, RELU2, up_product
 from svdengine.kernels.cuda.formats.table import KERNELS, kernels_of
 from svdengine.kernels.cuda.intrinsics import (
     Kernel,
@@ -51,12 +51,6 @@ def activate_gate(x, kind, threshold):
         return x if x > threshold else _ZERO
     x = max(x, _ZERO)
     return x * x if kind == RELU2 else x
-
-
-@jit(device=True)
-def up_product(gate, up, kind):
-    """gate * up, or gate * ReLU(up) for dReLU."""
-    return gate * (max(up, _ZERO) if kind == DRELU else up)
 
 
 @jit(device=True)

@@ -14,7 +14,7 @@ from svdengine.kernels.cuda.atomics import is_last_block
 from svdengine.kernels.cuda.chosen import GROUP, row_of
 from svdengine.kernels.cuda.compact import ballot, below
 from svdengine.kernels.cuda.device import Array, Device
-from svdengine.kernels.cuda.elementwise import DRELU, activate
+from svdengine.kernels.cuda.elementwise import activated
 from svdengine.kernels.cuda.intrinsics import FULL, MOST_WARPS, jit, kernel, lane_index, warp_index
 from svdengine.kernels.cuda.workspace import Workspace
 
@@ -116,12 +116,9 @@ def activate_pairs(gate_up, hidden, order, weights, ffn, from_stride, to_stride,
     i = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if i >= ffn:
         return
-    at = cuda.blockIdx.y * from_stride + i
-    value = activate(gate_up[at], kind, threshold)
-    if gated:
-        up = gate_up[at + ffn]
-        value *= max(up, _ZERO) if kind == DRELU else up
-    hidden[cuda.blockIdx.y * to_stride + i] = value * weights[order[cuda.blockIdx.y]]
+    pair = cuda.blockIdx.y
+    value = activated(gate_up, pair * from_stride + i, ffn, kind, gated, threshold)
+    hidden[pair * to_stride + i] = value * weights[order[pair]]
 
 
 @kernel(

@@ -17,8 +17,9 @@ from numba.cuda import types
 from svdengine.kernels.cuda.atomics import is_last_block
 from svdengine.kernels.cuda.chosen import CHOSEN, OWNER, suffix
 from svdengine.kernels.cuda.compact import ballot, below, count_neurons, list_masked
+from svdengine.kernels.cuda.elementwise import up_product
 from svdengine.kernels.cuda.formats.table import KERNELS
-from svdengine.kernels.cuda.gather import activate_gate, up_product
+from svdengine.kernels.cuda.gather import activate_gate
 from svdengine.kernels.cuda.intrinsics import (
     MOST_WARPS,
     Kernel,

@@ -19,7 +19,7 @@ from svdengine.kernels.cuda.compact import COMPACT_THREADS
 from svdengine.kernels.cuda.compilation import TARGETS as EVERY_TARGET
 from svdengine.kernels.cuda.score import PROJECT_THREADS
 
-PROCESSES, SHARES = 2, 8  # that compile at once; one after the other: a compiler gets slower with what it has compiled
+PROCESSES, SHARES = 2, 8  # that compile at once; what they take, so that they end at about the same time
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100a", "sm_120a")
 FEW_TARGETS = ("sm_80", "sm_90a")  # of most kernels
 # Of decode steps of one row (kernels/cuda/single_row.py and predicted.py): names before and behind the format's.
