@@ -13,7 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svdengine.files.memory_advice import Advice
-from svdengine.files.residency import block_arrays, ffn_row_names, resident_bytes, token_block_bytes
+from svdengine.files.residency import (
+    always_read,
+    block_arrays,
+    ffn_row_names,
+    own_bytes,
+    resident_bytes,
+    token_block_bytes,
+)
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.batch import Batch
 from svdengine.kernels.executor import FfnMode, HiddenStates, Logits
@@ -31,9 +38,12 @@ def memory_use(executor: object) -> str:
     """One line for people: how a model that was loaded with a bound of memory lies in it."""
     if not isinstance(executor, AdvisingExecutor):
         return "the model fits into that memory"
-    if executor.kept is None:
-        return "the model is larger than that memory: FFN rows are read from its file when they are needed"
-    return executor.kept.describe()
+    told = "the model is larger than that memory: FFN rows are read from its file when they are needed"
+    if executor.kept is not None:
+        told = executor.kept.describe()
+    if executor.missing:
+        told += f". Every step takes about {executor.missing / 1e6:,.0f} MB more than that memory"
+    return told
 
 
 class AdvisingExecutor:
@@ -48,6 +58,8 @@ class AdvisingExecutor:
         """`memory`: bytes that the process is to have. `kept`: experts that are kept in memory."""
         self.inner, self.kept = inner, kept
         self._limit = None if memory is None else memory - min(memory // 2, token_block_bytes(model_file))
+        # Bytes, about, of the program and of what every token reads that are more than may be taken.
+        self.missing = 0 if memory is None else max(0, own_bytes() + always_read(model_file) - memory)
         self.name, self.max_batch_rows = inner.name, inner.max_batch_rows
         self.block_size, self.block_count = inner.block_size, inner.block_count
         self.ffn_path, self.close = inner.ffn_path, inner.close

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svdengine.files.residency import block_arrays, own_bytes
+from svdengine.files.residency import always_read, block_arrays, own_bytes
 from svdengine.kernels.base_executor import BaseExecutor
 from svdengine.kernels.cpu.aligned import large
 
@@ -45,11 +45,9 @@ class ExpertPlan:
 
 def plan_experts(model_file: ModelFile, memory: int, taken: int) -> ExpertPlan:
     """What is kept in `memory` bytes, of which `taken` go to all but the weights."""
-    config, arrays = model_file.config, model_file.arrays
-    names = block_arrays(model_file)
-    expert = sum(_aligned(arrays[name][0].nbytes) for name in names)
-    around = sum(array.nbytes for name, array in arrays.items() if name not in names)
-    fit = (memory - taken - around) / expert
+    config = model_file.config
+    expert = sum(_aligned(model_file.arrays[name][0].nbytes) for name in block_arrays(model_file))
+    fit = (memory - taken - always_read(model_file)) / expert
     most = min(_SHARE * fit, fit - _CACHED * config.token_neurons / config.ffn_size)
     return ExpertPlan(min(max(int(most), 0), config.ffn_blocks), config.ffn_blocks, expert)
 

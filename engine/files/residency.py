@@ -93,6 +93,12 @@ def block_arrays(model_file: ModelFile) -> list[str]:
     return [name for name in names if name in model_file.arrays]
 
 
+def always_read(model_file: ModelFile) -> int:
+    """Stored bytes of all but the FFNs."""
+    rows = block_arrays(model_file)
+    return sum(array.nbytes for name, array in model_file.arrays.items() if name not in rows)
+
+
 def token_block_bytes(model_file: ModelFile) -> int:
     """Stored bytes of the FFN blocks that one token has, of all layers."""
     config, blocks = model_file.config, sum(model_file.arrays[name].nbytes for name in block_arrays(model_file))

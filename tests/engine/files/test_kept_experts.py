@@ -192,3 +192,9 @@ def test_a_device_with_weights_of_its_own_has_no_bound(path: Path, monkeypatch: 
     monkeypatch.setattr("svdengine.loading._READ_THE_MAP", ("reference",))
     with pytest.raises(DeviceError, match=r"found the device cpu; leave memory out"):
         svdengine.load(path, device="cpu", threads=1, memory=1 << 30)
+
+
+def test_a_bound_that_cannot_be_kept_is_told(path: Path, small: LLM) -> None:
+    assert "more than that memory" in memory_use(small.executor)  # half a tiny file: less than Python itself takes
+    enough = AdvisingExecutor(small.executor.inner, small.model_file, 1 << 40)  # type: ignore[attr-defined]
+    assert enough.missing == 0 and "more than that memory" not in memory_use(enough)
